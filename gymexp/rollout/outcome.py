@@ -1,0 +1,89 @@
+"""The nouns of a rollout: what passes between data, collection, batching, training and the rollout files.
+
+Everything here is a frozen dataclass with plain values, so that any process may write, read or send it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+SCHEMA_VERSION = 1
+
+Cause = Literal["environment", "engine", "timeout", "token_mismatch"]
+Limit = Literal["length", "turns"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One dataset row of one environment. `key` ("sudoku/train/000123") is also the trainer's prompt."""
+
+    key: str
+    env: str
+    agent: str
+    row: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What one sampling saw and gave.
+
+    prompt_ids: token ids the engine was given. completion_ids and logprobs: the sampled ids and their
+    log-probabilities under the sampling distribution (nats), of equal length.
+    """
+
+    prompt_ids: list[int]
+    completion_ids: list[int]
+    logprobs: list[float]
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One episode of one task: its turns, its reward, and what was said and done (`items`, NeMo Gym's output)."""
+
+    task: Task
+    turns: list[Turn]
+    reward: float
+    items: list[dict[str, Any]]
+    weights_version: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Completed:
+    """The episode ended by itself and was scored."""
+
+    rollout: Rollout
+
+
+@dataclass(frozen=True)
+class Truncated:
+    """A length or turn limit cut the episode; the reward is the environment's score of what there was."""
+
+    rollout: Rollout
+    limit: Limit
+
+
+@dataclass(frozen=True)
+class Failed:
+    """No reward: after the allowed retries the episode could not be played. `log` is where to look."""
+
+    task: Task
+    cause: Cause
+    detail: str
+    log: str = ""
+
+
+Outcome = Completed | Truncated | Failed
+
+
+def task_of(outcome: Outcome) -> Task:
+    return outcome.task if isinstance(outcome, Failed) else outcome.rollout.task
+
+
+def outcome_to_json(outcome: Outcome) -> dict[str, Any]:
+    """One line of `rollouts/step-N.jsonl.zst`; the task's row is left out (it stands in `data/`)."""
+    record = asdict(outcome)
+    holder = record if isinstance(outcome, Failed) else record["rollout"]
+    holder["task"].pop("row")
+    return {"schema": SCHEMA_VERSION, "outcome": type(outcome).__name__.lower()} | record
