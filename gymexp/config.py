@@ -1,0 +1,291 @@
+"""The schema of a run: dataclasses that carry types, defaults and meaning; `conf/` only says what differs.
+
+`load(cfg)` turns Hydra's composed config into a checked `RunConfig`. Nothing here imports torch, transformers or
+TRL, so that a mistake is answered in about a second. `trainer.*` is TRL's own and is checked against
+`trl.GRPOConfig` by `gymexp.training.arguments`, before anything starts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from gymexp.errors import ConfigError
+
+_PACKAGE = Path(__file__).resolve().parent
+CONF_DIR = next(d for d in (_PACKAGE.parent / "conf", _PACKAGE / "conf") if (d / "train.yaml").exists())
+
+
+@dataclass
+class ModelConfig:
+    """The policy: any transformers causal language model whose tokenizer has a chat template."""
+
+    name: str = MISSING  # how reports and run directories call it
+    path: str = MISSING  # a hub id, or a directory; relative directories are seen from the project's root
+    revision: str | None = None
+    dtype: str = "bfloat16"  # float32, bfloat16 or float16
+    attn_implementation: str = "sdpa"
+    max_model_len: int = 4096  # tokens of prompt and generation together, over all turns of a rollout
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)  # e.g. {enable_thinking: false}
+
+
+@dataclass
+class DataConfig:
+    """Where an environment's tasks come from. `train_size` and `validation_size` are upper limits but for `generate`."""
+
+    source: str = MISSING  # generate, huggingface or jsonl
+    generator: str | None = None  # reasoning_gym or workplace: what `source=generate` runs
+    options: dict[str, Any] = field(default_factory=dict)  # the generator's own: task, difficulty
+    repo_id: str | None = None  # the Hugging Face dataset that `source=huggingface` downloads
+    revision: str = "main"
+    train_file: str | None = None  # in the dataset, or the user's own file with `source=jsonl`
+    validation_file: str | None = None
+    train_size: int | None = None
+    train_seed: int = 42
+    validation_size: int | None = None
+    validation_seed: int = 24
+
+
+@dataclass
+class EnvConfig:
+    """One environment: a NeMo Gym agent with its resources server, as one of NeMo Gym's own YAML files has them."""
+
+    config_path: str = MISSING  # NeMo Gym's YAML, as its `config_paths` takes it
+    agent: str = MISSING  # the agent's name in that file: what a row's agent_ref says
+    max_steps: int | None = None  # model turns in one rollout; None leaves the agent's own
+    weight: float = 1.0  # share of the training tasks, relative to the other environments
+    replicas: int = 1  # instances of the resources server and of the agent; rollouts are spread over them
+    max_concurrency: int = 64  # rollouts in flight
+    timeout_s: float = 600.0  # of one rollout, before it counts as failed
+    max_output_tokens: int = 1024  # of one model turn
+    memory_budget_mb: float | None = None  # of one resources server; above it, it is drained and restarted
+    success_reward: float = 1.0  # a reward of at least this counts as success
+    data: DataConfig = field(default_factory=DataConfig)
+
+
+@dataclass
+class DatasetConfig:
+    """How the selected environments' tasks become one training set."""
+
+    train_size: int | None = None  # tasks in all; None: as many as the weights allow without repeating one
+    validation_size: int | None = None  # tasks an environment; None: all
+    order: str = "interleave"  # interleave: every batch holds each environment in proportion; shuffle
+    seed: int = 0
+
+
+@dataclass
+class EngineConfig:
+    """What samples tokens for the policy."""
+
+    kind: str = "auto"  # hf: in the trainer's process; vllm; auto: vllm where it and a GPU are there, else hf
+    max_batch_size: int = 64  # rows that the hf engine decodes at once
+
+
+@dataclass
+class GymConfig:
+    """NeMo Gym's servers."""
+
+    runtime: str = "managed"  # managed: gymexp hosts them; cli: `gym env start`; attach: they already run
+    version: str = "0.4.0"
+    python: str | None = None  # an interpreter that has nemo_gym already; None: a venv made and kept by gymexp
+    checkout: str | None = None  # runtime=cli: the user's own NeMo Gym checkout (with its .venv)
+    head_host: str = "127.0.0.1"  # runtime=attach: where the running head server is
+    head_port: int = 11000
+    policy_port: int | None = None  # runtime=attach: the port those servers expect the policy endpoint on
+    model_servers: int = 1  # instances of NeMo Gym's model server
+    start_timeout_s: float = 180.0
+    health_interval_s: float = 5.0
+    health_timeout_s: float = 60.0  # a server that answers no health check for so long is killed and restarted
+    max_restarts: int = 5  # of one server; beyond it the run ends
+
+
+@dataclass
+class RolloutConfig:
+    """From tasks to outcomes."""
+
+    max_retries: int = 2  # of one rollout that failed
+    max_failed_share: float = 0.2  # of one batch; above it the run ends
+    truncated: str = "scored"  # scored: trained on with the environment's reward; masked: no gradient
+    drift_every: int = 20  # optimizer steps between two comparisons of trainer and engine log-probabilities
+    max_drift: float = 0.05  # mean absolute difference of log-probabilities (nats) that ends the run
+
+
+@dataclass
+class EvaluationConfig:
+    """Held-out tasks played with the policy as it is."""
+
+    every_steps: int = 0  # 0: only before and after training
+    before: bool = True
+    after: bool = True
+    temperature: float | None = None  # None: as in training
+    num_tasks: int | None = None  # an environment; None: all
+
+
+@dataclass
+class TrackerConfig:
+    """Where metrics go besides `metrics.jsonl`."""
+
+    kind: str = "none"  # none, wandb, trackio or tensorboard
+    project: str = "gymexp"
+    mode: str | None = None  # wandb: online, offline or disabled; None: wandb's own default
+
+
+@dataclass
+class RunConfig:
+    """One run. `trainer` is passed to `trl.GRPOConfig`, whose constructor is its schema."""
+
+    name: str = "${model.name}"  # the experiment: outputs/<name>/<date_time>
+    seed: int = 0
+    resume: str | None = None  # a run directory to go on with
+    output_dir: str | None = None  # the run directory; None: outputs/<name>/<date_time>
+    model: ModelConfig = field(default_factory=ModelConfig)
+    env: dict[str, EnvConfig] = field(default_factory=dict)
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    trainer: dict[str, Any] = field(default_factory=dict)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    gym: GymConfig = field(default_factory=GymConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
+
+
+def register() -> None:
+    """Make the schema known to Hydra, under the name that `conf/train.yaml` puts first."""
+    ConfigStore.instance().store(name="schema", node=RunConfig)
+
+
+def options(group: str) -> list[str]:
+    """The names of a config group's options, e.g. `options("env")`."""
+    return sorted(p.stem for p in (CONF_DIR / group).glob("*.yaml"))
+
+
+def load(cfg: DictConfig) -> RunConfig:
+    """A checked RunConfig from Hydra's composed config. Raises ConfigError with every broken rule in one message."""
+    plain = OmegaConf.create(OmegaConf.to_container(cfg, resolve=False))
+    try:
+        # Hydra's `+key=value` may have added what the schema does not know: merge into the bare schema to see it.
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), plain))
+    except OmegaConfBaseException as error:
+        raise ConfigError(_explain(error)) from None
+    assert isinstance(config, RunConfig)
+    problems = list(_problems(config))
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return config
+
+
+def to_yaml(config: RunConfig) -> str:
+    return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config)))
+
+
+def from_yaml(path: Path) -> RunConfig:
+    """The config a run directory was made with."""
+    cfg = OmegaConf.load(path)
+    assert isinstance(cfg, DictConfig)
+    return load(cfg)
+
+
+def _explain(error: OmegaConfBaseException) -> str:
+    key = error.full_key or ""
+    text = str(error).splitlines()[0]
+    if "Missing mandatory value" in text:
+        return f"{key} has no value: say {key}=…"
+    if error.parent_node is None or error.object_type is None or not dataclasses.is_dataclass(error.object_type):
+        return f"{key}: {text}" if key else text
+    known = [f.name for f in dataclasses.fields(error.object_type)]
+    name = key.rsplit(".", 1)[-1]
+    if name in known:
+        return f"{key}: {text}"
+    prefix = key.removesuffix(name)
+    return f"{key} is not a known key{nearest(name, known, prefix)}. Known keys here: {', '.join(known)}"
+
+
+def nearest(name: str, known: list[str], prefix: str = "") -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {prefix}{close[0]}?" if close else ""
+
+
+def _problems(config: RunConfig):
+    def one_of(key: str, value: Any, allowed: tuple[str, ...]):
+        if value not in allowed:
+            yield f"{key} must be one of {', '.join(allowed)}, got {value!r}{nearest(str(value), list(allowed))}"
+
+    def at_least(key: str, value: float | None, least: float):
+        if value is not None and not value >= least:
+            yield f"{key} must be >= {least:g}, got {value!r}"
+
+    def positive(key: str, value: float | None):
+        if value is not None and not value > 0:
+            yield f"{key} must be > 0, got {value!r}"
+
+    if not config.env:
+        yield f"env must name at least one environment, got []: say e.g. env=[sudoku]. Known: {', '.join(options('env'))}"
+    for name, env in config.env.items():
+        at = f"env.{name}"
+        if not (math.isfinite(env.weight) and env.weight >= 0):
+            yield f"{at}.weight must be a number >= 0, got {env.weight!r}"
+        for key in ("replicas", "max_concurrency", "max_output_tokens"):
+            yield from at_least(f"{at}.{key}", getattr(env, key), 1)
+        yield from at_least(f"{at}.max_steps", env.max_steps, 1)
+        yield from positive(f"{at}.timeout_s", env.timeout_s)
+        yield from positive(f"{at}.memory_budget_mb", env.memory_budget_mb)
+        yield from _data_problems(f"{at}.data", env.data)
+    if config.env and all(env.weight == 0 for env in config.env.values()):
+        yield "env.<name>.weight must be > 0 for at least one environment, got 0 for all: " + ", ".join(config.env)
+    yield from one_of("dataset.order", config.dataset.order, ("interleave", "shuffle"))
+    yield from at_least("dataset.train_size", config.dataset.train_size, 1)
+    yield from at_least("dataset.validation_size", config.dataset.validation_size, 1)
+    yield from one_of("engine.kind", config.engine.kind, ("auto", "hf", "vllm"))
+    yield from at_least("engine.max_batch_size", config.engine.max_batch_size, 1)
+    yield from one_of("model.dtype", config.model.dtype, ("float32", "bfloat16", "float16"))
+    yield from at_least("model.max_model_len", config.model.max_model_len, 8)
+    yield from one_of("gym.runtime", config.gym.runtime, ("managed", "cli", "attach"))
+    if config.gym.runtime == "cli" and not config.gym.checkout:
+        yield "gym.checkout must name your NeMo Gym checkout when gym.runtime=cli, got None"
+    if config.gym.runtime == "attach" and config.gym.policy_port is None:
+        yield (
+            "gym.policy_port must be the port of the running servers' policy_base_url when gym.runtime=attach, got None"
+        )
+    yield from at_least("gym.model_servers", config.gym.model_servers, 1)
+    for key in ("start_timeout_s", "health_interval_s", "health_timeout_s"):
+        yield from positive(f"gym.{key}", getattr(config.gym, key))
+    yield from at_least("gym.max_restarts", config.gym.max_restarts, 0)
+    yield from at_least("rollout.max_retries", config.rollout.max_retries, 0)
+    if not 0 <= config.rollout.max_failed_share <= 1:
+        yield f"rollout.max_failed_share must be between 0 and 1, got {config.rollout.max_failed_share!r}"
+    yield from one_of("rollout.truncated", config.rollout.truncated, ("scored", "masked"))
+    yield from at_least("rollout.drift_every", config.rollout.drift_every, 1)
+    yield from positive("rollout.max_drift", config.rollout.max_drift)
+    yield from at_least("evaluation.every_steps", config.evaluation.every_steps, 0)
+    yield from at_least("evaluation.num_tasks", config.evaluation.num_tasks, 1)
+    yield from at_least("evaluation.temperature", config.evaluation.temperature, 0)
+    yield from one_of("tracker.kind", config.tracker.kind, ("none", "wandb", "trackio", "tensorboard"))
+
+
+def _data_problems(at: str, data: DataConfig):
+    if data.source not in ("generate", "huggingface", "jsonl"):
+        yield f"{at}.source must be one of generate, huggingface, jsonl, got {data.source!r}"
+    elif data.source == "generate":
+        if data.generator not in ("reasoning_gym", "workplace"):
+            yield f"{at}.generator must be reasoning_gym or workplace for source=generate, got {data.generator!r}"
+        for key in ("train_size", "validation_size"):
+            if getattr(data, key) is None:
+                yield f"{at}.{key} must be set for source=generate"
+    elif data.source == "huggingface" and not data.repo_id:
+        yield f"{at}.repo_id must name a Hugging Face dataset for source=huggingface, got None"
+    if data.source in ("huggingface", "jsonl"):
+        for key in ("train_file", "validation_file"):
+            if not getattr(data, key):
+                yield f"{at}.{key} must be set for source={data.source}, got {getattr(data, key)!r}"
+    for key in ("train_size", "validation_size"):
+        value = getattr(data, key)
+        if value is not None and value < 1:
+            yield f"{at}.{key} must be >= 1, got {value!r}"
