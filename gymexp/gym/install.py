@@ -1,0 +1,133 @@
+"""NeMo Gym's own Python: a venv apart from gymexp's, because NeMo Gym and vLLM need different versions of openai.
+
+One cached venv a NeMo Gym version, made by uv under a lock, so that two runs at once make it once. What the selected
+environments' servers list in their requirements.txt is added as they are first selected.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from uv import find_uv_bin
+
+from gymexp.config import GymConfig
+from gymexp.errors import ConfigError, ServiceError
+
+_MINIMUM = (3, 12)
+_PREFERRED = ("3.12", "3.13", "3.14")  # 3.12 is what NeMo Gym 0.4 is developed on
+_LOCK_TIMEOUT_S = 1800
+Say = Callable[[str], None]
+
+
+def ensure_python(gym: GymConfig, config_paths: Iterable[str], cache: Path, say: Say) -> Path:
+    """An interpreter with NeMo Gym and what the servers of `config_paths` need. Made on first use, in about 20 s.
+
+    `gym.python`, and a checkout's own .venv with `runtime=cli`, are taken as they are.
+    """
+    if gym.python:
+        return _given(gym.python, "gym.python")
+    if gym.runtime == "cli" and gym.checkout and (own := Path(gym.checkout) / ".venv/bin/python").exists():
+        return _given(str(own), "gym.checkout")
+    venv = cache / f"nemo-gym-{gym.version}"
+    cache.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(f"{venv}.lock", timeout=_LOCK_TIMEOUT_S)
+    try:
+        lock.acquire(timeout=0.05)
+    except Timeout:
+        say("waiting for another run that is making NeMo Gym's venv")
+        lock.acquire()
+    try:
+        python = venv / "bin" / "python"
+        if not (venv / "complete").exists():
+            _make(venv, gym.version, say)
+        _add_requirements(venv, python, config_paths, say)
+        return python
+    finally:
+        lock.release()
+
+
+def site_packages(python: Path) -> Path:
+    """Where the interpreter's nemo_gym lies; its servers' folders are beside it."""
+    code = "import importlib.util as u; print(u.find_spec('nemo_gym').submodule_search_locations[0])"
+    found = subprocess.run([python, "-c", code], capture_output=True, text=True, check=False)
+    if found.returncode:
+        raise ConfigError(f"{python} has no nemo_gym: {found.stderr.strip().splitlines()[-1]}")
+    return Path(found.stdout.strip()).parent
+
+
+def find_python() -> str:
+    """A Python >= 3.12: on PATH, under pyenv, or fetched by uv. Raises ConfigError if there is none."""
+    for name in (f"python{v}" for v in _PREFERRED):
+        if (path := shutil.which(name)) and _version_of(path) >= _MINIMUM:
+            return path
+    pyenv = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv") / "versions"
+    for version in _PREFERRED:
+        for path in sorted(pyenv.glob(f"{version}.*/bin/python"), reverse=True):
+            if _version_of(str(path)) >= _MINIMUM:
+                return str(path)
+    found = _uv("python", "find", "--no-project", ">=3.12")
+    if found.returncode and not (found := _uv("python", "install", "3.12")).returncode:
+        found = _uv("python", "find", "--no-project", "--managed-python", "3.12")
+    if found.returncode:
+        last = (found.stderr.strip().splitlines() or ["no output"])[-1]
+        raise ConfigError(
+            "NeMo Gym needs Python >= 3.12: none is on PATH or under pyenv, and uv could not fetch one "
+            f"({last}). Install Python 3.12, or set gym.python to an interpreter that has nemo-gym installed"
+        )
+    return found.stdout.strip()
+
+
+def _given(python: str, key: str) -> Path:
+    path = Path(python)
+    if not path.exists():
+        raise ConfigError(f"{key} must be an interpreter with nemo_gym, but {python} does not exist")
+    site_packages(path)
+    return path
+
+
+def _version_of(python: str) -> tuple[int, ...]:
+    code = "import sys; print(*sys.version_info[:2])"
+    shown = subprocess.run([python, "-c", code], capture_output=True, text=True, check=False)
+    return tuple(int(part) for part in shown.stdout.split()) if shown.returncode == 0 else ()
+
+
+def _uv(*arguments: str | os.PathLike[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([find_uv_bin(), *arguments], capture_output=True, text=True, check=False)
+
+
+def _make(venv: Path, version: str, say: Say) -> None:
+    base = find_python()
+    say(f"making NeMo Gym {version}'s venv in {venv} (Python: {base})")
+    shutil.rmtree(venv, ignore_errors=True)
+    _checked(_uv("venv", "--quiet", "--python", base, venv), "make NeMo Gym's venv")
+    _install(venv / "bin" / "python", [f"nemo-gym=={version}"])
+    (venv / "complete").touch()
+
+
+def _add_requirements(venv: Path, python: Path, config_paths: Iterable[str], say: Say) -> None:
+    site = site_packages(python)
+    for folder in sorted({Path(p).parent.parent for p in config_paths}):
+        added = venv / f"added-{'-'.join(folder.parts)}"
+        listed = site / folder / "requirements.txt"
+        if added.exists() or not listed.exists():
+            continue
+        lines = [line.strip() for line in listed.read_text().splitlines()]
+        wanted = [line for line in lines if line and not line.startswith(("-e", "#"))]
+        if wanted:
+            say(f"adding what {folder.name} needs: {' '.join(wanted)}")
+            _install(python, wanted)
+        added.touch()
+
+
+def _install(python: Path, requirements: list[str]) -> None:
+    _checked(_uv("pip", "install", "--quiet", "--python", python, *requirements), f"install {requirements[0]}")
+
+
+def _checked(result: subprocess.CompletedProcess[str], what: str) -> None:
+    if result.returncode:
+        raise ServiceError(f"uv could not {what}:\n{result.stderr.strip()}")

@@ -1,0 +1,117 @@
+"""The run directory: claimed once, self-describing, replaced file by file, never written by two.
+
+outputs/<name>/<date_time>/
+    config.yaml overrides.yaml versions.txt code/ data/ checkpoints/ logs/<process>.log
+    rollouts/step-000001.jsonl.zst metrics.jsonl timeline.jsonl status.json
+"""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import gymexp
+from gymexp.config import CONF_DIR, RunConfig, to_yaml
+from gymexp.errors import RunDirectoryError
+
+_VERSIONED = ("torch", "transformers", "trl", "accelerate", "vllm", "hydra-core", "omegaconf", "datasets")
+
+
+def cache_dir() -> Path:
+    """Where prepared data and NeMo Gym's venv are kept between runs: $GYMEXP_CACHE, else ~/.cache/gymexp."""
+    return Path(os.environ.get("GYMEXP_CACHE") or Path.home() / ".cache" / "gymexp")
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write so that a reader sees the old text or the new one, never a part."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    part.replace(path)
+
+
+def append_line(path: Path, record: dict[str, Any]) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+class RunDirectory:
+    """One run's directory, held by this process until it ends (an advisory lock, so that a crash leaves it free)."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.logs = path / "logs"
+        self.data = path / "data"
+        self.checkpoints = path / "checkpoints"
+        self.rollouts = path / "rollouts"
+        self.config = path / "config.yaml"
+        self.metrics = path / "metrics.jsonl"
+        self.timeline = path / "timeline.jsonl"
+        self.status = path / "status.json"
+
+    @classmethod
+    def claim(cls, path: Path, config: RunConfig, overrides: Sequence[str]) -> RunDirectory:
+        """Make a new run's directory. Raises RunDirectoryError if it holds a run already."""
+        run = cls(path)
+        if run.config.exists():
+            raise RunDirectoryError(
+                f"{path} holds a run already: go on with it by resume={path}, or choose another output_dir"
+            )
+        for directory in (run.logs, run.data, run.checkpoints, run.rollouts):
+            directory.mkdir(parents=True, exist_ok=True)
+        run._lock()
+        _snapshot(path / "code")
+        (path / "versions.txt").write_text(_versions())
+        (path / "overrides.yaml").write_text("".join(f"- {o}\n" for o in overrides))
+        replace_file(run.config, to_yaml(config))  # last: it is what makes this a run
+        return run
+
+    @classmethod
+    def reopen(cls, path: Path) -> RunDirectory:
+        """Hold the directory of a run that is to go on."""
+        run = cls(path)
+        if not run.config.exists():
+            raise RunDirectoryError(f"resume must name a run directory, but {path} holds no config.yaml")
+        run._lock()
+        return run
+
+    def _lock(self) -> None:
+        self._lock_file = (self.path / ".lock").open("w")
+        try:
+            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunDirectoryError(f"{self.path} is in use by a run that is still going on") from None
+        os.set_inheritable(self._lock_file.fileno(), False)
+
+    def write_status(self, **status: Any) -> None:
+        replace_file(self.status, json.dumps(status, indent=1) + "\n")
+
+
+def _snapshot(target: Path) -> None:
+    """The code and configuration that this run started with, and git's word on them."""
+    package = Path(gymexp.__file__).parent
+    skip = shutil.ignore_patterns("__pycache__", "assets", "machine")
+    shutil.copytree(package, target / "gymexp", ignore=skip, dirs_exist_ok=True)
+    shutil.copytree(CONF_DIR, target / "conf", ignore=skip, dirs_exist_ok=True)
+    for name, command in {"commit": ["rev-parse", "HEAD"], "diff": ["diff", "HEAD"]}.items():
+        result = subprocess.run(["git", "-C", package.parent, *command], capture_output=True, text=True, check=False)
+        if result.returncode == 0:
+            (target / f"git-{name}.txt").write_text(result.stdout)
+
+
+def _versions() -> str:
+    lines = [f"gymexp {gymexp.__version__}", f"python {platform.python_version()} {sys.platform}"]
+    for name in _VERSIONED:
+        try:
+            lines.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return "\n".join(lines) + "\n"

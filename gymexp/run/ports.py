@@ -1,0 +1,43 @@
+"""Ports without races: the controller binds and listens, and hands the open socket to whoever serves on it.
+
+A server that is restarted finds the same socket, so its address never changes and connections made meanwhile wait in
+the socket's queue instead of being refused.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+
+from gymexp.errors import ConfigError
+
+_BACKLOG = 1024
+
+
+def listen(host: str = "127.0.0.1", port: int = 0, key: str = "") -> socket.socket:
+    """A listening, inheritable TCP socket; port 0 lets the system choose. `key` names the setting in the error."""
+    sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind((host, port))
+        sock.listen(_BACKLOG)
+    except OSError as error:
+        sock.close()
+        if error.errno == errno.EADDRINUSE:
+            raise ConfigError(
+                f"{key or 'port'} must be a free port on {host}, but {port} is in use by another program: "
+                f"end that program or choose another port"
+            ) from None
+        raise ConfigError(f"{key or 'port'}: cannot listen on {host}:{port}: {error.strerror}") from None
+    sock.set_inheritable(True)
+    return sock
+
+
+def url_of(sock: socket.socket) -> str:
+    host, port = sock.getsockname()[:2]
+    return f"http://{host}:{port}"
+
+
+def adopt(fd: int) -> socket.socket:
+    """The listening socket that a parent handed down as file descriptor `fd`."""
+    return socket.socket(fileno=fd)
