@@ -1,0 +1,97 @@
+"""Entries of the data cache: named by what determines their content, made once, whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import orjson
+from filelock import FileLock, Timeout
+
+from gymexp.errors import DataError
+
+_FORMAT = 1  # part of every key: raise it when what an entry holds changes
+_LOCK_TIMEOUT_S = 3600.0
+_INDEX = "entry.json"
+
+Say = Callable[[str], None]
+
+
+def cached(
+    cache: Path, label: str, determined_by: dict[str, Any], make: Callable[[Path], None], say: Say
+) -> tuple[Path, dict[str, str]]:
+    """The directory of one cache entry and the sha256 of each of its files; `make(directory)` fills it if need be.
+
+    determined_by: everything that decides the content, as JSON-able values; its hash is in the entry's name.
+    An entry whose files do not match their hashes is made again. Two processes that want the same entry make it once.
+    """
+    key = hashlib.sha256(orjson.dumps([_FORMAT, determined_by], option=orjson.OPT_SORT_KEYS)).hexdigest()
+    entry = cache / "data" / f"{label}-{key[:16]}"
+    try:
+        entry.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(
+            f"the cache {cache} cannot be written ({error.strerror}): set GYMEXP_CACHE to a directory that can"
+        ) from None
+    with _held(Path(f"{entry}.lock"), label, say):
+        if (hashes := _intact(entry)) is not None:
+            return entry, hashes
+        if entry.exists():
+            say(f"{label}: the cache entry {entry} is damaged, making it again")
+            shutil.rmtree(entry)
+        return entry, _make(entry, determined_by, make)
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def _held(lock_file: Path, label: str, say: Say) -> Iterator[None]:
+    lock = FileLock(lock_file)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        say(f"{label}: another run is making this data, waiting for it")
+        try:
+            lock.acquire(timeout=_LOCK_TIMEOUT_S)
+        except Timeout:
+            raise DataError(
+                f"{lock_file} has been held by another process for {_LOCK_TIMEOUT_S:.0f} s: end that process, "
+                "or set GYMEXP_CACHE to another directory"
+            ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _intact(entry: Path) -> dict[str, str] | None:
+    """The entry's hashes, or None if it is missing or its files are not what they were when it was made."""
+    try:
+        hashes = json.loads((entry / _INDEX).read_text())["sha256"]
+        return hashes if all(sha256_of(entry / name) == value for name, value in hashes.items()) else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _make(entry: Path, determined_by: dict[str, Any], make: Callable[[Path], None]) -> dict[str, str]:
+    part = Path(tempfile.mkdtemp(prefix=f".{entry.name}-", dir=entry.parent))
+    try:
+        make(part)
+        hashes = {file.name: sha256_of(file) for file in sorted(part.iterdir())}
+        index = {"sha256": hashes, "determined_by": determined_by}
+        (part / _INDEX).write_text(json.dumps(index, indent=1) + "\n")
+        part.chmod(0o755)  # mkdtemp's 0700 would lock a shared cache's other users out
+        os.replace(part, entry)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return hashes

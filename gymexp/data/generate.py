@@ -1,0 +1,231 @@
+"""`source=generate`: tasks made on this machine, by a script that runs in NeMo Gym's Python."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from gymexp.config import DataConfig
+from gymexp.data.cache import Say, cached, sha256_of
+from gymexp.errors import DataError
+from gymexp.gym.install import site_packages
+
+_DEADLINE_S = 1800.0
+_ROUNDS = 5  # how often more validation puzzles are made in place of those that the training set holds
+_REASONING_GYM_SCRIPT = "resources_servers/reasoning_gym/scripts/create_dataset.py"
+_REASONING_GYM_OPTIONS = {"task", "config"}
+
+
+def generate(
+    name: str, data: DataConfig, gym_python: Path, cache: Path, say: Say
+) -> tuple[Path, dict[str, str]]:
+    """The cache entry with the environment's generated train.jsonl and validation.jsonl, and its files' hashes."""
+    if data.generator == "workplace":
+        return _workplace(name, data, gym_python, cache, say)
+    assert data.generator == "reasoning_gym", data.generator
+    return _reasoning_gym(name, data, gym_python, cache, say)
+
+
+def _reasoning_gym(
+    name: str, data: DataConfig, python: Path, cache: Path, say: Say
+) -> tuple[Path, dict[str, str]]:
+    unknown = sorted(set(data.options) - _REASONING_GYM_OPTIONS)
+    if unknown or not data.options.get("task"):
+        found = f"got {unknown[0]!r}" if unknown else "task is missing"
+        raise DataError(
+            f"env.{name}.data.options must be {{task: …, config: {{…}}}} for reasoning_gym, {found}"
+        )
+    script = site_packages(python) / _REASONING_GYM_SCRIPT
+    task, config = data.options["task"], data.options.get("config") or {}
+    sizes = {"train": data.train_size, "validation": data.validation_size}
+    seeds = {"train": data.train_seed, "validation": data.validation_seed}
+    determined_by = {
+        "generator": "reasoning_gym",
+        "script": sha256_of(script),
+        "versions": _versions(python, ("nemo-gym", "reasoning-gym")),
+        "options": {"task": task, "config": config},
+        "sizes": sizes,
+        "seeds": seeds,
+    }
+
+    def command(size: int, seed: int, output: Path) -> list[str]:
+        options = {
+            "--task": task,
+            "--size": size,
+            "--seed": seed,
+            "--config": json.dumps(config),
+            "--output": output,
+        }
+        # Some of reasoning_gym's dependencies greet every start with SyntaxWarnings.
+        return [
+            str(python),
+            "-W",
+            "ignore",
+            str(script),
+            *(str(part) for pair in options.items() for part in pair),
+        ]
+
+    def make(directory: Path) -> None:
+        train, validation = directory / "train.jsonl", directory / "validation.jsonl"
+        size, wanted = sizes["train"], sizes["validation"]
+        assert size is not None and wanted is not None
+        say(f"{name}: making {size} train and {wanted} validation tasks with reasoning_gym's {task}")
+        start = _apart(seeds["train"], size, seeds["validation"], wanted)
+        if start != seeds["validation"]:
+            say(
+                f"{name}: reasoning_gym makes puzzle i from seed + i, so validation_seed={seeds['validation']} would "
+                f"repeat train_seed={seeds['train']}'s puzzles; validation starts at seed {start} instead"
+            )
+        more = directory / "more.jsonl"
+        _run_all(name, [command(size, seeds["train"], train), command(wanted, start, more)], say)
+        train_rows = _read(train)
+        if len(train_rows) < size:
+            raise DataError(f"env.{name}.data: reasoning_gym made {len(train_rows)} of {size} train tasks")
+        _write(train, train_rows)
+        seen, kept = {row["question"] for row in train_rows}, []
+        for _ in range(_ROUNDS):
+            start += wanted
+            for row in _read(more):
+                if row["question"] not in seen:
+                    seen.add(row["question"])
+                    kept.append(row)
+            if len(kept) >= wanted:
+                break
+            _run_all(name, [command(wanted, start, more)], say)
+        else:
+            raise DataError(
+                f"env.{name}.data.validation_size is {wanted}, but {_ROUNDS * wanted} more puzzles of {task} held only "
+                f"{len(kept)} that are not train tasks: lower it, or train_size, or make the puzzles more varied"
+            )
+        more.unlink()
+        _write(validation, kept[:wanted])
+
+    return cached(cache, f"{name}-{task}", determined_by, make, say)
+
+
+def _apart(train_seed: int, size: int, validation_seed: int, wanted: int) -> int:
+    """A seed from which `wanted` puzzles do not meet the train puzzles' seeds: the given one, or the first after."""
+    meets = validation_seed < train_seed + size and train_seed < validation_seed + wanted
+    return train_seed + size if meets else validation_seed
+
+
+def _workplace(
+    name: str, data: DataConfig, python: Path, cache: Path, say: Say
+) -> tuple[Path, dict[str, str]]:
+    if data.options:
+        raise DataError(f"env.{name}.data.options must be empty for generator=workplace, got {data.options}")
+    script = Path(__file__).with_name("workplace.py")
+    # The script may be split over modules beside it; each of them decides what it makes.
+    sources = [script, *sorted(script.parent.glob("workplace_*/**/*.py"))]
+    determined_by = {
+        "generator": "workplace",
+        "script": {str(path.relative_to(script.parent)): sha256_of(path) for path in sources},
+        "versions": _versions(python, ("nemo-gym",)),
+        "sizes": [data.train_size, data.validation_size],
+        "seed": data.train_seed,
+    }
+
+    def make(directory: Path) -> None:
+        options = {
+            "--train": data.train_size,
+            "--validation": data.validation_size,
+            "--seed": data.train_seed,
+            "--output": directory,
+        }
+        say(f"{name}: making {data.train_size} train and {data.validation_size} validation tasks")
+        command = [str(python), str(script), *(str(part) for pair in options.items() for part in pair)]
+        _run_all(name, [command], say, on_line=say)
+        for file in ("train.jsonl", "validation.jsonl", "demonstrations.jsonl"):
+            if not (directory / file).exists():
+                raise DataError(f"env.{name}.data: the workplace generator ended without writing {file}")
+
+    return cached(cache, name, determined_by, make, say)
+
+
+def _versions(python: Path, packages: tuple[str, ...]) -> dict[str, str]:
+    code = "import importlib.metadata as m, json, sys; print(json.dumps({p: m.version(p) for p in sys.argv[1:]}))"
+    result = subprocess.run([python, "-c", code, *packages], capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise DataError(
+            f"{python} must have {' and '.join(packages)} installed to generate tasks, but: "
+            f"{(result.stderr.strip().splitlines() or ['it failed'])[-1]}"
+        )
+    return json.loads(result.stdout)
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    return [orjson.loads(line) for line in path.read_bytes().splitlines() if line]
+
+
+def _write(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    # Which agent plays a row is the environment's matter (env.<name>.agent), so the script's own choice is left out.
+    lines = (orjson.dumps({k: v for k, v in row.items() if k != "agent_ref"}) + b"\n" for row in rows)
+    path.write_bytes(b"".join(lines))
+
+
+def _run_all(
+    name: str, commands: list[list[str]], say: Say, on_line: Callable[[str], None] | None = None
+) -> None:
+    """Run the commands at the same time. Raises DataError with the last words of the first that fails."""
+    deadline = time.monotonic() + _DEADLINE_S
+    with contextlib.ExitStack() as stack:
+        running = [stack.enter_context(_child(command, on_line)) for command in commands]
+        for child, last_words in running:
+            try:
+                code = child.wait(timeout=max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                raise DataError(
+                    f"env.{name}.data: the generator was not done after {_DEADLINE_S:.0f} s"
+                ) from None
+            if code:
+                raise DataError(f"env.{name}.data: the generator ended with code {code}:\n{last_words()}")
+
+
+@contextlib.contextmanager
+def _child(
+    command: list[str], on_line: Callable[[str], None] | None
+) -> Iterator[tuple[subprocess.Popen[str], Callable[[], str]]]:
+    """A child in a process group of its own, gone with everything that it started when the block is left."""
+    child = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
+    lines: deque[str] = deque(maxlen=15)
+
+    def follow() -> None:
+        assert child.stdout is not None
+        for line in child.stdout:
+            lines.append(line.rstrip())
+            if on_line:
+                on_line(line.rstrip())
+
+    reader = threading.Thread(target=follow, daemon=True)
+    reader.start()
+
+    def last_words() -> str:
+        reader.join(timeout=5)
+        return "\n".join(f"  {line}" for line in lines if line)
+
+    try:
+        yield child, last_words
+        reader.join(timeout=5)
+    finally:
+        if child.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+            child.wait()

@@ -1,0 +1,148 @@
+"""`source=huggingface`: files of a dataset repository, with a deadline on every wait.
+
+`hf_hub_download` alone retries an unreachable hub with growing pauses; one request made first, without retries, answers
+in seconds. What was downloaded before is used when the hub cannot be reached.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+from huggingface_hub import constants, get_hf_file_metadata, get_token, hf_hub_download, hf_hub_url
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import tqdm
+
+from gymexp.config import DataConfig
+from gymexp.data.cache import Say
+from gymexp.errors import DataError
+
+_ANSWER_TIMEOUT_S = 10.0
+_STALL_TIMEOUT_S = 30.0  # without a byte of progress
+
+
+def download(name: str, data: DataConfig, say: Say) -> tuple[Path, Path]:
+    """The train and the validation file in huggingface_hub's own cache (HF_HOME), both of the same commit."""
+    assert data.repo_id and data.train_file and data.validation_file  # gymexp.config has checked it
+    train, commit = _file(name, data, data.train_file, data.revision, say)
+    validation, _ = _file(name, data, data.validation_file, commit, say)
+    return train, validation
+
+
+def _file(name: str, data: DataConfig, file: str, revision: str, say: Say) -> tuple[Path, str]:
+    """One file's path and the commit it is of."""
+    endpoint = os.environ.get("HF_ENDPOINT", constants.ENDPOINT).rstrip("/")
+    what: dict[str, Any] = {"repo_id": data.repo_id, "filename": file, "repo_type": "dataset"}
+    url = "?"
+    try:
+        url = hf_hub_url(**what, revision=revision, endpoint=endpoint)
+        token = get_token()
+        found = get_hf_file_metadata(url, token=token, timeout=_ANSWER_TIMEOUT_S, endpoint=endpoint)
+        if found.commit_hash is None:
+            raise _Unusable("what answers there is not a Hugging Face hub (no X-Repo-Commit in its answer)")
+        if not _here(what, found.commit_hash):
+            megabytes = "" if found.size is None else f" ({found.size / 1e6:.1f} MB)"
+            say(f"{name}: downloading {file} of {data.repo_id}{megabytes}")
+        path = _watched(what | {"revision": found.commit_hash, "endpoint": endpoint, "token": token})
+        return Path(path), found.commit_hash
+    except (httpx.HTTPError, OSError, HFValidationError, _Unusable) as error:
+        if not isinstance(error, RevisionNotFoundError | EntryNotFoundError) and (
+            path := _here(what, revision)
+        ):
+            commit = path.parents[len(Path(file).parts) - 1].name
+            say(f"{name}: {_reason(error)}; using {file} as downloaded before (commit {commit[:12]})")
+            return path, commit
+        raise DataError(_ways_on(name, data, file, revision, url, error)) from None
+
+
+class _Unusable(Exception):
+    """The hub answered, but not with the file."""
+
+
+def _here(what: dict[str, Any], revision: str) -> Path | None:
+    """The file in huggingface_hub's cache, without a word to the network."""
+    try:
+        return Path(hf_hub_download(**what, revision=revision, local_files_only=True))
+    except (OSError, HFValidationError):  # LocalEntryNotFoundError is a FileNotFoundError
+        return None
+
+
+def _watched(arguments: dict[str, Any]) -> str:
+    """`hf_hub_download`, given up when nothing arrives for a while: its own retries go on for minutes."""
+    last_progress = time.monotonic()
+
+    class Watched(tqdm):  # type: ignore[misc]
+        def update(self, n: float | None = 1) -> bool | None:
+            nonlocal last_progress
+            last_progress = time.monotonic()
+            return super().update(n)
+
+    result: queue.SimpleQueue[str | Exception] = queue.SimpleQueue()
+
+    def work() -> None:
+        try:
+            result.put(hf_hub_download(**arguments, tqdm_class=Watched, etag_timeout=_ANSWER_TIMEOUT_S))
+        except Exception as error:  # raised again by the thread that waits
+            result.put(error)
+
+    threading.Thread(target=work, daemon=True, name="hub-download").start()
+    while True:
+        try:
+            answer = result.get(timeout=0.5)
+        except queue.Empty:
+            if time.monotonic() - last_progress > _STALL_TIMEOUT_S:
+                raise _Unusable(f"the download stood still for {_STALL_TIMEOUT_S:.0f} s") from None
+            continue
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE is set"
+    if isinstance(error, HFValidationError):
+        return str(error).splitlines()[0]
+    if isinstance(error, GatedRepoError):
+        return f"the dataset is gated (HTTP {error.response.status_code})"
+    if isinstance(error, RepositoryNotFoundError):
+        return f"no such dataset, or a private one (HTTP {error.response.status_code})"
+    if isinstance(error, RevisionNotFoundError):
+        return f"the dataset has no such revision (HTTP {error.response.status_code})"
+    if isinstance(error, EntryNotFoundError):
+        return "the dataset has no such file (HTTP 404)"
+    if isinstance(error, HfHubHTTPError):
+        return f"the hub answered HTTP {error.response.status_code}"
+    if isinstance(error, httpx.TimeoutException):
+        return f"the hub did not answer within {_ANSWER_TIMEOUT_S:.0f} s"
+    return f"the hub cannot be reached ({error})" if isinstance(error, httpx.HTTPError) else str(error)
+
+
+def _ways_on(name: str, data: DataConfig, file: str, revision: str, url: str, error: Exception) -> str:
+    at = f"env.{name}.data"
+    lines = [
+        f"{at}.repo_id: cannot get {file} of {data.repo_id} (revision {revision}): {_reason(error)}",
+        f"  asked: {url}",
+    ]
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+    if status in (401, 403) or isinstance(error, RepositoryNotFoundError):
+        had = "the one given was sent" if get_token() else "none was given"
+        lines.append(f"  a token is taken from HF_TOKEN; {had}")
+    lines.append("Ways on:")
+    if data.generator:
+        lines.append(f"  {at}.source=generate    makes the tasks on this machine, without network")
+    lines.append(f"  {at}.source=jsonl {at}.train_file=… {at}.validation_file=…    takes your own files")
+    return "\n".join(lines)

@@ -1,0 +1,133 @@
+"""One training order out of several environments' tasks: shares by weight, repeatable to the last task. Pure."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from fractions import Fraction
+from typing import Any
+
+from gymexp.errors import DataError
+from gymexp.rollout.outcome import Task
+
+
+def mix(
+    tasks_by_env: Mapping[str, Sequence[Task]],
+    weights: Mapping[str, float],
+    size: int | None,
+    order: str,
+    seed: int,
+) -> list[Task]:
+    """`size` tasks, of which each environment has its weight's share, to within one task.
+
+    size: None takes as many as the weights allow without repeating a task. Where an environment's share is more than it
+    has, its tasks come again in whole epochs, each shuffled anew. An environment of weight 0 is left out.
+    order: "interleave" keeps each environment's count in the first k tasks, for every k, within one of k times its
+    share. So in any window of consecutive tasks it is within two of its share, and within one if there are two
+    environments. (For three or more, no order does better than that for every choice of weights.) "shuffle" shuffles.
+    The result depends on nothing but the arguments; an environment's own order does not change as others come and go.
+    """
+    counts = share_out({env: len(tasks) for env, tasks in tasks_by_env.items()}, weights, size)
+    queues = {env: _epochs(env, tasks_by_env[env], seed) for env in counts}
+    if order == "interleave":
+        return [next(queues[env]) for env in _interleaved(counts)]
+    assert order == "shuffle", order
+    mixed = [next(queues[env]) for env, count in counts.items() for _ in range(count)]
+    random.Random(f"{seed}/shuffle").shuffle(mixed)
+    return mixed
+
+
+def share_out(available: Mapping[str, int], weights: Mapping[str, float], size: int | None) -> dict[str, int]:
+    """How many tasks each environment of weight > 0 gives, in alphabetical order; largest remainders round up."""
+    # Through str, 0.1 is a tenth: weights 0.1 and 0.3 are exactly one to three.
+    exact = {env: Fraction(str(weights[env])) for env in sorted(available) if weights[env] > 0}
+    if not exact:
+        raise DataError("env.<name>.weight must be > 0 for at least one environment, got 0 for all")
+    for env in exact:
+        if not available[env]:
+            raise DataError(
+                f"env.{env} has weight {weights[env]:g} but no training tasks: give it some, or weight=0"
+            )
+    total = sum(exact.values())
+    if size is None:
+        size = min(math.floor(available[env] * total / weight) for env, weight in exact.items())
+        if size < 1:
+            raise DataError(
+                f"the weights {dict(weights)} leave no training set without repeats out of {dict(available)} tasks: "
+                "set dataset.train_size, or bring the weights closer together"
+            )
+    ideal = {env: weight / total * size for env, weight in exact.items()}
+    counts = {env: math.floor(share) for env, share in ideal.items()}
+    missing = size - sum(counts.values())
+    for env in sorted(counts, key=lambda env: (counts[env] - ideal[env], env))[:missing]:
+        counts[env] += 1
+    return counts
+
+
+def _epochs(env: str, tasks: Sequence[Task], seed: int) -> Iterator[Task]:
+    """The tasks without end: shuffled, then shuffled again, and so on."""
+    epoch = 0
+    while True:
+        shuffled = list(tasks)
+        random.Random(f"{seed}/{env}/{epoch}").shuffle(shuffled)
+        yield from shuffled
+        epoch += 1
+
+
+def _interleaved(counts: Mapping[str, int]) -> Iterator[str]:
+    """Environment names, each as often as `counts` says, as evenly as can be.
+
+    Of the environments that have fallen behind their share far enough, the one whose next task is due first is next.
+    Source: Tijdeman, "The chairman assignment problem" (1980), which proves that every count then stays within
+    1 - 1/(2n - 2) of its share at every position, n being the number of environments.
+    """
+    counts = {env: count for env, count in counts.items() if count}
+    total = sum(counts.values())
+    slack = Fraction(1, max(2 * len(counts) - 2, 1))
+    used = dict.fromkeys(counts, 0)
+
+    def span(env: str) -> tuple[Fraction, Fraction]:
+        """From which position on the environment's next task may come, and by which it must."""
+        return (used[env] + slack) * total / counts[env], (used[env] + 1 - slack) * total / counts[env]
+
+    spans = {env: span(env) for env in counts}
+    for position in range(1, total + 1):
+        env = min((env for env in counts if spans[env][0] <= position), key=lambda env: spans[env][1])
+        used[env] += 1
+        spans[env] = span(env)
+        yield env
+
+
+def describe(
+    mixed: Sequence[Task],
+    tasks_by_env: Mapping[str, Sequence[Task]],
+    weights: Mapping[str, float],
+    order: str,
+    seed: int,
+) -> dict[str, Any]:
+    """What `data/mix.json` says of a mix. `repeats`: how many of the tasks used had been used before."""
+    used = Counter(task.env for task in mixed)
+    return {
+        "order": order,
+        "seed": seed,
+        "size": len(mixed),
+        "sha256": keys_sha256(mixed),
+        "envs": {
+            env: {
+                "weight": weights[env],
+                "available": len(tasks),
+                "used": used[env],
+                "repeats": max(0, used[env] - len(tasks)),
+                "share": used[env] / len(mixed),
+            }
+            for env, tasks in tasks_by_env.items()
+        },
+    }
+
+
+def keys_sha256(tasks: Sequence[Task]) -> str:
+    """A fingerprint of which tasks come in which order."""
+    return hashlib.sha256("\n".join(task.key for task in tasks).encode()).hexdigest()

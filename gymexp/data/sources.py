@@ -1,0 +1,55 @@
+"""Where an environment's tasks come from: made here, the Hugging Face hub, or the user's own files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from gymexp.config import EnvConfig
+from gymexp.data.cache import Say, sha256_of
+from gymexp.data.generate import generate
+from gymexp.errors import DataError
+
+
+@dataclass(frozen=True)
+class Files:
+    """An environment's rows as files. `demonstrations` is there if the generator proved its tasks by playing them."""
+
+    train: Path
+    validation: Path
+    train_sha256: str
+    validation_sha256: str
+    demonstrations: Path | None = None
+
+
+def fetch(name: str, env: EnvConfig, gym_python: Path | None, cache: Path, say: Say) -> Files:
+    """The environment's files, made or downloaded if they are not there yet; DataError says why not and the ways on.
+
+    gym_python: NeMo Gym's interpreter; only `source=generate` needs it.
+    """
+    data = env.data
+    if data.source == "generate":
+        assert gym_python is not None, "source=generate needs NeMo Gym's Python"
+        entry, hashes = generate(name, data, gym_python, cache, say)
+        demonstrations = entry / "demonstrations.jsonl" if "demonstrations.jsonl" in hashes else None
+        train, validation = entry / "train.jsonl", entry / "validation.jsonl"
+        return Files(train, validation, hashes[train.name], hashes[validation.name], demonstrations)
+    if data.source == "huggingface":
+        # Here, because it brings huggingface_hub and an HTTP client with it.
+        from gymexp.data.hub import download
+
+        train, validation = download(name, data, say)
+    else:
+        train = _own(f"env.{name}.data.train_file", data.train_file)
+        validation = _own(f"env.{name}.data.validation_file", data.validation_file)
+    return Files(train, validation, sha256_of(train), sha256_of(validation))
+
+
+def _own(key: str, value: str | None) -> Path:
+    assert value, key  # gymexp.config has checked it
+    path = Path(value).expanduser()
+    if not path.is_file():
+        rule = "is a directory" if path.is_dir() else "does not exist"
+        where = "" if path.is_absolute() else f" (relative paths are seen from {Path.cwd()})"
+        raise DataError(f"{key} must be a JSONL file, but {value} {rule}{where}")
+    return path
