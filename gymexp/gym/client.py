@@ -1,0 +1,107 @@
+"""Playing one task: POST /run to an agent, with a deadline, and what came back as a typed outcome.
+
+NeMo Gym's `/run` does a whole episode. The reply's output items carry the token ids and log-probabilities of every
+model turn (on the last item of the turn), as the gateway put them there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+import orjson
+
+from gymexp.errors import TokenMismatch
+from gymexp.policy.tokens import verify_turns
+from gymexp.rollout.outcome import Cause, Completed, Outcome, Rollout, Task, Truncated, Turn
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the policy samples in a rollout. seed: of this rollout; the engine derives every token's draw from it."""
+
+    temperature: float
+    top_p: float
+    max_output_tokens: int
+    seed: int
+
+
+class RolloutFailure(Exception):
+    """One attempt at a rollout failed; `cause` as in `outcome.Failed`."""
+
+    def __init__(self, cause: Cause, detail: str) -> None:
+        super().__init__(detail)
+        self.cause: Cause = cause
+        self.detail = detail
+
+
+async def play(
+    http: aiohttp.ClientSession, url: str, task: Task, sampling: Sampling, timeout_s: float, vocab_size: int
+) -> Outcome:
+    """One attempt at `task` with the agent at `url`. Raises RolloutFailure."""
+    began = time.monotonic()
+    try:
+        async with asyncio.timeout(timeout_s):
+            async with http.post(
+                f"{url}/run", data=request_body(task, sampling), headers={"Content-Type": "application/json"}
+            ) as response:
+                body = await response.read()
+    except TimeoutError:
+        raise RolloutFailure("timeout", f"no answer from {url}/run within {timeout_s:g} s") from None
+    except aiohttp.ClientError as error:
+        raise RolloutFailure("environment", f"{url}/run: {type(error).__name__}: {error}") from None
+    if response.status != 200:
+        text = body.decode(errors="replace")[:2000]
+        cause: Cause = "engine" if "engine_error" in text else "environment"
+        raise RolloutFailure(cause, f"{url}/run answered {response.status}: {text}")
+    try:
+        reply = orjson.loads(body)
+        return read_reply(task, reply, vocab_size, time.monotonic() - began)
+    except TokenMismatch as error:
+        raise RolloutFailure("token_mismatch", str(error)) from None
+    except (KeyError, TypeError, ValueError) as error:
+        raise RolloutFailure("environment", f"{url}/run answered what is not a rollout: {error!r}") from None
+
+
+def request_body(task: Task, sampling: Sampling) -> bytes:
+    """The row as it is, with sampling parameters where NeMo Gym has them; the seed goes through its `extra_body`."""
+    row = dict(task.row)
+    params = copy.copy(row["responses_create_params"])
+    params["temperature"] = sampling.temperature
+    params["top_p"] = sampling.top_p
+    params["max_output_tokens"] = sampling.max_output_tokens
+    params["metadata"] = (params.get("metadata") or {}) | {"extra_body": f'{{"seed": {sampling.seed}}}'}
+    row["responses_create_params"] = params
+    return orjson.dumps(row)
+
+
+def read_reply(task: Task, reply: dict[str, Any], vocab_size: int, seconds: float) -> Outcome:
+    """A verified outcome from `/run`'s reply. Raises TokenMismatch, or KeyError and its like on another shape."""
+    response = reply["response"]
+    items = response["output"]
+    turns = []
+    for item in items:
+        if item.get("generation_token_ids"):
+            ids = [int(i) for i in item["generation_token_ids"]]
+            turns.append(Turn([int(i) for i in item["prompt_token_ids"]], ids, item["generation_log_probs"]))
+    limit = "length" if (response.get("incomplete_details") or {}).get("reason") else None
+    if not turns:
+        raise RolloutFailure(
+            "engine",
+            "the policy's answer has no token ids: the prompt is longer than model.max_model_len"
+            if limit
+            else "the policy's answer has no token ids",
+        )
+    verify_turns(turns, vocab_size)
+    if limit is None and items[-1].get("type") != "message":
+        limit = "turns"
+    kept = [{k: v for k, v in item.items() if k not in _TOKEN_FIELDS} for item in items]
+    rollout = Rollout(task, turns, float(reply["reward"]), kept, seconds={"total": round(seconds, 4)})
+    return Truncated(rollout, limit) if limit else Completed(rollout)
+
+
+_TOKEN_FIELDS = frozenset(("prompt_token_ids", "generation_token_ids", "generation_log_probs"))

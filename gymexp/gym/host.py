@@ -1,0 +1,171 @@
+"""NeMo Gym's servers, one forked process each. Runs inside NeMo Gym's venv as a script; imports nothing of gymexp.
+
+NeMo Gym's modules take about ten seconds to import. This process imports them once, then forks a child for every
+server that it is told to start, so that a start, or a restart after a failure, takes a fraction of a second and the
+servers share the imported code's memory. Ray is imported by NeMo Gym but never started.
+
+Line protocol, JSON objects. First line in: {"config": NeMo Gym's global config, "servers": {name: {"module", "fd"}}}.
+Then in: {"start": name, "log": path}. Out: {"loaded": seconds}, {"started": name, "pid"}, {"exited": pid, "code"}
+(negative: the signal's number), {"error": text}. The host ends with its input or its parent, and its children with it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import json
+import os
+import resource
+import select
+import signal
+import socket
+import sys
+import time
+import traceback
+
+
+PROTOCOL = os.dup(1)  # NeMo Gym prints while it is imported; from here on, what is printed goes to the log
+os.dup2(2, 1)
+
+
+def die_with_parent() -> None:
+    parent = os.getppid()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def say(**message: object) -> None:
+    os.write(PROTOCOL, (json.dumps(message) + "\n").encode())
+
+
+def load(config: dict, servers: dict) -> dict:
+    """Import what the servers are made of; returns each server's class by name."""
+    from nemo_gym import server_utils
+    from nemo_gym.global_config import GlobalConfigDictParserConfig, get_global_config_dict
+    from omegaconf import OmegaConf
+
+    get_global_config_dict(
+        GlobalConfigDictParserConfig(
+            initial_global_config_dict=OmegaConf.create(config), skip_load_from_cli=True, skip_load_from_dotenv=True
+        )
+    )
+    classes = {}
+    for name, server in servers.items():
+        module = importlib.import_module(server["module"])
+        own = [
+            value
+            for value in vars(module).values()
+            if isinstance(value, type)
+            and issubclass(value, server_utils.SimpleServer)
+            and value.__module__ == module.__name__
+        ]
+        if not own:
+            raise ImportError(f"{server['module']} defines no NeMo Gym server")
+        classes[name] = own[-1]
+    return classes
+
+
+def build_app(name: str, cls: type):
+    """The server's web application, put together as NeMo Gym's own run_webserver does, without Ray."""
+    from nemo_gym.config_types import BaseServerConfig
+    from nemo_gym.global_config import get_first_server_config_dict, get_global_config_dict
+    from nemo_gym.server_utils import ServerClient
+    from omegaconf import OmegaConf
+
+    everything = get_global_config_dict()
+    values = OmegaConf.to_container(get_first_server_config_dict(everything, name), resolve=True)
+    config = cls.model_fields["config"].annotation.model_validate(values | {"name": name})
+    client = ServerClient(
+        head_server_config=BaseServerConfig.model_validate(everything["head_server"]), global_config_dict=everything
+    )
+    server = cls(config=config, server_client=client)
+    app = server.setup_webserver()
+    server.setup_liveness(app)
+    server.setup_exception_middleware(app)
+    return app
+
+
+def serve(name: str, cls: type, sock: socket.socket) -> None:
+    import uvicorn
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(65535, hard), hard))
+    config = uvicorn.Config(
+        build_app(name, cls), log_level="warning", access_log=False, timeout_graceful_shutdown=1, timeout_keep_alive=30
+    )
+    uvicorn.Server(config).run(sockets=[sock])
+
+
+def start(name: str, log: str, cls: type, sock: socket.socket) -> int:
+    """Fork a child that serves `name`; returns its pid."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        die_with_parent()
+        for number in (signal.SIGCHLD, signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
+        signal.set_wakeup_fd(-1)
+        os.close(PROTOCOL)
+        out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.dup2(out, 1)
+        os.dup2(out, 2)
+        serve(name, cls, sock)
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def main() -> None:
+    die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the controller decides when servers end
+    woken, wake = os.pipe()
+    os.set_blocking(wake, False)
+    os.set_blocking(woken, False)
+    first = json.loads(sys.stdin.buffer.readline())
+    began = time.monotonic()
+    try:
+        classes = load(first["config"], first["servers"])
+    except BaseException as error:
+        traceback.print_exc()
+        say(error=f"{type(error).__name__}: {error}")
+        sys.exit(1)
+    sockets = {name: socket.socket(fileno=server["fd"]) for name, server in first["servers"].items()}
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.set_wakeup_fd(wake)
+    say(loaded=round(time.monotonic() - began, 2))
+
+    pending = b""
+    while True:
+        readable, _, _ = select.select([0, woken], [], [])
+        if woken in readable:
+            os.read(woken, 4096)
+            while True:
+                try:
+                    pid, status = os.waitpid(-1, os.WNOHANG)
+                except ChildProcessError:
+                    break
+                if pid == 0:
+                    break
+                say(exited=pid, code=os.waitstatus_to_exitcode(status))
+        if 0 in readable:
+            chunk = os.read(0, 65536)
+            if not chunk:
+                return
+            *lines, pending = (pending + chunk).split(b"\n")
+            for line in lines:
+                message = json.loads(line)
+                name = message["start"]
+                say(started=name, pid=start(name, message["log"], classes[name], sockets[name]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,279 @@
+"""Tasks become outcomes: many at once, spread over replicas, retried within bounds, never waiting for ever.
+
+A `Collector` lives in the trainer's process (rank 0) on a thread of its own. It follows the controller's word on the
+services: a rollout whose server was restarted under it has lost its session and is played again; a replica above its
+memory budget is drained first, then restarted, so that no rollout is lost to it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+import aiohttp
+import orjson
+
+from gymexp.config import EnvConfig, RolloutConfig
+from gymexp.errors import RolloutError, ServiceError
+from gymexp.gym.client import RolloutFailure, Sampling, play
+from gymexp.gym.servers import Replica
+from gymexp.rollout.outcome import Failed, Outcome, Task, task_of
+
+log = logging.getLogger(__name__)
+_AFTER_FAILURE_S = 0.3
+_CONTROL_LOST_S = 10.0
+_PROGRESS_S = 0.5
+
+
+class Stopped(Exception):
+    """The run is asked to end; what was in flight is dropped."""
+
+
+@dataclass
+class _Seat:
+    """One replica as the collector sees it."""
+
+    replica: Replica
+    budget_mb: float | None
+    flights: set[asyncio.Task[Outcome]] = field(default_factory=set)
+    epochs: tuple[int, ...] = ()
+    ready: bool = True
+    draining: bool = False
+
+
+@dataclass
+class Progress:
+    """What is going on now, for the live view. tokens: sampled by the policy since the collection began."""
+
+    total: int = 0
+    done: int = 0
+    in_flight: int = 0
+    failed: int = 0
+    retried: int = 0
+    tokens: int = 0
+    began: float = 0.0
+
+
+class Collector:
+    """`collect` plays tasks and returns their outcomes in order.
+
+    replicas: by environment. control_url: the controller, None where nobody supervises the servers.
+    report: called about twice a second with the current Progress while a collection runs.
+    """
+
+    def __init__(
+        self,
+        replicas: Mapping[str, Sequence[Replica]],
+        envs: Mapping[str, EnvConfig],
+        rollout: RolloutConfig,
+        vocab_size: int,
+        control_url: str | None = None,
+        report: Callable[[Progress], None] = lambda _: None,
+    ) -> None:
+        self._seats = {
+            name: [_Seat(replica, envs[name].memory_budget_mb) for replica in some] for name, some in replicas.items()
+        }
+        self._envs = envs
+        self._rollout = rollout
+        self._vocab_size = vocab_size
+        self._control_url = control_url
+        self._report = report
+        self._services: dict[str, dict[str, Any]] = {}
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="collector", daemon=True)
+        self._thread.start()
+        self._stop = False
+        self._running: Future[list[Outcome]] | None = None
+        self._submit(self._open()).result()
+
+    def collect(self, tasks: Sequence[Task], samplings: Sequence[Sampling]) -> list[Outcome]:
+        """Play every task with the sampling of the same index. Raises Stopped after `stop`."""
+        if self._stop:
+            raise Stopped
+        self._running = self._submit(self._collect(tasks, samplings))
+        return self._running.result()
+
+    def stop(self) -> None:
+        """Drop what is in flight and refuse more; safe to call from a signal handler."""
+        self._stop = True
+        self._loop.call_soon_threadsafe(self._wake)
+
+    def close(self) -> None:
+        self._submit(self._close()).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+
+    def _submit(self, coroutine: Any) -> Future[Any]:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+    async def _open(self) -> None:
+        self._changed = asyncio.Event()
+        self._lost_control: str | None = None
+        self._limits = {name: asyncio.Semaphore(env.max_concurrency) for name, env in self._envs.items()}
+        self._http = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=None), auto_decompress=False
+        )
+        self._watching = asyncio.create_task(self._watch()) if self._control_url else None
+
+    async def _close(self) -> None:
+        if self._watching:
+            self._watching.cancel()
+        await self._http.close()
+
+    def _wake(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def _watch(self) -> None:
+        """Follow the controller's stream of service states."""
+        try:
+            async with self._http.get(f"{self._control_url}/watch") as response:
+                while line := await asyncio.wait_for(response.content.readline(), _CONTROL_LOST_S):
+                    self._see(orjson.loads(line)["services"])
+        except (aiohttp.ClientError, TimeoutError) as error:
+            self._lost_control = f"{type(error).__name__}: {error}"
+        else:
+            self._lost_control = "it closed the connection"
+        self._wake()
+
+    def _see(self, services: dict[str, dict[str, Any]]) -> None:
+        self._services = services
+        for seat in (seat for seats in self._seats.values() for seat in seats):
+            states = [services[name] for name in seat.replica.services if name in services]
+            epochs = tuple(state["epoch"] for state in states)
+            if seat.epochs and epochs != seat.epochs:
+                seat.draining = False
+                for flight in seat.flights:
+                    flight.cancel("its server was restarted")
+            seat.epochs = epochs
+            seat.ready = all(state["state"] == "ready" for state in states)
+            self._keep_to_budget(seat)
+        self._wake()
+
+    def _keep_to_budget(self, seat: _Seat) -> None:
+        if seat.budget_mb is None or not seat.ready:
+            return
+        over = [n for n in seat.replica.services if self._services.get(n, {}).get("rss_mb", 0) > seat.budget_mb]
+        if not over:
+            return
+        seat.draining = True
+        if not seat.flights:
+            log.info("restarting %s: above its memory budget of %.0f MB", ", ".join(over), seat.budget_mb)
+            seat.ready = False
+            for name in over:
+                asyncio.ensure_future(self._http.post(f"{self._control_url}/restart/{name}"))
+
+    async def _collect(self, tasks: Sequence[Task], samplings: Sequence[Sampling]) -> list[Outcome]:
+        progress = Progress(total=len(tasks), began=time.monotonic())
+        ticking = asyncio.create_task(self._tick(progress))
+        plays = [asyncio.create_task(self._one(t, s, progress)) for t, s in zip(tasks, samplings, strict=True)]
+        try:
+            return list(await asyncio.gather(*plays))
+        finally:
+            for one in plays:
+                one.cancel()
+            await asyncio.gather(*plays, return_exceptions=True)
+            ticking.cancel()
+            self._report(progress)
+
+    async def _tick(self, progress: Progress) -> None:
+        while True:
+            self._report(progress)
+            await asyncio.sleep(_PROGRESS_S)
+
+    async def _one(self, task: Task, sampling: Sampling, progress: Progress) -> Outcome:
+        """Play one task to its outcome, again where an attempt failed or its server was restarted under it."""
+        env = self._envs[task.env]
+        failures: list[RolloutFailure] = []
+        async with self._limits[task.env]:
+            while True:
+                seat = await self._seat_for(task)
+                flight = asyncio.create_task(
+                    play(self._http, seat.replica.url, task, sampling, env.timeout_s, self._vocab_size)
+                )
+                seat.flights.add(flight)
+                progress.in_flight += 1
+                try:
+                    outcome = await self._landed(flight)
+                except RolloutFailure as failure:
+                    failures.append(failure)
+                    log.debug("%s: %s: %s", task.key, failure.cause, failure.detail)
+                    outcome = None
+                finally:
+                    progress.in_flight -= 1
+                    seat.flights.discard(flight)
+                    if seat.draining and not seat.flights:
+                        self._keep_to_budget(seat)
+                if outcome is not None:
+                    progress.done += 1
+                    progress.tokens += sum(len(turn.completion_ids) for turn in outcome.rollout.turns)
+                    return outcome
+                if len(failures) > self._rollout.max_retries:
+                    progress.done += 1
+                    progress.failed += 1
+                    last = failures[-1]
+                    return Failed(task, last.cause, last.detail, self._log_for(seat, last))
+                progress.retried += 1
+                await asyncio.sleep(_AFTER_FAILURE_S)
+
+    async def _landed(self, flight: asyncio.Task[Outcome]) -> Outcome | None:
+        """The flight's outcome; None if it was cancelled because its server was restarted."""
+        stopping = asyncio.create_task(self._stopping())
+        try:
+            await asyncio.wait({flight, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            if stopping.done():
+                stopping.result()
+            return None if flight.cancelled() else flight.result()
+        finally:
+            stopping.cancel()
+            if not flight.done():
+                flight.cancel()
+                with contextlib.suppress(asyncio.CancelledError, RolloutFailure):
+                    await flight
+
+    async def _stopping(self) -> None:
+        """Returns never; raises when the run is to end or the controller is gone."""
+        while True:
+            self._check()
+            await self._changed.wait()
+
+    def _check(self) -> None:
+        if self._stop:
+            raise Stopped
+        if self._lost_control is not None:
+            raise ServiceError(f"the controller is gone: {self._lost_control}")
+
+    async def _seat_for(self, task: Task) -> _Seat:
+        """The replica with the fewest rollouts in flight, once one is ready; the controller bounds the wait."""
+        while True:
+            self._check()
+            seats = [s for s in self._seats[task.env] if s.ready and not s.draining]
+            if seats:
+                return min(seats, key=lambda seat: len(seat.flights))
+            await self._changed.wait()
+
+    def _log_for(self, seat: _Seat, failure: RolloutFailure) -> str:
+        name = "gateway" if failure.cause == "engine" else seat.replica.name
+        return self._services.get(name, {}).get("log", "")
+
+
+def check_failed_share(outcomes: Sequence[Outcome], max_share: float) -> None:
+    """Raises RolloutError when more than `max_share` of the outcomes are failures; names the commonest and its log."""
+    failed = [o for o in outcomes if isinstance(o, Failed)]
+    if not failed or len(failed) <= max_share * len(outcomes):
+        return
+    (env, cause), count = Counter((task_of(o).env, o.cause) for o in failed).most_common(1)[0]
+    example = next(o for o in failed if (o.task.env, o.cause) == (env, cause))
+    raise RolloutError(
+        f"{len(failed)} of {len(outcomes)} rollouts failed, more than rollout.max_failed_share={max_share:g} allows. "
+        f"Most often ({count}): {cause} in env.{env}, for example {example.task.key}: {example.detail}\n"
+        f"Look into {example.log or 'the logs of the run directory'}"
+    )

@@ -1,0 +1,81 @@
+"""What the controller tells the trainer, and the other way round: a small HTTP endpoint on loopback.
+
+GET /watch streams a JSON line at every change of a service, and one a second: {"services": {name: {state, epoch,
+rss_mb, log}}}. POST /restart/{name} ends a service, which comes back. POST /progress takes what the live view shows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import orjson
+from aiohttp import web
+
+from gymexp.run.supervisor import Supervisor
+
+_BEAT_S = 1.0
+
+
+class Control:
+    """Serve on `sock`. `on_progress` is called with what the trainer reports."""
+
+    def __init__(self, sock: socket.socket, on_progress: Callable[[dict[str, Any]], None]) -> None:
+        self._sock = sock
+        self._on_progress = on_progress
+        self._changed = asyncio.Event()
+        self.supervisor: Supervisor | None = None
+
+    def changed(self) -> None:
+        """Wake every watcher."""
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def __aenter__(self) -> Control:
+        app = web.Application()
+        app.add_routes(
+            [
+                web.get("/watch", self._watch),
+                web.post("/restart/{name}", self._restart),
+                web.post("/progress", self._progress),
+            ]
+        )
+        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.2)
+        await self._runner.setup()
+        await web.SockSite(self._runner, self._sock).start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._runner.cleanup()
+
+    def _state(self) -> bytes:
+        services = self.supervisor.services.values() if self.supervisor else ()
+        state = {
+            s.name: {"state": s.state, "epoch": s.epoch, "rss_mb": round(s.rss_mb, 1), "log": str(s.log)}
+            for s in services
+        }
+        return orjson.dumps({"services": state}) + b"\n"
+
+    async def _watch(self, request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse()
+        await response.prepare(request)
+        while True:
+            changed = self._changed
+            await response.write(self._state())
+            try:
+                await asyncio.wait_for(changed.wait(), _BEAT_S)
+            except TimeoutError:
+                continue
+
+    async def _restart(self, request: web.Request) -> web.Response:
+        name = request.match_info["name"]
+        if self.supervisor is None or name not in self.supervisor.services:
+            raise web.HTTPNotFound(text=f"no service is named {name}")
+        self.supervisor.restart(name)
+        return web.Response()
+
+    async def _progress(self, request: web.Request) -> web.Response:
+        self._on_progress(orjson.loads(await request.read()))
+        return web.Response()

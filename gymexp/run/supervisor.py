@@ -1,0 +1,249 @@
+"""The processes of a run: started, watched, restarted within a limit, ended together.
+
+Every process writes to its own log. A service that exits unasked, or answers no health check for too long, is
+restarted; one that does so more than `max_restarts` times ends the run with its name, its last words and its log.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import aiohttp
+import psutil
+
+from gymexp.errors import ServiceError
+from gymexp.run import lifeline
+
+log = logging.getLogger(__name__)
+_TERM_GRACE_S = 5.0
+_POLL_S = 0.1
+
+
+class Running(Protocol):
+    """A started process: its id, and a wait for its exit code (negative: a signal's number)."""
+
+    pid: int
+
+    async def wait(self) -> int: ...
+
+
+Start = Callable[[], Awaitable[Running]]
+
+
+@dataclass
+class Service:
+    """One supervised process. `epoch` counts its starts: a rollout that saw two epochs lost its session between."""
+
+    name: str
+    start: Start
+    log: Path
+    url: str | None = None  # answers GET / or GET `health` once ready; None: ready when started
+    health: str = "/"
+    max_restarts: int = 0
+    state: str = "new"  # new, starting, ready, down, stopped
+    epoch: int = 0
+    failures: int = 0
+    pid: int | None = None
+    rss_mb: float = 0.0
+    seen: float = field(default=0.0, repr=False)  # when it last answered
+
+
+@dataclass
+class Child:
+    """A process started by `spawn`."""
+
+    process: asyncio.subprocess.Process
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    async def wait(self) -> int:
+        return await self.process.wait()
+
+
+async def spawn(
+    command: Sequence[str | os.PathLike[str]], log: Path, env: Mapping[str, str] | None = None, fds: Sequence[int] = ()
+) -> Child:
+    """Start a command in a session of its own, that ends with this process; its output is appended to `log`."""
+    with log.open("ab") as out:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-S",
+            lifeline.__file__,
+            *command,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=out,
+            stderr=out,
+            env={**os.environ, **(env or {})},
+            pass_fds=fds,
+            start_new_session=True,
+        )
+    return Child(process)
+
+
+def last_lines(path: Path, count: int = 12) -> str:
+    """The end of a log, for an error message."""
+    if not path.exists():
+        return ""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 16_000))
+        lines = file.read().decode(errors="replace").splitlines()
+    return "\n".join(f"    {line[:300]}" for line in lines[-count:])
+
+
+class Supervisor:
+    """Keeps services running until `close`. `failed` is set to the ServiceError that makes the run impossible."""
+
+    def __init__(self, *, health_interval_s: float, health_timeout_s: float, on_change: Callable[[], None]) -> None:
+        self.services: dict[str, Service] = {}
+        self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._health_interval_s = health_interval_s
+        self._health_timeout_s = health_timeout_s
+        self._on_change = on_change
+        self._tasks: list[asyncio.Task[None]] = []
+        self._closing = False
+        self._http: aiohttp.ClientSession | None = None
+
+    def add(self, service: Service) -> None:
+        self.services[service.name] = service
+        self._tasks.append(asyncio.create_task(self._keep(service), name=service.name))
+
+    async def wait_ready(self, names: Sequence[str], deadline_s: float) -> None:
+        """Raises ServiceError if one of `names` is not ready in time, or the run has failed meanwhile."""
+        until = time.monotonic() + deadline_s
+        while waiting := [n for n in names if self.services[n].state != "ready"]:
+            if self.failed.done():
+                self.failed.result()
+            if time.monotonic() > until:
+                service = self.services[waiting[0]]
+                raise ServiceError(
+                    f"{', '.join(waiting)} did not become ready within {deadline_s:.0f} s (gym.start_timeout_s). "
+                    f"The end of {service.log}:\n{last_lines(service.log)}"
+                )
+            await asyncio.sleep(_POLL_S)
+
+    def restart(self, name: str) -> None:
+        """End a service on purpose; it comes back, and this is not counted as a failure."""
+        service = self.services[name]
+        if service.state == "ready" and service.pid:
+            self._set(service, "restarting")
+            _signal(service.pid, signal.SIGKILL)
+
+    async def close(self, first: Sequence[str] = ()) -> None:
+        """End all services: `first` in their order, then the others together. Leaves no process behind."""
+        self._closing = True
+        rest = [name for name in self.services if name not in first]
+        for batch in [*[[name] for name in first if name in self.services], rest]:
+            await asyncio.gather(*(self._stop(self.services[name]) for name in batch))
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._http:
+            await self._http.close()
+
+    async def _stop(self, service: Service) -> None:
+        if service.pid is None:
+            return
+        with contextlib.suppress(psutil.NoSuchProcess):
+            tree = [psutil.Process(service.pid), *psutil.Process(service.pid).children(recursive=True)]
+            _signal(service.pid, signal.SIGTERM)
+            until = time.monotonic() + _TERM_GRACE_S
+            while service.pid is not None and time.monotonic() < until:
+                await asyncio.sleep(0.02)
+            for process in tree:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    if process.is_running():
+                        process.kill()
+        self._set(service, "stopped")
+
+    async def _keep(self, service: Service) -> None:
+        """Start, wait for the end, start again: the life of one service."""
+        try:
+            while not self._closing:
+                self._set(service, "starting")
+                running = await service.start()
+                service.pid, service.seen = running.pid, time.monotonic()
+                watch = asyncio.create_task(self._watch(service))
+                code = await running.wait()
+                watch.cancel()
+                asked = service.state == "restarting"
+                service.pid = None
+                service.epoch += 1
+                self._set(service, "down")
+                if self._closing:
+                    return
+                if not asked:
+                    service.failures += 1
+                    self._report(service, code)
+                    if service.failures > service.max_restarts:
+                        raise ServiceError(
+                            f"{service.name} {_ended(code)}"
+                            + (f" for the {service.failures}th time" if service.failures > 1 else "")
+                            + f". The end of {service.log}:\n{last_lines(service.log)}"
+                        )
+                    await asyncio.sleep(min(0.2 * 2**service.failures, 10))
+        except ServiceError as error:
+            if not self.failed.done():
+                self.failed.set_exception(error)
+
+    def _report(self, service: Service, code: int) -> None:
+        again = "; starting it again" if service.failures <= service.max_restarts else ""
+        log.warning("%s %s%s (log: %s)", service.name, _ended(code), again, service.log)
+
+    async def _watch(self, service: Service) -> None:
+        """Ask a service how it is; kill it when it has not answered for `health_timeout_s` since it was ready."""
+        if service.url is None:
+            self._set(service, "ready")
+        while True:
+            if service.url is not None:
+                answered = await self._ask(service)
+                now = time.monotonic()
+                if answered:
+                    service.seen = now
+                    if service.state == "starting":
+                        self._set(service, "ready")
+                elif service.state == "ready" and now - service.seen > self._health_timeout_s and service.pid:
+                    log.warning("%s has not answered for %.0f s: ending it", service.name, now - service.seen)
+                    _signal(service.pid, signal.SIGKILL)
+            if service.pid:
+                with contextlib.suppress(psutil.Error):
+                    service.rss_mb = psutil.Process(service.pid).memory_info().rss / 2**20
+            await asyncio.sleep(_POLL_S if service.state == "starting" else self._health_interval_s)
+
+    async def _ask(self, service: Service) -> bool:
+        self._http = self._http or aiohttp.ClientSession()
+        patience = aiohttp.ClientTimeout(total=min(self._health_timeout_s, 5.0 if service.state == "starting" else 1e9))
+        try:
+            async with self._http.get(f"{service.url}{service.health}", timeout=patience) as response:
+                return response.status < 500
+        except (aiohttp.ClientError, TimeoutError):
+            return False
+
+    def _set(self, service: Service, state: str) -> None:
+        service.state = state
+        self._on_change()
+
+
+def _ended(code: int) -> str:
+    if code >= 0:
+        return f"exited with code {code}"
+    try:
+        return f"was ended by {signal.Signals(-code).name}"
+    except ValueError:
+        return f"was ended by signal {-code}"
+
+
+def _signal(pid: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
