@@ -27,10 +27,10 @@ Say = Callable[[str], None]
 def cached(
     cache: Path, label: str, determined_by: dict[str, Any], make: Callable[[Path], None], say: Say
 ) -> tuple[Path, dict[str, str]]:
-    """The directory of one cache entry and the sha256 of each of its files; `make(directory)` fills it if need be.
+    """The directory of one cache entry and the sha256 of its files; `make(directory)` fills a new one.
 
     determined_by: everything that decides the content, as JSON-able values; its hash is in the entry's name.
-    An entry whose files do not match their hashes is made again. Two processes that want the same entry make it once.
+    An entry whose files do not match their hashes is made again. Two processes that want one make it once.
     """
     key = hashlib.sha256(orjson.dumps([_FORMAT, determined_by], option=orjson.OPT_SORT_KEYS)).hexdigest()
     entry = cache / "data" / f"{label}-{key[:16]}"
@@ -38,7 +38,7 @@ def cached(
         entry.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(
-            f"the cache {cache} cannot be written ({error.strerror}): set GYMEXP_CACHE to a directory that can"
+            f"{cache} cannot be written ({error.strerror}): set GYMEXP_CACHE to a directory that can"
         ) from None
     with _held(Path(f"{entry}.lock"), label, say):
         if (hashes := _intact(entry)) is not None:
@@ -65,8 +65,8 @@ def _held(lock_file: Path, label: str, say: Say) -> Iterator[None]:
             lock.acquire(timeout=_LOCK_TIMEOUT_S)
         except Timeout:
             raise DataError(
-                f"{lock_file} has been held by another process for {_LOCK_TIMEOUT_S:.0f} s: end that process, "
-                "or set GYMEXP_CACHE to another directory"
+                f"another process has held {lock_file} for {_LOCK_TIMEOUT_S:.0f} s: "
+                "end that process, or set GYMEXP_CACHE to another directory"
             ) from None
     try:
         yield

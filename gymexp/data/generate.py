@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections import deque
@@ -20,6 +21,7 @@ from gymexp.config import DataConfig
 from gymexp.data.cache import Say, cached, sha256_of
 from gymexp.errors import DataError
 from gymexp.gym.install import site_packages
+from gymexp.run import lifeline
 
 _DEADLINE_S = 1800.0
 _ROUNDS = 5  # how often more validation puzzles are made in place of those that the training set holds
@@ -30,7 +32,7 @@ _REASONING_GYM_OPTIONS = {"task", "config"}
 def generate(
     name: str, data: DataConfig, gym_python: Path, cache: Path, say: Say
 ) -> tuple[Path, dict[str, str]]:
-    """The cache entry with the environment's generated train.jsonl and validation.jsonl, and its files' hashes."""
+    """The cache entry with the environment's train.jsonl and validation.jsonl, and its files' hashes."""
     if data.generator == "workplace":
         return _workplace(name, data, gym_python, cache, say)
     assert data.generator == "reasoning_gym", data.generator
@@ -84,8 +86,9 @@ def _reasoning_gym(
         start = _apart(seeds["train"], size, seeds["validation"], wanted)
         if start != seeds["validation"]:
             say(
-                f"{name}: reasoning_gym makes puzzle i from seed + i, so validation_seed={seeds['validation']} would "
-                f"repeat train_seed={seeds['train']}'s puzzles; validation starts at seed {start} instead"
+                f"{name}: reasoning_gym makes puzzle i from seed + i, so "
+                f"validation_seed={seeds['validation']} would repeat puzzles of train_seed={seeds['train']}; "
+                f"validation starts at seed {start} instead"
             )
         more = directory / "more.jsonl"
         _run_all(name, [command(size, seeds["train"], train), command(wanted, start, more)], say)
@@ -105,8 +108,9 @@ def _reasoning_gym(
             _run_all(name, [command(wanted, start, more)], say)
         else:
             raise DataError(
-                f"env.{name}.data.validation_size is {wanted}, but {_ROUNDS * wanted} more puzzles of {task} held only "
-                f"{len(kept)} that are not train tasks: lower it, or train_size, or make the puzzles more varied"
+                f"env.{name}.data.validation_size is {wanted}, but {_ROUNDS * wanted} more puzzles of {task} "
+                f"held only {len(kept)} that are not train tasks: lower it, or train_size, "
+                "or make the puzzles more varied"
             )
         more.unlink()
         _write(validation, kept[:wanted])
@@ -115,7 +119,7 @@ def _reasoning_gym(
 
 
 def _apart(train_seed: int, size: int, validation_seed: int, wanted: int) -> int:
-    """A seed from which `wanted` puzzles do not meet the train puzzles' seeds: the given one, or the first after."""
+    """A seed whose `wanted` puzzles are none of the train seed's: the given one, or the first after those."""
     meets = validation_seed < train_seed + size and train_seed < validation_seed + wanted
     return train_seed + size if meets else validation_seed
 
@@ -127,10 +131,10 @@ def _workplace(
         raise DataError(f"env.{name}.data.options must be empty for generator=workplace, got {data.options}")
     script = Path(__file__).with_name("workplace.py")
     # The script may be split over modules beside it; each of them decides what it makes.
-    sources = [script, *sorted(script.parent.glob("workplace_*/**/*.py"))]
+    sources = [*script.parent.glob("workplace*.py"), *script.parent.glob("workplace_*/**/*.py")]
     determined_by = {
         "generator": "workplace",
-        "script": {str(path.relative_to(script.parent)): sha256_of(path) for path in sources},
+        "script": {str(path.relative_to(script.parent)): sha256_of(path) for path in sorted(sources)},
         "versions": _versions(python, ("nemo-gym",)),
         "sizes": [data.train_size, data.validation_size],
         "seed": data.train_seed,
@@ -154,14 +158,16 @@ def _workplace(
 
 
 def _versions(python: Path, packages: tuple[str, ...]) -> dict[str, str]:
-    code = "import importlib.metadata as m, json, sys; print(json.dumps({p: m.version(p) for p in sys.argv[1:]}))"
+    code = (
+        "import json, sys, importlib.metadata as m; print(json.dumps([m.version(p) for p in sys.argv[1:]]))"
+    )
     result = subprocess.run([python, "-c", code, *packages], capture_output=True, text=True, check=False)
     if result.returncode:
         raise DataError(
             f"{python} must have {' and '.join(packages)} installed to generate tasks, but: "
             f"{(result.stderr.strip().splitlines() or ['it failed'])[-1]}"
         )
-    return json.loads(result.stdout)
+    return dict(zip(packages, json.loads(result.stdout), strict=True))
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
@@ -169,7 +175,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
 
 
 def _write(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    # Which agent plays a row is the environment's matter (env.<name>.agent), so the script's own choice is left out.
+    # Which agent plays a row is said by env.<name>.agent, so the script's own choice is left out.
     lines = (orjson.dumps({k: v for k, v in row.items() if k != "agent_ref"}) + b"\n" for row in rows)
     path.write_bytes(b"".join(lines))
 
@@ -196,9 +202,9 @@ def _run_all(
 def _child(
     command: list[str], on_line: Callable[[str], None] | None
 ) -> Iterator[tuple[subprocess.Popen[str], Callable[[], str]]]:
-    """A child in a process group of its own, gone with everything that it started when the block is left."""
+    """A child in a process group of its own, gone when the block is left or this process ends."""
     child = subprocess.Popen(
-        command,
+        [sys.executable, lifeline.__file__, *command],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -225,7 +231,8 @@ def _child(
         yield child, last_words
         reader.join(timeout=5)
     finally:
-        if child.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGKILL)
-            child.wait()
+        with contextlib.suppress(
+            ProcessLookupError
+        ):  # the group outlives the child if it left something behind
+            os.killpg(child.pid, signal.SIGKILL)
+        child.wait()

@@ -1,7 +1,7 @@
 """`source=huggingface`: files of a dataset repository, with a deadline on every wait.
 
-`hf_hub_download` alone retries an unreachable hub with growing pauses; one request made first, without retries, answers
-in seconds. What was downloaded before is used when the hub cannot be reached.
+`hf_hub_download` alone retries an unreachable hub with growing pauses; one request made first, without any,
+is answered in seconds. What was downloaded before is used when the hub cannot be reached.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One training order out of several environments' tasks: shares by weight, repeatable to the last task. Pure."""
+"""One training order out of several environments' tasks: shares by weight, the same every time. Pure."""
 
 from __future__ import annotations
 
@@ -23,12 +23,13 @@ def mix(
 ) -> list[Task]:
     """`size` tasks, of which each environment has its weight's share, to within one task.
 
-    size: None takes as many as the weights allow without repeating a task. Where an environment's share is more than it
-    has, its tasks come again in whole epochs, each shuffled anew. An environment of weight 0 is left out.
-    order: "interleave" keeps each environment's count in the first k tasks, for every k, within one of k times its
-    share. So in any window of consecutive tasks it is within two of its share, and within one if there are two
-    environments. (For three or more, no order does better than that for every choice of weights.) "shuffle" shuffles.
-    The result depends on nothing but the arguments; an environment's own order does not change as others come and go.
+    size: None takes as many as the weights allow without repeating a task. Where an environment's share is
+    more than it has, its tasks come again in whole epochs, each shuffled anew. An environment of weight 0 is
+    left out. order: "shuffle", or "interleave": it keeps each environment's count in the first k tasks, for
+    any k, within one of k times its share. So in any window of consecutive tasks it is within two of its
+    share, and within one if there are two environments. (Three or more can have shares for which no order
+    keeps every window within one.) The result depends on the arguments alone, and an environment's own order
+    stays as others come and go.
     """
     counts = share_out({env: len(tasks) for env, tasks in tasks_by_env.items()}, weights, size)
     queues = {env: _epochs(env, tasks_by_env[env], seed) for env in counts}
@@ -41,7 +42,7 @@ def mix(
 
 
 def share_out(available: Mapping[str, int], weights: Mapping[str, float], size: int | None) -> dict[str, int]:
-    """How many tasks each environment of weight > 0 gives, in alphabetical order; largest remainders round up."""
+    """How many tasks each environment of weight > 0 gives, alphabetically; largest remainders round up."""
     # Through str, 0.1 is a tenth: weights 0.1 and 0.3 are exactly one to three.
     exact = {env: Fraction(str(weights[env])) for env in sorted(available) if weights[env] > 0}
     if not exact:
@@ -56,8 +57,8 @@ def share_out(available: Mapping[str, int], weights: Mapping[str, float], size: 
         size = min(math.floor(available[env] * total / weight) for env, weight in exact.items())
         if size < 1:
             raise DataError(
-                f"the weights {dict(weights)} leave no training set without repeats out of {dict(available)} tasks: "
-                "set dataset.train_size, or bring the weights closer together"
+                f"the weights {dict(weights)} leave no training set without repeats out of {dict(available)} "
+                "tasks: set dataset.train_size, or bring the weights closer together"
             )
     ideal = {env: weight / total * size for env, weight in exact.items()}
     counts = {env: math.floor(share) for env, share in ideal.items()}
@@ -80,9 +81,9 @@ def _epochs(env: str, tasks: Sequence[Task], seed: int) -> Iterator[Task]:
 def _interleaved(counts: Mapping[str, int]) -> Iterator[str]:
     """Environment names, each as often as `counts` says, as evenly as can be.
 
-    Of the environments that have fallen behind their share far enough, the one whose next task is due first is next.
-    Source: Tijdeman, "The chairman assignment problem" (1980), which proves that every count then stays within
-    1 - 1/(2n - 2) of its share at every position, n being the number of environments.
+    Of the environments that have fallen behind their share far enough, the one whose next task is due first
+    comes next. Source: Tijdeman, "The chairman assignment problem" (1980), which proves that every count then
+    stays within 1 - 1/(2n - 2) of its share at every position, n being the number of environments.
     """
     counts = {env: count for env, count in counts.items() if count}
     total = sum(counts.values())

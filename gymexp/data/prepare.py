@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,18 +49,19 @@ def prepare(
         )
         validation[name] = _tasks(name, "validation", env, files.validation, limit, known_agents)
         sources[name] = {"source": env.data.source} | {
-            key: str(value) for key, value in asdict(files).items() if value is not None
+            "train_file": str(files.train),
+            "train_sha256": files.train_sha256,
+            "validation_file": str(files.validation),
+            "validation_sha256": files.validation_sha256,
         }
     dataset = config.dataset
     train = mix(available, weights, dataset.train_size, dataset.order, dataset.seed)
     summary = describe(train, available, weights, dataset.order, dataset.seed)
     for name, stated in summary["envs"].items():
-        stated |= {"validation": len(validation[name])} | sources[name]
+        stated |= {"validation_tasks": len(validation[name])} | sources[name]
         if stated["repeats"]:
-            epochs = stated["used"] / stated["available"]
-            say(
-                f"{name}: {stated['used']} training tasks out of {stated['available']}, so {epochs:.1f} epochs of them"
-            )
+            used, there = stated["used"], stated["available"]
+            say(f"{name}: {used} training tasks out of {there}: {used / there:.1f} epochs of them")
     prepared = Prepared(train, validation, summary)
     if run_data_dir is not None:
         _write(prepared, run_data_dir)

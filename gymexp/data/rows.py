@@ -1,4 +1,4 @@
-"""Dataset rows, checked one by one before anything starts: what NeMo Gym would refuse is said here, with its line."""
+"""Dataset rows, checked before anything starts: what NeMo Gym would refuse is said here, with its line."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ from gymexp.errors import DataError
 _MOST_PROBLEMS = 20
 _ROLES = ("user", "assistant", "system", "developer")
 # What NeMo Gym 0.4 takes as responses_create_params; it refuses a request with any other key.
-_PARAMETERS = frozenset(
-    "background include input instructions max_output_tokens max_tool_calls metadata model parallel_tool_calls "
-    "previous_response_id prompt reasoning service_tier store temperature text tool_choice tools top_logprobs top_p "
-    "truncation user stream".split()
-)
-# What the verify request of a resources server asks of its rows, keyed by the server's folder. "a.b" is b inside a.
+# fmt: off
+_PARAMETERS = frozenset((
+    "background", "include", "input", "instructions", "max_output_tokens", "max_tool_calls", "metadata",
+    "model", "parallel_tool_calls", "previous_response_id", "prompt", "reasoning", "service_tier", "store",
+    "stream", "temperature", "text", "tool_choice", "tools", "top_logprobs", "top_p", "truncation", "user",
+))
+# fmt: on
+# What a resources server's verify request asks of its rows, keyed by the server's folder. "a.b": b in a.
 _SERVER_FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
     "reasoning_gym": {
         "question": (str,),
@@ -40,7 +42,7 @@ Problem = tuple[str, str]  # field, reason
 
 
 def server_of(config_path: str) -> str:
-    """The resources server's folder in NeMo Gym: the second part of `resources_servers/<folder>/configs/….yaml`."""
+    """The resources server's folder in NeMo Gym: what follows `resources_servers/` in its config's path."""
     parts = Path(config_path).parts
     return parts[parts.index("resources_servers") + 1] if "resources_servers" in parts[:-1] else ""
 
@@ -56,9 +58,9 @@ def load_rows(
 ) -> list[dict[str, Any]]:
     """The first `limit` rows of a JSONL file, each with an agent_ref.
 
-    known_agents: the agents of all selected environments, `agent` (this one's) among them. server: the resources
-    server's folder, for the fields that it asks for. Blank lines are passed over.
-    Raises DataError with all problems of the file (the first 20 in full), one `path:line: field: reason` each.
+    known_agents: the agents of all selected environments, `agent` (this one's) among them.
+    server: the resources server's folder, for the fields that it asks for. Blank lines are passed over.
+    Raises DataError with all problems of the file (20 of them in full), one `path:line: field: reason` each.
     """
     rows: list[dict[str, Any]] = []
     problems: list[str] = []
@@ -166,10 +168,10 @@ def _agent_problems(reference: Any, known_agents: Collection[str]) -> Iterator[P
     if not isinstance(reference, dict) or not isinstance(reference.get("name"), str):
         yield "agent_ref", f"must be {{type: responses_api_agents, name: …}}, got {_shown(reference)}"
     elif reference["name"] not in known_agents:
-        known = sorted(known_agents)
+        known, name = sorted(known_agents), reference["name"]
         yield (
             "agent_ref.name",
-            f"{reference['name']!r} is no agent of the selected environments{nearest(reference['name'], known)} "
+            f"{name!r} is no agent of the selected environments{nearest(name, known)} "
             f"(they have: {', '.join(known)})",
         )
 

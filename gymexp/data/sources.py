@@ -13,7 +13,7 @@ from gymexp.errors import DataError
 
 @dataclass(frozen=True)
 class Files:
-    """An environment's rows as files. `demonstrations` is there if the generator proved its tasks by playing them."""
+    """An environment's rows as files. `demonstrations`: its train tasks played out, if there are any."""
 
     train: Path
     validation: Path
@@ -23,7 +23,7 @@ class Files:
 
 
 def fetch(name: str, env: EnvConfig, gym_python: Path | None, cache: Path, say: Say) -> Files:
-    """The environment's files, made or downloaded if they are not there yet; DataError says why not and the ways on.
+    """The environment's files, made or downloaded if need be; a DataError says why not, and the ways on.
 
     gym_python: NeMo Gym's interpreter; only `source=generate` needs it.
     """

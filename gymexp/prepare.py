@@ -1,0 +1,65 @@
+"""Make and check the tasks of the selected environments, as a run would; nothing is left but the cache.
+
+python -m gymexp.prepare env=[sudoku,workplace]
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import hydra
+from omegaconf import DictConfig
+
+from gymexp.config import CONF_DIR, load, register
+from gymexp.data.prepare import needs_gym_python, prepare
+from gymexp.errors import GymexpError
+from gymexp.gym.install import ensure_python
+from gymexp.run.directory import cache_dir
+
+# Hydra's own run directory and log file; a command line that says otherwise comes later and wins.
+_NOTHING_LEFT = [
+    "hydra.run.dir=.",
+    "hydra.output_subdir=null",
+    "hydra/job_logging=none",
+    "hydra/hydra_logging=none",
+]
+
+register()
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="train")
+def main(cfg: DictConfig) -> None:
+    try:
+        _prepare(cfg)
+    except GymexpError as error:
+        sys.exit(str(error))  # to stderr, with code 1
+
+
+def _prepare(cfg: DictConfig) -> None:
+    start = time.perf_counter()
+    config = load(cfg)
+    cache = cache_dir()
+    python = None
+    if needs_gym_python(config.env):
+        python = ensure_python(config.gym, [env.config_path for env in config.env.values()], cache, say)
+    prepared = prepare(config, python, cache, None, say)
+    mix = prepared.summary
+    for name, made in mix["envs"].items():
+        say(f"{name} ({made['source']}, weight {made['weight']:g})")
+        for split, rows in {"train": made["available"], "validation": made["validation_tasks"]}.items():
+            sha256, file = made[f"{split}_sha256"][:12], made[f"{split}_file"]
+            say(f"  {split:<10} {rows:>6} rows  sha256 {sha256}  {file}")
+    parts = ", ".join(f"{name} {made['used']} ({made['share']:.0%})" for name, made in mix["envs"].items())
+    say(f"training set: {mix['size']} tasks: {parts}")
+    say(f"order: {mix['order']}, seed {mix['seed']}, sha256 {mix['sha256'][:12]}")
+    say(f"prepared in {time.perf_counter() - start:.1f} s")
+
+
+def say(line: str) -> None:
+    print(line, flush=True)
+
+
+if __name__ == "__main__":
+    sys.argv[1:1] = _NOTHING_LEFT
+    main()
