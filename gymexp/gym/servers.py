@@ -166,12 +166,11 @@ class _Forked:
 class GymHost:
     """The process that holds NeMo Gym and forks its servers (`gymexp/gym/host.py`)."""
 
-    def __init__(self, python: Path, layout: Layout, sockets: Mapping[str, Any], log: Path, hf_home: Path) -> None:
+    def __init__(self, python: Path, layout: Layout, sockets: Mapping[str, Any], log: Path) -> None:
         self._python = python
         self._layout = layout
         self._sockets = sockets
         self.log = log
-        self._hf_home = hf_home
         self._loaded: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._starting: asyncio.Queue[asyncio.Future[_Forked]] = asyncio.Queue()
         self._ends: dict[int, asyncio.Future[int]] = {}
@@ -179,7 +178,7 @@ class GymHost:
 
     async def start(self) -> Running:
         """Start the host process; its servers can be started once NeMo Gym is imported, which they wait for."""
-        env = os.environ | {"HF_HOME": os.environ.get("HF_HOME", str(self._hf_home)), "RAY_USAGE_STATS_ENABLED": "0"}
+        env = os.environ | {"HF_HOME": os.environ.get("HF_HOME", str(Path.home() / ".cache/huggingface")), "RAY_USAGE_STATS_ENABLED": "0"}
         fds = {name: sock.fileno() for name, sock in self._sockets.items()}
         with self.log.open("ab") as out:
             self._process = await asyncio.create_subprocess_exec(

@@ -14,6 +14,7 @@ from typing import Any
 import orjson
 from aiohttp import web
 
+from gymexp.run import ports
 from gymexp.run.supervisor import Supervisor
 
 _BEAT_S = 1.0
@@ -27,6 +28,10 @@ class Control:
         self._on_progress = on_progress
         self._changed = asyncio.Event()
         self.supervisor: Supervisor | None = None
+
+    @property
+    def url(self) -> str:
+        return ports.url_of(self._sock)
 
     def changed(self) -> None:
         """Wake every watcher."""

@@ -1,0 +1,234 @@
+"""One run from claimed directory to result: services started, the trainer watched, everything ended.
+
+    controller
+     ├─ gym host ── NeMo Gym's servers (forked)
+     ├─ gateway
+     └─ trainer (with the hf engine inside)
+
+The controller holds every listening socket and hands it down, so that addresses are known before anything starts and
+survive restarts. It imports no torch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Awaitable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from gymexp.config import RunConfig
+from gymexp.errors import GymexpError, ServiceError
+from gymexp.gym.servers import GymHost, Layout, plan
+from gymexp.policy.model import resolve_path
+from gymexp.run import ports
+from gymexp.run.control import Control
+from gymexp.run.directory import RunDirectory, append_line, replace_file
+from gymexp.run.supervisor import Service, Supervisor, last_lines, spawn
+from gymexp.view.progress import View
+
+log = logging.getLogger(__name__)
+_STATUS_S = 1.0
+T = TypeVar("T")
+
+
+class Interrupted(GymexpError):
+    """SIGINT or SIGTERM ended the run, with what was done saved. `number`: the signal's."""
+
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(message)
+        self.number = number
+
+
+def run(config: RunConfig, directory: RunDirectory, gym_python: Path, site: Path, view: View) -> dict[str, Any]:
+    """Train; returns what the trainer's result.json says. Raises GymexpError; no process is left either way."""
+    return asyncio.run(Controller(config, directory, view).run(gym_python, site))
+
+
+class Controller:
+    def __init__(self, config: RunConfig, directory: RunDirectory, view: View) -> None:
+        self._config = config
+        self._directory = directory
+        self._view = view
+        self._facts: dict[str, Any] = {"phase": "start"}
+        self._began = time.time()
+        self._asked: int | None = None
+
+    async def run(self, gym_python: Path, site: Path) -> dict[str, Any]:
+        directory, gym = self._directory, self._config.gym
+        control = Control(ports.listen(), self._on_progress)
+        supervisor = control.supervisor = Supervisor(
+            health_interval_s=gym.health_interval_s,
+            health_timeout_s=gym.health_timeout_s,
+            on_change=control.changed,
+        )
+        sockets: dict[str, socket.socket] = {}
+        gateway_sock, engine_sock = ports.listen(), ports.listen()
+
+        def port(name: str) -> int:
+            sockets[name] = ports.listen()
+            return sockets[name].getsockname()[1]
+
+        layout = plan(self._config.env, gym, site, ports.url_of(gateway_sock), port)
+        self._write_services(layout, control.url, engine_sock)
+        writing = asyncio.create_task(self._write_status(supervisor))
+        async with control:
+            try:
+                self._catch_signals(supervisor)
+                await self._start(supervisor, layout, sockets, gateway_sock, engine_sock, gym_python)
+                return await self._until_trained(supervisor)
+            finally:
+                self._facts["phase"] = "stop"
+                await supervisor.close(first=["trainer", "gateway"])
+                writing.cancel()
+                for sock in (gateway_sock, engine_sock, *sockets.values()):
+                    sock.close()
+
+    async def _start(
+        self,
+        supervisor: Supervisor,
+        layout: Layout,
+        sockets: dict[str, socket.socket],
+        gateway_sock: socket.socket,
+        engine_sock: socket.socket,
+        gym_python: Path,
+    ) -> None:
+        logs, gym = self._directory.logs, self._config.gym
+        host = GymHost(gym_python, layout, sockets, logs / "gym-host.log")
+        supervisor.add(Service("gym-host", host.start, host.log))
+        trainer_log, gateway_log = logs / "trainer.log", logs / "gateway.log"
+        supervisor.add(
+            Service(
+                "trainer",
+                lambda: spawn(
+                    [sys.executable, "-m", "gymexp.training.process", self._directory.path],
+                    trainer_log,
+                    fds=[engine_sock.fileno()],
+                ),
+                trainer_log,
+            )
+        )
+        gateway = [sys.executable, "-m", "gymexp.policy.gateway", "--fd", str(gateway_sock.fileno())]
+        gateway += ["--engine-url", ports.url_of(engine_sock)]
+        gateway += ["--tokenizer", resolve_path(self._config.model.path)]
+        gateway += ["--max-model-len", str(self._config.model.max_model_len)]
+        supervisor.add(
+            Service(
+                "gateway",
+                lambda: spawn(gateway, gateway_log, fds=[gateway_sock.fileno()]),
+                gateway_log,
+                ports.url_of(gateway_sock),
+                health="/v1/models",
+                max_restarts=gym.max_restarts,
+            )
+        )
+        for name, sock in sockets.items():
+            path = logs / f"{name}.log"
+            supervisor.add(
+                Service(
+                    name,
+                    lambda name=name, path=path: host.start_server(name, path),
+                    path,
+                    ports.url_of(sock),
+                    max_restarts=gym.max_restarts,
+                )
+            )
+        ready = asyncio.create_task(supervisor.wait_ready([*sockets, "gateway"], gym.start_timeout_s))
+        self._ready = ready
+
+    async def _until_trained(self, supervisor: Supervisor) -> dict[str, Any]:
+        """Wait for the trainer's end, a failure, or a failed start, whichever is first."""
+        trainer = supervisor.services["trainer"]
+        ended = asyncio.create_task(self._trainer_ended(trainer))
+        try:
+            waiting: set[asyncio.Future[Any]] = {ended, supervisor.failed, self._ready}
+            while not ended.done():
+                done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                for one in done:
+                    if one is not ended and (error := one.exception()):
+                        raise await self._cause(supervisor, error)
+        finally:
+            ended.cancel()
+            self._ready.cancel()
+        result = self._result()
+        if "error" in result:
+            raise ServiceError(result["error"])
+        if result["stopped"]:
+            number = self._asked or signal.SIGTERM
+            raise Interrupted(
+                number,
+                f"ended by {signal.Signals(number).name} after step {result['step']}; "
+                f"go on with: python -m gymexp.train resume={self._directory.path}",
+            )
+        return result
+
+    async def _trainer_ended(self, trainer: Service) -> None:
+        while trainer.epoch == 0:
+            await asyncio.sleep(0.05)
+
+    async def _cause(self, supervisor: Supervisor, error: BaseException) -> BaseException:
+        """A trainer that still runs gets to save a checkpoint; one that failed may have said why."""
+        trainer = supervisor.services.get("trainer")
+        if trainer and trainer.pid:
+            self._view.say("a service failed: saving a checkpoint before the end")
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(trainer.pid, signal.SIGTERM)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._trainer_ended(trainer), 120)
+            return error
+        said = self._result().get("error")
+        return ServiceError(said) if said else error
+
+    def _result(self) -> dict[str, Any]:
+        path = self._directory.path / "result.json"
+        if not path.exists():
+            log_path = self._directory.logs / "trainer.log"
+            return {"error": f"the trainer left no result. The end of {log_path}:\n{last_lines(log_path)}"}
+        return json.loads(path.read_text())
+
+    def _catch_signals(self, supervisor: Supervisor) -> None:
+        """The first signal asks the trainer to save and end; a second one ends everything at once."""
+        loop = asyncio.get_running_loop()
+        me = asyncio.current_task()
+        assert me is not None
+
+        def asked(number: int) -> None:
+            pid = supervisor.services["trainer"].pid if "trainer" in supervisor.services else None
+            if self._asked is not None or pid is None:
+                self._asked = number
+                me.cancel()
+                return
+            self._asked = number
+            self._view.say("ending: saving a checkpoint (once more to end at once)")
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, asked, number)
+
+    def _write_services(self, layout: Layout, control_url: str, engine_sock: socket.socket) -> None:
+        replicas = {name: [dataclasses.asdict(r) for r in some] for name, some in layout.replicas.items()}
+        said = {"control_url": control_url, "engine_fd": engine_sock.fileno(), "replicas": replicas}
+        replace_file(self._directory.path / "services.json", json.dumps(said, indent=1))
+        (self._directory.path / "result.json").unlink(missing_ok=True)
+
+    def _on_progress(self, facts: dict[str, Any]) -> None:
+        if facts.get("phase") != self._facts.get("phase"):
+            append_line(self._directory.timeline, {"time": round(time.time(), 3), "phase": facts.get("phase")})
+        self._facts = facts
+        self._view.update(facts)
+
+    async def _write_status(self, supervisor: Supervisor) -> None:
+        while True:
+            states = {s.name: s.state for s in supervisor.services.values()}
+            self._directory.write_status(pid=os.getpid(), began=self._began, services=states, **self._facts)
+            self._view.services(states)
+            await asyncio.sleep(_STATUS_S)

@@ -1,0 +1,56 @@
+"""Train a policy in NeMo Gym's environments.
+
+    python -m gymexp.train env=[sudoku,workplace] model=qwen3_4b
+    python -m gymexp.train -m trainer.learning_rate=1e-6,1e-5        a sweep
+    python -m gymexp.train resume=outputs/<name>/<date_time>         a run that ended early
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from gymexp import config as configuration
+from gymexp.run.entry import guarded, hydra_main
+
+
+@hydra_main(config_name="train")
+def main(cfg: DictConfig) -> Any:
+    config = configuration.load(cfg)
+
+    from gymexp.data.prepare import load_prepared, prepare
+    from gymexp.gym.install import ensure_python, site_packages
+    from gymexp.run import controller
+    from gymexp.run.directory import RunDirectory, cache_dir
+    from gymexp.training import arguments
+    from gymexp.view.progress import View
+    from gymexp.view.table import held_out_table
+
+    view = View()
+    overrides = list(HydraConfig.get().overrides.task)
+    directory = Path(config.output_dir or HydraConfig.get().runtime.output_dir).resolve()
+    if config.resume:
+        run = RunDirectory.reopen(Path(config.resume).resolve())
+        config = configuration.resumed(run.config, config.resume)
+    arguments.check(config, cache_dir())
+    python = ensure_python(config.gym, [e.config_path for e in config.env.values()], cache_dir(), view.say)
+    site = site_packages(python)
+    if config.resume:
+        prepared = load_prepared(run.data)
+    else:
+        prepared = prepare(config, python, cache_dir(), None, view.say)
+        run = RunDirectory.claim(directory, config, overrides)
+        prepared.write(run.data)
+    result = controller.run(config, run, python, site, view)
+    view.say(held_out_table(result))
+    view.say(f"run directory: {run.path}")
+    return result
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""`trainer.*` and TRL's GRPOConfig: checked before anything starts, and built in the trainer.
+
+TRL's constructor is the schema. Unknown names are found without importing TRL, by reading its source; the values are
+checked by constructing the object in a process of its own, whose good verdict is kept for the same values and versions.
+Run as a program (`python -m gymexp.training.arguments`), it reads a JSON object and constructs.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gymexp.config import RunConfig, nearest
+from gymexp.errors import ConfigError
+
+if TYPE_CHECKING:
+    from trl import GRPOConfig
+
+_SOURCES = (
+    ("trl", "trainer/grpo_config.py", "GRPOConfig"),
+    ("trl", "trainer/base_config.py", "_BaseConfig"),
+    ("transformers", "training_args.py", "TrainingArguments"),
+)
+# What gymexp sets itself, and where its users say it.
+_OWNED = {
+    "output_dir": "output_dir (of the run)",
+    "seed": "seed",
+    "report_to": "tracker",
+    "use_vllm": "engine",
+    "vllm_mode": "engine",
+    "model_init_kwargs": "model",
+    "bf16": "model.dtype",
+    "fp16": "model.dtype",
+    "use_transformers_continuous_batching": "engine",
+    "resume_from_checkpoint": "resume",
+    "do_eval": "evaluation",
+    "eval_strategy": "evaluation",
+    "eval_steps": "evaluation.every_steps",
+    "chat_template_kwargs": "model.chat_template_kwargs",
+    "shuffle_dataset": "dataset.order",
+}
+_CHECK_TIMEOUT_S = 120
+
+
+def check(config: RunConfig, cache: Path) -> None:
+    """Raises ConfigError if TRL would not take `trainer.*`. Under a second if these values passed before."""
+    known = _known_names()
+    problems = []
+    for name in config.trainer:
+        if name in _OWNED:
+            problems.append(f"trainer.{name} is set by gymexp: use {_OWNED[name]} instead")
+        elif name not in known:
+            problems.append(
+                f"trainer.{name} is not an argument of trl.GRPOConfig{nearest(name, sorted(known), 'trainer.')}"
+            )
+    if problems:
+        raise ConfigError("\n".join(problems))
+    _check_groups(config.trainer)
+    versions = [importlib.metadata.version(package) for package in ("trl", "transformers", "torch")]
+    facts = json.dumps([config.trainer, config.model.dtype, versions], sort_keys=True)
+    verdict = cache / "arguments" / hashlib.sha256(facts.encode()).hexdigest()[:24]
+    if verdict.exists():
+        return
+    shown = subprocess.run(
+        [sys.executable, "-m", "gymexp.training.arguments"],
+        input=json.dumps({"trainer": config.trainer, "dtype": config.model.dtype}),
+        capture_output=True,
+        text=True,
+        timeout=_CHECK_TIMEOUT_S,
+        env=os.environ | {"TRL_EXPERIMENTAL_SILENCE": "1"},
+        check=False,
+    )
+    if shown.returncode == 2:
+        raise ConfigError(f"trainer: trl.GRPOConfig refuses it: {shown.stdout.strip()}")
+    if shown.returncode:
+        raise ConfigError(f"trainer: trl.GRPOConfig could not be constructed:\n{shown.stderr.strip()[-2000:]}")
+    verdict.parent.mkdir(parents=True, exist_ok=True)
+    verdict.touch()
+
+
+def build(config: RunConfig, output_dir: Path) -> GRPOConfig:
+    """TRL's arguments for this run (imports torch)."""
+    return _construct(config.trainer, config.model.dtype, str(output_dir), config.seed)
+
+
+def _construct(trainer: dict[str, Any], dtype: str, output_dir: str, seed: int) -> GRPOConfig:
+    import torch
+    from trl import GRPOConfig
+
+    return GRPOConfig(
+        **trainer,
+        output_dir=output_dir,
+        seed=seed,
+        bf16=dtype == "bfloat16",
+        fp16=dtype == "float16",
+        use_cpu=not torch.cuda.is_available(),
+        report_to=[],
+        disable_tqdm=True,
+        shuffle_dataset=False,
+        eval_strategy="no",
+    )
+
+
+def _check_groups(trainer: dict[str, Any]) -> None:
+    """TRL's rule for whole groups, said with the keys to change (for one training process)."""
+    per_device = trainer.get("per_device_train_batch_size", 8)
+    steps = trainer.get("steps_per_generation") or trainer.get("gradient_accumulation_steps", 1)
+    generations = trainer.get("num_generations", 8)
+    batch = trainer.get("generation_batch_size") or per_device * steps
+    if not all(isinstance(n, int) and n > 0 for n in (batch, generations)):
+        return  # TRL's constructor says which
+    if generations < 2:
+        raise ConfigError(f"trainer.num_generations must be >= 2 for a group to have a baseline, got {generations}")
+    if batch % generations:
+        lower, upper = batch // generations * generations, -(-batch // generations) * generations
+        fits = " or ".join(str(n) for n in (lower, upper) if n)
+        raise ConfigError(
+            f"trainer.num_generations={generations} must divide the generation batch of {batch} rollouts "
+            f"(per_device_train_batch_size={per_device} x steps_per_generation={steps}), so that every batch holds "
+            f"whole groups: choose a divisor of {batch}, or a batch of {fits}"
+        )
+
+
+def _known_names() -> set[str]:
+    names: set[str] = set()
+    for package, file, cls in _SOURCES:
+        spec = importlib.util.find_spec(package)
+        assert spec is not None and spec.submodule_search_locations
+        tree = ast.parse((Path(spec.submodule_search_locations[0]) / file).read_text())
+        body = next(n.body for n in tree.body if isinstance(n, ast.ClassDef) and n.name == cls)
+        names.update(n.target.id for n in body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name))
+    return {n for n in names if not n.startswith("_")}
+
+
+def _main() -> None:
+    asked = json.load(sys.stdin)
+    try:
+        _construct(asked["trainer"], asked["dtype"], "unused", 0)
+    except (TypeError, ValueError) as error:
+        print(error)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    _main()

@@ -1,0 +1,150 @@
+"""What happens beside the steps: metrics written, progress told, held-out tasks played, an asked-for end obeyed."""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+import time
+import urllib.request
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback
+
+from gymexp.config import RunConfig
+from gymexp.data.prepare import Prepared
+from gymexp.rollout.collect import Progress
+from gymexp.run.directory import append_line, replace_file
+from gymexp.training.metrics import rollout_metrics
+from gymexp.training.rollouts import Rollouts
+
+if TYPE_CHECKING:
+    from gymexp.training.trainer import PolicyTrainer
+
+
+class MetricsFile(TrainerCallback):
+    """`metrics.jsonl`: one object a log entry, with `step` and the wall clock. Main process only."""
+
+    def __init__(self, path: Path, from_step: int) -> None:
+        self._path = path
+        if path.exists():  # a resumed run takes back what it said after the checkpoint it goes on from
+            lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= from_step]
+            replace_file(path, "".join(f"{line}\n" for line in lines))
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if state.is_world_process_zero and logs:
+            numbers = {k: _plain(v) for k, v in logs.items() if v is None or isinstance(v, int | float)}
+            append_line(self._path, {"step": state.global_step, "time": round(time.time(), 3)} | numbers)
+
+
+class Teller:
+    """Tells the controller what is going on. A controller that does not answer is not waited for."""
+
+    def __init__(self, control_url: str | None) -> None:
+        self._url = control_url
+        self._latest: dict[str, Any] = {}
+        self._news = threading.Event()
+        if control_url:
+            threading.Thread(target=self._send, name="teller", daemon=True).start()
+
+    def tell(self, **facts: Any) -> None:
+        self._latest |= facts
+        self._news.set()
+
+    def progress(self, progress: Progress) -> None:
+        seconds = time.monotonic() - progress.began
+        self.tell(
+            total=progress.total,
+            done=progress.done,
+            in_flight=progress.in_flight,
+            failed=progress.failed,
+            retried=progress.retried,
+            tokens_per_s=round(progress.tokens / seconds, 1) if seconds > 0 else 0.0,
+        )
+
+    def _send(self) -> None:
+        while True:
+            self._news.wait()
+            self._news.clear()
+            body = json.dumps(self._latest).encode()
+            try:
+                urllib.request.urlopen(urllib.request.Request(f"{self._url}/progress", body), timeout=5).close()
+            except OSError:
+                time.sleep(1.0)
+            time.sleep(0.2)
+
+
+class Steps(TrainerCallback):
+    """Tells where training is."""
+
+    def __init__(self, teller: Teller) -> None:
+        self._teller = teller
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._teller.tell(phase="train", step=state.global_step, max_steps=state.max_steps)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        shown = {k: _plain(v) for k, v in (logs or {}).items() if isinstance(v, int | float)}
+        self._teller.tell(step=state.global_step, max_steps=state.max_steps, logs=shown)
+
+
+class Evaluation(TrainerCallback):
+    """Plays the held-out tasks with the policy as it is; `eval_<env>/reward` and so on."""
+
+    def __init__(self, config: RunConfig, prepared: Prepared, rollouts: Rollouts, teller: Teller) -> None:
+        self._config = config
+        limit = config.evaluation.num_tasks
+        self._keys = [task.key for tasks in prepared.validation.values() for task in tasks[:limit]]
+        self._rollouts = rollouts
+        self._teller = teller
+        self.trainer: PolicyTrainer | None = None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        every = self._config.evaluation.every_steps
+        if every and state.global_step % every == 0 and state.global_step < state.max_steps:
+            self.run(state.global_step)
+
+    def run(self, step: int) -> dict[str, float]:
+        """The metrics, on the main process; the others wait for it."""
+        assert self.trainer is not None
+        metrics: dict[str, float] = {}
+        if self.trainer.accelerator.is_main_process:
+            self._teller.tell(phase="evaluate", step=step)
+            temperature = self._config.evaluation.temperature
+            began = time.monotonic()
+            if temperature is None:
+                temperature = self.trainer.args.temperature
+            outcomes = self._rollouts.play(self._keys, step, temperature, held_out=True)
+            metrics = {f"eval_{k}": v for k, v in rollout_metrics(outcomes, self._config.env).items()}
+            metrics["eval_seconds"] = time.monotonic() - began
+            self._rollouts.write(f"eval-{step:06d}", outcomes)
+            self.trainer.log_apart(dict(metrics))
+        self.trainer.accelerator.wait_for_everyone()
+        return metrics
+
+
+class EndWhenAsked(TrainerCallback):
+    """Ends training after the step in progress once `asked` is set."""
+
+    def __init__(self, asked: threading.Event) -> None:
+        self._asked = asked
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self._asked.is_set():
+            control.should_training_stop = True
+
+
+def _plain(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def summary(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, Any]:
+    """`{env: {metric: [before, after]}}` for what both evaluations measured."""
+    table: dict[str, Any] = {}
+    for name in after:
+        if name.startswith("eval_") and "/" in name:
+            env, metric = name.removeprefix("eval_").split("/", 1)
+            table.setdefault(env, {})[metric] = [before.get(name), after[name]]
+    return table

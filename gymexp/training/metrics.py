@@ -1,0 +1,51 @@
+"""Numbers about a batch of outcomes, per environment. Pure. Names are what the trackers show."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from statistics import fmean, pstdev
+
+from gymexp.config import EnvConfig
+from gymexp.rollout.outcome import Completed, Failed, Outcome, Truncated, task_of
+
+
+def rollout_metrics(outcomes: Sequence[Outcome], envs: Mapping[str, EnvConfig]) -> dict[str, float]:
+    """`<env>/reward` and so on. Rewards, turns, tokens and seconds are means over the rollouts that did not fail.
+
+    tokens: sampled by the policy in a rollout. seconds: of the attempt that counted.
+    """
+    by_env: dict[str, list[Outcome]] = defaultdict(list)
+    for outcome in outcomes:
+        by_env[task_of(outcome).env].append(outcome)
+    metrics: dict[str, float] = {}
+    for env, some in sorted(by_env.items()):
+        played = [o.rollout for o in some if not isinstance(o, Failed)]
+        metrics[f"{env}/rollouts"] = len(some)
+        metrics[f"{env}/failed"] = 1 - len(played) / len(some)
+        metrics[f"{env}/truncated"] = sum(isinstance(o, Truncated) for o in some) / len(some)
+        if not played:
+            continue
+        rewards = [r.reward for r in played]
+        metrics[f"{env}/reward"] = fmean(rewards)
+        metrics[f"{env}/reward_std"] = pstdev(rewards)
+        metrics[f"{env}/success"] = fmean(r >= envs[env].success_reward for r in rewards)
+        metrics[f"{env}/turns"] = fmean(len(r.turns) for r in played)
+        metrics[f"{env}/tokens"] = fmean(sum(len(t.completion_ids) for t in r.turns) for r in played)
+        metrics[f"{env}/seconds"] = fmean(r.seconds.get("total", 0.0) for r in played)
+    return metrics
+
+
+def flat_groups(outcomes: Sequence[Outcome]) -> float:
+    """Share of groups (rollouts of the same task) whose rewards are all equal: they give no gradient."""
+    groups: dict[str, set[float]] = defaultdict(set)
+    for outcome in outcomes:
+        groups[task_of(outcome).key].update(() if isinstance(outcome, Failed) else (outcome.rollout.reward,))
+    return sum(len(rewards) < 2 for rewards in groups.values()) / len(groups) if groups else math.nan
+
+
+def mean_reward(outcomes: Sequence[Outcome]) -> float:
+    """Over what was scored; NaN if nothing was."""
+    rewards = [o.rollout.reward for o in outcomes if isinstance(o, Completed | Truncated)]
+    return fmean(rewards) if rewards else math.nan

@@ -1,0 +1,155 @@
+"""The trainer's process: `python -m gymexp.training.process RUN_DIR`, started and watched by the controller.
+
+It reads the run directory (config, data, services.json), builds policy, engine and trainer, trains, and leaves
+result.json. SIGTERM asks it to end after a checkpoint of the last finished step.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from gymexp.config import RunConfig, from_yaml
+from gymexp.errors import GymexpError
+from gymexp.run import ports
+from gymexp.run.directory import RunDirectory, replace_file
+from gymexp.run.lifeline import die_with_parent
+
+log = logging.getLogger(__name__)
+
+
+def main() -> None:
+    die_with_parent()
+    run = RunDirectory(Path(sys.argv[1]))
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    asked = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: asked.set())
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the controller's to handle
+    try:
+        result = work(run, from_yaml(run.config), asked)
+    except GymexpError as error:
+        replace_file(run.path / "result.json", json.dumps({"error": str(error)}))
+        log.error("%s", error)
+        sys.exit(1)
+    replace_file(run.path / "result.json", json.dumps(result, indent=1))
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # nothing is left to write, and no thread may keep an ended trainer alive
+
+
+def work(run: RunDirectory, config: RunConfig, asked: threading.Event) -> dict[str, Any]:
+    """Train; returns what result.json says."""
+    services = json.loads((run.path / "services.json").read_text())
+    _prepare_tracker(config, run)
+
+    from gymexp.data.prepare import load_prepared
+    from gymexp.gym.servers import Replica
+    from gymexp.policy.model import load_model, load_tokenizer
+    from gymexp.rollout.collect import Collector, Stopped
+    from gymexp.training import checkpoints
+    from gymexp.training.callbacks import EndWhenAsked, Evaluation, MetricsFile, Steps, Teller, summary
+    from gymexp.training.rollouts import Rollouts
+    from gymexp.training.trainer import PolicyTrainer
+
+    teller = Teller(services["control_url"])
+    teller.tell(phase="load model")
+    prepared = load_prepared(run.data)
+    tokenizer = load_tokenizer(config.model)
+    model = load_model(config.model)
+    with ExitStack() as stack:
+        use_weights = _start_engine(config, model, tokenizer, services["engine_fd"], stack)
+        replicas = {name: [Replica(**r) for r in some] for name, some in services["replicas"].items()}
+        collector = Collector(
+            replicas,
+            config.env,
+            config.rollout,
+            model.get_input_embeddings().num_embeddings,
+            services["control_url"],
+            teller.progress,
+        )
+        stack.callback(collector.close)
+        threading.Thread(target=lambda: (asked.wait(), collector.stop()), daemon=True).start()
+
+        tasks = {t.key: t for some in (prepared.train, *prepared.validation.values()) for t in some}
+        rollouts = Rollouts(config, collector, tasks, run.rollouts, use_weights)
+        trainer = PolicyTrainer(config, model, tokenizer, prepared, rollouts, run.checkpoints)
+        resume = checkpoints.latest(run.checkpoints) if config.resume else None
+        first_step = checkpoints.step_of(resume) if resume else 0
+        evaluation = Evaluation(config, prepared, rollouts, teller)
+        evaluation.trainer = trainer
+        for callback in (MetricsFile(run.metrics, first_step), Steps(teller), evaluation, EndWhenAsked(asked)):
+            trainer.add_callback(callback)
+
+        before: dict[str, float] = _remembered(run)
+        after: dict[str, float] = {}
+        try:
+            if config.evaluation.before and not resume:
+                before = evaluation.run(0)
+                replace_file(run.path / "before.json", json.dumps(before))
+            trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+            if not asked.is_set() and config.evaluation.after:
+                after = evaluation.run(trainer.state.global_step)
+        except Stopped:
+            log.info("asked to end after step %d", trainer.state.global_step)
+        stopped = asked.is_set()
+        teller.tell(phase="save")
+        trainer.save_now()
+        if not stopped:
+            trainer.save_model(str(run.path / "model"))
+        return {"step": trainer.state.global_step, "stopped": stopped, "held_out": summary(before, after)}
+
+
+def _start_engine(config: RunConfig, model: Any, tokenizer: Any, fd: int, stack: ExitStack) -> Callable[[int], None]:
+    """The hf engine on the socket that the controller handed down; samples from `model` itself.
+
+    Returns what tells it the weights' version.
+    """
+    from gymexp.policy.hf import HFEngine
+    from gymexp.policy.hf_server import serve
+    from gymexp.policy.model import end_token_ids
+
+    engine = HFEngine(
+        model,
+        eos_token_ids=end_token_ids(tokenizer, config.model),
+        pad_token_id=tokenizer.pad_token_id,
+        max_batch_size=config.engine.max_batch_size,
+        max_model_len=config.model.max_model_len,
+        tokenizer=tokenizer,
+    )
+    stack.callback(engine.close)
+    stack.callback(serve(engine, sock=ports.adopt(fd)).close)
+
+    def use_weights(version: int) -> None:
+        with engine.paused():
+            engine.weights_version = version
+
+    return use_weights
+
+
+def _remembered(run: RunDirectory) -> dict[str, float]:
+    path = run.path / "before.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _prepare_tracker(config: RunConfig, run: RunDirectory) -> None:
+    """The trackers read their settings from the environment, before they are imported."""
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    if config.tracker.kind == "wandb":
+        os.environ.setdefault("WANDB_PROJECT", config.tracker.project)
+        os.environ.setdefault("WANDB_DIR", str(run.path))
+        if config.tracker.mode:
+            os.environ["WANDB_MODE"] = config.tracker.mode
+
+
+if __name__ == "__main__":
+    main()

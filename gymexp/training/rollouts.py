@@ -1,0 +1,121 @@
+"""TRL's `rollout_func`: prompts are task keys; what comes back are verified rollouts as token lists.
+
+Collected on the main process for all ranks: one place that knows how many rollouts are in flight, and one writer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import orjson
+import zstandard
+
+from gymexp.config import RunConfig
+from gymexp.gym.client import Sampling
+from gymexp.rollout.batch import build_batch
+from gymexp.rollout.collect import Collector, check_failed_share
+from gymexp.rollout.outcome import Outcome, Task, outcome_to_json
+from gymexp.training.metrics import flat_groups, rollout_metrics
+
+if TYPE_CHECKING:
+    from gymexp.training.trainer import PolicyTrainer
+
+
+def seed_of(run_seed: int, step: int | None, key: str, index: int) -> int:
+    """The seed of one rollout: the same run replays the same draws. Below 2**31, which every engine takes."""
+    digest = hashlib.blake2s(f"{run_seed}/{step}/{key}/{index}".encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+class Rollouts:
+    """Plays tasks with the policy as it is: for training as `rollout_func`, for evaluation as `play`."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        collector: Collector,
+        tasks: Mapping[str, Task],
+        directory: Path,
+        use_weights: Callable[[int], None],
+    ) -> None:
+        """use_weights: told the weights' version (optimizer steps done) before anything is sampled with them."""
+        self._use_weights = use_weights
+        self._config = config
+        self._collector = collector
+        self._tasks = tasks
+        self._directory = directory
+        self.seconds = 0.0  # spent in the last call
+
+    def __call__(self, prompts: list[str], trainer: PolicyTrainer) -> dict[str, list[Any]]:
+        """See `trl.GRPOTrainer`, `rollout_func`: this rank's prompts, each repeated num_generations times."""
+        began = time.monotonic()
+        step = trainer.state.global_step
+        outcomes = self._for_all_ranks(prompts, trainer, step)
+        batch = build_batch(
+            outcomes,
+            placeholder_id=trainer.processing_class.pad_token_id,
+            mask_truncated=self._config.rollout.truncated == "masked",
+        )
+        self.seconds = time.monotonic() - began
+        trainer.check_drift(batch)
+        return {
+            "prompt_ids": batch.prompt_ids,
+            "completion_ids": batch.completion_ids,
+            "logprobs": batch.logprobs,
+            "env_mask": batch.env_mask,
+            "reward": batch.rewards,
+        }
+
+    def play(self, keys: Sequence[str], weights_version: int, temperature: float, held_out: bool) -> list[Outcome]:
+        """Rollouts of `keys` on this process, each with a seed of its own. Raises RolloutError, Stopped.
+
+        Held-out tasks are played with the same seeds every time, so that two evaluations differ by the policy alone.
+        """
+        self._use_weights(weights_version)
+        trainer = self._config.trainer
+        step = None if held_out else weights_version
+        count: dict[str, int] = {}
+        samplings = []
+        for key in keys:
+            index = count[key] = count.get(key, -1) + 1
+            env = self._config.env[self._tasks[key].env]
+            samplings.append(
+                Sampling(
+                    temperature,
+                    trainer.get("top_p", 1.0),
+                    env.max_output_tokens,
+                    seed_of(self._config.seed, step, key, index),
+                )
+            )
+        outcomes = self._collector.collect([self._tasks[key] for key in keys], samplings)
+        check_failed_share(outcomes, self._config.rollout.max_failed_share)
+        return outcomes
+
+    def _for_all_ranks(self, prompts: list[str], trainer: PolicyTrainer, step: int) -> list[Outcome]:
+        from accelerate.utils import broadcast_object_list, gather_object
+
+        accelerator = trainer.accelerator
+        everyone: list[str] = gather_object(prompts)
+        box: list[Any] = [None]
+        if accelerator.is_main_process:
+            outcomes = self.play(everyone, step, trainer.args.temperature, held_out=False)
+            self.write(f"step-{step + 1:06d}", outcomes)
+            trainer.add_metrics(rollout_metrics(outcomes, self._config.env))
+            trainer.add_metrics({"groups_without_variance": flat_groups(outcomes)})
+            box = [outcomes]
+        if accelerator.num_processes > 1:
+            broadcast_object_list(box)
+        start = accelerator.process_index * len(prompts)
+        return box[0][start : start + len(prompts)]
+
+    def write(self, name: str, outcomes: Sequence[Outcome]) -> None:
+        """`rollouts/<name>.jsonl.zst`, an Outcome a line; there whole or not at all."""
+        path = self._directory / f"{name}.jsonl.zst"
+        part = path.with_name(path.name + ".part")
+        lines = b"".join(orjson.dumps(outcome_to_json(outcome)) + b"\n" for outcome in outcomes)
+        part.write_bytes(zstandard.compress(lines))
+        part.replace(path)

@@ -1,0 +1,168 @@
+"""TRL's GRPOTrainer with what gymexp adds: measured phases, the drift check, sealed checkpoints."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from trl import GRPOTrainer
+from trl.trainer.utils import pad
+
+from gymexp.config import RunConfig
+from gymexp.data.prepare import Prepared
+from gymexp.errors import DriftError
+from gymexp.rollout.batch import Batch
+from gymexp.training import arguments, checkpoints
+from gymexp.training.rollouts import Rollouts
+
+log = logging.getLogger(__name__)
+_DRIFT_ROWS = 8
+
+
+class _NoSilentFailures(logging.Filter):
+    """TRL warns for every rollout without a reward; gymexp counts these as `<env>/failed` instead."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return "reward functions returned None" not in record.getMessage()
+
+
+def reward(reward: list[float | None], **_: Any) -> list[float | None]:
+    """The environment's rewards, as `rollout_func` returned them; None where a rollout has none."""
+    return reward
+
+
+class PolicyTrainer(GRPOTrainer):
+    """Trains the policy on rollouts. Every log entry says where the step's seconds went (`time/*`)."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        prepared: Prepared,
+        rollouts: Rollouts,
+        directory: Path,
+    ) -> None:
+        logging.getLogger("trl.trainer.grpo_trainer").addFilter(_NoSilentFailures())
+        self._config = config
+        self._rollouts = rollouts
+        self._seconds = {"rollout": 0.0, "logprobs": 0.0, "update": 0.0}
+        self._step_began = time.monotonic()
+        super().__init__(
+            model=model,
+            reward_funcs=reward,
+            args=arguments.build(config, directory),
+            train_dataset=Dataset.from_dict({"prompt": [task.key for task in prepared.train]}),
+            processing_class=tokenizer,
+            rollout_func=rollouts,
+        )
+
+    def add_metrics(self, metrics: Mapping[str, float]) -> None:
+        """Numbers of this step's batch, averaged until the next log entry."""
+        for name, value in metrics.items():
+            self._metrics["train"][name].append(value)
+
+    def log_apart(self, metrics: dict[str, float]) -> None:
+        """A log entry of its own: TRL's `log` would mix in what belongs to the step's."""
+        Trainer.log(self, metrics)
+
+    def check_drift(self, batch: Batch) -> None:
+        """Compare the engine's log-probabilities with the trainer's own, on the first batch and then now and again.
+
+        Raises DriftError with both numbers. With top_p < 1 the engine's distribution is another one by intent, and
+        nothing is compared.
+        """
+        step = self.state.global_step
+        if self.args.top_p != 1.0 or (step % self._config.rollout.drift_every and step != self._first_step):
+            return
+        rows = [i for i, mask in enumerate(batch.env_mask) if any(mask)][:_DRIFT_ROWS]
+        if not rows:
+            return
+        engine = [torch.tensor(batch.logprobs[i]) for i in rows]
+        trainer = self._own_logprobs([batch.prompt_ids[i] for i in rows], [batch.completion_ids[i] for i in rows])
+        masks = [torch.tensor(batch.env_mask[i], dtype=torch.bool) for i in rows]
+        ours = torch.cat([t[m] for t, m in zip(trainer, masks, strict=True)])
+        theirs = torch.cat([e[m] for e, m in zip(engine, masks, strict=True)])
+        drift = (ours - theirs).abs().mean().item()
+        self.add_metrics({"drift": drift})
+        if not drift <= self._config.rollout.max_drift:
+            raise DriftError(
+                f"the engine's log-probabilities of its own tokens differ from the trainer's by {drift:.4f} nats on "
+                f"average (engine {theirs.mean():.4f}, trainer {ours.mean():.4f}, {len(ours)} tokens, step {step}); "
+                f"rollout.max_drift allows {self._config.rollout.max_drift:g}. Do both hold the same weights, and is "
+                "trainer.temperature the engine's?"
+            )
+
+    def _own_logprobs(self, prompts: list[list[int]], completions: list[list[int]]) -> list[torch.Tensor]:
+        """The trainer's log-probabilities of each completion's tokens, on the CPU."""
+        padding = self.processing_class.pad_token_id
+
+        def padded(ids: list[list[int]], side: str) -> tuple[torch.Tensor, torch.Tensor]:
+            rows = [torch.tensor(row) for row in ids]
+            masks = [torch.ones_like(row) for row in rows]
+            return (
+                pad(rows, padding_value=padding, padding_side=side).to(self.accelerator.device),
+                pad(masks, padding_value=0, padding_side=side).to(self.accelerator.device),
+            )
+
+        prompt_ids, prompt_mask = padded(prompts, "left")
+        completion_ids, completion_mask = padded(completions, "right")
+        with torch.no_grad():
+            logprobs = self._get_per_token_logps_and_entropies(
+                self.model,
+                torch.cat([prompt_ids, completion_ids], dim=1),
+                torch.cat([prompt_mask, completion_mask], dim=1),
+                completion_ids.size(1),
+                batch_size=1,
+            )[0]
+        return [row[: len(ids)].float().cpu() for row, ids in zip(logprobs, completions, strict=True)]
+
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
+        self._first_step = checkpoints.step_of(Path(resume_from_checkpoint)) if resume_from_checkpoint else 0
+        self._step_began = time.monotonic()
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _generate_and_score_completions(self, inputs: Any) -> Any:
+        began = time.monotonic()
+        output = super()._generate_and_score_completions(inputs)
+        self._seconds["rollout"] += self._rollouts.seconds
+        self._seconds["logprobs"] += time.monotonic() - began - self._rollouts.seconds
+        return output
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        before = sum(self._seconds.values())
+        began = time.monotonic()
+        loss = super().training_step(*args, **kwargs)
+        generated = sum(self._seconds.values()) - before
+        self._seconds["update"] += time.monotonic() - began - generated
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            now = time.monotonic()
+            steps = max(1, self.args.logging_steps)
+            total = (now - self._step_began) / steps
+            spent = {f"time/{name}": seconds / steps for name, seconds in self._seconds.items()}
+            logs |= {"time/step": total, **spent, "time/other": total - sum(spent.values())}
+            self._step_began = now
+            self._seconds = dict.fromkeys(self._seconds, 0.0)
+        super().log(logs, start_time)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        target = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        if not self.accelerator.is_main_process:
+            return super()._save_checkpoint(model, trial)
+        with checkpoints.writing(target):
+            super()._save_checkpoint(model, trial)
+
+    def save_now(self) -> None:
+        """A checkpoint of the last finished step, unless it is there already."""
+        target = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        if self.state.global_step and not checkpoints.whole(target):
+            self._save_checkpoint(self.model, None)
