@@ -13,10 +13,11 @@ import torch
 class SamplingParams:
     """How one request is sampled; names and meanings are vLLM's.
 
-    temperature: 0 is greedy. top_p, top_k: nucleus and count that are kept (1.0 and 0: everything). max_tokens: None is
-    as many as the model's length allows. seed: the same seed, prompt and weights give the same tokens, whatever else is
-    in the batch. stop: texts that end the generation (their tokens stay in it; needs the engine's tokenizer).
-    stop_token_ids: ids that end it, besides the engine's eos_token_ids, which ignore_eos switches off.
+    temperature: 0 is greedy. top_p, top_k: nucleus and count that are kept (1.0 and 0: everything).
+    max_tokens: None is as many as the model's length allows. seed: the same seed, prompt and weights give the
+    same tokens, whatever else is in the batch (up to float noise). stop: texts that end the generation; their
+    tokens stay in it. stop_token_ids: ids that end it, besides the engine's eos_token_ids, which ignore_eos
+    switches off.
     """
 
     temperature: float = 1.0
@@ -47,7 +48,7 @@ class SamplingParams:
 
 
 def cut_tails(logits: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
-    """Logits [n, V] with -inf outside the top_k tokens and, of these, outside the smallest set that holds top_p."""
+    """Logits [n, V] with -inf outside the top_k tokens and outside the smallest set of these holding top_p."""
     device, vocab = logits.device, logits.shape[-1]
     top_k = torch.tensor([p.top_k or vocab for p in params], device=device)[:, None]
     top_p = torch.tensor([p.top_p for p in params], device=device, dtype=logits.dtype)[:, None]
@@ -64,10 +65,10 @@ def sample_tokens(
 ) -> tuple[list[int], list[float]]:
     """One token a row, and its log-probability under the distribution it was drawn from.
 
-    logits: [n, V]. uniforms: one number in [0, 1) a row; the token is where the cumulative distribution passes it, so a
-    row's choice depends on its own logits and number alone. The log-probability is that after temperature, top_k and
-    top_p; a greedy row (temperature 0) reports the one at temperature 1, uncut, as vLLM's processed_logprobs does.
-    Where logits are not finite, the log-probability is NaN.
+    logits: [n, V]. uniforms: one number in [0, 1) a row; the token is where the cumulative distribution
+    passes it, so a row's choice depends on its own logits and number alone. The log-probability is that after temperature,
+    top_k and top_p; a greedy row (temperature 0) reports the one at temperature 1, uncut, as vLLM does under
+    processed_logprobs. Where logits are not finite, it is NaN.
     """
     device = logits.device
     logits = logits.float()
@@ -89,6 +90,8 @@ def sample_tokens(
         marks = torch.tensor(uniforms, device=device, dtype=wide)[:, None] * cumulative[:, -1:]
         ids = torch.searchsorted(cumulative, marks, right=True)
         greedy = torch.tensor([p.temperature == 0 for p in params], device=device)[:, None]
-        ids = torch.where(greedy | (ids >= logits.shape[-1]), best, ids)  # rounding may carry a mark past the end
+        ids = torch.where(
+            greedy | (ids >= logits.shape[-1]), best, ids
+        )  # rounding may carry a mark past the end
     chosen = logprobs.gather(-1, ids)
     return ids[:, 0].tolist(), chosen[:, 0].tolist()
