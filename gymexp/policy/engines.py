@@ -1,0 +1,138 @@
+"""Client of the token engines: ids in, ids and log-probabilities out, spread over replicas.
+
+The protocol is vLLM's `POST /inference/v1/generate` (from 0.30 behind --enable-scale-out) and `GET /health`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+import orjson
+from aiohttp import web
+
+CONNECT_TIMEOUT_S = 10.0
+HEALTH_TIMEOUT_S = 5.0
+# uvicorn, in front of vLLM, closes idle connections after 5 s; a request sent at that moment would fail.
+KEEPALIVE_S = 3.0
+REMEMBERED_TURNS = 65536
+
+
+class EngineError(Exception):
+    """An engine is away, failed, or gave an answer that breaks the protocol; names which one."""
+
+
+class EngineRefusal(Exception):
+    """An engine calls the request itself wrong (HTTP 400 or 422)."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """token_ids as sampled, with the end-of-turn token if it was; logprobs of equal length."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+    finish_reason: str
+
+
+class Engines:
+    """Replicas of one policy. A rollout's first turn goes to the least busy one, its later turns to the same.
+
+    Later turns find the prefix in that replica's cache; correctness does not depend on it, so what remembers
+    the way is bounded, and is this process's own.
+    """
+
+    def __init__(self, urls: tuple[str, ...], timeout_s: float):
+        self.in_flight = dict.fromkeys((url.rstrip("/") for url in urls), 0)
+        self._timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=CONNECT_TIMEOUT_S)
+        self._url_of_turn: OrderedDict[int, str] = OrderedDict()
+        self._session: aiohttp.ClientSession | None = None
+
+    async def connect(self, app: web.Application) -> AsyncIterator[None]:
+        """For `app.cleanup_ctx`: the connections live as long as the app."""
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S)
+        async with aiohttp.ClientSession(connector=connector, timeout=self._timeout) as self._session:
+            yield
+
+    async def generate(
+        self, prompt_ids: list[int], sampling_params: dict[str, Any], continues: int
+    ) -> Generation:
+        """continues: how many of prompt_ids are the previous turn's prompt and generation, 0 in a first turn.
+
+        Raises EngineError, EngineRefusal. Cancelling closes the connection, at which an engine drops the
+        request.
+        """
+        assert self._session is not None, "connect first"
+        url = self._pick(prompt_ids[:continues])
+        payload = orjson.dumps({"token_ids": prompt_ids, "sampling_params": sampling_params})
+        headers = {"Content-Type": "application/json"}
+        self.in_flight[url] += 1
+        try:
+            async with self._session.post(
+                f"{url}/inference/v1/generate", data=payload, headers=headers
+            ) as response:
+                status, body = response.status, await response.read()
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise EngineError(f"engine {url}: {type(error).__name__}: {error}") from error
+        finally:
+            self.in_flight[url] -= 1
+        if status in (400, 422):
+            raise EngineRefusal(f"engine {url} refuses the request: {_text(body)}")
+        if status != 200:
+            raise EngineError(f"engine {url} answered {status}: {_text(body)}")
+        generation = _read_generation(url, body)
+        self._remember(prompt_ids + generation.token_ids, url)
+        return generation
+
+    async def ill(self) -> dict[str, str]:
+        """The engines that do not answer their health check, with what they did instead."""
+        answers = await asyncio.gather(*map(self._check, self.in_flight))
+        return {url: answer for url, answer in zip(self.in_flight, answers, strict=True) if answer}
+
+    async def _check(self, url: str) -> str:
+        assert self._session is not None, "connect first"
+        timeout = aiohttp.ClientTimeout(total=HEALTH_TIMEOUT_S)
+        try:
+            async with self._session.get(f"{url}/health", timeout=timeout) as response:
+                return "" if response.status == 200 else f"status {response.status}"
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            return f"{type(error).__name__}: {error}"
+
+    def _pick(self, previous_ids: list[int]) -> str:
+        if len(self.in_flight) > 1 and previous_ids:
+            url = self._url_of_turn.get(hash(tuple(previous_ids)))
+            if url is not None:
+                return url
+        return min(self.in_flight, key=self.in_flight.__getitem__)
+
+    def _remember(self, turn_ids: list[int], url: str) -> None:
+        if len(self.in_flight) == 1:
+            return
+        self._url_of_turn[hash(tuple(turn_ids))] = url
+        if len(self._url_of_turn) > REMEMBERED_TURNS:
+            self._url_of_turn.popitem(last=False)
+
+
+def _read_generation(url: str, body: bytes) -> Generation:
+    try:
+        choice = orjson.loads(body)["choices"][0]
+        token_ids = choice["token_ids"]
+        logprobs = [entry["logprob"] for entry in choice["logprobs"]["content"]]
+        finish_reason = choice["finish_reason"]
+    except (orjson.JSONDecodeError, KeyError, IndexError, TypeError) as error:
+        raise EngineError(
+            f"engine {url} gave no choice with token_ids and logprobs: {_text(body)}"
+        ) from error
+    if not token_ids or len(token_ids) != len(logprobs):
+        raise EngineError(f"engine {url} gave {len(token_ids)} token_ids and {len(logprobs)} logprobs")
+    if finish_reason not in ("stop", "length"):  # vLLM: "abort" when it is paused or its weights are replaced
+        raise EngineError(f"engine {url} ended the generation with finish_reason {finish_reason!r}")
+    return Generation(token_ids, logprobs, finish_reason)
+
+
+def _text(body: bytes) -> str:
+    return body[:500].decode(errors="replace")

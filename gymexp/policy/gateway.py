@@ -1,0 +1,231 @@
+"""The policy as an OpenAI-compatible endpoint, in front of engines that take and give token ids.
+
+    python -m gymexp.policy.gateway --engine-url http://127.0.0.1:8001 --tokenizer PATH --port 8000
+
+Each reply carries `prompt_token_ids`, `generation_token_ids` and `generation_log_probs` on its message. NeMo
+Gym sends them back on the next turn, whose prompt then continues exactly those ids (`tokens.splice`). An
+engine is anything with vLLM's `POST /inference/v1/generate` and `GET /health`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import time
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+from aiohttp import web
+
+from gymexp.errors import TokenMismatch
+from gymexp.policy import chat, tokens
+from gymexp.policy.engines import EngineError, EngineRefusal, Engines
+from gymexp.run.lifeline import die_with_parent
+from gymexp.run.ports import adopt, listen, url_of
+
+log = logging.getLogger(__name__)
+
+MAX_BODY_BYTES = 1 << 28
+CACHED_PROMPTS = 2048
+
+
+@dataclass(frozen=True)
+class GatewayConfig:
+    """max_model_len: prompt + generation, in tokens. engine_timeout_s: for one generation."""
+
+    engine_urls: tuple[str, ...]
+    model_name: str = "policy"
+    max_model_len: int | None = None
+    engine_timeout_s: float = 1800.0
+
+
+class Gateway:
+    """The routes, and what they share: tokenizer, parser, engines, cached first-turn prompts, counts."""
+
+    def __init__(self, config: GatewayConfig, tokenizer: Any):
+        self.config = config
+        self.tokenizer = tokenizer
+        from gymexp.policy.reply import (
+            ReplyParser,
+        )  # imports transformers; load_tokenizer keeps torch out first
+
+        self.parser = ReplyParser(tokenizer)
+        self.stop_token_ids = tokens.end_of_turn_ids(tokenizer)
+        self.engines = Engines(config.engine_urls, config.engine_timeout_s)
+        self.prompts: OrderedDict[bytes, list[int]] = OrderedDict()
+        self.stats: dict[str, float] = dict.fromkeys(
+            (
+                "requests",
+                "in_flight",
+                "prompt_tokens",
+                "generation_tokens",
+                "seconds",
+                "errors",
+                "cached_prompts",
+            ),
+            0,
+        )
+
+    async def chat_completions(self, request: web.Request) -> web.Response:
+        started = time.perf_counter()
+        self.stats["requests"] += 1
+        self.stats["in_flight"] += 1
+        try:
+            answer = await self._complete(chat.read_object(await request.read()))
+        except BaseException:
+            self.stats["errors"] += 1
+            raise
+        finally:
+            self.stats["in_flight"] -= 1
+            self.stats["seconds"] += time.perf_counter() - started
+        return json_response(answer)
+
+    async def _complete(self, body: dict[str, Any]) -> dict[str, Any]:
+        chat.check_neutral(body)
+        stop = chat.read_stop(body)
+        prompt_ids, continues = self.prompt_ids(body)
+        sampling_params = chat.sampling_params(body, len(prompt_ids), self.config.max_model_len)
+        sampling_params["stop_token_ids"] = self.stop_token_ids
+        generation = await self.engines.generate(prompt_ids, sampling_params, continues)
+        self.stats["prompt_tokens"] += len(prompt_ids)
+        self.stats["generation_tokens"] += len(generation.token_ids)
+        tools = None if body.get("tool_choice") == "none" else body.get("tools")
+        parallel = body.get("parallel_tool_calls") is not False
+        reply = self.parser.parse(generation.token_ids, prompt_ids, tools, parallel, stop)
+        # Who asks for ids in place of token texts (NeMo Gym) has them on the message; a second copy costs as
+        # much again.
+        wants_texts = body.get("logprobs") and not body.get("return_tokens_as_token_ids")
+        texts = [self.tokenizer.decode([i]) for i in generation.token_ids] if wants_texts else None
+        return chat.completion(self.config.model_name, prompt_ids, generation, reply, texts)
+
+    def prompt_ids(self, body: dict[str, Any]) -> tuple[list[int], int]:
+        """(ids, how many of them are the previous turn's prompt and generation; 0 in a first turn)."""
+        messages, tools = body.get("messages"), body.get("tools") or None
+        template_kwargs = body.get("chat_template_kwargs") or {}
+        if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
+            raise chat.BadRequest("messages must be a list of at least one object")
+        try:
+            if (index := tokens.last_sampled(messages)) is not None:
+                sampled = messages[index]
+                ids = tokens.splice(self.tokenizer, messages, tools, template_kwargs)
+                return ids, len(sampled["prompt_token_ids"]) + len(sampled["generation_token_ids"])
+            key = orjson.dumps((messages, tools, template_kwargs, body.get("add_generation_prompt")))
+            if (ids := self.prompts.pop(key, None)) is None:
+                with_prompt = body.get("add_generation_prompt", True)
+                text = tokens.render(self.tokenizer, messages, tools, template_kwargs, with_prompt)
+                ids = tokens.encode(self.tokenizer, text)
+            else:
+                self.stats["cached_prompts"] += 1
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise chat.BadRequest(f"messages or tools: {type(error).__name__}: {error}") from error
+        self.prompts[key] = ids
+        if len(self.prompts) > CACHED_PROMPTS:
+            self.prompts.popitem(last=False)
+        return ids, 0
+
+    async def tokenize(self, request: web.Request) -> web.Response:
+        body = chat.read_object(await request.read())
+        if isinstance(prompt := body.get("prompt"), str):
+            ids = self.tokenizer.encode(prompt, add_special_tokens=body.get("add_special_tokens", True))
+        else:
+            ids, _ = self.prompt_ids(body)
+        return json_response({"count": len(ids), "max_model_len": self.config.max_model_len, "tokens": ids})
+
+    async def models(self, request: web.Request) -> web.Response:
+        model = {"id": self.config.model_name, "object": "model", "created": 0, "owned_by": "gymexp"}
+        return json_response(
+            {"object": "list", "data": [model | {"max_model_len": self.config.max_model_len}]}
+        )
+
+    async def health(self, request: web.Request) -> web.Response:
+        ill = await self.engines.ill()
+        return json_response({"ill": ill}, status=503 if ill else 200)
+
+    async def read_stats(self, request: web.Request) -> web.Response:
+        return json_response(self.stats | {"engines": self.engines.in_flight})
+
+
+def build_app(config: GatewayConfig, tokenizer: Any) -> web.Application:
+    """Serve with `handler_cancellation=True`: only then does a client that hangs up cancel its generation."""
+    gateway = Gateway(config, tokenizer)
+    app = web.Application(middlewares=[answer_errors], client_max_size=MAX_BODY_BYTES)
+    app.cleanup_ctx.append(gateway.engines.connect)
+    app.add_routes(
+        [
+            web.post("/v1/chat/completions", gateway.chat_completions),
+            web.post("/tokenize", gateway.tokenize),
+            web.get("/v1/models", gateway.models),
+            web.get("/health", gateway.health),
+            web.get("/stats", gateway.read_stats),
+        ]
+    )
+    return app
+
+
+@web.middleware
+async def answer_errors(request: web.Request, handler: Any) -> web.StreamResponse:
+    """Errors in OpenAI's shape; never 429, 502, 503 or 504, for NeMo Gym repeats those requests for ever."""
+    try:
+        return await handler(request)
+    except (chat.BadRequest, EngineRefusal) as error:
+        return error_response(400, "invalid_request_error", str(error))
+    except TokenMismatch as error:
+        return error_response(400, "token_mismatch", str(error))
+    except EngineError as error:
+        log.warning("%s", error)
+        return error_response(500, "engine_error", str(error))
+
+
+def json_response(value: Any, status: int = 200) -> web.Response:
+    return web.Response(body=orjson.dumps(value), status=status, content_type="application/json")
+
+
+def error_response(status: int, kind: str, message: str) -> web.Response:
+    return json_response({"error": {"message": message, "type": kind, "code": status}}, status)
+
+
+def load_tokenizer(name_or_path: str) -> Any:
+    """The tokenizer, without torch: importing it takes 3 s and 300 MB, and this process has no use for it."""
+    if "torch" not in sys.modules:
+        sys.modules["torch"] = None  # type: ignore[assignment]  # what `import torch` then finds: ImportError
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+    if not tokenizer.chat_template:
+        raise SystemExit(f"--tokenizer must have a chat template, {name_or_path} has none")
+    return tokenizer
+
+
+def main() -> None:
+    die_with_parent()
+    parser = argparse.ArgumentParser(prog="python -m gymexp.policy.gateway", allow_abbrev=False)
+    parser.add_argument("--engine-url", action="append", required=True, help="once for each replica")
+    parser.add_argument("--tokenizer", required=True, help="path or Hugging Face name")
+    at = parser.add_mutually_exclusive_group(required=True)
+    at.add_argument("--port", type=int)
+    at.add_argument("--fd", type=int, help="an open listening socket, handed down by the parent")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--model-name", default=GatewayConfig.model_name)
+    parser.add_argument("--max-model-len", type=int, help="prompt + generation, in tokens")
+    parser.add_argument("--engine-timeout-s", type=float, default=GatewayConfig.engine_timeout_s)
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    config = GatewayConfig(tuple(args.engine_url), args.model_name, args.max_model_len, args.engine_timeout_s)
+    app = build_app(config, load_tokenizer(args.tokenizer))
+    sock = listen(args.host, args.port, "--port") if args.fd is None else adopt(args.fd)
+    log.info("gateway on %s, engines %s", url_of(sock), " ".join(config.engine_urls))
+    web.run_app(
+        app,
+        sock=sock,
+        handler_cancellation=True,
+        access_log=None,
+        shutdown_timeout=2.0,
+        print=lambda *_: None,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,299 @@
+import json
+import math
+
+import pytest
+from chat_tokenizers import FORGETFUL, TEMPLATES, build_tokenizer
+from hypothesis import assume, example, given, settings
+from hypothesis import strategies as st
+
+from gymexp.errors import TokenMismatch
+from gymexp.policy.tokens import (
+    SENTINEL,
+    encode,
+    end_of_turn_ids,
+    flatten,
+    last_sampled,
+    render,
+    splice,
+    verify_turns,
+)
+from gymexp.rollout.outcome import Turn
+
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "search",
+            "parameters": {"type": "object", "properties": {"q": {"type": "string"}}},
+        },
+    }
+]
+END = {"plain": "<|im_end|>", "qwen2_5": "<|im_end|>", "qwen3": "<|im_end|>", "llama3": "<|eot_id|>"}
+
+words = st.sampled_from(
+    [
+        "grid",
+        " 1 2",
+        "naïve",
+        "東京",
+        "🙂",
+        "\n",
+        "  ",
+        "<|im_end|>",
+        "<|eot_id|>",
+        "<tool_call>",
+        '{"a": 1}',
+        "\t",
+        "é",
+    ]
+)
+# Text of a user or a tool, some of it looking like special tokens, some of it nothing but space.
+texts = st.lists(words | st.text(max_size=6), max_size=6).map("".join).filter(lambda t: "\x00" not in t)
+calls = st.lists(
+    st.dictionaries(st.text(max_size=4), st.integers() | st.text(max_size=4), max_size=2), max_size=3
+)
+
+
+def sampled(prompt_ids, generation_ids, **fields):
+    ids = {"prompt_token_ids": prompt_ids, "generation_token_ids": generation_ids, "generation_log_probs": []}
+    return {"role": "assistant", "content": "whatever the parser made of it", **ids, **fields}
+
+
+def tool_message(text, number):
+    return {"role": "tool", "content": text, "tool_call_id": f"call_{number}"}
+
+
+def expected_tail(template, ended, after):
+    """What each template puts behind a sampled turn, spelt out by hand. after: (role, text) of what came then."""
+    end = "" if ended else END[template]
+    if template == "llama3":
+        names = {"tool": "ipython"}
+        turns = [
+            f"<|start_header_id|>{names.get(role, role)}<|end_header_id|>\n\n{text.strip()}<|eot_id|>"
+            for role, text in after
+        ]
+        return end + "".join(turns) + "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    if template == "plain":
+        turns = [f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in after]
+    else:
+        turns, is_open = [], False
+        for number, (role, text) in enumerate(after):
+            if role == "tool":
+                turns.append(
+                    ("" if is_open else "<|im_start|>user") + f"\n<tool_response>\n{text}\n</tool_response>"
+                )
+                is_open = number + 1 < len(after) and after[number + 1][0] == "tool"
+                turns.append("" if is_open else "<|im_end|>\n")
+            else:
+                turns.append(f"<|im_start|>{role}\n{text}<|im_end|>\n")
+    return end + "\n" + "".join(turns) + "<|im_start|>assistant\n"
+
+
+@st.composite
+def rollouts(draw):
+    """(template, tokenizer, first messages, tools, per turn (generation ids, ended, what came then))."""
+    template = draw(st.sampled_from(sorted(TEMPLATES)))
+    tokenizer = build_tokenizer(template, draw(st.booleans()))
+    end_id = tokenizer.convert_tokens_to_ids(END[template])
+    first = [{"role": "system", "content": draw(texts)}] if draw(st.booleans()) else []
+    first.append({"role": "user", "content": draw(texts)})
+    turns = []
+    for _ in range(draw(st.integers(1, 3))):
+        ids = st.integers(0, len(tokenizer) - 1).filter(lambda i: i not in tokenizer.all_special_ids)
+        ended = draw(st.booleans())
+        generation = draw(st.lists(ids, min_size=0 if ended else 1, max_size=5)) + [end_id] * ended
+        roles = draw(st.sampled_from([["tool"], ["tool", "tool", "tool"], ["user"], ["tool", "user"]]))
+        turns.append((generation, ended, [(role, draw(texts)) for role in roles]))
+    return template, tokenizer, first, draw(st.sampled_from([None, TOOLS])), turns
+
+
+@settings(max_examples=300, deadline=None)
+@given(rollouts(), st.booleans())
+def test_every_prompt_is_what_was_sampled_before_and_then_the_templates_tail(rollout, as_parts):
+    template, tokenizer, messages, tools, turns = rollout
+    prompt_ids = encode(tokenizer, render(tokenizer, messages, tools))
+    played = []
+    for generation_ids, ended, after in turns:
+        played.append(Turn(prompt_ids, generation_ids, [-0.5] * len(generation_ids)))
+        messages = [*messages, sampled(prompt_ids, generation_ids, tool_calls=[])]
+        for number, (role, text) in enumerate(after):
+            content = [{"type": "text", "text": text}] if as_parts else text
+            messages.append(
+                tool_message(content, number) if role == "tool" else {"role": role, "content": content}
+            )
+        expected = prompt_ids + generation_ids + encode(tokenizer, expected_tail(template, ended, after))
+        prompt_ids = splice(tokenizer, messages, tools)
+        assert prompt_ids == expected
+
+    verify_turns(played, len(tokenizer))
+    first_ids, completion_ids, env_mask, logprobs = flatten(played)
+    assert first_ids + completion_ids == played[-1].prompt_ids + played[-1].completion_ids
+    assert len(completion_ids) == len(env_mask) == len(logprobs)
+    by_policy = [i for i, mask in zip(completion_ids, env_mask, strict=True) if mask]
+    assert by_policy == [i for turn in played for i in turn.completion_ids]
+    assert all((lp == -0.5) == (mask == 1) for lp, mask in zip(logprobs, env_mask, strict=True))
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.sampled_from(["plain", "qwen2_5", "llama3"]),
+    st.booleans(),
+    st.lists(st.tuples(texts, calls, texts), min_size=1, max_size=3),
+)
+@example("qwen2_5", False, [("grid", [{"q": "1"}, {"q": "2"}], "done\n")])
+def test_splicing_equals_rendering_again_where_the_template_keeps_history(
+    template, merges_cross_spaces, exchanges
+):
+    tokenizer = build_tokenizer(template, merges_cross_spaces)
+    tools = None if template == "plain" else TOOLS
+    plain = [{"role": "user", "content": "Go on."}]
+    carried = list(plain)
+    for said, arguments, answer in exchanges:
+        said = said.strip()  # Llama's template trims
+        for marker in ("<|im_end|>", "<|eot_id|>"):
+            said = said.replace(marker, "")
+        message = {"role": "assistant", "content": said}
+        if template != "plain" and (arguments := arguments[: 1 if template == "llama3" else None]):
+            function = [{"name": "search", "arguments": json.dumps(a)} for a in arguments]
+            message["tool_calls"] = [
+                {"id": f"call_{n}", "type": "function", "function": f} for n, f in enumerate(function)
+            ]
+        before_ids = encode(tokenizer, render(tokenizer, plain, tools))
+        spoken_ids = encode(
+            tokenizer, render(tokenizer, [*plain, message], tools, add_generation_prompt=False)
+        )
+        assume(spoken_ids[: len(before_ids)] == before_ids)  # else no model could have sampled this text
+        end_id = tokenizer.convert_tokens_to_ids(END[template])
+        generation_ids = spoken_ids[len(before_ids) : len(spoken_ids) - spoken_ids[::-1].index(end_id)]
+        carried.append({**message, "prompt_token_ids": before_ids, "generation_token_ids": generation_ids})
+        after = [tool_message(answer, n) for n in range(len(arguments))] or [
+            {"role": "user", "content": answer}
+        ]
+        plain, carried = [*plain, message, *after], [*carried, *after]
+        assert splice(tokenizer, carried, tools) == encode(tokenizer, render(tokenizer, plain, tools))
+
+
+def test_reasoning_that_the_template_drops_stays_in_the_prompt():
+    tokenizer = build_tokenizer("qwen3")
+    messages = [{"role": "user", "content": "1+1?"}]
+    prompt_ids = encode(tokenizer, render(tokenizer, messages))
+    generation_ids = encode(tokenizer, "<think>\none and one\n</think>\n\n2<|im_end|>")
+    answer = sampled(prompt_ids, generation_ids, content="2", reasoning_content="one and one")
+    messages += [answer, {"role": "user", "content": "And 2+2?"}]
+    assert "one and one" not in render(tokenizer, messages)
+    assert tokenizer.decode(splice(tokenizer, messages)) == (
+        tokenizer.decode(prompt_ids)
+        + "<think>\none and one\n</think>\n\n2<|im_end|>\n<|im_start|>user\nAnd 2+2?<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def test_template_arguments_reach_the_generation_prompt_of_every_turn():
+    tokenizer = build_tokenizer("qwen3")
+    messages = [{"role": "user", "content": "1+1?"}]
+    off = {"enable_thinking": False}
+    prompt_ids = encode(tokenizer, render(tokenizer, messages, template_kwargs=off))
+    messages += [sampled(prompt_ids, encode(tokenizer, "2<|im_end|>")), {"role": "user", "content": "2+2?"}]
+    for ids in (prompt_ids, splice(tokenizer, messages, template_kwargs=off)):
+        assert tokenizer.decode(ids).endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+
+
+def test_the_last_message_with_ids_counts_and_messages_without_ids_after_it_are_the_environments():
+    tokenizer = build_tokenizer("plain")
+    user = {"role": "user", "content": "x"}
+    old, new = sampled([1], [2]), sampled([3, 4], [5])
+    messages = [user, old, user, new, user, {"role": "assistant", "content": "put in"}, user]
+    assert last_sampled(messages) == 3
+    tail = "<|im_end|>\n<|im_start|>user\nx<|im_end|>\n<|im_start|>assistant\nput in<|im_end|>\n"
+    tail += "<|im_start|>user\nx<|im_end|>\n<|im_start|>assistant\n"
+    assert splice(tokenizer, messages) == [3, 4, 5, *encode(tokenizer, tail)]
+
+
+def test_arguments_that_are_no_json_object_reach_the_template_as_they_are():
+    tokenizer = build_tokenizer("qwen2_5")
+    for arguments, shown in (
+        ('{"q": "é"}', '{"q": "é"}'),
+        ('{"q": ', '"{\\"q\\": "'),
+        ("[1]", '"[1]"'),
+        ("[" * 9999, "[["),
+    ):
+        call = {"id": "c", "type": "function", "function": {"name": "search", "arguments": arguments}}
+        messages = [
+            {"role": "user", "content": "x"},
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+        ]
+        assert shown in render(tokenizer, messages, TOOLS)
+
+
+def test_a_developer_message_is_a_system_message_where_the_template_knows_no_developer():
+    messages = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": "x"}]
+    assert "Be brief." in render(build_tokenizer("qwen2_5"), messages)
+
+
+def test_a_template_that_drops_the_sampled_turn_is_a_token_mismatch():
+    messages = [{"role": "user", "content": "x"}, sampled([1], [2]), {"role": "user", "content": "y"}]
+    with pytest.raises(TokenMismatch, match=r"messages\[1\] once, it did 0 times"):
+        splice(build_tokenizer(FORGETFUL), messages)
+
+
+@pytest.mark.parametrize(
+    ("messages", "text"),
+    [
+        ([{"role": "user", "content": "x"}], "needs an assistant message with prompt_token_ids"),
+        ([{"role": "assistant", "content": "x", "generation_token_ids": [1]}], "no prompt_token_ids"),
+        ([sampled([1], [2]), {"role": "user", "content": [{"type": "image_url"}]}], "type 'image_url'"),
+        (
+            [sampled([1], [2]), {"role": "assistant", "tool_calls": [{"function": {"name": "f"}}] * 2}],
+            "one call a turn",
+        ),
+    ],
+)
+def test_conversations_that_cannot_be_spliced_are_value_errors_that_say_why(messages, text):
+    with pytest.raises(ValueError, match=text):
+        splice(build_tokenizer("llama3"), messages)
+
+
+def test_sampling_ends_at_eos_and_at_the_templates_end_of_turn():
+    tokenizer = build_tokenizer("plain")
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert end_of_turn_ids(tokenizer) == [end]
+    base = build_tokenizer("plain", True)
+    base.eos_token = "<think>"
+    assert end_of_turn_ids(base) == sorted(base.convert_tokens_to_ids(["<|im_end|>", "<think>"]))
+    base.eos_token = "<|im_end|>"
+
+
+def test_no_conversation_contains_the_sentinel_by_chance():
+    assert len(SENTINEL) > 32
+
+
+GOOD = [Turn([1, 2], [3, 4], [-0.1, 0.0]), Turn([1, 2, 3, 4, 5], [6], [-2.0])]
+
+
+def test_good_turns_pass():
+    verify_turns(GOOD, 7)
+    verify_turns([Turn([1], [2], [1e-6])], 7)
+    assert flatten(GOOD) == ([1, 2], [3, 4, 5, 6], [1, 1, 0, 1], [-0.1, 0.0, 0.0, -2.0])
+
+
+@pytest.mark.parametrize(
+    ("turns", "text"),
+    [
+        ([], "at least one turn"),
+        ([Turn([], [1], [0.0])], "turn 0: prompt_ids must not be empty"),
+        ([Turn([1], [], [])], "turn 0: completion_ids must not be empty"),
+        ([GOOD[0], Turn([1, 2, 3, 9], [6], [-2.0])], r"turn 1: .* turn 0; at position 3 expected 4, got 9"),
+        ([GOOD[0], Turn([1, 2, 3], [6], [-2.0])], "at position 3 expected 4, got the end of the prompt"),
+        ([Turn([1], [2, 3], [0.0])], r"as many as completion_ids \(2\), got 1"),
+        ([Turn([1], [2], [math.nan])], r"logprobs\[0\] must be finite and <= 0, got nan"),
+        ([Turn([1], [2], [-math.inf])], r"logprobs\[0\] .* -inf"),
+        ([Turn([1], [2], [0.5])], r"logprobs\[0\] .* 0.5"),
+        ([Turn([1], [2], [None])], r"logprobs\[0\] .* None"),
+        ([Turn([1], [2, 10], [0.0, 0.0])], r"completion_ids\[1\] must be an int in \[0, 10\), got 10"),
+        ([Turn([1, -1], [2], [0.0])], r"prompt_ids\[1\] .* -1"),
+        ([Turn([1, True], [2], [0.0])], r"prompt_ids\[1\] .* True"),
+        ([Turn([1, 2.0], [2], [0.0])], r"prompt_ids\[1\] .* 2.0"),
+    ],
+)
+def test_turns_that_contradict_each_other_are_a_token_mismatch_that_says_where(turns, text):
+    with pytest.raises(TokenMismatch, match=text):
+        verify_turns(turns, 10)
