@@ -1,4 +1,4 @@
-"""Templates of workplace_assistant tasks, one module a domain. Importing the package registers all of them."""
+"""Templates of workplace_assistant tasks, one module a domain. Importing the package registers them."""
 
 from gymexp.data.workplace_tasks import analytics, calendar, customers, email, projects, several
 from gymexp.data.workplace_tasks.draft import TEMPLATES, Draft

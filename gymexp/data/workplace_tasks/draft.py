@@ -13,10 +13,22 @@ Call = tuple[str, dict[str, Any]]
 Template = Callable[[World, Random], "tuple[str, list[Call]] | None"]
 
 ACTIONS = frozenset(
-    """email_send_email email_delete_email email_forward_email email_reply_email calendar_create_event
-    calendar_delete_event calendar_update_event analytics_create_plot project_management_create_task
-    project_management_delete_task project_management_update_task customer_relationship_manager_update_customer
-    customer_relationship_manager_add_customer customer_relationship_manager_delete_customer""".split()
+    [
+        "email_send_email",
+        "email_delete_email",
+        "email_forward_email",
+        "email_reply_email",
+        "calendar_create_event",
+        "calendar_delete_event",
+        "calendar_update_event",
+        "analytics_create_plot",
+        "project_management_create_task",
+        "project_management_delete_task",
+        "project_management_update_task",
+        "customer_relationship_manager_update_customer",
+        "customer_relationship_manager_add_customer",
+        "customer_relationship_manager_delete_customer",
+    ]
 )
 WRAPPINGS = [
     "{C}.", "{C}.", "Please {c}.", "Can you {c}?", "Could you {c}?", "{C}, please.", "I need you to {c}.",
@@ -43,7 +55,7 @@ TEMPLATES: dict[tuple[str, str], list[Template]] = {}
 
 
 def template(domain: str, difficulty: str) -> Callable[[Template], Template]:
-    """Register a function that drafts one task (request, calls), or None where its draw of records does not fit."""
+    """Register a function that drafts one task (request, calls), or None if the drawn records do not fit."""
 
     def register(function: Template) -> Template:
         TEMPLATES.setdefault((domain, difficulty), []).append(function)
@@ -53,10 +65,10 @@ def template(domain: str, difficulty: str) -> Callable[[Template], Template]:
 
 
 def ask(r: Random, *wordings: str, **values: Any) -> str:
-    """One wording, filled in. A wording in lower case is an imperative and gets wrapped as people wrap requests."""
+    """One wording, filled in. One without an end mark is an imperative and gets wrapped into a request."""
     wording = r.choice(wordings)
     text = wording.format(**values)
-    if wording[0].isupper():
+    if wording[-1] in ".?":
         return text
     said = r.choice(WRAPPINGS).format(c=text, C=text[0].upper() + text[1:])
     return said.replace("'.", "'") if said.endswith("'.") else said

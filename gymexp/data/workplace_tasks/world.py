@@ -115,5 +115,5 @@ def meeting_start(r: Random, duration: str, day: str | None = None) -> str:
 
 
 def other(r: Random, choices: list[Any], *taken: Any) -> Any:
-    """A choice that is none of those taken: an update must change something, or doing nothing is right too."""
+    """A choice that is none of those taken: an update must change something, else doing nothing is right."""
     return r.choice([c for c in choices if c not in taken])
