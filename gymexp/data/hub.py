@@ -51,18 +51,19 @@ def _file(name: str, data: DataConfig, file: str, revision: str, say: Say) -> tu
         url = hf_hub_url(**what, revision=revision, endpoint=endpoint)
         token = get_token()
         found = get_hf_file_metadata(url, token=token, timeout=_ANSWER_TIMEOUT_S, endpoint=endpoint)
-        if found.commit_hash is None:
+        if not found.commit_hash:
             raise _Unusable("what answers there is not a Hugging Face hub (no X-Repo-Commit in its answer)")
         if not _here(what, found.commit_hash):
             megabytes = "" if found.size is None else f" ({found.size / 1e6:.1f} MB)"
             say(f"{name}: downloading {file} of {data.repo_id}{megabytes}")
-        path = _watched(what | {"revision": found.commit_hash, "endpoint": endpoint, "token": token})
-        return Path(path), found.commit_hash
+        # By its own name, not the commit's: that is how huggingface_hub finds it again without the network.
+        path = _watched(what | {"revision": revision, "endpoint": endpoint, "token": token})
+        return path, _commit(path, file)
     except (httpx.HTTPError, OSError, HFValidationError, _Unusable) as error:
         if not isinstance(error, RevisionNotFoundError | EntryNotFoundError) and (
             path := _here(what, revision)
         ):
-            commit = path.parents[len(Path(file).parts) - 1].name
+            commit = _commit(path, file)
             say(f"{name}: {_reason(error)}; using {file} as downloaded before (commit {commit[:12]})")
             return path, commit
         raise DataError(_ways_on(name, data, file, revision, url, error)) from None
@@ -80,7 +81,12 @@ def _here(what: dict[str, Any], revision: str) -> Path | None:
         return None
 
 
-def _watched(arguments: dict[str, Any]) -> str:
+def _commit(path: Path, file: str) -> str:
+    """huggingface_hub keeps `file` as …/snapshots/<commit>/<file>."""
+    return path.parents[len(Path(file).parts) - 1].name
+
+
+def _watched(arguments: dict[str, Any]) -> Path:
     """`hf_hub_download`, given up when nothing arrives for a while: its own retries go on for minutes."""
     last_progress = time.monotonic()
 
@@ -108,7 +114,7 @@ def _watched(arguments: dict[str, Any]) -> str:
             continue
         if isinstance(answer, Exception):
             raise answer
-        return answer
+        return Path(answer)
 
 
 def _reason(error: Exception) -> str:

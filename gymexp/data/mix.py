@@ -55,11 +55,6 @@ def share_out(available: Mapping[str, int], weights: Mapping[str, float], size: 
     total = sum(exact.values())
     if size is None:
         size = min(math.floor(available[env] * total / weight) for env, weight in exact.items())
-        if size < 1:
-            raise DataError(
-                f"the weights {dict(weights)} leave no training set without repeats out of {dict(available)} "
-                "tasks: set dataset.train_size, or bring the weights closer together"
-            )
     ideal = {env: weight / total * size for env, weight in exact.items()}
     counts = {env: math.floor(share) for env, share in ideal.items()}
     missing = size - sum(counts.values())

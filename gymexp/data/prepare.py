@@ -64,7 +64,7 @@ def prepare(
             say(f"{name}: {used} training tasks out of {there}: {used / there:.1f} epochs of them")
     prepared = Prepared(train, validation, summary)
     if run_data_dir is not None:
-        _write(prepared, run_data_dir)
+        write_prepared(prepared, run_data_dir)
     return prepared
 
 
@@ -101,7 +101,7 @@ def _tasks(
     ]
 
 
-def _write(prepared: Prepared, directory: Path) -> None:
+def write_prepared(prepared: Prepared, directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     _write_tasks(directory / "train.jsonl", prepared.train)
     _write_tasks(directory / "validation.jsonl", (t for tasks in prepared.validation.values() for t in tasks))

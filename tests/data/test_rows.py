@@ -1,0 +1,173 @@
+import json
+import time
+
+import pytest
+
+from gymexp.data.rows import load_rows, server_of
+from gymexp.errors import DataError
+
+AGENTS = {"sudoku_agent", "workplace_assistant_simple_agent"}
+PUZZLE = {"question": "2 + 2?", "answer": "4", "metadata": {"source_dataset": "basic_arithmetic"}}
+OFFICE = {
+    "id": 3,
+    "ground_truth": [{"name": "send", "arguments": "{}"}],
+    "category": "x",
+    "environment_name": "y",
+}
+
+
+def row(**changes) -> dict:
+    return {"responses_create_params": {"input": [{"role": "user", "content": "2 + 2?"}]}, **changes}
+
+
+def with_parameters(**changes) -> dict:
+    return {"responses_create_params": row()["responses_create_params"] | changes}
+
+
+def read(tmp_path, lines, **options):
+    path = tmp_path / "tasks.jsonl"
+    text = "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines)
+    path.write_bytes(text.encode())
+    return load_rows(path, "sudoku", "sudoku_agent", AGENTS, **options)
+
+
+def problems(tmp_path, lines, **options) -> list[str]:
+    """The message's lines but the first, with the path cut off."""
+    with pytest.raises(DataError) as caught:
+        read(tmp_path, lines, **options)
+    first, *others = str(caught.value).splitlines()
+    assert first.startswith("env.sudoku.data")
+    return [line.removeprefix(f"{tmp_path / 'tasks.jsonl'}:") for line in others]
+
+
+def test_a_row_without_an_agent_gets_the_environments(tmp_path):
+    assert read(tmp_path, [row()])[0]["agent_ref"] == {"type": "responses_api_agents", "name": "sudoku_agent"}
+
+
+def test_a_row_may_name_any_agent_of_the_selected_environments(tmp_path):
+    reference = {"type": "responses_api_agents", "name": "workplace_assistant_simple_agent"}
+    assert read(tmp_path, [row(agent_ref=reference)])[0]["agent_ref"] == reference
+
+
+def test_an_unknown_agent_is_refused_with_the_nearest_known(tmp_path):
+    (said,) = problems(tmp_path, [row(agent_ref={"name": "workplace_asistant_simple_agent"})])
+    assert said.startswith("1: agent_ref.name: 'workplace_asistant_simple_agent' is no agent")
+    assert (
+        "did you mean workplace_assistant_simple_agent?" in said and "they have: sudoku_agent, work" in said
+    )
+
+
+def test_blank_lines_repeated_rows_and_a_byte_order_mark_do_no_harm(tmp_path):
+    assert len(read(tmp_path, ["\ufeff" + json.dumps(row()), "", "  ", row(), row()])) == 3
+
+
+def test_the_rest_of_the_row_is_left_as_it_is(tmp_path):
+    assert read(tmp_path, [row(**PUZZLE)])[0] == row(**PUZZLE) | {
+        "agent_ref": {"type": "responses_api_agents", "name": "sudoku_agent"}
+    }
+
+
+def test_a_broken_line_is_named_by_its_number(tmp_path):
+    (said,) = problems(tmp_path, [*[row()] * 6, '{"responses_create_params": {', row()])
+    assert said.startswith("7: not valid JSON")
+
+
+def test_rows_beyond_the_limit_are_not_read(tmp_path):
+    assert len(read(tmp_path, [row(), row(), "no JSON"], limit=2)) == 2
+
+
+@pytest.mark.parametrize("lines", [[], ["", "  "]])
+def test_an_empty_file_is_refused(tmp_path, lines):
+    with pytest.raises(DataError, match="must hold at least one row"):
+        read(tmp_path, lines)
+
+
+def test_a_missing_file_is_refused(tmp_path):
+    with pytest.raises(DataError, match="cannot be read: No such file"):
+        load_rows(tmp_path / "none.jsonl", "sudoku", "a", {"a"})
+
+
+@pytest.mark.parametrize(
+    ("bad", "said"),
+    [
+        ([1], "a row must be a JSON object, got [1]"),
+        ({}, "responses_create_params: must be an object, but it is missing"),
+        (with_parameters(input=[]), ".input: must be a non-empty array of messages, or a string, got []"),
+        (with_parameters(input=""), ".input: must not be empty"),
+        (with_parameters(input=["hello"]), '.input[0]: must be a message object, got "hello"'),
+        (
+            with_parameters(input=[{"role": "robot", "content": ""}]),
+            ".input[0].role: must be one of user, assi",
+        ),
+        (
+            with_parameters(input=[{"role": "user"}]),
+            ".input[0].content: must be a string or an array of parts",
+        ),
+        (with_parameters(tools={}), ".tools: must be an array, got {}"),
+        (with_parameters(tools=["x"]), ".tools[0]: must be an object with a type"),
+        (with_parameters(tools=[{"type": "function"}]), ".tools[0].name: must be a non-empty string"),
+        (
+            with_parameters(tools=[{"type": "function", "function": {}}]),
+            ".tools[0]: has the Chat Completions shape",
+        ),
+        (
+            with_parameters(tools=[{"type": "function", "name": "f", "parameters": 1}]),
+            ".tools[0].parameters: must",
+        ),
+        (with_parameters(messages=[]), ".messages: NeMo Gym knows no such key"),
+        (with_parameters(max_tokens=5), ".max_tokens: NeMo Gym knows no such key"),
+        (row(agent_ref="sudoku_agent"), "agent_ref: must be {type: responses_api_agents, name: …}"),
+    ],
+)
+def test_a_bad_row_is_named_with_field_and_rule(tmp_path, bad, said):
+    assert any(said in line for line in problems(tmp_path, [bad]))
+
+
+def test_input_may_be_a_string_or_hold_earlier_calls(tmp_path):
+    call = {"type": "function_call", "name": "f", "arguments": "{}", "call_id": "1"}
+    output = {"type": "function_call_output", "call_id": "1", "output": "5"}
+    asked = row()["responses_create_params"]["input"]
+    assert (
+        len(read(tmp_path, [with_parameters(input="hi"), with_parameters(input=[*asked, call, output])])) == 2
+    )
+
+
+@pytest.mark.parametrize(("server", "fields"), [("reasoning_gym", PUZZLE), ("workplace_assistant", OFFICE)])
+def test_what_a_server_asks_for_is_checked(tmp_path, server, fields):
+    assert read(tmp_path, [row(**fields)], server=server)
+    missing = problems(tmp_path, [row()], server=server)
+    assert [line.split(": ")[1] for line in missing] == list(fields)
+    wrong = problems(tmp_path, [row(**dict.fromkeys(fields, True))], server=server)
+    assert [line.split(": ")[1] for line in wrong] == list(fields)
+
+
+def test_fields_inside_other_fields_are_checked(tmp_path):
+    (said,) = problems(tmp_path, [row(**PUZZLE | {"metadata": {}})], server="reasoning_gym")
+    assert said.startswith("1: metadata.source_dataset: must be a string, but it is missing")
+    (said,) = problems(
+        tmp_path, [row(**OFFICE | {"ground_truth": [{"arguments": {}}]})], server="workplace_assistant"
+    )
+    assert said.startswith("1: ground_truth[0]: must be an object of strings")
+
+
+def test_all_problems_come_in_one_message_cut_at_twenty(tmp_path):
+    said = problems(tmp_path, [row(), *[{}] * 15, "oops", *[[]] * 9])
+    assert len(said) == 21 and said[-1] == "and 5 more"
+    assert said[0].startswith("2: ") and said[15].startswith("17: not valid JSON")
+
+
+def test_two_thousand_large_rows_take_less_than_a_second(tmp_path):
+    tools = [{"type": "function", "name": f"tool_{n}", "parameters": {"about": "x" * 480}} for n in range(27)]
+    line = json.dumps(with_parameters(tools=tools) | OFFICE)
+    assert len(line) > 14_000
+    path = tmp_path / "tasks.jsonl"
+    path.write_text(f"{line}\n" * 2000)
+    start = time.process_time()
+    assert len(load_rows(path, "office", "a", {"a"}, server="workplace_assistant")) == 2000
+    assert time.process_time() - start < 1.0
+
+
+def test_the_server_is_named_by_its_folder():
+    assert server_of("resources_servers/reasoning_gym/configs/reasoning_gym.yaml") == "reasoning_gym"
+    assert server_of("/home/me/Gym/resources_servers/mine/configs/a.yaml") == "mine"
+    assert server_of("somewhere/else.yaml") == ""
