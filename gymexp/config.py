@@ -158,8 +158,13 @@ class RunConfig:
 
 
 def register() -> None:
-    """Make the schema known to Hydra, under the name that `conf/train.yaml` puts first."""
-    ConfigStore.instance().store(name="schema", node=RunConfig)
+    """Make the schema known to Hydra, under the name that `conf/train.yaml` puts first.
+
+    `trainer` is open: TRL's arguments need no `+` on the command line; `gymexp.training.arguments` checks them.
+    """
+    node = OmegaConf.structured(RunConfig)
+    OmegaConf.set_struct(node.trainer, False)
+    ConfigStore.instance().store(name="schema", node=node)
 
 
 def options(group: str) -> list[str]:
@@ -206,6 +211,35 @@ def _explain(error: OmegaConfBaseException) -> str:
         return f"{key}: {text}"
     prefix = key.removesuffix(name)
     return f"{key} is not a known key{nearest(name, known, prefix)}. Known keys here: {', '.join(known)}"
+
+
+def explain_key(key: str) -> str | None:
+    """What is wrong with the key of an override, e.g. `env.sudoku.wieght`; None if it is a key of the schema."""
+    place: Any = RunConfig
+    done: list[str] = []
+    for name in key.split("."):
+        if not dataclasses.is_dataclass(place):
+            done.append(name)
+            place = EnvConfig if done == ["env", name] else Any
+            continue
+        fields = {f.name: f for f in dataclasses.fields(place)}
+        prefix = "".join(f"{d}." for d in done)
+        if name not in fields:
+            return (
+                f"{key} is not a known key{nearest(name, list(fields), prefix)}. "
+                f"Known keys here: {', '.join(fields)}"
+            )
+        done.append(name)
+        factory = fields[name].default_factory
+        place = factory if dataclasses.is_dataclass(factory) else Any
+    if done[0] == "env" and len(done) > 2:
+        return f"{key}: env.{done[1]} is not among the selected environments: add it to env=[…]"
+    return None
+
+
+def resumed(path: Path, resume: str) -> RunConfig:
+    """The config of the run to go on with, marked as resumed."""
+    return dataclasses.replace(from_yaml(path), resume=resume)
 
 
 def nearest(name: str, known: list[str], prefix: str = "") -> str:

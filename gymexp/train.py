@@ -23,7 +23,7 @@ from gymexp.run.entry import guarded, hydra_main
 def main(cfg: DictConfig) -> Any:
     config = configuration.load(cfg)
 
-    from gymexp.data.prepare import load_prepared, prepare
+    from gymexp.data.prepare import load_prepared, prepare, write_prepared
     from gymexp.gym.install import ensure_python, site_packages
     from gymexp.run import controller
     from gymexp.run.directory import RunDirectory, cache_dir
@@ -45,7 +45,7 @@ def main(cfg: DictConfig) -> Any:
     else:
         prepared = prepare(config, python, cache_dir(), None, view.say)
         run = RunDirectory.claim(directory, config, overrides)
-        prepared.write(run.data)
+        write_prepared(prepared, run.data)
     result = controller.run(config, run, python, site, view)
     view.say(held_out_table(result))
     view.say(f"run directory: {run.path}")

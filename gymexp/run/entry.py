@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import re
 import sys
 from collections.abc import Callable
 from typing import Any
 
+import hydra
 from hydra.errors import HydraException
+from omegaconf import DictConfig
 
-from gymexp.config import nearest, options
+from gymexp.config import CONF_DIR, explain_key, nearest, options, register
 from gymexp.errors import GymexpError
 
 
@@ -26,6 +29,9 @@ def guarded(main: Callable[..., Any]) -> Callable[..., Any]:
             print(f"error: {error}", file=sys.stderr)
             number = getattr(error, "number", None)
             sys.exit(128 + number if number else 1)
+        except HydraException as error:
+            print(f"error: {explain(error)}", file=sys.stderr)
+            sys.exit(1)
 
     return wrapped
 
@@ -35,11 +41,26 @@ def log_to_terminal() -> None:
     logging.getLogger("filelock").setLevel(logging.WARNING)
 
 
-def explain_missing_option(error: HydraException) -> str | None:
-    """Hydra's "Could not find 'env/sudko'" with the group's options and the nearest one; None for other errors."""
-    found = re.search(r"[Cc]ould not find '(\w+)/([^']+)'", str(error))
-    if not found:
-        return None
-    group, name = found.groups()
-    known = options(group)
-    return f"{group}={name} is not known{nearest(name, known, f'{group}=')}. Known: {', '.join(known)}"
+def explain(error: HydraException) -> str:
+    """Hydra's own complaint, with the nearest option or key where one is unknown."""
+    text = str(error)
+    if found := re.search(r"[Cc]ould not (?:find|load) '(\w+)/([^']+)'", text):
+        group, name = found.groups()
+        known = options(group)
+        return f"{group}={name} is not known{nearest(name, known, f'{group}=')}. Known: {', '.join(known)}"
+    if found := re.search(r"[Cc]ould not override '([\w.@/]+)'", text):
+        return explain_key(found.group(1)) or text
+    return text
+
+
+def hydra_main(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], Any]]:
+    """`hydra.main` over gymexp's configuration; every mistake is printed as text, with what to do about it."""
+
+    def decorate(main: Callable[[DictConfig], Any]) -> Callable[[], Any]:
+        register()
+        # Hydra would print its own errors and exit; this lets them come here.
+        os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+        log_to_terminal()
+        return guarded(hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=config_name)(main))
+
+    return decorate
