@@ -12,6 +12,7 @@ out of the batch. 400: the request breaks a rule; 500: the engine failed; both w
 from __future__ import annotations
 
 import asyncio
+import socket
 import threading
 from dataclasses import dataclass
 from typing import Any
@@ -52,8 +53,13 @@ class ServerHandle:
             self._thread.join()
 
 
-def serve(engine: HFEngine, host: str = "127.0.0.1", port: int = 0) -> ServerHandle:
-    """Returns once requests are answered. port 0: a free one, see `.url`. Raises OSError if it cannot listen."""
+def serve(
+    engine: HFEngine, host: str = "127.0.0.1", port: int = 0, sock: socket.socket | None = None
+) -> ServerHandle:
+    """Returns when it listens. port 0: a free one, see `.url`. Raises OSError if it cannot listen.
+
+    sock: a socket that listens already, instead of host and port.
+    """
     started: list[ServerHandle | BaseException] = []
     ready = threading.Event()
 
@@ -63,7 +69,7 @@ def serve(engine: HFEngine, host: str = "127.0.0.1", port: int = 0) -> ServerHan
         )
         try:
             await runner.setup()
-            site = web.TCPSite(runner, host, port)
+            site = web.SockSite(runner, sock) if sock else web.TCPSite(runner, host, port)
             await site.start()
             stop = asyncio.Event()
             bound_port = runner.addresses[0][1]
