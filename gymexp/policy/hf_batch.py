@@ -84,7 +84,7 @@ class Batch:
             self._cache.clear()
 
     def _take_wave(self, waiting: deque[Row]) -> list[Row]:
-        """Waiting rows to prefill together. One that would repeat a prompt of this wave stays for the next."""
+        """Waiting rows to prefill together. One that would repeat one of these stays for the next."""
         wave: list[Row] = []
         put_off: list[Row] = []
         while waiting and len(self.rows) + len(self._taken) < self.max_rows:

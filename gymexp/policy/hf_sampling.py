@@ -48,7 +48,7 @@ class SamplingParams:
 
 
 def cut_tails(logits: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
-    """Logits [n, V] with -inf outside the top_k tokens and outside the smallest set of these holding top_p."""
+    """Logits [n, V] with -inf outside the top_k tokens and outside the smallest set holding top_p."""
     device, vocab = logits.device, logits.shape[-1]
     top_k = torch.tensor([p.top_k or vocab for p in params], device=device)[:, None]
     top_p = torch.tensor([p.top_p for p in params], device=device, dtype=logits.dtype)[:, None]
@@ -66,9 +66,9 @@ def sample_tokens(
     """One token a row, and its log-probability under the distribution it was drawn from.
 
     logits: [n, V]. uniforms: one number in [0, 1) a row; the token is where the cumulative distribution
-    passes it, so a row's choice depends on its own logits and number alone. The log-probability is that after temperature,
-    top_k and top_p; a greedy row (temperature 0) reports the one at temperature 1, uncut, as vLLM does under
-    processed_logprobs. Where logits are not finite, it is NaN.
+    passes it, so a row's choice depends on its own logits and number alone. The log-probability is that after
+    temperature, top_k and top_p; a greedy row (temperature 0) reports the one at temperature 1, uncut, as
+    vLLM does under processed_logprobs. Where logits are not finite, it is NaN.
     """
     device = logits.device
     logits = logits.float()

@@ -72,8 +72,8 @@ def serve(
             site = web.SockSite(runner, sock) if sock else web.TCPSite(runner, host, port)
             await site.start()
             stop = asyncio.Event()
-            bound_port = runner.addresses[0][1]
-            url = f"http://{host}:{bound_port}"
+            bound_host, bound_port = runner.addresses[0][:2]
+            url = f"http://{bound_host}:{bound_port}"
             started.append(ServerHandle(url, asyncio.get_running_loop(), stop, threading.current_thread()))
             ready.set()
             await stop.wait()

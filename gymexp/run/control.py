@@ -7,6 +7,7 @@ rss_mb, log}}}. POST /restart/{name} ends a service, which comes back. POST /pro
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 from collections.abc import Callable
 from typing import Any
@@ -66,13 +67,13 @@ class Control:
     async def _watch(self, request: web.Request) -> web.StreamResponse:
         response = web.StreamResponse()
         await response.prepare(request)
-        while True:
-            changed = self._changed
-            await response.write(self._state())
-            try:
-                await asyncio.wait_for(changed.wait(), _BEAT_S)
-            except TimeoutError:
-                continue
+        with contextlib.suppress(ConnectionResetError):  # the trainer ended
+            while True:
+                changed = self._changed
+                await response.write(self._state())
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(changed.wait(), _BEAT_S)
+        return response
 
     async def _restart(self, request: web.Request) -> web.Response:
         name = request.match_info["name"]

@@ -114,6 +114,7 @@ class Controller:
                     fds=[engine_sock.fileno()],
                 ),
                 trainer_log,
+                job=True,
             )
         )
         gateway = [sys.executable, "-m", "gymexp.policy.gateway", "--fd", str(gateway_sock.fileno())]

@@ -50,6 +50,7 @@ class Service:
     url: str | None = None  # answers GET / or GET `health` once ready; None: ready when started
     health: str = "/"
     max_restarts: int = 0
+    job: bool = False  # ends by itself, once; what its end means is its starter's to judge
     state: str = "new"  # new, starting, ready, down, stopped
     epoch: int = 0
     failures: int = 0
@@ -181,7 +182,7 @@ class Supervisor:
                 service.pid = None
                 service.epoch += 1
                 self._set(service, "down")
-                if self._closing:
+                if self._closing or service.job:
                     return
                 if not asked:
                     service.failures += 1

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer
 from trl import GRPOTrainer
 from trl.trainer.utils import pad
 
@@ -62,6 +62,7 @@ class PolicyTrainer(GRPOTrainer):
             processing_class=tokenizer,
             rollout_func=rollouts,
         )
+        self.remove_callback(PrinterCallback)  # metrics.jsonl has the numbers, and the live view shows them
 
     def add_metrics(self, metrics: Mapping[str, float]) -> None:
         """Numbers of this step's batch, averaged until the next log entry."""

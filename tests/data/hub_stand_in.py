@@ -14,7 +14,7 @@ COMMIT = "c0ffee" + 34 * "0"
 
 @dataclass
 class Hub:
-    """`files` by "<repo>/<file>"; `mood`: well, gated, private, stalled (in the body), hanging (before any answer)."""
+    """`files` by "<repo>/<file>". `mood`: well, private, gated, broken, stalled (in the body), hanging (at once)."""
 
     files: dict[str, bytes]
     mood: str = "well"

@@ -9,6 +9,7 @@ from gymexp.data.mix import describe, keys_sha256, mix, share_out
 from gymexp.errors import DataError
 from gymexp.rollout.outcome import Task
 
+SIZES = st.none() | st.integers(1, 300)
 ORDERS = st.sampled_from(["interleave", "shuffle"])
 
 
@@ -17,7 +18,7 @@ def tasks(env: str, count: int) -> list[Task]:
 
 
 @st.composite
-def mixes(draw, sizes=st.none() | st.integers(1, 300), max_envs=4):
+def mixes(draw, sizes=SIZES, max_envs=4):
     """tasks_by_env, weights and size, as `mix` takes them; at least one weight is above 0."""
     names = [f"env{n}" for n in range(draw(st.integers(1, max_envs)))]
     available = {name: tasks(name, draw(st.integers(20, 60))) for name in names}

@@ -117,7 +117,7 @@ def test_a_lock_held_for_too_long_ends_the_wait(tmp_path, monkeypatch):
     first.join()
 
 
-# A stand-in for NeMo Gym's venv: an interpreter (this one) behind a `python` that finds a nemo_gym and its scripts.
+# What stands where reasoning_gym's create_dataset.py would; `config` says how it misbehaves.
 FAKE_SCRIPT = """
 import argparse, json, os, sys, time
 p = argparse.ArgumentParser()
@@ -134,7 +134,8 @@ if config.get("fail"):
 with open(a.output, "w") as file:
     for i in range(int(a.seed), int(a.seed) + int(a.size)):
         question = str(i % config.get("kinds", 10**9))
-        row = {"responses_create_params": {"input": question}, "question": question, "agent_ref": {"name": "theirs"}}
+        row = {"responses_create_params": {"input": question}, "agent_ref": {"name": "theirs"}}
+        row["question"] = question
         file.write(json.dumps(row) + "\\n")
 """
 

@@ -1,5 +1,7 @@
 """Small real tokenizers with chat templates of the kinds that models ship, written for these tests."""
 
+# ruff: noqa: E501 (templates read better unbroken)
+
 from functools import cache
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers

@@ -64,7 +64,7 @@ def tool_message(text, number):
 
 
 def expected_tail(template, ended, after):
-    """What each template puts behind a sampled turn, spelt out by hand. after: (role, text) of what came then."""
+    """What each template puts behind a sampled turn, spelt out by hand. after: (role, text) of what came."""
     end = "" if ended else END[template]
     if template == "llama3":
         names = {"tool": "ipython"}
@@ -183,7 +183,8 @@ def test_reasoning_that_the_template_drops_stays_in_the_prompt():
     assert "one and one" not in render(tokenizer, messages)
     assert tokenizer.decode(splice(tokenizer, messages)) == (
         tokenizer.decode(prompt_ids)
-        + "<think>\none and one\n</think>\n\n2<|im_end|>\n<|im_start|>user\nAnd 2+2?<|im_end|>\n<|im_start|>assistant\n"
+        + "<think>\none and one\n</think>\n\n2<|im_end|>\n"
+        + "<|im_start|>user\nAnd 2+2?<|im_end|>\n<|im_start|>assistant\n"
     )
 
 
@@ -227,6 +228,13 @@ def test_arguments_that_are_no_json_object_reach_the_template_as_they_are():
 def test_a_developer_message_is_a_system_message_where_the_template_knows_no_developer():
     messages = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": "x"}]
     assert "Be brief." in render(build_tokenizer("qwen2_5"), messages)
+
+
+def test_a_turn_that_the_template_ends_without_a_special_token_keeps_the_whole_tail():
+    tokenizer = build_tokenizer("{% for m in messages %}{{ m.role + ': ' + m.content + '\\n' }}{% endfor %}")
+    newline = encode(tokenizer, "\n")
+    messages = [sampled([1], newline), {"role": "user", "content": "x"}]
+    assert splice(tokenizer, messages) == [1, *newline, *encode(tokenizer, "\nuser: x\n")]
 
 
 def test_a_template_that_drops_the_sampled_turn_is_a_token_mismatch():
