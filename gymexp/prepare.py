@@ -8,14 +8,13 @@ from __future__ import annotations
 import sys
 import time
 
-import hydra
 from omegaconf import DictConfig
 
-from gymexp.config import CONF_DIR, load, register
+from gymexp.config import load
 from gymexp.data.prepare import needs_gym_python, prepare
-from gymexp.errors import GymexpError
 from gymexp.gym.install import ensure_python
 from gymexp.run.directory import cache_dir
+from gymexp.run.entry import hydra_main
 
 # Hydra's own run directory and log file; a command line that says otherwise comes later and wins.
 _NOTHING_LEFT = [
@@ -25,18 +24,9 @@ _NOTHING_LEFT = [
     "hydra/hydra_logging=none",
 ]
 
-register()
 
-
-@hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="train")
+@hydra_main(config_name="train")
 def main(cfg: DictConfig) -> None:
-    try:
-        _prepare(cfg)
-    except GymexpError as error:
-        sys.exit(str(error))  # to stderr, with code 1
-
-
-def _prepare(cfg: DictConfig) -> None:
     start = time.perf_counter()
     config = load(cfg)
     cache = cache_dir()

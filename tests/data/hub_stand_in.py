@@ -14,7 +14,10 @@ COMMIT = "c0ffee" + 34 * "0"
 
 @dataclass
 class Hub:
-    """`files` by "<repo>/<file>". `mood`: well, private, gated, broken, stalled (in the body), hanging (at once)."""
+    """`files` by "<repo>/<file>".
+
+    `mood`: well, private, gated, broken, stalled (in the body) or hanging (before any answer).
+    """
 
     files: dict[str, bytes]
     mood: str = "well"
