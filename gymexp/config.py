@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import logging
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from gymexp.errors import ConfigError
 
+log = logging.getLogger(__name__)
 _PACKAGE = Path(__file__).resolve().parent
 CONF_DIR = next(d for d in (_PACKAGE.parent / "conf", _PACKAGE / "conf") if (d / "train.yaml").exists())
 
@@ -175,6 +177,10 @@ def options(group: str) -> list[str]:
 def load(cfg: DictConfig) -> RunConfig:
     """A checked RunConfig from Hydra's composed config. Raises ConfigError with every broken rule in one message."""
     plain = OmegaConf.create(OmegaConf.to_container(cfg, resolve=False))
+    for name in [n for n, env in plain.env.items() if OmegaConf.is_missing(env, "config_path")]:
+        # an experiment may set keys of an environment that env=[…] leaves out
+        log.info("env.%s is not selected by env=[…]: its settings are not used", name)
+        del plain.env[name]
     try:
         # Hydra's `+key=value` may have added what the schema does not know: merge into the bare schema to see it.
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), plain))

@@ -46,7 +46,8 @@ def main(cfg: DictConfig) -> Any:
         prepared = prepare(config, python, cache_dir(), None, view.say)
         run = RunDirectory.claim(directory, config, overrides)
         write_prepared(prepared, run.data)
-    result = controller.run(config, run, python, site, view)
+    with view:
+        result = controller.run(config, run, python, site, view)
     view.say(held_out_table(result))
     view.say(f"run directory: {run.path}")
     return result

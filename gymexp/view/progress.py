@@ -1,24 +1,131 @@
-"""What a run shows while it goes on."""
+"""What a run shows while it goes on: a live panel on a terminal, a line a step elsewhere."""
 
 from __future__ import annotations
 
+import sys
+import time
 from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+_NUMBERS = ("reward", "success", "turns", "tokens", "truncated", "failed")
+
+
+def duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def env_numbers(logs: dict[str, Any], prefix: str = "") -> dict[str, dict[str, float]]:
+    """`{env: {metric: value}}` from a log entry's `<prefix><env>/<metric>`; only what the view shows."""
+    found: dict[str, dict[str, float]] = {}
+    for name, value in logs.items():
+        env, _, metric = name.removeprefix(prefix).partition("/")
+        if name.startswith(prefix) and metric in _NUMBERS and value is not None and (prefix or not env.startswith("eval_")):
+            found.setdefault(env, {})[metric] = value
+    return {env: numbers for env, numbers in found.items() if "turns" in numbers or "failed" in numbers}
 
 
 class View:
-    """Plain lines."""
+    """`say` prints a line that stays; `update` and `services` change what the live panel shows."""
 
-    def __init__(self) -> None:
-        self._shown: tuple[Any, ...] = ()
+    def __init__(self, stream: Any = None) -> None:
+        self._console = Console(file=stream or sys.stdout, highlight=False, soft_wrap=True)
+        self._facts: dict[str, Any] = {}
+        self._services: dict[str, str] = {}
+        self._train: dict[str, dict[str, float]] = {}
+        self._held_out: dict[str, dict[str, float]] = {}
+        self._trained_since: tuple[float, int] | None = None
+        self._printed: Any = None
+        self._live: Live | None = None
+
+    def __enter__(self) -> View:
+        if self._console.is_terminal:
+            self._live = Live(self, console=self._console, refresh_per_second=4, transient=True)
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live:
+            self._live.stop()
+            self._live = None
 
     def say(self, text: str) -> None:
-        print(text, flush=True)
-
-    def update(self, facts: dict[str, Any]) -> None:
-        now = (facts.get("phase"), facts.get("step"), str(facts.get("logs")))
-        if now != self._shown:
-            self._shown = now
-            print({k: v for k, v in facts.items()}, flush=True)
+        self._console.print(text, markup=False)
 
     def services(self, states: dict[str, str]) -> None:
-        pass
+        self._services = states
+
+    def update(self, facts: dict[str, Any]) -> None:
+        phase_before = self._facts.get("phase")
+        self._facts = facts
+        logs = facts.get("logs") or {}
+        if held_out := env_numbers(logs, "eval_"):
+            self._held_out = held_out
+        if trained := env_numbers(logs):
+            self._train = trained
+        if facts.get("phase") == "train" and self._trained_since is None:
+            self._trained_since = (time.monotonic(), facts.get("step") or 0)
+        if facts.get("phase") != phase_before and facts.get("phase") != "train":
+            self.say(f"{facts.get('phase')} (step {facts['step']})" if facts.get("step") else str(facts.get("phase")))
+        said = (facts.get("step"), sorted(logs))
+        if (held_out or trained) and said != self._printed:
+            self._printed = said
+            self.say(self._line(facts, "held-out " if held_out else "", held_out or trained, logs))
+
+    def time_left(self) -> float | None:
+        """Seconds to the last step at the pace so far; None before the first step is done."""
+        step, last = self._facts.get("step") or 0, self._facts.get("max_steps") or 0
+        if self._trained_since is None or step <= self._trained_since[1] or not last:
+            return None
+        began, first = self._trained_since
+        return (time.monotonic() - began) / (step - first) * (last - step)
+
+    def _line(self, facts: dict[str, Any], what: str, envs: dict[str, dict[str, float]], logs: dict[str, Any]) -> str:
+        rewards = "  ".join(f"{env} {_shown(n.get('reward'))}" for env, n in envs.items())
+        line = f"step {facts.get('step')}/{facts.get('max_steps') or '?'}  {what}reward: {rewards}"
+        if seconds := logs.get("time/step"):
+            line += f"  {seconds:.1f} s a step ({logs.get('time/rollout', 0):.1f} rollouts)"
+        left = self.time_left()
+        return line + (f"  {duration(left)} left" if left else "")
+
+    def __rich__(self) -> Group:
+        facts = self._facts
+        step, last = facts.get("step") or 0, facts.get("max_steps") or 0
+        left = self.time_left()
+        head = Table.grid(padding=(0, 2))
+        head.add_row(
+            Text(str(facts.get("phase", "starting")), style="bold"),
+            f"step {step}/{last or '?'}",
+            ProgressBar(total=last or 1, completed=step, width=30),
+            f"{duration(left)} left" if left is not None else "",
+        )
+        flow = Text(
+            f"rollouts {facts.get('done', 0)}/{facts.get('total', 0)}  in flight {facts.get('in_flight', 0)}  "
+            f"retried {facts.get('retried', 0)}  failed {facts.get('failed', 0)}  "
+            f"{facts.get('tokens_per_s', 0):.0f} tokens/s"
+        )
+        parts: list[Any] = [head, flow]
+        if self._train or self._held_out:
+            table = Table(box=None, padding=(0, 2, 0, 0))
+            table.add_column("environment")
+            for name in ("held-out reward", *_NUMBERS):
+                table.add_column(name, justify="right")
+            for env in self._train or self._held_out:
+                numbers = self._train.get(env, {})
+                held_out = self._held_out.get(env, {}).get("reward")
+                table.add_row(env, _shown(held_out), *(_shown(numbers.get(n)) for n in _NUMBERS))
+            parts.append(table)
+        waiting = [name for name, state in self._services.items() if state not in ("ready", "stopped")]
+        if waiting:
+            parts.append(Text(f"waiting for {', '.join(waiting)}", style="dim"))
+        return Group(*parts)
+
+
+def _shown(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}" if abs(value) < 100 else f"{value:.0f}"

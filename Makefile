@@ -1,0 +1,34 @@
+# The environment is .venv; `make help` lists what can be done.
+PYTHON ?= python3
+RUN := .venv/bin/python
+
+help:  ## this list
+	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 10
+
+setup: .venv/ready  ## make .venv with gymexp and all it needs
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "gymexp needs Python >= 3.11: make PYTHON=…")'
+	$(PYTHON) -m venv .venv
+	$(RUN) -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch .venv/ready
+
+demo: setup  ## train the tiny policy in two environments, on a CPU in minutes
+	$(RUN) -m gymexp.train experiment=quickstart
+
+test: setup  ## every test that this machine can run
+	$(RUN) -m pytest
+
+lint: setup  ## ruff and pyright
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m pyright
+
+format: setup  ## rewrite the sources in the project's format
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+clean:  ## remove .venv and what tests and tools leave; outputs/ stays
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build dist
+
+.PHONY: help setup demo test lint format clean
