@@ -1,9 +1,10 @@
-"""What the gateway costs: CPU ms a request, and requests a second, in front of an engine that answers at once.
+"""What the gateway costs: CPU ms a request, and requests a second, in front of an engine without delay.
 
     python benchmarks/gateway.py [--tokenizer PATH] [--rollouts 200] [--concurrency 16] [--profile FILE]
 
-Engine, gateway and load are one process each. "sudoku": one turn, 16 rollouts to a group. "workplace": three turns (call,
-call, message) with 27 tools. Without --tokenizer, a small byte-level BPE is trained on the conversations' own text.
+Engine, gateway and load are one process each. "sudoku": one turn, 16 rollouts to a group. "workplace": three
+turns (call, call, message) with 27 tools. Without --tokenizer, a small byte-level BPE is trained on the
+conversations' own text.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ from gymexp.run.ports import listen, url_of
 
 GROUP = 16
 ROOT = Path(__file__).resolve().parent.parent
-CALL = '<tool_call>\n{"name": "mail_search_3", "arguments": {"query": "Carlos", "date_min": "2026-01-01"}}\n</tool_call>'
+ARGUMENTS = '{"query": "Carlos", "date_min": "2026-01-01"}'
+CALL = '<tool_call>\n{"name": "mail_search_3", "arguments": ' + ARGUMENTS + "}\n</tool_call>"
 GRID = "<think>\nThe first row lacks a 3, so the cell is 3.\n</think>\n\n" + "1 2 3 4\n" * 4
-FOUND = json.dumps(
-    [{"email_id": f"{n:08}", "sender": "carlos@atlas.com", "subject": "Status of the plan"} for n in range(9)]
-)
+MAIL = {"sender": "carlos@atlas.com", "subject": "Status of the plan"}
+FOUND = json.dumps([{"email_id": f"{number:08}", **MAIL} for number in range(9)])
 
 
 def tool(number: int) -> dict[str, Any]:

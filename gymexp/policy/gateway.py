@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 import time
 from collections import OrderedDict
@@ -191,6 +192,8 @@ def load_tokenizer(name_or_path: str) -> Any:
     """The tokenizer, without torch: importing it takes 3 s and 300 MB, and this process has no use for it."""
     if "torch" not in sys.modules:
         sys.modules["torch"] = None  # type: ignore[assignment]  # what `import torch` then finds: ImportError
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that torch is missing
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one text at a time: threads only cost
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(name_or_path)

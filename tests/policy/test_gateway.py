@@ -217,12 +217,13 @@ def test_the_environment_gets_text_reasoning_and_calls_apart(said, fields, conte
         '<tool_call>{"name": "verify", "arguments": {}}</tool_call>',
         "<tool_call>[]</tool_call>",
         "<tool_call>" + "[" * 900 + "</tool_call>",
+        "<tool_call>" + "[" * 3000 + "]" * 3000 + "</tool_call>",
         "</tool_call><tool_call></tool_call>",
         CALL + "<tool_call>{</tool_call>",
     ],
 )
 def test_a_malformed_call_is_content(call):
-    status, answer, _ = ask(call + END, tools=TOOLS)
+    status, answer, _ = ask(call + END, tools=TOOLS, config={"max_model_len": 20_000})
     message = answer["choices"][0]["message"]
     assert status == 200
     assert "tool_calls" not in message
