@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -84,13 +83,14 @@ def _intact(entry: Path) -> dict[str, str] | None:
 
 
 def _make(entry: Path, determined_by: dict[str, Any], make: Callable[[Path], None]) -> dict[str, str]:
-    part = Path(tempfile.mkdtemp(prefix=f".{entry.name}-", dir=entry.parent))
+    part = entry.with_name(f".{entry.name}.part")  # ours alone, since the lock is held
+    shutil.rmtree(part, ignore_errors=True)  # a run that was killed may have left one
+    part.mkdir()
     try:
         make(part)
         hashes = {file.name: sha256_of(file) for file in sorted(part.iterdir())}
         index = {"sha256": hashes, "determined_by": determined_by}
         (part / _INDEX).write_text(json.dumps(index, indent=1) + "\n")
-        part.chmod(0o755)  # mkdtemp's 0700 would lock a shared cache's other users out
         os.replace(part, entry)
     finally:
         shutil.rmtree(part, ignore_errors=True)

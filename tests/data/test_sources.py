@@ -78,6 +78,14 @@ def test_a_failed_making_leaves_nothing_behind(tmp_path):
     assert [path.suffix for path in (tmp_path / "data").iterdir()] == [".lock"]
 
 
+def test_what_a_killed_run_left_is_no_part_of_the_entry(tmp_path):
+    entry, _ = cached(tmp_path, "sudoku", {}, write_rows, ignore)
+    part = entry.rename(entry.with_name(f".{entry.name}.part"))
+    (part / "half.jsonl").touch()
+    cached(tmp_path, "sudoku", {}, write_rows, ignore)
+    assert {file.name for file in entry.iterdir()} == {"train.jsonl", "entry.json"} and not part.exists()
+
+
 def test_two_runs_at_once_make_an_entry_once(tmp_path):
     made, said = [], []
     begun, go_on = threading.Event(), threading.Event()
