@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
 import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 
@@ -50,7 +53,8 @@ def explain(error: HydraException) -> str:
         return f"{group}={name} is not known{nearest(name, known, f'{group}=')}. Known: {', '.join(known)}"
     if found := re.search(r"[Cc]ould not override '([\w.@/]+)'", text):
         return explain_key(found.group(1)) or text
-    return text
+    cause = error.__cause__ or error.__context__
+    return f"{text}: {str(cause).splitlines()[0]}" if cause else text
 
 
 def hydra_main(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], Any]]:
@@ -61,6 +65,22 @@ def hydra_main(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Call
         # Hydra would print its own errors and exit; this lets them come here.
         os.environ.setdefault("HYDRA_FULL_ERROR", "1")
         log_to_terminal()
-        return guarded(hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=config_name)(main))
+        job = hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=config_name)
+        return guarded(job(_leaving_nothing(main)))
 
     return decorate
+
+
+def _leaving_nothing(main: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
+    """Hydra makes the run directory before `main`: take it back when nothing was written to it."""
+
+    @functools.wraps(main)
+    def wrapped(cfg: DictConfig) -> Any:
+        try:
+            return main(cfg)
+        except GymexpError:
+            with contextlib.suppress(OSError):
+                Path(HydraConfig.get().runtime.output_dir).rmdir()
+            raise
+
+    return wrapped

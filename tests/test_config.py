@@ -1,0 +1,145 @@
+"""The configuration: every option composes and loads, and every mistake is answered by key, rule, value and fix."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import time
+from itertools import product
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from gymexp import config as configuration
+from gymexp.config import CONF_DIR, ConfigError, explain_key, load, options
+
+ROOT = Path(__file__).parent.parent
+GROUPS = [p.name for p in CONF_DIR.iterdir() if p.is_dir() and p.name != "machine"]
+
+
+def composed(*overrides: str, name: str = "train"):
+    configuration.register()
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        return compose(name, overrides=list(overrides))
+
+
+@pytest.mark.parametrize(("group", "option"), [(g, o) for g in GROUPS for o in options(g)])
+def test_every_option_composes_and_loads(group, option):
+    value = f"[{option}]" if group == "env" else option
+    config = load(composed(f"{group}={value}"))
+    assert config.env
+    if group == "env":
+        assert list(config.env) == [option]
+
+
+def test_all_environments_together_and_every_trainer_with_every_model():
+    for model, trainer in product(options("model"), options("trainer")):
+        config = load(composed(f"env=[{','.join(options('env'))}]", f"model={model}", f"trainer={trainer}"))
+        assert list(config.env) == options("env")
+        assert config.model.name == model
+        assert config.trainer["loss_type"]
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in (ROOT / "sweeps").glob("*.yaml")))
+def test_every_sweep_composes_and_every_point_of_it_loads(name):
+    configuration.register()
+    with initialize_config_dir(str(ROOT / "sweeps"), version_base="1.3"):
+        search = [f"hydra.searchpath=[file://{CONF_DIR}]"]
+        cfg = compose(name, overrides=search, return_hydra_config=True)
+        params = OmegaConf.to_container(cfg.hydra.sweeper.params)
+        assert isinstance(params, dict)
+        assert str(cfg.hydra.mode).endswith("MULTIRUN")
+        keys = list(params)
+        for point in product(*(str(params[key]).split(",") for key in keys)):
+            config = load(compose(name, overrides=search + [f"{k}={v}" for k, v in zip(keys, point, strict=True)]))
+            assert config.env
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("env=[]", r"env must name at least one environment, got \[\].*sudoku.*workplace"),
+        ("env.sudoku.weight=-1", r"env\.sudoku\.weight must be a number >= 0, got -1\.0"),
+        ("env.sudoku.weight=nan", r"env\.sudoku\.weight must be a number >= 0, got nan"),
+        ("env.sudoku.weight=0", r"weight must be > 0 for at least one environment, got 0 for all: sudoku"),
+        ("env.sudoku.replicas=0", r"env\.sudoku\.replicas must be >= 1, got 0"),
+        ("+env.sudoku.wieght=2", r"env\.sudoku\.wieght is not a known key; did you mean env\.sudoku\.weight\?"),
+        ("dataset.order=random", r"dataset\.order must be one of interleave, shuffle, got 'random'"),
+        ("rollout.max_failed_share=2", r"rollout\.max_failed_share must be between 0 and 1, got 2\.0"),
+        ("env.sudoku.data.source=s3", r"env\.sudoku\.data\.source must be one of .*got 's3'"),
+        ("gym.runtime=cli", r"gym\.checkout must name"),
+        ("gym.runtime=attach", r"gym\.policy_port must be"),
+    ],
+)
+def test_a_broken_rule_is_named_with_key_and_value(override, said):
+    with pytest.raises(ConfigError, match=said):
+        load(composed(override))
+
+
+def test_all_broken_rules_come_in_one_message():
+    with pytest.raises(ConfigError) as caught:
+        load(composed("env.sudoku.weight=-1", "env.sudoku.replicas=0", "rollout.truncated=x"))
+    assert len(str(caught.value).splitlines()) == 3
+
+
+def test_settings_of_an_environment_that_is_not_selected_are_left_out():
+    config = load(composed("experiment=quickstart", "env=[sudoku]"))
+    assert list(config.env) == ["sudoku"]
+
+
+def test_a_config_written_to_a_run_directory_reads_back_equal(tmp_path):
+    config = load(composed("experiment=quickstart"))
+    (tmp_path / "config.yaml").write_text(configuration.to_yaml(config))
+    assert configuration.from_yaml(tmp_path / "config.yaml") == config
+
+
+def test_an_unknown_key_is_explained_and_a_known_one_is_not():
+    assert "did you mean dataset?" in (explain_key("datset") or "")
+    assert explain_key("env.sudoku.data.train_size") is not None  # known, but sudoku is not selected there
+    assert explain_key("rollout.max_drift") is None
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "gymexp.train", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+    )
+
+
+def said_of(result: subprocess.CompletedProcess[str]) -> str:
+    return "\n".join(line for line in result.stderr.splitlines() if not line.startswith("import time:"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["env=[sudko]"], r"env=sudko is not known; did you mean env=sudoku\?.*Known: .*sudoku.*workplace"),
+        (["model=qwen3_4"], r"model=qwen3_4 is not known; did you mean model=qwen3_4b\?"),
+        (["env.sudoku.wieght=2"], r"env\.sudoku\.wieght is not a known key; did you mean env\.sudoku\.weight\?"),
+        (["env=[]"], r"env must name at least one environment"),
+        (["trainr.learning_rate=1"], r"did you mean trainer\?"),
+        (["env.sudoku.replicas=two"], r"env\.sudoku\.replicas.*two"),
+    ],
+)
+def test_the_command_answers_a_mistake_without_a_traceback_or_torch(arguments, said, tmp_path):
+    began = time.monotonic()
+    result = command(*arguments, f"hydra.run.dir={tmp_path / 'run'}")
+    assert result.returncode == 1
+    assert re.search(said, said_of(result)), said_of(result)
+    assert "Traceback" not in result.stderr
+    imported = {line.rsplit("|", 1)[-1].strip() for line in result.stderr.splitlines() if "import time:" in line}
+    assert "omegaconf" in imported
+    assert not imported & {"torch", "transformers", "trl", "vllm"}
+    assert time.monotonic() - began < 20  # 1 s on a free machine; the bound only catches a hang
+    assert not (tmp_path / "run").exists(), "a mistake leaves no run directory"
+
+
+def test_cfg_job_and_defaults_tree_show_the_configuration():
+    assert "reasoning_gym_simple_agent" in command("--cfg", "job").stdout
+    assert "env/sudoku" in command("--info", "defaults-tree").stdout
