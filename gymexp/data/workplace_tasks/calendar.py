@@ -46,10 +46,10 @@ def named_on_day(w: World, r: Random) -> dict[str, Any] | None:
     return event if same else None
 
 
-def change(r: Random, event: dict[str, Any]) -> tuple[str, Call]:
-    """One change of an event, as the end of "...so that" and as the call."""
+def change(r: Random, event: dict[str, Any], day_known: bool = True) -> tuple[str, Call]:
+    """One change of an event, as an imperative and as the call. A new time needs the day of the event."""
     day, minutes = event["event_start"][:10], event["duration"]
-    kind = r.randrange(3)
+    kind = r.randrange(3 if day_known else 2)
     if kind == 0:
         name = other(r, EVENT_NAMES, event["event_name"])
         return f"rename it to '{name}'", update(event, "event_name", name)
@@ -182,9 +182,26 @@ def create_with_first_name(w: World, r: Random) -> tuple[str, list[Call]]:
 @template("calendar", "medium")
 def two_changes_by_id(w: World, r: Random) -> tuple[str, list[Call]]:
     first, second = r.sample(w.events, 2)
-    said, call = change(r, second)
-    wordings = ["delete event {a}, then take event {b} and {said}", "cancel event {a}. For event {b}, {said}"]
+    said, call = change(r, second, day_known=False)
+    wordings = [
+        "delete event {a}, then take event {b} and {said}",
+        "Cancel event {a}. For event {b}, {said}.",
+    ]
     return ask(r, *wordings, a=first["event_id"], b=second["event_id"], said=said), [delete(first), call]
+
+
+@template("calendar", "medium")
+def new_time_by_id(w: World, r: Random) -> tuple[str, list[Call]]:
+    event = r.choice(w.events)
+    start = meeting_start(r, event["duration"], event["event_start"][:10])
+    look = ("calendar_get_event_information_by_id", {"event_id": event["event_id"], "field": "event_start"})
+    wordings = [
+        "move event {id} to {time} on the same day",
+        "keep event {id} on its day but start it at {time}",
+        "look up the day of event {id} and let it begin at {time} that day",
+    ]
+    text = ask(r, *wordings, id=event["event_id"], time=say_time(r, start))
+    return text, [look, update(event, "event_start", start)]
 
 
 @template("calendar", "hard")
