@@ -48,7 +48,9 @@ def load(config: dict, servers: dict) -> dict:
 
     get_global_config_dict(
         GlobalConfigDictParserConfig(
-            initial_global_config_dict=OmegaConf.create(config), skip_load_from_cli=True, skip_load_from_dotenv=True
+            initial_global_config_dict=OmegaConf.create(config),
+            skip_load_from_cli=True,
+            skip_load_from_dotenv=True,
         )
     )
     classes = {}
@@ -78,7 +80,8 @@ def build_app(name: str, cls: type):
     values = OmegaConf.to_container(get_first_server_config_dict(everything, name), resolve=True)
     config = cls.model_fields["config"].annotation.model_validate(values | {"name": name})
     client = ServerClient(
-        head_server_config=BaseServerConfig.model_validate(everything["head_server"]), global_config_dict=everything
+        head_server_config=BaseServerConfig.model_validate(everything["head_server"]),
+        global_config_dict=everything,
     )
     server = cls(config=config, server_client=client)
     app = server.setup_webserver()
@@ -93,7 +96,11 @@ def serve(name: str, cls: type, sock: socket.socket) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(65535, hard), hard))
     config = uvicorn.Config(
-        build_app(name, cls), log_level="warning", access_log=False, timeout_graceful_shutdown=1, timeout_keep_alive=30
+        build_app(name, cls),
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=1,
+        timeout_keep_alive=30,
     )
     uvicorn.Server(config).run(sockets=[sock])
 

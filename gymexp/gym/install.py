@@ -125,7 +125,9 @@ def _add_requirements(venv: Path, python: Path, config_paths: Iterable[str], say
 
 
 def _install(python: Path, requirements: list[str]) -> None:
-    _checked(_uv("pip", "install", "--quiet", "--python", python, *requirements), f"install {requirements[0]}")
+    _checked(
+        _uv("pip", "install", "--quiet", "--python", python, *requirements), f"install {requirements[0]}"
+    )
 
 
 def _checked(result: subprocess.CompletedProcess[str], what: str) -> None:

@@ -46,7 +46,9 @@ class Layout:
     replicas: dict[str, list[Replica]] = field(default_factory=dict)  # by environment
 
 
-def plan(envs: Mapping[str, EnvConfig], gym: GymConfig, site: Path, policy_url: str, port: Callable[[str], int]) -> Layout:
+def plan(
+    envs: Mapping[str, EnvConfig], gym: GymConfig, site: Path, policy_url: str, port: Callable[[str], int]
+) -> Layout:
     """The servers of `envs`. site: where NeMo Gym's folders lie. port: gives each server, by name, its port."""
     layout = Layout(config={"head_server": {"host": "127.0.0.1", "port": 0}})
 
@@ -178,7 +180,10 @@ class GymHost:
 
     async def start(self) -> Running:
         """Start the host process; its servers can be started once NeMo Gym is imported, which they wait for."""
-        env = os.environ | {"HF_HOME": os.environ.get("HF_HOME", str(Path.home() / ".cache/huggingface")), "RAY_USAGE_STATS_ENABLED": "0"}
+        env = os.environ | {
+            "HF_HOME": os.environ.get("HF_HOME", str(Path.home() / ".cache/huggingface")),
+            "RAY_USAGE_STATS_ENABLED": "0",
+        }
         fds = {name: sock.fileno() for name, sock in self._sockets.items()}
         with self.log.open("ab") as out:
             self._process = await asyncio.create_subprocess_exec(

@@ -79,7 +79,8 @@ class Collector:
         report: Callable[[Progress], None] = lambda _: None,
     ) -> None:
         self._seats = {
-            name: [_Seat(replica, envs[name].memory_budget_mb) for replica in some] for name, some in replicas.items()
+            name: [_Seat(replica, envs[name].memory_budget_mb) for replica in some]
+            for name, some in replicas.items()
         }
         self._envs = envs
         self._rollout = rollout
@@ -119,7 +120,9 @@ class Collector:
         self._lost_control: str | None = None
         self._limits = {name: asyncio.Semaphore(env.max_concurrency) for name, env in self._envs.items()}
         self._http = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=None), auto_decompress=False
+            connector=aiohttp.TCPConnector(limit=0),
+            timeout=aiohttp.ClientTimeout(total=None),
+            auto_decompress=False,
         )
         self._watching = asyncio.create_task(self._watch()) if self._control_url else None
 
@@ -161,7 +164,9 @@ class Collector:
     def _keep_to_budget(self, seat: _Seat) -> None:
         if seat.budget_mb is None or not seat.ready:
             return
-        over = [n for n in seat.replica.services if self._services.get(n, {}).get("rss_mb", 0) > seat.budget_mb]
+        over = [
+            n for n in seat.replica.services if self._services.get(n, {}).get("rss_mb", 0) > seat.budget_mb
+        ]
         if not over:
             return
         seat.draining = True
@@ -174,7 +179,9 @@ class Collector:
     async def _collect(self, tasks: Sequence[Task], samplings: Sequence[Sampling]) -> list[Outcome]:
         progress = Progress(total=len(tasks), began=time.monotonic())
         ticking = asyncio.create_task(self._tick(progress))
-        plays = [asyncio.create_task(self._one(t, s, progress)) for t, s in zip(tasks, samplings, strict=True)]
+        plays = [
+            asyncio.create_task(self._one(t, s, progress)) for t, s in zip(tasks, samplings, strict=True)
+        ]
         try:
             return list(await asyncio.gather(*plays))
         finally:

@@ -21,12 +21,12 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Awaitable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from gymexp.config import RunConfig
 from gymexp.errors import GymexpError, ServiceError
+from gymexp.gym import attached
 from gymexp.gym.servers import GymHost, Layout, plan
 from gymexp.policy.model import resolve_path
 from gymexp.run import ports
@@ -37,7 +37,6 @@ from gymexp.view.progress import View
 
 log = logging.getLogger(__name__)
 _STATUS_S = 1.0
-T = TypeVar("T")
 
 
 class Interrupted(GymexpError):
@@ -48,7 +47,9 @@ class Interrupted(GymexpError):
         self.number = number
 
 
-def run(config: RunConfig, directory: RunDirectory, gym_python: Path, site: Path, view: View) -> dict[str, Any]:
+def run(
+    config: RunConfig, directory: RunDirectory, gym_python: Path, site: Path, view: View
+) -> dict[str, Any]:
     """Train; returns what the trainer's result.json says. Raises GymexpError; no process is left either way."""
     return asyncio.run(Controller(config, directory, view).run(gym_python, site))
 
@@ -71,18 +72,14 @@ class Controller:
             on_change=control.changed,
         )
         sockets: dict[str, socket.socket] = {}
-        gateway_sock, engine_sock = ports.listen(), ports.listen()
-
-        def port(name: str) -> int:
-            sockets[name] = ports.listen()
-            return sockets[name].getsockname()[1]
-
-        layout = plan(self._config.env, gym, site, ports.url_of(gateway_sock), port)
-        self._write_services(layout, control.url, engine_sock)
+        gateway_sock = ports.listen(port=gym.policy_port or 0, key="gym.policy_port")
+        engine_sock = ports.listen()
         writing = asyncio.create_task(self._write_status(supervisor))
         async with control:
             try:
                 self._catch_signals(supervisor)
+                layout = await self._layout(supervisor, site, ports.url_of(gateway_sock), sockets, gym_python)
+                self._write_services(layout, control.url, engine_sock)
                 await self._start(supervisor, layout, sockets, gateway_sock, engine_sock, gym_python)
                 return await self._until_trained(supervisor)
             finally:
@@ -102,8 +99,10 @@ class Controller:
         gym_python: Path,
     ) -> None:
         logs, gym = self._directory.logs, self._config.gym
-        host = GymHost(gym_python, layout, sockets, logs / "gym-host.log")
-        supervisor.add(Service("gym-host", host.start, host.log))
+        if gym.runtime == "managed":
+            self._add_servers(
+                supervisor, GymHost(gym_python, layout, sockets, logs / "gym-host.log"), sockets
+            )
         trainer_log, gateway_log = logs / "trainer.log", logs / "gateway.log"
         supervisor.add(
             Service(
@@ -131,19 +130,63 @@ class Controller:
                 max_restarts=gym.max_restarts,
             )
         )
+        self._ready = asyncio.create_task(supervisor.wait_ready([*sockets, "gateway"], gym.start_timeout_s))
+
+    async def _layout(
+        self,
+        supervisor: Supervisor,
+        site: Path,
+        policy_url: str,
+        sockets: dict[str, socket.socket],
+        gym_python: Path,
+    ) -> Layout:
+        """Where the environments' servers are to be, or are."""
+        config, gym = self._config, self._config.gym
+        if gym.runtime == "attach":
+            head = attached.read_head(gym.head_host, gym.head_port)
+            attached.check_policy(head, gym.policy_port or 0)
+            return Layout(replicas=attached.replicas_of(head, config.env))
+        if gym.runtime == "cli":
+            with ports.listen() as free:
+                head_port = free.getsockname()[1]
+            log_path = self._directory.logs / "gym.log"
+            command = attached.start_command(gym_python, config.env, head_port, policy_url)
+            supervisor.add(
+                Service(
+                    "gym",
+                    lambda: spawn(command, log_path, cwd=Path(gym.checkout or "."), reap=True),
+                    log_path,
+                )
+            )
+            finding = asyncio.create_task(
+                asyncio.to_thread(
+                    attached.wait_for_agents, "127.0.0.1", head_port, config.env, gym.start_timeout_s
+                )
+            )
+            await asyncio.wait({finding, supervisor.failed}, return_when=asyncio.FIRST_COMPLETED)
+            if supervisor.failed.done():
+                supervisor.failed.result()
+            return Layout(replicas=await finding)
+
+        def port(name: str) -> int:
+            sockets[name] = ports.listen()
+            return sockets[name].getsockname()[1]
+
+        return plan(config.env, gym, site, policy_url, port)
+
+    def _add_servers(self, supervisor: Supervisor, host: GymHost, sockets: dict[str, socket.socket]) -> None:
+        supervisor.add(Service("gym-host", host.start, host.log))
         for name, sock in sockets.items():
-            path = logs / f"{name}.log"
+            path = self._directory.logs / f"{name}.log"
             supervisor.add(
                 Service(
                     name,
                     lambda name=name, path=path: host.start_server(name, path),
                     path,
                     ports.url_of(sock),
-                    max_restarts=gym.max_restarts,
+                    max_restarts=self._config.gym.max_restarts,
                 )
             )
-        ready = asyncio.create_task(supervisor.wait_ready([*sockets, "gateway"], gym.start_timeout_s))
-        self._ready = ready
 
     async def _until_trained(self, supervisor: Supervisor) -> dict[str, Any]:
         """Wait for the trainer's end, a failure, or a failed start, whichever is first."""
@@ -223,7 +266,9 @@ class Controller:
 
     def _on_progress(self, facts: dict[str, Any]) -> None:
         if facts.get("phase") != self._facts.get("phase"):
-            append_line(self._directory.timeline, {"time": round(time.time(), 3), "phase": facts.get("phase")})
+            append_line(
+                self._directory.timeline, {"time": round(time.time(), 3), "phase": facts.get("phase")}
+            )
         self._facts = facts
         self._view.update(facts)
 

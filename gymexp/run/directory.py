@@ -102,7 +102,9 @@ def _snapshot(target: Path) -> None:
     shutil.copytree(package, target / "gymexp", ignore=skip, dirs_exist_ok=True)
     shutil.copytree(CONF_DIR, target / "conf", ignore=skip, dirs_exist_ok=True)
     for name, command in {"commit": ["rev-parse", "HEAD"], "diff": ["diff", "HEAD"]}.items():
-        result = subprocess.run(["git", "-C", package.parent, *command], capture_output=True, text=True, check=False)
+        result = subprocess.run(
+            ["git", "-C", package.parent, *command], capture_output=True, text=True, check=False
+        )
         if result.returncode == 0:
             (target / f"git-{name}.txt").write_text(result.stdout)
 

@@ -1,42 +1,90 @@
 """No orphans: a process that dies when its parent does, whatever ended the parent.
 
 As a library: `die_with_parent()` first thing in a process of ours. As a program, for commands that are not ours:
-`python lifeline.py COMMAND …` arranges it and becomes COMMAND.
+`lifeline.py COMMAND …` arranges it and becomes COMMAND; `lifeline.py --reap COMMAND …` stays as COMMAND's parent and,
+at its own parent's end or on SIGTERM, ends COMMAND and everything that it started, daemons included (Linux).
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
 
-_PR_SET_PDEATHSIG = 1  # prctl(2)
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # prctl(2)
+_REAP_GRACE_S = 10.0
 
 
-def die_with_parent() -> None:
-    """Have the kernel send SIGKILL to this process when its parent ends (Linux); elsewhere a thread watches for it.
+def die_with_parent(number: int = signal.SIGKILL) -> None:
+    """Have the kernel send a signal to this process when its parent ends (Linux); elsewhere a thread watches for it.
 
     The Linux signal follows the parent's *thread* that started us, so parents must start children from a thread that
     lives as long as they do. SIGKILL reaches stopped processes too.
     """
     parent = os.getppid()
     if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, number)
         if os.getppid() != parent:
             os._exit(1)
         return
-    threading.Thread(target=_exit_when_orphaned, args=(parent,), daemon=True).start()
+    threading.Thread(target=_signal_when_orphaned, args=(parent, number), daemon=True).start()
 
 
-def _exit_when_orphaned(parent: int) -> None:
+def _signal_when_orphaned(parent: int, number: int) -> None:
     while os.getppid() == parent:
         time.sleep(0.5)
-    os._exit(1)
+    os.kill(os.getpid(), number)
+
+
+def _descendants(pid: int) -> list[int]:
+    """Process ids below `pid`, from /proc."""
+    children: dict[int, list[int]] = {}
+    for entry in os.listdir("/proc") if sys.platform == "linux" else ():
+        if entry.isdigit():
+            with contextlib.suppress(OSError), open(f"/proc/{entry}/stat") as file:
+                children.setdefault(int(file.read().rsplit(")", 1)[1].split()[1]), []).append(int(entry))
+    found, open_ = [], [pid]
+    while open_:
+        below = children.get(open_.pop(), [])
+        found += below
+        open_ += below
+    return found
+
+
+def _reap(command: list[str]) -> int:
+    """Run `command`, end all of it when asked; returns its exit code."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    asked = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: asked.set())
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    die_with_parent(signal.SIGTERM)
+    child = subprocess.Popen(command, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    while child.poll() is None and not asked.wait(0.1):
+        pass
+    if child.poll() is None:
+        child.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(_REAP_GRACE_S)
+    while below := _descendants(os.getpid()):
+        for pid in below:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        time.sleep(0.02)
+    code = child.returncode
+    return 1 if code is None else code
 
 
 if __name__ == "__main__":
+    if sys.argv[1] == "--reap":
+        sys.exit(_reap(sys.argv[2:]))
     die_with_parent()
     os.execvp(sys.argv[1], sys.argv[1:])

@@ -25,7 +25,7 @@ from gymexp.errors import ServiceError
 from gymexp.run import lifeline
 
 log = logging.getLogger(__name__)
-_TERM_GRACE_S = 5.0
+_TERM_GRACE_S = 15.0
 _POLL_S = 0.1
 
 
@@ -74,20 +74,30 @@ class Child:
 
 
 async def spawn(
-    command: Sequence[str | os.PathLike[str]], log: Path, env: Mapping[str, str] | None = None, fds: Sequence[int] = ()
+    command: Sequence[str | os.PathLike[str]],
+    log: Path,
+    env: Mapping[str, str] | None = None,
+    fds: Sequence[int] = (),
+    cwd: Path | None = None,
+    reap: bool = False,
 ) -> Child:
-    """Start a command in a session of its own, that ends with this process; its output is appended to `log`."""
+    """Start a command in a session of its own, that ends with this process; its output is appended to `log`.
+
+    reap: the command starts processes that may outlive it (Ray's do); they end with it.
+    """
     with log.open("ab") as out:
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-S",
             lifeline.__file__,
+            *(["--reap"] if reap else []),
             *command,
             stdin=asyncio.subprocess.DEVNULL,
             stdout=out,
             stderr=out,
             env={**os.environ, **(env or {})},
             pass_fds=fds,
+            cwd=cwd,
             start_new_session=True,
         )
     return Child(process)
@@ -106,7 +116,9 @@ def last_lines(path: Path, count: int = 12) -> str:
 class Supervisor:
     """Keeps services running until `close`. `failed` is set to the ServiceError that makes the run impossible."""
 
-    def __init__(self, *, health_interval_s: float, health_timeout_s: float, on_change: Callable[[], None]) -> None:
+    def __init__(
+        self, *, health_interval_s: float, health_timeout_s: float, on_change: Callable[[], None]
+    ) -> None:
         self.services: dict[str, Service] = {}
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._health_interval_s = health_interval_s
@@ -224,7 +236,9 @@ class Supervisor:
 
     async def _ask(self, service: Service) -> bool:
         self._http = self._http or aiohttp.ClientSession()
-        patience = aiohttp.ClientTimeout(total=min(self._health_timeout_s, 5.0 if service.state == "starting" else 1e9))
+        patience = aiohttp.ClientTimeout(
+            total=min(self._health_timeout_s, 5.0 if service.state == "starting" else 1e9)
+        )
         try:
             async with self._http.get(f"{service.url}{service.health}", timeout=patience) as response:
                 return response.status < 500

@@ -81,7 +81,9 @@ def check(config: RunConfig, cache: Path) -> None:
     if shown.returncode == 2:
         raise ConfigError(f"trainer: trl.GRPOConfig refuses it: {shown.stdout.strip()}")
     if shown.returncode:
-        raise ConfigError(f"trainer: trl.GRPOConfig could not be constructed:\n{shown.stderr.strip()[-2000:]}")
+        raise ConfigError(
+            f"trainer: trl.GRPOConfig could not be constructed:\n{shown.stderr.strip()[-2000:]}"
+        )
     verdict.parent.mkdir(parents=True, exist_ok=True)
     verdict.touch()
 
@@ -118,7 +120,9 @@ def _check_groups(trainer: dict[str, Any]) -> None:
     if not all(isinstance(n, int) and n > 0 for n in (batch, generations)):
         return  # TRL's constructor says which
     if generations < 2:
-        raise ConfigError(f"trainer.num_generations must be >= 2 for a group to have a baseline, got {generations}")
+        raise ConfigError(
+            f"trainer.num_generations must be >= 2 for a group to have a baseline, got {generations}"
+        )
     if batch % generations:
         lower, upper = batch // generations * generations, -(-batch // generations) * generations
         fits = " or ".join(str(n) for n in (lower, upper) if n)
@@ -136,7 +140,9 @@ def _known_names() -> set[str]:
         assert spec is not None and spec.submodule_search_locations
         tree = ast.parse((Path(spec.submodule_search_locations[0]) / file).read_text())
         body = next(n.body for n in tree.body if isinstance(n, ast.ClassDef) and n.name == cls)
-        names.update(n.target.id for n in body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name))
+        names.update(
+            n.target.id for n in body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)
+        )
     return {n for n in names if not n.startswith("_")}
 
 

@@ -70,7 +70,9 @@ class Teller:
             self._news.clear()
             body = json.dumps(self._latest).encode()
             try:
-                urllib.request.urlopen(urllib.request.Request(f"{self._url}/progress", body), timeout=5).close()
+                urllib.request.urlopen(
+                    urllib.request.Request(f"{self._url}/progress", body), timeout=5
+                ).close()
             except OSError:
                 time.sleep(1.0)
             time.sleep(0.2)

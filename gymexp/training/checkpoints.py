@@ -53,7 +53,9 @@ def latest(checkpoints: Path) -> Path | None:
             return checkpoint
         log.warning("%s is cut short: going back to the one before it", checkpoint)
     if found:
-        raise RunDirectoryError(f"no checkpoint in {checkpoints} is whole: {', '.join(p.name for p in found)}")
+        raise RunDirectoryError(
+            f"no checkpoint in {checkpoints} is whole: {', '.join(p.name for p in found)}"
+        )
     return None
 
 

@@ -87,7 +87,12 @@ def work(run: RunDirectory, config: RunConfig, asked: threading.Event) -> dict[s
         first_step = checkpoints.step_of(resume) if resume else 0
         evaluation = Evaluation(config, prepared, rollouts, teller)
         evaluation.trainer = trainer
-        for callback in (MetricsFile(run.metrics, first_step), Steps(teller), evaluation, EndWhenAsked(asked)):
+        for callback in (
+            MetricsFile(run.metrics, first_step),
+            Steps(teller),
+            evaluation,
+            EndWhenAsked(asked),
+        ):
             trainer.add_callback(callback)
 
         before: dict[str, float] = _remembered(run)
@@ -109,7 +114,9 @@ def work(run: RunDirectory, config: RunConfig, asked: threading.Event) -> dict[s
         return {"step": trainer.state.global_step, "stopped": stopped, "held_out": summary(before, after)}
 
 
-def _start_engine(config: RunConfig, model: Any, tokenizer: Any, fd: int, stack: ExitStack) -> Callable[[int], None]:
+def _start_engine(
+    config: RunConfig, model: Any, tokenizer: Any, fd: int, stack: ExitStack
+) -> Callable[[int], None]:
     """The hf engine on the socket that the controller handed down; samples from `model` itself.
 
     Returns what tells it the weights' version.

@@ -70,7 +70,9 @@ class Rollouts:
             "reward": batch.rewards,
         }
 
-    def play(self, keys: Sequence[str], weights_version: int, temperature: float, held_out: bool) -> list[Outcome]:
+    def play(
+        self, keys: Sequence[str], weights_version: int, temperature: float, held_out: bool
+    ) -> list[Outcome]:
         """Rollouts of `keys` on this process, each with a seed of its own. Raises RolloutError, Stopped.
 
         Held-out tasks are played with the same seeds every time, so that two evaluations differ by the policy alone.

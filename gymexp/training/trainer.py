@@ -86,7 +86,9 @@ class PolicyTrainer(GRPOTrainer):
         if not rows:
             return
         engine = [torch.tensor(batch.logprobs[i]) for i in rows]
-        trainer = self._own_logprobs([batch.prompt_ids[i] for i in rows], [batch.completion_ids[i] for i in rows])
+        trainer = self._own_logprobs(
+            [batch.prompt_ids[i] for i in rows], [batch.completion_ids[i] for i in rows]
+        )
         masks = [torch.tensor(batch.env_mask[i], dtype=torch.bool) for i in rows]
         ours = torch.cat([t[m] for t, m in zip(trainer, masks, strict=True)])
         theirs = torch.cat([e[m] for e, m in zip(engine, masks, strict=True)])

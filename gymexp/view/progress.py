@@ -26,7 +26,12 @@ def env_numbers(logs: dict[str, Any], prefix: str = "") -> dict[str, dict[str, f
     found: dict[str, dict[str, float]] = {}
     for name, value in logs.items():
         env, _, metric = name.removeprefix(prefix).partition("/")
-        if name.startswith(prefix) and metric in _NUMBERS and value is not None and (prefix or not env.startswith("eval_")):
+        if (
+            name.startswith(prefix)
+            and metric in _NUMBERS
+            and value is not None
+            and (prefix or not env.startswith("eval_"))
+        ):
             found.setdefault(env, {})[metric] = value
     return {env: numbers for env, numbers in found.items() if "turns" in numbers or "failed" in numbers}
 
@@ -72,7 +77,11 @@ class View:
         if facts.get("phase") == "train" and self._trained_since is None:
             self._trained_since = (time.monotonic(), facts.get("step") or 0)
         if facts.get("phase") != phase_before and facts.get("phase") != "train":
-            self.say(f"{facts.get('phase')} (step {facts['step']})" if facts.get("step") else str(facts.get("phase")))
+            self.say(
+                f"{facts.get('phase')} (step {facts['step']})"
+                if facts.get("step")
+                else str(facts.get("phase"))
+            )
         said = (facts.get("step"), sorted(logs))
         if (held_out or trained) and said != self._printed:
             self._printed = said
@@ -86,7 +95,9 @@ class View:
         began, first = self._trained_since
         return (time.monotonic() - began) / (step - first) * (last - step)
 
-    def _line(self, facts: dict[str, Any], what: str, envs: dict[str, dict[str, float]], logs: dict[str, Any]) -> str:
+    def _line(
+        self, facts: dict[str, Any], what: str, envs: dict[str, dict[str, float]], logs: dict[str, Any]
+    ) -> str:
         rewards = "  ".join(f"{env} {_shown(n.get('reward'))}" for env, n in envs.items())
         line = f"step {facts.get('step')}/{facts.get('max_steps') or '?'}  {what}reward: {rewards}"
         if seconds := logs.get("time/step"):

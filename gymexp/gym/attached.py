@@ -1,0 +1,120 @@
+"""NeMo Gym servers that gymexp did not place itself: found through their head server.
+
+`gym.runtime=attach` uses servers that already run; `gym.runtime=cli` has the user's own checkout start them with
+`gym env start`. Either way the head server says where each agent is.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from gymexp.config import EnvConfig, nearest
+from gymexp.errors import ConfigError, ServiceError
+from gymexp.gym.servers import POLICY, Replica
+
+_PATIENCE_S = 5.0
+
+
+def read_head(host: str, port: int) -> dict[str, Any]:
+    """NeMo Gym's global config dict, as the head server gives it. Raises ServiceError if none answers there.
+
+    It holds API keys in clear: keep it out of logs and files.
+    """
+    url = f"http://{host}:{port}/global_config_dict_yaml"
+    try:
+        with urllib.request.urlopen(url, timeout=_PATIENCE_S) as response:
+            text = json.loads(response.read())
+    except (urllib.error.URLError, OSError, ValueError) as error:
+        raise ServiceError(
+            f"gym.head_host and gym.head_port must be those of a running NeMo Gym head server, "
+            f"but {url} does not answer as one: {error}"
+        ) from None
+    found = OmegaConf.to_container(OmegaConf.create(text), resolve=True)
+    assert isinstance(found, dict)
+    return {str(k): v for k, v in found.items()}
+
+
+def replicas_of(head: Mapping[str, Any], envs: Mapping[str, EnvConfig]) -> dict[str, list[Replica]]:
+    """Each environment's agent, where the head server has it. Raises ConfigError for one it does not have."""
+    agents = {
+        name: next(iter(entry["responses_api_agents"].values()))
+        for name, entry in head.items()
+        if isinstance(entry, dict) and "responses_api_agents" in entry
+    }
+    found = {}
+    for name, env in envs.items():
+        if env.agent not in agents:
+            raise ConfigError(
+                f"env.{name}.agent must be an agent of the running servers, got {env.agent!r}"
+                f"{nearest(env.agent, list(agents))}. They have: {', '.join(agents) or 'none'}"
+            )
+        at = agents[env.agent]
+        found[name] = [Replica(env.agent, env.agent, f"http://{at['host']}:{at['port']}", ["gym"])]
+    return found
+
+
+def check_policy(head: Mapping[str, Any], port: int) -> None:
+    """The running model server must ask the gateway; raises ConfigError that says what it asks instead."""
+    models = (head.get(POLICY) or {}).get("responses_api_models") or {}
+    for values in models.values():
+        urls = values.get("base_url")
+        urls = [urls] if isinstance(urls, str) else urls or []
+        if not any(f":{port}/" in f"{url}/" for url in urls):
+            raise ConfigError(
+                f"gym.policy_port must be the port of the running servers' policy_base_url ({', '.join(urls)}), got {port}"
+            )
+        if not values.get("return_token_id_information"):
+            raise ConfigError(
+                "the running NeMo Gym model server must have return_token_id_information: true "
+                "(vllm_model_for_training.yaml has it); without it rollouts carry no tokens to train on"
+            )
+
+
+def start_command(python: Path, envs: Mapping[str, EnvConfig], head_port: int, policy_url: str) -> list[str]:
+    """`gym env start` for the environments, with the policy at the gateway and a head server on `head_port`."""
+    paths = [env.config_path for env in envs.values()]
+    paths.append("responses_api_models/vllm_model/configs/vllm_model_for_training.yaml")
+    steps = [
+        f"++{env.agent}.responses_api_agents.simple_agent.max_steps={env.max_steps}"
+        for env in envs.values()
+        if env.max_steps is not None
+    ]
+    return [
+        str(python.with_name("gym")),
+        "env",
+        "start",
+        f"+config_paths=[{','.join(dict.fromkeys(paths))}]",
+        f"+policy_base_url={policy_url}/v1",
+        "+policy_api_key=none",
+        "+policy_model_name=policy",
+        f"+head_server.port={head_port}",
+        "+head_server.host=127.0.0.1",
+        *steps,
+    ]
+
+
+def wait_for_agents(
+    head_host: str, head_port: int, envs: Mapping[str, EnvConfig], deadline_s: float
+) -> dict[str, list[Replica]]:
+    """The replicas, once every agent answers. Raises ServiceError after `deadline_s`."""
+    until = time.monotonic() + deadline_s
+    while True:
+        try:
+            replicas = replicas_of(read_head(head_host, head_port), envs)
+            for some in replicas.values():
+                urllib.request.urlopen(some[0].url, timeout=_PATIENCE_S).close()
+            return replicas
+        except (ServiceError, OSError) as error:
+            if time.monotonic() > until:
+                raise ServiceError(
+                    f"NeMo Gym's servers were not ready within {deadline_s:.0f} s (gym.start_timeout_s): {error}"
+                ) from None
+            time.sleep(0.5)
