@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -65,34 +67,44 @@ def load_rows(
     rows: list[dict[str, Any]] = []
     problems: list[str] = []
     try:
-        lines = (
-            path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
-        )  # some editors put that mark first
+        content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")  # some editors put that mark first
     except OSError as error:
         raise DataError(f"env.{env_name}.data: {path} cannot be read: {error.strerror}") from None
-    for number, line in enumerate(lines, start=1):
-        if limit is not None and len(rows) >= limit:
-            break
-        if not line.strip():
-            continue
-        try:
-            row = orjson.loads(line)
-        except orjson.JSONDecodeError as error:
-            problems.append(f"{path}:{number}: not valid JSON: {error}")
-            continue
-        if not isinstance(row, dict):
-            problems.append(f"{path}:{number}: a row must be a JSON object, got {_shown(row)}")
-            continue
-        row.setdefault("agent_ref", {"type": "responses_api_agents", "name": agent})
-        rows.append(row)
-        problems.extend(
-            f"{path}:{number}: {field}: {why}" for field, why in _problems(row, known_agents, server)
-        )
+    with _no_garbage_collection():
+        for number, line in enumerate(content.split(b"\n"), start=1):
+            if limit is not None and len(rows) >= limit:
+                break
+            if not line.strip():
+                continue
+            at = f"{path}:{number}"
+            try:
+                row = orjson.loads(line)
+            except orjson.JSONDecodeError as error:
+                problems.append(f"{at}: not valid JSON: {error}")
+                continue
+            if not isinstance(row, dict):
+                problems.append(f"{at}: a row must be a JSON object, got {_shown(row)}")
+                continue
+            row.setdefault("agent_ref", {"type": "responses_api_agents", "name": agent})
+            rows.append(row)
+            problems.extend(f"{at}: {field}: {why}" for field, why in _problems(row, known_agents, server))
     if problems:
         raise DataError(_message(env_name, problems))
     if not rows:
         raise DataError(f"env.{env_name}.data: {path} must hold at least one row, but it is empty")
     return rows
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Parsing makes millions of objects that all stay; looking for garbage among them takes longer still."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _message(env_name: str, problems: list[str]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 from pathlib import Path
 
@@ -16,13 +15,6 @@ from gymexp.data.sources import fetch
 from gymexp.errors import DataError
 
 pytestmark = pytest.mark.gym
-
-
-@pytest.fixture(scope="module")
-def gym_python() -> Path:
-    if not (python := os.environ.get("GYMEXP_TEST_GYM_PYTHON")):
-        pytest.skip("GYMEXP_TEST_GYM_PYTHON must name a Python that has nemo-gym and reasoning-gym")
-    return Path(python)
 
 
 @pytest.fixture(scope="module")
