@@ -61,9 +61,7 @@ def render(
             tokenize=False,
             **(template_kwargs or {}),
         )
-    except (
-        Exception
-    ) as error:  # templates are programs: besides TemplateError they raise TypeError, KeyError, …
+    except Exception as error:  # a template is a program: it raises TypeError, KeyError, … as well
         raise ValueError(
             f"the chat template refuses this conversation: {type(error).__name__}: {error}"
         ) from error
@@ -91,10 +89,11 @@ def splice(
     sentinel is what comes after. It starts with the template's end of turn, which is left out where it was
     sampled and stays where the generation was cut by length or a stop string. So separators behind the end of
     turn are kept, and what the template does to earlier turns (dropping reasoning, trimming, reordering
-    arguments) does not matter.
+    arguments) does not matter. Templates that show a tool's result only behind its call (gpt-oss) get the
+    sentinel inside the call's arguments.
 
     Raises ValueError if no message carries ids or the template refuses the conversation; TokenMismatch if the
-    template leaves the sampled message out or shows it twice, for then its place in the prompt is unknown.
+    template leaves out the sampled message or one that came after, for the prompt would silently lack it.
     """
     index = last_sampled(messages)
     if index is None:
@@ -105,16 +104,30 @@ def splice(
     if not prompt_ids:
         raise ValueError(f"messages[{index}] has generation_token_ids but no prompt_token_ids")
 
-    stand_in = {"role": "assistant", "content": SENTINEL}
-    text = render(tokenizer, [*messages[:index], stand_in, *messages[index + 1 :]], tools, template_kwargs)
-    parts = text.split(SENTINEL)
-    if len(parts) != 2:
-        raise TokenMismatch(
-            f"the chat template must show the assistant message at messages[{index}] once, "
-            f"it did {len(parts) - 1} times; use a template that keeps earlier turns"
+    def tail_ids(stand_in: Message) -> list[int]:
+        spoken = [*messages[:index], stand_in, *messages[index + 1 :]]
+        return encode(
+            tokenizer, _text_after_sentinel(render(tokenizer, spoken, tools, template_kwargs), spoken, index)
         )
-    tail_ids = encode(tokenizer, parts[1])
-    return [*prompt_ids, *generation_ids, *_without_sampled_end(tokenizer, tail_ids, generation_ids[-1])]
+
+    last_id = generation_ids[-1]
+    try:
+        ids = tail_ids({"role": "assistant", "content": SENTINEL})
+        ids = _without_sampled_end(tokenizer, ids, last_id)
+    except (ValueError, TokenMismatch) as error:
+        calls = sampled.get("tool_calls")
+        if not calls or last_id not in tokenizer.added_tokens_decoder:
+            raise
+        function = {**calls[-1]["function"], "arguments": {"sampled": SENTINEL}}
+        call = {**calls[-1], "function": function}
+        try:
+            ids = tail_ids({"role": "assistant", "content": "", "tool_calls": [*calls[:-1], call]})
+        except (ValueError, TokenMismatch):
+            raise error from None
+        if last_id not in ids:
+            raise
+        ids = ids[ids.index(last_id) + 1 :]
+    return [*prompt_ids, *generation_ids, *ids]
 
 
 def end_of_turn_ids(tokenizer: Any) -> list[int]:
@@ -189,13 +202,7 @@ def flatten(turns: Sequence[Turn]) -> tuple[list[int], list[int], list[int], lis
 
 def _plain(message: Message, knows_developer: bool) -> Message:
     plain = {key: value for key, value in message.items() if key in _TEMPLATE_KEYS}
-    content = message.get("content")
-    if isinstance(content, list):
-        kinds = [part.get("type") for part in content if part.get("type") != "text"]
-        if kinds:
-            raise ValueError(f"message content must be text, got a part of type {kinds[0]!r}")
-        content = "\n".join(part["text"] for part in content)
-    plain["content"] = content or ""
+    plain["content"] = _content(message)
     if message.get("role") == "developer" and not knows_developer:
         plain["role"] = "system"
     if calls := message.get("tool_calls"):
@@ -207,6 +214,18 @@ def _plain(message: Message, knows_developer: bool) -> Message:
             for call in calls
         ]
     return plain
+
+
+def _content(message: Message) -> str:
+    content = message.get("content") or ""
+    if isinstance(content, list):
+        kinds = [part.get("type") for part in content if part.get("type") != "text"]
+        if kinds:
+            raise ValueError(f"message content must be text, got a part of type {kinds[0]!r}")
+        content = "\n".join(part["text"] for part in content)
+    if not isinstance(content, str):
+        raise ValueError(f"message content must be text, got {type(content).__name__}")
+    return content
 
 
 # The token lists are left out: a template has no use for them, and copying them costs more than the rest.
@@ -223,10 +242,30 @@ def _as_object(arguments: Any) -> Any:
     return parsed if isinstance(parsed, dict) else arguments
 
 
-def _without_sampled_end(tokenizer: Any, tail_ids: list[int], last_id: int) -> list[int]:
-    """tail_ids from behind the end of turn, if that is what was sampled last (only white space may precede
-    it).
+def _text_after_sentinel(text: str, messages: Sequence[Message], index: int) -> str:
+    """Raises TokenMismatch unless the text shows the sentinel once and, behind it, all that came after.
+
+    A message counts as shown if its content is there without outer white space, or escaped as in JSON.
     """
+    parts = text.split(SENTINEL)
+    if len(parts) != 2:
+        raise TokenMismatch(
+            f"the chat template must show the assistant message at messages[{index}] once, "
+            f"it did {len(parts) - 1} times; use a template that keeps earlier turns"
+        )
+    for number, message in enumerate(messages[index + 1 :], index + 1):
+        content = _content(message).strip()
+        is_shown = content in parts[1] or json.dumps(content, ensure_ascii=False)[1:-1] in parts[1]
+        if message.get("role") != "assistant" and not is_shown:
+            raise TokenMismatch(
+                f"the chat template leaves out or changes the {message.get('role')} message at "
+                f"messages[{number}]; use a template that shows it as it is"
+            )
+    return parts[1]
+
+
+def _without_sampled_end(tokenizer: Any, tail_ids: list[int], last_id: int) -> list[int]:
+    """tail_ids from behind the end of turn, if that was sampled last; only white space may precede it."""
     if last_id not in tail_ids:
         return tail_ids
     end = tail_ids.index(last_id)

@@ -1,8 +1,11 @@
+import copy
+import importlib.util
 import json
 import math
+from pathlib import Path
 
 import pytest
-from chat_tokenizers import FORGETFUL, TEMPLATES, build_tokenizer
+from chat_tokenizers import FORGETFUL, ONLY_BEHIND_CALLS, TEMPLATES, build_tokenizer
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
@@ -28,6 +31,8 @@ TOOLS = [
         },
     }
 ]
+TRL = Path(importlib.util.find_spec("trl").origin).parent / "chat_templates"
+TRL_TEMPLATES = sorted(path for path in TRL.glob("*.jinja") if "training" not in path.stem)
 END = {"plain": "<|im_end|>", "qwen2_5": "<|im_end|>", "qwen3": "<|im_end|>", "llama3": "<|eot_id|>"}
 
 words = st.sampled_from(
@@ -235,6 +240,41 @@ def test_a_turn_that_the_template_ends_without_a_special_token_keeps_the_whole_t
     newline = encode(tokenizer, "\n")
     messages = [sampled([1], newline), {"role": "user", "content": "x"}]
     assert splice(tokenizer, messages) == [1, *newline, *encode(tokenizer, "\nuser: x\n")]
+
+
+@pytest.mark.parametrize("path", TRL_TEMPLATES, ids=lambda path: path.stem)
+def test_no_template_of_trls_collection_silently_loses_what_came_after(path):
+    said = 'R 1\n"quoted" é'
+    tokenizer = copy.copy(build_tokenizer("plain"))
+    tokenizer.chat_template = path.read_text(encoding="utf-8")
+    tokenizer.bos_token = "<|im_start|>"
+    call = {"id": "call12345", "type": "function", "function": {"name": "search", "arguments": '{"q": "x"}'}}
+    end_ids = tokenizer.convert_tokens_to_ids(["<|im_end|>"])
+    for role, fields in (("user", {}), ("tool", {"tool_calls": [call]})):
+        after = {"role": role, "content": said, "tool_call_id": "call12345", "name": "search"}
+        messages = [{"role": "user", "content": "x"}, sampled([1], end_ids, **fields), after]
+        try:
+            text = tokenizer.decode(splice(tokenizer, messages, TOOLS)[2:])
+        except (ValueError, TokenMismatch):
+            assert path.stem not in ("qwen2_5", "qwen3", "qwen3_5_think", "llama3", "nemotron_3_nano")
+            continue
+        assert said.strip() in text or json.dumps(said, ensure_ascii=False)[1:-1] in text
+
+
+def test_a_result_that_is_shown_only_behind_its_call_follows_the_sampled_call():
+    tokenizer = build_tokenizer(ONLY_BEHIND_CALLS)
+    call = {"id": "c", "type": "function", "function": {"name": "search", "arguments": '{"q": "x"}'}}
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    messages = [
+        {"role": "user", "content": "x"},
+        sampled([1], [2, end], tool_calls=[call]),
+        tool_message("found", 0),
+    ]
+    tail = "[search] found<|im_end|>\n<|im_start|>assistant\n"
+    assert splice(tokenizer, messages) == [1, 2, end, *encode(tokenizer, tail)]
+    cut_by_length = [messages[0], {**messages[1], "generation_token_ids": [2]}, messages[2]]
+    with pytest.raises(TokenMismatch, match=r"leaves out or changes the tool message at messages\[2\]"):
+        splice(tokenizer, cut_by_length)
 
 
 def test_a_template_that_drops_the_sampled_turn_is_a_token_mismatch():
