@@ -18,7 +18,7 @@ DOMAINS = {"email", "calendar", "analytics", "project_management", "customer_rel
 FILES = ["train.jsonl", "validation.jsonl", "demonstrations.jsonl"]
 
 
-def generate(gym_python: str, output: Path, seed: int = 7) -> Path:
+def generate(gym_python: Path, output: Path, seed: int = 7) -> Path:
     script = REPOSITORY / "gymexp" / "data" / "workplace.py"
     sizes = ["--train", str(TRAIN), "--validation", str(VALIDATION), "--seed", str(seed)]
     subprocess.run(
@@ -28,12 +28,12 @@ def generate(gym_python: str, output: Path, seed: int = 7) -> Path:
 
 
 @pytest.fixture(scope="module")
-def tasks(gym_python: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tasks(gym_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return generate(gym_python, tmp_path_factory.mktemp("workplace") / "tasks")
 
 
 @pytest.fixture(scope="module")
-def said(gym_python: str, tasks: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def said(gym_python: Path, tasks: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the live server says to the generated tasks."""
     folder = tmp_path_factory.mktemp("live")
     command = [gym_python, Path(__file__).parent / "workplace_live.py", tasks]
