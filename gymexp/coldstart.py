@@ -1,0 +1,70 @@
+"""Cold start a policy: supervised training on the selected environments' demonstrations.
+
+python -m gymexp.coldstart env=[workplace] env.workplace.data.source=generate output=outputs/cold
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import orjson
+from omegaconf import DictConfig
+
+from gymexp.policy import coldstart
+from gymexp.run.entry import hydra_main
+
+log = logging.getLogger(__name__)
+
+coldstart.register()
+
+
+@hydra_main(config_name="coldstart")
+def main(cfg: DictConfig) -> None:
+    config = coldstart.load(cfg)
+    start = time.perf_counter()
+    conversations = gather(config)
+    sha256 = hashlib.sha256(b"\n".join(orjson.dumps(c) for c in conversations)).hexdigest()
+    log.info("%d demonstrations, sha256 %s", len(conversations), sha256)
+
+    if config.from_scratch:
+        from gymexp.policy.tiny import build_model, build_tokenizer, render
+
+        tokenizer = build_tokenizer([render(c["messages"], c["tools"]) for c in conversations[:2000]])
+        model = build_model(tokenizer, seed=config.sft.seed)
+    else:
+        from gymexp.policy.model import load_model, load_tokenizer
+
+        tokenizer, model = load_tokenizer(config.model), load_model(config.model)
+    examples = coldstart.tokenize(conversations, tokenizer, config.sft.max_length)
+    losses = coldstart.train(model, tokenizer, examples, config.sft, Path(config.output))
+    log.info("loss %.3f -> %.3f", losses[0]["loss"], losses[-1]["loss"])
+    log.info("%s written in %.0f s", config.output, time.perf_counter() - start)
+
+
+def gather(config: coldstart.ColdstartConfig) -> list[Any]:
+    """The environments' demonstrations, mixed by weight."""
+    from gymexp.data.demonstrations import demonstrations
+    from gymexp.data.mix import mix
+    from gymexp.data.prepare import needs_gym_python
+    from gymexp.data.sources import fetch
+    from gymexp.gym.install import ensure_python
+    from gymexp.run.directory import cache_dir
+
+    python = None
+    if needs_gym_python(config.env):
+        configs = [env.config_path for env in config.env.values()]
+        python = ensure_python(config.gym, configs, cache_dir(), log.info)
+    available: dict[str, list[Any]] = {
+        name: list(demonstrations(name, env, fetch(name, env, python, cache_dir(), log.info)))
+        for name, env in config.env.items()
+    }
+    weights = {name: env.weight for name, env in config.env.items()}
+    return mix(available, weights, config.num_demonstrations, "interleave", config.sft.seed)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""Loading a policy: its tokenizer and its weights, from a directory or from the Hugging Face hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gymexp.config import ModelConfig
+from gymexp.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def resolve_path(path: str) -> str:
+    """`model.path` as transformers takes it: an existing directory as an absolute path, anything else a hub
+    id.
+
+    A relative directory is looked for in the working directory, then in the project's root (where `gymexp/`
+    lies). Raises ConfigError for what looks like a directory and is none.
+    """
+    tried = [Path(path).expanduser()]
+    if not tried[0].is_absolute():
+        tried.append(ROOT / path)
+    for candidate in tried:
+        if (candidate / "config.json").is_file():
+            return str(candidate.resolve())
+        if candidate.is_dir():
+            raise ConfigError(
+                f"model.path must be a model directory with a config.json, got {path!r} "
+                f"({candidate.resolve()} has none)"
+            )
+    if path.startswith((".", "/", "~")) or path.count("/") != 1:
+        looked = " and ".join(str(candidate.absolute()) for candidate in tried)
+        raise ConfigError(
+            f"model.path must be a directory that exists, or a hub id like Qwen/Qwen3-0.6B, got {path!r}: "
+            f"no such directory (looked at {looked})"
+        )
+    return path
+
+
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """The policy's tokenizer, with a chat template and a pad token. Raises ConfigError if it has none or is
+    not there."""
+    from transformers import AutoTokenizer
+
+    tokenizer = _from_pretrained(AutoTokenizer, config, "tokenizer")
+    if tokenizer.chat_template is None:
+        raise ConfigError(
+            f"model.path must name a model whose tokenizer has a chat template, got {config.path!r}, which "
+            "has none: use the model's instruct version"
+        )
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(
+            f"model.path must name a model whose tokenizer has an end token, got {config.path!r}"
+        )
+    if tokenizer.pad_token_id is None:
+        # Never sampled and never in the loss: any token serves.
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(config: ModelConfig) -> PreTrainedModel:
+    """The policy's weights in `model.dtype`, on the CPU."""
+    from transformers import AutoModelForCausalLM
+
+    return _from_pretrained(
+        AutoModelForCausalLM,
+        config,
+        "model",
+        dtype=config.dtype,
+        attn_implementation=config.attn_implementation,
+    )
+
+
+def end_token_ids(tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> list[int]:
+    """The ids that end a generation: the tokenizer's end token first, then those of the model's generation
+    config."""
+    from transformers import GenerationConfig
+
+    ids: list[int] = [tokenizer.eos_token_id]  # pyright: ignore[reportAssignmentType]
+    try:
+        generation = GenerationConfig.from_pretrained(
+            resolve_path(config.path), revision=config.revision or "main"
+        )
+        more = generation.eos_token_id
+    except OSError:  # a model may come without generation_config.json
+        more = None
+    more = more if isinstance(more, list) else [] if more is None else [more]
+    return ids + [token for token in more if token not in ids]
+
+
+def _from_pretrained(auto: Any, config: ModelConfig, what: str, **options: Any) -> Any:
+    path = resolve_path(config.path)
+    try:
+        return auto.from_pretrained(path, revision=config.revision, **options)
+    except (OSError, ValueError) as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        where = f" at model.revision={config.revision}" if config.revision else ""
+        raise ConfigError(
+            f"model.path={config.path!r}{where}: its {what} cannot be loaded ({reason.strip()}). "
+            "Say model.path=… with a directory, or a hub id that this machine can reach "
+            "(log in with `hf auth login` if it is gated; HF_HUB_OFFLINE=1 uses the cache alone)"
+        ) from error

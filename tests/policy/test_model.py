@@ -1,0 +1,72 @@
+"""Loading a policy: what is wrong with `model.path` is said with the key, the value and a way on."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+
+from gymexp.config import ModelConfig
+from gymexp.errors import ConfigError
+from gymexp.policy.model import end_token_ids, load_tokenizer, resolve_path
+
+
+def config(path) -> ModelConfig:
+    return ModelConfig(name="x", path=str(path))
+
+
+def save_tokenizer(directory, **extra) -> None:
+    core = Tokenizer(models.WordLevel({"a": 0, "</s>": 1}, unk_token="a"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>")
+    for key, value in extra.items():
+        setattr(tokenizer, key, value)
+    tokenizer.save_pretrained(directory)
+    (directory / "config.json").write_text('{"model_type": "qwen3"}')
+
+
+@pytest.mark.parametrize("path", ["no/such/place", "./nowhere", "/nowhere", "nowhere"])
+def test_a_directory_that_is_not_there_is_named(path):
+    with pytest.raises(ConfigError, match=r"model\.path must be a directory that exists"):
+        resolve_path(path)
+
+
+def test_a_directory_without_a_model_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"with a config\.json"):
+        resolve_path(str(tmp_path))
+
+
+def test_a_hub_id_stays_a_hub_id():
+    assert resolve_path("Qwen/Qwen3-0.6B") == "Qwen/Qwen3-0.6B"
+
+
+def test_a_relative_directory_is_found_from_anywhere(tmp_path, monkeypatch):
+    save_tokenizer(tmp_path / "here" if (tmp_path / "here").mkdir() is None else tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert resolve_path("here") == str((tmp_path / "here").resolve())
+
+
+def test_a_hub_that_cannot_be_reached_is_a_config_error(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ConfigError, match=r"'nobody/nothing-at-all'.*cannot be loaded.*HF_HUB_OFFLINE"):
+        load_tokenizer(config("nobody/nothing-at-all"))
+
+
+def test_a_tokenizer_without_a_chat_template_is_refused(tmp_path):
+    save_tokenizer(tmp_path)
+    with pytest.raises(ConfigError, match="chat template"):
+        load_tokenizer(config(tmp_path))
+
+
+def test_a_missing_pad_token_is_filled_in(tmp_path):
+    save_tokenizer(tmp_path, chat_template="{{ messages[0].content }}")
+    assert load_tokenizer(config(tmp_path)).pad_token == "</s>"
+
+
+def test_end_tokens_come_from_tokenizer_and_generation_config(tmp_path):
+    save_tokenizer(tmp_path, chat_template="{{ messages[0].content }}")
+    tokenizer = load_tokenizer(config(tmp_path))
+    assert end_token_ids(tokenizer, config(tmp_path)) == [1]
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 0]}))
+    assert end_token_ids(tokenizer, config(tmp_path)) == [1, 0]
