@@ -45,7 +45,7 @@ def build_prompts(kind: str) -> list[list[int]]:
 
 
 def time_generate(model: Qwen3ForCausalLM, prompts: list[list[int]], new_tokens: int) -> float:
-    ids = torch.tensor(prompts)
+    ids = torch.tensor(prompts, device=model.device)
     start = time.perf_counter()
     with torch.no_grad():
         model.generate(

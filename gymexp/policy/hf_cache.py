@@ -94,6 +94,11 @@ class SlotCache(Cache):
         self.targets = torch.empty(0, dtype=torch.long)
 
     @property
+    def dtype(self) -> torch.dtype:
+        keys = self.slot_layers[0].keys
+        return torch.float32 if keys is None else keys.dtype
+
+    @property
     def slot_layers(self) -> Sequence[SlotLayer]:
         return [layer for layer in self.layers if isinstance(layer, SlotLayer)]
 
@@ -134,10 +139,12 @@ class SlotCache(Cache):
         self.fresh = width > 1 and not starts.any()
         if self.fresh:
             return None
-        self.visible = min(-(-(int(starts.max()) + width) // 8) * 8, self.capacity)
+        # A GPU's attention plans anew for each length: let it change rarely. A CPU would only do more work.
+        grain = 8 if device.type == "cpu" else GRAIN
+        self.visible = min(-(-(int(starts.max()) + width) // grain) * grain, self.capacity)
         hidden = np.arange(self.visible) > positions[:, :, None]
         mask = np.where(hidden, np.float32("-inf"), np.float32(0))
-        return torch.from_numpy(mask).unsqueeze(1).to(device)
+        return torch.from_numpy(mask).unsqueeze(1).to(device, self.dtype)
 
     def copy_row(self, source: int, target: int, length: int) -> None:
         for layer in self.slot_layers:
@@ -188,7 +195,7 @@ def slot_attention(
         )
     else:
         folded = query.reshape(batch, key.shape[1], groups * new, dim)
-        mask = attention_mask.to(query.dtype)
+        mask = attention_mask.to(query.dtype)  # it is already, but for the first forward and under autocast
         if new > 1:
             mask = mask.repeat(1, 1, groups, 1)
         output = scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
