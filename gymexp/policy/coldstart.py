@@ -7,6 +7,7 @@ is context.
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 from collections.abc import Iterable, Sequence
@@ -23,6 +24,7 @@ from gymexp.config import EnvConfig, GymConfig, ModelConfig
 from gymexp.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 log = logging.getLogger(__name__)
@@ -151,8 +153,8 @@ def _training_template(tokenizer: PreTrainedTokenizerBase) -> str:
         patched = get_training_chat_template(tokenizer)
     except ValueError as error:
         raise ConfigError(
-            "model.path: the chat template does not mark what the assistant writes, and TRL has no version of "
-            "it that does: put {% generation %} … {% endgeneration %} round the assistant's words in it"
+            "model.path: the chat template does not mark what the assistant writes, and TRL has no version "
+            "of it that does: put {% generation %} … {% endgeneration %} round the assistant's words in it"
         ) from error
     return patched or str(template)
 
@@ -160,7 +162,7 @@ def _training_template(tokenizer: PreTrainedTokenizerBase) -> str:
 def train(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[Example],
+    examples: Sequence[Example] | Dataset,
     options: SFTOptions,
     output: Path,
     callbacks: Sequence[TrainerCallback] = (),
@@ -193,13 +195,16 @@ def train(
         report_to="none",
         disable_tqdm=True,
         dataloader_pin_memory=gpu,
+        dataloader_num_workers=4 if gpu else 0,
         max_length=None,
         dataset_kwargs={"skip_prepare_dataset": True},
     )
     trainer = SFTTrainer(
         model=model.float(),
         args=arguments,
-        train_dataset=Dataset.from_list([dict(example) for example in examples]),
+        train_dataset=(
+            examples if isinstance(examples, Dataset) else Dataset.from_list([dict(e) for e in examples])
+        ),
         processing_class=tokenizer,
         callbacks=[*callbacks, *_saving(options.save_steps, output, tokenizer)],
     )
@@ -226,9 +231,10 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, output: Pat
     import torch
 
     weights = {name: tensor.detach().to("cpu", torch.float16) for name, tensor in model.state_dict().items()}
-    dtype, model.config.dtype = model.config.dtype, "float16"
-    try:
-        model.save_pretrained(output, state_dict=weights)
-    finally:
-        model.config.dtype = dtype
+    model.save_pretrained(output, state_dict=weights)
     tokenizer.save_pretrained(output)
+    # save_pretrained describes the model in training: its float32, and no cache.
+    path = output / "config.json"
+    path.write_text(
+        json.dumps(json.loads(path.read_text()) | {"dtype": "float16", "use_cache": True}, indent=2) + "\n"
+    )

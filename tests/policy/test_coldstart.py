@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 
 import pytest
@@ -66,6 +67,8 @@ def test_a_few_steps_lower_the_loss_and_the_policy_can_be_loaded(tokenizer, tmp_
     assert log[-1]["loss"] < 0.5 * log[0]["loss"]
     config = ModelConfig(name="x", path=str(tmp_path / "policy"), dtype="float32")
     again = load_model(config)
+    assert again.config.use_cache
+    assert json.loads((tmp_path / "policy" / "config.json").read_text())["dtype"] == "float16"
     assert again.num_parameters() == model.num_parameters()
     assert load_tokenizer(config).chat_template == tokenizer.chat_template
     # Every so many steps, and nothing of TRL's own left behind.
