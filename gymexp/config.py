@@ -97,7 +97,9 @@ class GymConfig:
 
     runtime: str = "managed"  # managed: gymexp hosts them; cli: `gym env start`; attach: they already run
     version: str = "0.4.0"
-    python: str | None = None  # an interpreter that has nemo_gym already; None: a venv made and kept by gymexp
+    python: str | None = (
+        None  # an interpreter that has nemo_gym already; None: a venv made and kept by gymexp
+    )
     checkout: str | None = None  # runtime=cli: the user's own NeMo Gym checkout (with its .venv)
     head_host: str = "127.0.0.1"  # runtime=attach: where the running head server is
     head_port: int = 11000
@@ -105,7 +107,9 @@ class GymConfig:
     model_servers: int = 1  # instances of NeMo Gym's model server
     start_timeout_s: float = 180.0
     health_interval_s: float = 5.0
-    health_timeout_s: float = 60.0  # a server that answers no health check for so long is killed and restarted
+    health_timeout_s: float = (
+        60.0  # a server that answers no health check for so long is killed and restarted
+    )
     max_restarts: int = 5  # of one server; beyond it the run ends
 
 
@@ -209,7 +213,11 @@ def _explain(error: OmegaConfBaseException) -> str:
     text = str(error).splitlines()[0]
     if "Missing mandatory value" in text:
         return f"{key} has no value: say {key}=…"
-    if error.parent_node is None or error.object_type is None or not dataclasses.is_dataclass(error.object_type):
+    if (
+        error.parent_node is None
+        or error.object_type is None
+        or not dataclasses.is_dataclass(error.object_type)
+    ):
         return f"{key}: {text}" if key else text
     known = [f.name for f in dataclasses.fields(error.object_type)]
     name = key.rsplit(".", 1)[-1]
@@ -279,7 +287,9 @@ def _problems(config: RunConfig):
         yield from positive(f"{at}.memory_budget_mb", env.memory_budget_mb)
         yield from _data_problems(f"{at}.data", env.data)
     if config.env and all(env.weight == 0 for env in config.env.values()):
-        yield "env.<name>.weight must be > 0 for at least one environment, got 0 for all: " + ", ".join(config.env)
+        yield "env.<name>.weight must be > 0 for at least one environment, got 0 for all: " + ", ".join(
+            config.env
+        )
     yield from one_of("dataset.order", config.dataset.order, ("interleave", "shuffle"))
     yield from at_least("dataset.train_size", config.dataset.train_size, 1)
     yield from at_least("dataset.validation_size", config.dataset.validation_size, 1)

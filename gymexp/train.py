@@ -1,8 +1,8 @@
 """Train a policy in NeMo Gym's environments.
 
-    python -m gymexp.train env=[sudoku,workplace] model=qwen3_4b
-    python -m gymexp.train -m trainer.learning_rate=1e-6,1e-5        a sweep
-    python -m gymexp.train resume=outputs/<name>/<date_time>         a run that ended early
+python -m gymexp.train env=[sudoku,workplace] model=qwen3_4b
+python -m gymexp.train -m trainer.learning_rate=1e-6,1e-5        a sweep
+python -m gymexp.train resume=outputs/<name>/<date_time>         a run that ended early
 """
 
 from __future__ import annotations

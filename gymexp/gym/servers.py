@@ -183,6 +183,10 @@ class GymHost:
         env = os.environ | {
             "HF_HOME": os.environ.get("HF_HOME", str(Path.home() / ".cache/huggingface")),
             "RAY_USAGE_STATS_ENABLED": "0",
+            # No threads but the main one before the forks; and a server is one core's work anyway.
+            "OMP_NUM_THREADS": "1",
+            "OPENBLAS_NUM_THREADS": "1",
+            "ARROW_DEFAULT_MEMORY_POOL": "system",
         }
         fds = {name: sock.fileno() for name, sock in self._sockets.items()}
         with self.log.open("ab") as out:

@@ -207,8 +207,9 @@ class Supervisor:
                         )
                     await asyncio.sleep(min(0.2 * 2**service.failures, 10))
         except ServiceError as error:
-            if not self.failed.done():
+            if not self._closing and not self.failed.done():
                 self.failed.set_exception(error)
+                self.failed.exception()  # looked at: asyncio need not say that nobody did
 
     def _report(self, service: Service, code: int) -> None:
         again = "; starting it again" if service.failures <= service.max_restarts else ""

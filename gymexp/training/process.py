@@ -12,8 +12,8 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,7 @@ def work(run: RunDirectory, config: RunConfig, asked: threading.Event) -> dict[s
     tokenizer = load_tokenizer(config.model)
     model = load_model(config.model)
     with ExitStack() as stack:
-        use_weights = _start_engine(config, model, tokenizer, services["engine_fd"], stack)
+        sampling_with = _start_engine(config, model, tokenizer, services["engine_fd"], stack)
         replicas = {name: [Replica(**r) for r in some] for name, some in services["replicas"].items()}
         collector = Collector(
             replicas,
@@ -81,7 +81,7 @@ def work(run: RunDirectory, config: RunConfig, asked: threading.Event) -> dict[s
         threading.Thread(target=lambda: (asked.wait(), collector.stop()), daemon=True).start()
 
         tasks = {t.key: t for some in (prepared.train, *prepared.validation.values()) for t in some}
-        rollouts = Rollouts(config, collector, tasks, run.rollouts, use_weights)
+        rollouts = Rollouts(config, collector, tasks, run.rollouts, sampling_with)
         trainer = PolicyTrainer(config, model, tokenizer, prepared, rollouts, run.checkpoints)
         resume = checkpoints.latest(run.checkpoints) if config.resume else None
         first_step = checkpoints.step_of(resume) if resume else 0
@@ -116,10 +116,10 @@ def work(run: RunDirectory, config: RunConfig, asked: threading.Event) -> dict[s
 
 def _start_engine(
     config: RunConfig, model: Any, tokenizer: Any, fd: int, stack: ExitStack
-) -> Callable[[int], None]:
+) -> Callable[[int], AbstractContextManager[None]]:
     """The hf engine on the socket that the controller handed down; samples from `model` itself.
 
-    Returns what tells it the weights' version.
+    It rests while the trainer works on the model; the returned `sampling_with(version)` lets it sample for a block.
     """
     from gymexp.policy.hf import HFEngine
     from gymexp.policy.hf_server import serve
@@ -133,14 +133,20 @@ def _start_engine(
         max_model_len=config.model.max_model_len,
         tokenizer=tokenizer,
     )
+    engine.pause()
     stack.callback(engine.close)
     stack.callback(serve(engine, sock=ports.adopt(fd)).close)
 
-    def use_weights(version: int) -> None:
-        with engine.paused():
-            engine.weights_version = version
+    @contextmanager
+    def sampling_with(version: int) -> Iterator[None]:
+        engine.weights_version = version
+        engine.resume()
+        try:
+            yield
+        finally:
+            engine.pause()
 
-    return use_weights
+    return sampling_with
 
 
 def _remembered(run: RunDirectory) -> dict[str, float]:

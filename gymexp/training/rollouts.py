@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,10 +41,10 @@ class Rollouts:
         collector: Collector,
         tasks: Mapping[str, Task],
         directory: Path,
-        use_weights: Callable[[int], None],
+        sampling_with: Callable[[int], AbstractContextManager[None]],
     ) -> None:
-        """use_weights: told the weights' version (optimizer steps done) before anything is sampled with them."""
-        self._use_weights = use_weights
+        """sampling_with: given the weights' version (optimizer steps done), lets the engine sample within the block."""
+        self._sampling_with = sampling_with
         self._config = config
         self._collector = collector
         self._tasks = tasks
@@ -77,7 +78,6 @@ class Rollouts:
 
         Held-out tasks are played with the same seeds every time, so that two evaluations differ by the policy alone.
         """
-        self._use_weights(weights_version)
         trainer = self._config.trainer
         step = None if held_out else weights_version
         count: dict[str, int] = {}
@@ -93,7 +93,8 @@ class Rollouts:
                     seed_of(self._config.seed, step, key, index),
                 )
             )
-        outcomes = self._collector.collect([self._tasks[key] for key in keys], samplings)
+        with self._sampling_with(weights_version):
+            outcomes = self._collector.collect([self._tasks[key] for key in keys], samplings)
         check_failed_share(outcomes, self._config.rollout.max_failed_share)
         return outcomes
 

@@ -1,0 +1,39 @@
+"""A run directory holds one run, and says what it was."""
+
+from __future__ import annotations
+
+import pytest
+
+from gymexp.config import EnvConfig, ModelConfig, RunConfig
+from gymexp.errors import RunDirectoryError
+from gymexp.run.directory import RunDirectory
+
+CONFIG = RunConfig(model=ModelConfig(name="m", path="p"), env={"e": EnvConfig(config_path="c", agent="a")})
+
+
+def test_a_claimed_directory_describes_the_run(tmp_path):
+    run = RunDirectory.claim(tmp_path / "run", CONFIG, ["env=[e]"])
+    assert "name: m" in run.config.read_text()
+    assert (run.path / "overrides.yaml").read_text() == "- env=[e]\n"
+    assert "trl" in (run.path / "versions.txt").read_text()
+    assert (run.path / "code" / "gymexp" / "train.py").exists()
+    assert (run.path / "code" / "conf" / "train.yaml").exists()
+
+
+def test_a_second_run_into_the_same_directory_is_refused(tmp_path):
+    RunDirectory.claim(tmp_path, CONFIG, [])
+    with pytest.raises(RunDirectoryError, match="holds a run already.*resume="):
+        RunDirectory.claim(tmp_path, CONFIG, [])
+
+
+def test_a_directory_whose_run_goes_on_cannot_be_resumed(tmp_path):
+    held = RunDirectory.claim(tmp_path, CONFIG, [])
+    with pytest.raises(RunDirectoryError, match="still going on"):
+        RunDirectory.reopen(tmp_path)
+    held._lock_file.close()
+    assert RunDirectory.reopen(tmp_path).config.exists()
+
+
+def test_resuming_what_is_no_run_directory_says_so(tmp_path):
+    with pytest.raises(RunDirectoryError, match="holds no config.yaml"):
+        RunDirectory.reopen(tmp_path)
