@@ -18,7 +18,7 @@ from gymexp.config import RunConfig
 from gymexp.data.prepare import Prepared
 from gymexp.errors import DriftError
 from gymexp.rollout.batch import Batch
-from gymexp.training import arguments, checkpoints
+from gymexp.training import arguments, checkpoints, padding
 from gymexp.training.rollouts import Rollouts
 
 log = logging.getLogger(__name__)
@@ -104,13 +104,13 @@ class PolicyTrainer(GRPOTrainer):
 
     def _own_logprobs(self, prompts: list[list[int]], completions: list[list[int]]) -> list[torch.Tensor]:
         """The trainer's log-probabilities of each completion's tokens, on the CPU."""
-        padding = self.processing_class.pad_token_id
+        pad_id = self.processing_class.pad_token_id
 
         def padded(ids: list[list[int]], side: str) -> tuple[torch.Tensor, torch.Tensor]:
             rows = [torch.tensor(row) for row in ids]
             masks = [torch.ones_like(row) for row in rows]
             return (
-                pad(rows, padding_value=padding, padding_side=side).to(self.accelerator.device),
+                pad(rows, padding_value=pad_id, padding_side=side).to(self.accelerator.device),
                 pad(masks, padding_value=0, padding_side=side).to(self.accelerator.device),
             )
 
@@ -130,6 +130,19 @@ class PolicyTrainer(GRPOTrainer):
         self._first_step = checkpoints.step_of(Path(resume_from_checkpoint)) if resume_from_checkpoint else 0
         self._step_began = time.monotonic()
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _prepare_inputs(self, generation_batch: Any) -> Any:
+        buffered = self._buffered_inputs
+        inputs = super()._prepare_inputs(generation_batch)
+        fresh = self._buffered_inputs is not buffered and self._buffered_inputs is not None
+        one_update = self.args.steps_per_generation == self.args.gradient_accumulation_steps
+        if fresh and one_update and self.loss_type in padding.ORDER_FREE:
+            self._buffered_inputs = padding.group_by_length(self._buffered_inputs)
+            inputs = self._buffered_inputs[self._step % self.args.steps_per_generation]
+        return inputs
+
+    def _compute_loss(self, model: Any, inputs: Any) -> torch.Tensor:
+        return super()._compute_loss(model, padding.trim(inputs))
 
     def _generate_and_score_completions(self, inputs: Any) -> Any:
         began = time.monotonic()

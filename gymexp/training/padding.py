@@ -1,0 +1,55 @@
+"""Less padding in the update, the same loss: rows of like length share a micro-batch, which is cut to its longest row.
+
+A generation batch is padded to its longest rollout; with single-turn and multi-turn environments in one batch most of
+it is padding, and on a CPU, or with long contexts, most of the update's time goes there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+_OVER_COMPLETION = (  # (B, T), right-padded
+    "completion_ids",
+    "completion_mask",
+    "tool_mask",
+    "old_per_token_logps",
+    "ref_per_token_logps",
+    "sampling_per_token_logps",
+    "importance_sampling_ratio",
+)
+_OVER_PROMPT = ("prompt_ids", "prompt_mask")  # (B, P), left-padded
+# Losses that weigh a row the same in whichever micro-batch of the optimizer step it stands. `bnpo` does not.
+ORDER_FREE = frozenset(("grpo", "dr_grpo", "dapo", "cispo"))
+
+
+def trim(inputs: dict[str, Any]) -> dict[str, Any]:
+    """A micro-batch without the columns that are padding in all its rows (TRL's keys, see `_compute_loss`)."""
+    prompt = max(1, int(inputs["prompt_mask"].sum(1).max()))
+    completion = max(1, int(inputs["completion_mask"].sum(1).max()))
+    trimmed = dict(inputs)
+    for name in _OVER_PROMPT:
+        trimmed[name] = inputs[name][:, -prompt:]
+    for name in _OVER_COMPLETION:
+        value = inputs.get(name)
+        if value is not None and value.size(1) > 1:  # an (B, 1) ratio is a sequence's
+            trimmed[name] = value[:, :completion]
+    return trimmed
+
+
+def group_by_length(batches: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same rows in as many micro-batches of the same sizes, in order of their number of tokens."""
+    if len(batches) < 2:
+        return list(batches)
+    rows = batches[0]["prompt_ids"].size(0)
+    lengths = torch.cat([b["prompt_mask"].sum(1) + b["completion_mask"].sum(1) for b in batches])
+    order = torch.argsort(lengths, stable=True)
+    joined = {
+        name: torch.cat([b[name] for b in batches])[order]
+        for name, value in batches[0].items()
+        if isinstance(value, torch.Tensor) and value.dim() > 0 and value.size(0) == rows
+    }
+    parts = {name: value.split(rows) for name, value in joined.items()}
+    return [batch | {name: part[i] for name, part in parts.items()} for i, batch in enumerate(batches)]
