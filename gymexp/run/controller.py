@@ -69,6 +69,7 @@ class Controller:
         supervisor = control.supervisor = Supervisor(
             health_interval_s=gym.health_interval_s,
             health_timeout_s=gym.health_timeout_s,
+            start_timeout_s=gym.start_timeout_s,
             on_change=control.changed,
         )
         sockets: dict[str, socket.socket] = {}

@@ -117,12 +117,18 @@ class Supervisor:
     """Keeps services running until `close`. `failed` is set to the ServiceError that makes the run impossible."""
 
     def __init__(
-        self, *, health_interval_s: float, health_timeout_s: float, on_change: Callable[[], None]
+        self,
+        *,
+        health_interval_s: float,
+        health_timeout_s: float,
+        start_timeout_s: float,
+        on_change: Callable[[], None],
     ) -> None:
         self.services: dict[str, Service] = {}
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._health_interval_s = health_interval_s
         self._health_timeout_s = health_timeout_s
+        self._start_timeout_s = start_timeout_s
         self._on_change = on_change
         self._tasks: list[asyncio.Task[None]] = []
         self._closing = False
@@ -202,21 +208,33 @@ class Supervisor:
                     if service.failures > service.max_restarts:
                         raise ServiceError(
                             f"{service.name} {_ended(code)}"
-                            + (f" for the {service.failures}th time" if service.failures > 1 else "")
+                            + (
+                                f" (failure {service.failures}, gym.max_restarts={service.max_restarts})"
+                                if service.failures > 1
+                                else ""
+                            )
                             + f". The end of {service.log}:\n{last_lines(service.log)}"
                         )
                     await asyncio.sleep(min(0.2 * 2**service.failures, 10))
         except ServiceError as error:
-            if not self._closing and not self.failed.done():
-                self.failed.set_exception(error)
-                self.failed.exception()  # looked at: asyncio need not say that nobody did
+            self._fail(error)
+        except OSError as error:
+            self._fail(ServiceError(f"{service.name} could not be started: {error}"))
+
+    def _fail(self, error: ServiceError) -> None:
+        if not self._closing and not self.failed.done():
+            self.failed.set_exception(error)
+            self.failed.exception()  # looked at: asyncio need not say that nobody did
 
     def _report(self, service: Service, code: int) -> None:
         again = "; starting it again" if service.failures <= service.max_restarts else ""
         log.warning("%s %s%s (log: %s)", service.name, _ended(code), again, service.log)
 
     async def _watch(self, service: Service) -> None:
-        """Ask a service how it is; kill it when it has not answered for `health_timeout_s` since it was ready."""
+        """Ask a service how it is; kill it when it has not answered for `health_timeout_s`.
+
+        One that is starting has `start_timeout_s`: a restart may hang as well.
+        """
         if service.url is None:
             self._set(service, "ready")
         while True:
@@ -227,13 +245,16 @@ class Supervisor:
                     service.seen = now
                     if service.state == "starting":
                         self._set(service, "ready")
-                elif service.state == "ready" and now - service.seen > self._health_timeout_s and service.pid:
+                elif now - service.seen > self._patience(service) and service.pid:
                     log.warning("%s has not answered for %.0f s: ending it", service.name, now - service.seen)
                     _signal(service.pid, signal.SIGKILL)
             if service.pid:
                 with contextlib.suppress(psutil.Error):
                     service.rss_mb = psutil.Process(service.pid).memory_info().rss / 2**20
             await asyncio.sleep(_POLL_S if service.state == "starting" else self._health_interval_s)
+
+    def _patience(self, service: Service) -> float:
+        return self._start_timeout_s if service.state == "starting" else self._health_timeout_s
 
     async def _ask(self, service: Service) -> bool:
         self._http = self._http or aiohttp.ClientSession()
