@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import math
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -56,14 +57,14 @@ async def play(
         raise RolloutFailure("environment", f"{url}/run: {type(error).__name__}: {error}") from None
     if response.status != 200:
         text = body.decode(errors="replace")[:2000]
-        cause: Cause = "engine" if "engine_error" in text else "environment"
+        cause: Cause = "engine" if b"engine_error" in body else "environment"
         raise RolloutFailure(cause, f"{url}/run answered {response.status}: {text}")
     try:
         reply = orjson.loads(body)
         return read_reply(task, reply, vocab_size, time.monotonic() - began)
     except TokenMismatch as error:
         raise RolloutFailure("token_mismatch", str(error)) from None
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise RolloutFailure("environment", f"{url}/run answered what is not a rollout: {error!r}") from None
 
 
@@ -80,7 +81,7 @@ def request_body(task: Task, sampling: Sampling) -> bytes:
 
 
 def read_reply(task: Task, reply: dict[str, Any], vocab_size: int, seconds: float) -> Outcome:
-    """A verified outcome from `/run`'s reply. Raises TokenMismatch, or KeyError and its like on another shape."""
+    """A verified outcome from `/run`'s reply. Raises TokenMismatch; on another shape ValueError, KeyError …"""
     response = reply["response"]
     items = response["output"]
     turns = []
@@ -99,8 +100,11 @@ def read_reply(task: Task, reply: dict[str, Any], vocab_size: int, seconds: floa
     verify_turns(turns, vocab_size)
     if limit is None and items[-1].get("type") != "message":
         limit = "turns"
+    reward = float(reply["reward"])
+    if not math.isfinite(reward):
+        raise ValueError(f"reward must be finite, got {reward}")
     kept = [{k: v for k, v in item.items() if k not in _TOKEN_FIELDS} for item in items]
-    rollout = Rollout(task, turns, float(reply["reward"]), kept, seconds={"total": round(seconds, 4)})
+    rollout = Rollout(task, turns, reward, kept, seconds={"total": round(seconds, 4)})
     return Truncated(rollout, limit) if limit else Completed(rollout)
 
 
