@@ -1,0 +1,489 @@
+"""Whatever an agent, its servers or the controller do, every task gets its outcome, in order and in time."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from contextlib import ExitStack, contextmanager
+
+import pytest
+from aiohttp import web
+from loopback import serving
+
+from gymexp.config import EnvConfig, RolloutConfig
+from gymexp.errors import RolloutError, ServiceError
+from gymexp.gym.client import Sampling
+from gymexp.gym.servers import Replica
+from gymexp.rollout import collect
+from gymexp.rollout.collect import Collector, Progress, Stopped, check_failed_share
+from gymexp.rollout.outcome import Completed, Failed, Rollout, Task, Truncated
+
+VOCAB_SIZE = 100
+SAMPLING = Sampling(temperature=0.7, top_p=0.9, max_output_tokens=32, seed=5)
+
+
+def turn(prompt: list[int], completion: list[int], **fields) -> dict:
+    tokens = {"prompt_token_ids": prompt, "generation_token_ids": completion}
+    return {"type": "message", **tokens, "generation_log_probs": [-0.5] * len(completion)} | fields
+
+
+def reply(*items: dict, reward: float = 1.0, **fields) -> dict:
+    output = list(items or [turn([1, 2], [3, 4])])
+    return {"reward": reward, "response": {"output": output} | fields}
+
+
+Answer = dict | str | tuple[int, str]
+Behave = Callable[[str, int], Awaitable[Answer]]
+
+
+class Agent:
+    """Answers POST /run as `behave(key, attempt)` says: a reply, or a status with a text."""
+
+    def __init__(self, behave: Behave) -> None:
+        self._behave = behave
+        self.attempts: Counter[str] = Counter()
+        self.asked: list[dict] = []
+        self.in_flight = 0
+        self.most_in_flight = 0
+
+    async def run(self, request: web.Request) -> web.Response:
+        row = await request.json()
+        self.asked.append(row)
+        self.attempts[row["key"]] += 1
+        self.in_flight += 1
+        self.most_in_flight = max(self.most_in_flight, self.in_flight)
+        try:
+            answer = await self._behave(row["key"], self.attempts[row["key"]])
+        finally:
+            self.in_flight -= 1
+        if isinstance(answer, dict):
+            return web.json_response(answer)
+        status, text = answer if isinstance(answer, tuple) else (200, answer)
+        return web.Response(status=status, text=text)
+
+
+class Controller:
+    """Streams the services' states as the real one does; `restarts` notes what POST /restart asked for."""
+
+    def __init__(self, **rss_mb: float) -> None:
+        self.services = {
+            name: {"state": "ready", "epoch": 0, "rss_mb": rss, "log": f"logs/{name}.log"}
+            for name, rss in rss_mb.items()
+        }
+        self.restarts: list[str] = []
+        self.on_restart: Callable[[str], None] = lambda name: None
+        self.gone = False
+
+    def app(self) -> web.Application:
+        app = web.Application()
+        app.add_routes([web.get("/watch", self._watch), web.post("/restart/{name}", self._restart)])
+        return app
+
+    async def _watch(self, request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse()
+        await response.prepare(request)
+        while not self.gone:
+            await response.write(json.dumps({"services": self.services}).encode() + b"\n")
+            await asyncio.sleep(0.02)
+        return response
+
+    async def _restart(self, request: web.Request) -> web.Response:
+        name = request.match_info["name"]
+        if self.services[name]["state"] == "ready":  # else it is being restarted already
+            self.restarts.append(name)
+            self.on_restart(name)
+            self.services[name]["state"] = "restarting"
+            asyncio.get_running_loop().call_later(0.1, self.restarted, name)
+        return web.Response()
+
+    def restarted(self, name: str) -> None:
+        epoch = self.services[name]["epoch"] + 1
+        self.services[name] |= {"state": "ready", "epoch": epoch, "rss_mb": 10.0}
+
+
+@contextmanager
+def playing(
+    behave: Behave,
+    *,
+    controller: Controller | None = None,
+    services: tuple[str, ...] = ("server",),
+    more: Behave | None = None,
+    env: dict | None = None,
+    rollout: dict | None = None,
+    report: Callable[[Progress], None] = lambda _: None,
+):
+    """A collector of one environment, with one replica, or two where `more` says how the second behaves."""
+    agents = [Agent(one) for one in (behave, more) if one]
+    config = EnvConfig(config_path="c", agent="a", timeout_s=20.0)
+    for key, value in (env or {}).items():
+        setattr(config, key, value)
+    with ExitStack() as stack:
+        replicas = []
+        for index, agent in enumerate(agents):
+            app = web.Application()
+            app.add_routes([web.post("/run", agent.run)])
+            url = stack.enter_context(serving(app))
+            names = [s if index == 0 else f"{s}-{index}" for s in services]
+            replicas.append(Replica(names[0], "a", url, names))
+        control_url = stack.enter_context(serving(controller.app())) if controller else None
+        collector = Collector(
+            {"e": replicas},
+            {"e": config},
+            RolloutConfig(**({"max_retries": 2} | (rollout or {}))),
+            VOCAB_SIZE,
+            control_url,
+            report,
+        )
+        stack.callback(collector.close)
+        yield collector, *agents
+
+
+@pytest.fixture(autouse=True)
+def _retry_at_once(monkeypatch):
+    monkeypatch.setattr(collect, "_AFTER_FAILURE_S", 0.01)
+
+
+def tasks(count: int) -> list[Task]:
+    return [
+        Task(
+            f"e/train/{i:06d}",
+            "e",
+            "a",
+            {"key": f"e/train/{i:06d}", "responses_create_params": {"input": []}},
+        )
+        for i in range(count)
+    ]
+
+
+def play(collector: Collector, count: int = 1):
+    return collector.collect(tasks(count), [SAMPLING] * count)
+
+
+def only(collector: Collector):
+    [outcome] = play(collector)
+    return outcome
+
+
+async def fine(key: str, attempt: int) -> Answer:
+    return reply()
+
+
+async def hang(key: str, attempt: int) -> Answer:
+    await asyncio.sleep(60)
+    return reply()
+
+
+def always(answer: Answer) -> Behave:
+    async def behave(key: str, attempt: int) -> Answer:
+        return answer
+
+    return behave
+
+
+def test_outcomes_come_in_the_order_of_the_tasks_however_long_each_takes():
+    async def later_first(key: str, attempt: int) -> Answer:
+        number = int(key[-2:])
+        await asyncio.sleep(0.2 - number / 100)
+        return reply(reward=float(number))
+
+    with playing(later_first) as (collector, _):
+        outcomes = play(collector, 20)
+    assert [o.rollout.reward for o in outcomes] == list(map(float, range(20)))
+    assert [o.rollout.task.key for o in outcomes] == [t.key for t in tasks(20)]
+
+
+def test_a_rollout_carries_its_turns_its_reward_and_items_without_tokens():
+    call = turn([1, 2], [3], type="function_call", name="look")
+    said = {"type": "function_call_output", "output": "seen"}
+    with playing(always(reply(call, said, turn([1, 2, 3, 9], [4, 5]), reward=0.5))) as (collector, _):
+        outcome = only(collector)
+    assert isinstance(outcome, Completed)
+    rollout = outcome.rollout
+    assert [(t.prompt_ids, t.completion_ids, t.logprobs) for t in rollout.turns] == [
+        ([1, 2], [3], [-0.5]),
+        ([1, 2, 3, 9], [4, 5], [-0.5, -0.5]),
+    ]
+    assert rollout.reward == 0.5
+    assert rollout.items == [{"type": "function_call", "name": "look"}, said, {"type": "message"}]
+    assert rollout.seconds["total"] > 0
+
+
+def test_sampling_goes_where_nemo_gym_has_it_and_the_row_stays_as_it_was():
+    task = tasks(1)[0]
+    task.row["responses_create_params"]["metadata"] = {"own": "kept"}
+    with playing(fine) as (collector, agent):
+        collector.collect([task], [SAMPLING])
+    params = agent.asked[0]["responses_create_params"]
+    assert (params["temperature"], params["top_p"], params["max_output_tokens"]) == (0.7, 0.9, 32)
+    assert params["metadata"] == {"own": "kept", "extra_body": '{"seed": 5}'}
+    assert task.row["responses_create_params"] == {"input": [], "metadata": {"own": "kept"}}
+
+
+def test_a_rollout_that_failed_once_is_played_again():
+    async def at_second_try(key: str, attempt: int) -> Answer:
+        return reply() if attempt == 2 else (500, "first try")
+
+    seen: list[Progress] = []
+    with playing(at_second_try, report=seen.append) as (collector, agent):
+        outcomes = play(collector, 5)
+    assert all(isinstance(o, Completed) for o in outcomes)
+    assert set(agent.attempts.values()) == {2}
+    last = seen[-1]
+    assert (last.total, last.done, last.retried, last.failed, last.in_flight) == (5, 5, 5, 0, 0)
+    assert last.tokens == 10
+
+
+def test_a_rollout_that_keeps_failing_is_a_failure_with_its_cause_and_the_servers_log():
+    controller = Controller(server=10.0, gateway=10.0)
+    with playing(always((500, "the table is gone")), controller=controller) as (collector, agent):
+        wait_seen(collector, "server")
+        outcome = only(collector)
+    assert isinstance(outcome, Failed)
+    assert outcome.cause == "environment"
+    assert outcome.detail.endswith("/run answered 500: the table is gone")
+    assert outcome.log == "logs/server.log"
+    assert agent.attempts[outcome.task.key] == 3, "max_retries=2: three attempts"
+
+
+@pytest.mark.parametrize("padding", [0, 5000])
+def test_an_engine_error_is_the_engines_however_far_into_the_answer_it_is_said(padding):
+    controller = Controller(server=10.0, gateway=10.0)
+    behave = always((500, "x" * padding + '{"error": {"type": "engine_error"}}'))
+    with playing(behave, controller=controller, rollout={"max_retries": 0}) as (collector, _):
+        wait_seen(collector, "gateway")
+        outcome = only(collector)
+    assert (outcome.cause, outcome.log) == ("engine", "logs/gateway.log")
+    assert len(outcome.detail) < 3000
+
+
+def test_an_agent_that_never_answers_is_a_timeout_within_the_deadline():
+    with playing(hang, env={"timeout_s": 0.3}, rollout={"max_retries": 1}) as (collector, agent):
+        began = time.monotonic()
+        outcomes = play(collector, 3)
+        assert time.monotonic() - began < 5
+    assert [o.cause for o in outcomes] == ["timeout"] * 3
+    assert "within 0.3 s" in outcomes[0].detail
+    assert set(agent.attempts.values()) == {2}
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "not json",
+        "[]",
+        '{"reward": 1.0}',
+        '{"reward": 1.0, "response": {"output": ["text"]}}',
+        '{"reward": 1.0, "response": {"output": 3}}',
+        json.dumps(reply(turn([1], [2]), reward=None)),  # type: ignore[arg-type]
+        json.dumps(reply(turn([1], [2], prompt_token_ids=["one"]))),
+        json.dumps(reply(turn([1], [2]), reward="NaN")),  # type: ignore[arg-type]
+        json.dumps(reply(turn([1], [2]))).replace("1.0", "1e999"),
+    ],
+)
+def test_an_answer_that_is_no_rollout_is_the_environments_failure(answer):
+    with playing(always(answer), rollout={"max_retries": 0}) as (collector, _):
+        outcome = only(collector)
+    assert isinstance(outcome, Failed)
+    assert outcome.cause == "environment"
+    assert "answered what is not a rollout" in outcome.detail
+
+
+@pytest.mark.parametrize(
+    "items",
+    [
+        [turn([1], [2]), turn([1, 3], [4])],  # the history was rewritten
+        [turn([1], [VOCAB_SIZE])],
+        [turn([1], [2], generation_log_probs=[])],
+        [turn([1], [2], generation_log_probs=[0.5])],
+    ],
+)
+def test_tokens_that_contradict_each_other_are_a_mismatch_never_trained_on(items):
+    with playing(always(reply(*items)), rollout={"max_retries": 0}) as (collector, _):
+        outcome = only(collector)
+    assert isinstance(outcome, Failed)
+    assert outcome.cause == "token_mismatch"
+    assert outcome.detail.startswith("turn ")
+
+
+def test_an_answer_without_tokens_is_the_engines_failure():
+    with playing(always(reply({"type": "message"})), rollout={"max_retries": 0}) as (collector, _):
+        assert only(collector).cause == "engine"
+
+
+def test_a_rollout_cut_by_the_turn_limit_is_truncated_by_turns():
+    call = turn([1], [2], type="function_call")
+    with playing(always(reply(call, {"type": "function_call_output"}, reward=0.25))) as (collector, _):
+        outcome = only(collector)
+    assert isinstance(outcome, Truncated)
+    assert (outcome.limit, outcome.rollout.reward) == ("turns", 0.25)
+
+
+def test_a_rollout_cut_by_the_token_limit_is_truncated_by_length():
+    cut = reply(turn([1], [2]), incomplete_details={"reason": "max_output_tokens"})
+    with playing(always(cut)) as (collector, _):
+        outcome = only(collector)
+    assert isinstance(outcome, Truncated)
+    assert outcome.limit == "length"
+
+
+def test_no_more_rollouts_than_the_limit_are_in_flight():
+    async def slow(key: str, attempt: int) -> Answer:
+        await asyncio.sleep(0.05)
+        return reply()
+
+    with playing(slow, env={"max_concurrency": 3}) as (collector, agent):
+        play(collector, 12)
+    assert agent.most_in_flight == 3
+
+
+def test_rollouts_are_spread_evenly_over_replicas():
+    async def slow(key: str, attempt: int) -> Answer:
+        await asyncio.sleep(0.2)
+        return reply()
+
+    with playing(slow, more=slow) as (collector, first, second):
+        play(collector, 10)
+    assert (len(first.asked), len(second.asked)) == (5, 5)
+
+
+def wait_seen(collector: Collector, name: str) -> None:
+    """Until the controller's first word has arrived."""
+    wait_until(lambda: name in collector._services)
+
+
+def wait_until(holds: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 10
+    while not holds():
+        assert time.monotonic() < deadline, "did not come true in time"
+        time.sleep(0.01)
+
+
+def in_background(collector: Collector, count: int) -> tuple[threading.Thread, list]:
+    outcomes: list = []
+    thread = threading.Thread(target=lambda: outcomes.extend(play(collector, count)))
+    thread.start()
+    return thread, outcomes
+
+
+def test_a_rollout_whose_server_was_restarted_is_played_again_and_is_no_failure():
+    async def lost_at_first(key: str, attempt: int) -> Answer:
+        if attempt == 1:
+            await asyncio.sleep(60)
+        return reply()
+
+    controller = Controller(server=10.0)
+    seen: list[Progress] = []
+    with playing(lost_at_first, controller=controller, rollout={"max_retries": 0}, report=seen.append) as (
+        collector,
+        agent,
+    ):
+        wait_seen(collector, "server")
+        thread, outcomes = in_background(collector, 4)
+        wait_until(lambda: agent.in_flight == 4)
+        controller.services["server"] |= {"state": "down", "epoch": 1}
+        wait_until(lambda: agent.in_flight == 0)
+        time.sleep(0.1)
+        assert len(agent.asked) == 4, "nothing is sent to a server that is down"
+        controller.services["server"]["state"] = "ready"
+        thread.join(10)
+    assert [type(o) for o in outcomes] == [Completed] * 4
+    assert set(agent.attempts.values()) == {2}
+    assert seen[-1].failed == 0
+
+
+def test_while_a_replica_is_down_the_other_one_plays():
+    controller = Controller(**{"server": 10.0, "server-1": 10.0})
+    controller.services["server"]["state"] = "down"
+    with playing(fine, more=fine, controller=controller) as (collector, first, second):
+        wait_seen(collector, "server")
+        outcomes = play(collector, 6)
+    assert all(isinstance(o, Completed) for o in outcomes)
+    assert (len(first.asked), len(second.asked)) == (0, 6)
+
+
+def test_a_replica_above_its_memory_budget_is_restarted_when_its_last_rollout_has_landed():
+    controller = Controller(**{"server": 10.0, "server-1": 10.0})
+    release = threading.Event()
+
+    async def held(key: str, attempt: int) -> Answer:
+        while not release.is_set():
+            await asyncio.sleep(0.01)
+        return reply()
+
+    in_flight_at_restart: list[int] = []
+    with playing(
+        held, more=held, controller=controller, env={"memory_budget_mb": 100.0, "max_concurrency": 4}
+    ) as (collector, first, second):
+        controller.on_restart = lambda name: in_flight_at_restart.append(first.in_flight)
+        wait_seen(collector, "server")
+        thread, outcomes = in_background(collector, 12)
+        wait_until(lambda: first.in_flight == 2 and second.in_flight == 2)
+        controller.services["server"]["rss_mb"] = 500.0
+        wait_until(lambda: collector._seats["e"][0].draining)
+        time.sleep(0.1)
+        assert controller.restarts == [], "two rollouts are still in flight there"
+        release.set()
+        thread.join(10)
+        wait_until(lambda: not collector._seats["e"][0].draining)
+        assert max((first.attempts + second.attempts).values()) == 1, "nothing lost, nothing played twice"
+        asked_before = len(first.asked)
+        more = play(collector, 4)
+    assert controller.restarts == ["server"]
+    assert in_flight_at_restart == [0]
+    assert [type(o) for o in outcomes + more] == [Completed] * 16
+    assert len(first.asked) > asked_before, "it takes part again"
+
+
+def test_stopping_raises_promptly_and_refuses_more():
+    with playing(hang) as (collector, agent):
+        threading.Timer(0.3, collector.stop).start()
+        began = time.monotonic()
+        with pytest.raises(Stopped):
+            play(collector, 5)
+        assert time.monotonic() - began < 3
+        wait_until(lambda: agent.in_flight == 0)
+        with pytest.raises(Stopped):
+            play(collector)
+
+
+def test_a_controller_that_is_gone_ends_the_collection():
+    controller = Controller(server=10.0)
+    with playing(hang, controller=controller) as (collector, _):
+        wait_seen(collector, "server")
+        began = time.monotonic()
+        threading.Timer(0.3, setattr, (controller, "gone", True)).start()
+        with pytest.raises(ServiceError, match="the controller is gone"):
+            play(collector, 3)
+        assert time.monotonic() - began < 5
+
+
+def failed(cause, key: str = "e/train/000001") -> Failed:
+    return Failed(Task(key, key.split("/")[0], "a", {}), cause, "it said no", f"logs/{cause}.log")
+
+
+def completed() -> Completed:
+    return Completed(Rollout(Task("e/train/000000", "e", "a", {}), [], 1.0, []))
+
+
+def test_too_many_failures_name_the_commonest_cause_an_example_and_its_log():
+    outcomes = [completed()] * 5 + [failed("timeout", "f/train/1")] + [failed("engine")] * 2
+    with pytest.raises(RolloutError) as caught:
+        check_failed_share(outcomes, 0.3)
+    said = str(caught.value)
+    assert "3 of 8 rollouts failed, more than rollout.max_failed_share=0.3 allows" in said
+    assert "Most often (2): engine in env.e, for example e/train/000001: it said no" in said
+    assert "logs/engine.log" in said
+
+
+@pytest.mark.parametrize(("failures", "share"), [(0, 0.0), (2, 0.2), (10, 1.0)])
+def test_failures_within_the_allowed_share_pass(failures, share):
+    check_failed_share([failed("engine")] * failures + [completed()] * (10 - failures), share)
+
+
+def test_no_failure_is_allowed_with_a_share_of_zero():
+    with pytest.raises(RolloutError):
+        check_failed_share([failed("engine")] + [completed()] * 99, 0.0)
