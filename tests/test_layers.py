@@ -1,0 +1,132 @@
+"""Imports point down, entries start without torch, and every module says by its name what it is about."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted((ROOT / "gymexp").rglob("*.py"))
+}
+HEAVY = {"torch", "transformers", "trl", "vllm", "datasets", "wandb"}
+SAYS_NOTHING = {"utils", "util", "common", "helpers", "misc", "base", "manager", "core"}
+
+
+def read_layers() -> dict[str, int]:
+    """Module or package -> its layer's number, as the list in docs/architecture.md has them, from the top."""
+    section = (ROOT / "docs" / "architecture.md").read_text().split("## Layers")[1]
+    lines = section.split("```")[1].strip().splitlines()
+    named = [line.split("  ")[0].split() for line in lines]
+    return {
+        f"gymexp.{name.removesuffix('.py').rstrip('/').replace('/', '.')}": number
+        for number, names in enumerate(named)
+        for name in names
+    } | {"gymexp": len(lines)}
+
+
+LAYERS = read_layers()
+
+
+def imports(path: Path, module_level_only: bool = False) -> set[str]:
+    """The modules that a file imports; those for types alone are left out."""
+    found: set[str] = set()
+    open_: list[ast.AST] = [ast.parse(path.read_text())]
+    while open_:
+        node = open_.pop()
+        if isinstance(node, ast.Import):
+            found.update(name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0 and node.module, f"{path}: relative imports hide what they point at"
+            full = [f"{node.module}.{name.name}" for name in node.names]
+            found.update(name if name in MODULES else node.module for name in full)
+        elif isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue
+        elif not (module_level_only and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)):
+            open_ += ast.iter_child_nodes(node)
+    return found
+
+
+def layer_of(module: str) -> int:
+    """The layer of the module itself where the list names it, else of its package."""
+    package = module.rpartition(".")[0]
+    while module not in LAYERS and package not in ("", "gymexp"):
+        module, package = package, package.rpartition(".")[0]
+    assert module in LAYERS, f"docs/architecture.md names no layer for {module}"
+    return LAYERS[module]
+
+
+def test_the_list_of_layers_names_what_exists():
+    assert set(LAYERS) <= set(MODULES)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_point_down(module):
+    above = [i for i in imports(MODULES[module]) if i in MODULES and layer_of(i) < layer_of(module)]
+    assert not above, f"{module} imports from above: {', '.join(above)}"
+
+
+def test_no_two_modules_import_each_other():
+    graph = {name: imports(path, True) & MODULES.keys() for name, path in MODULES.items()}
+    done: set[str] = set()
+
+    def visit(name: str, way: list[str]) -> None:
+        assert name not in way, f"a circle: {' -> '.join([*way[way.index(name) :], name])}"
+        if name not in done:
+            for other in graph[name]:
+                visit(other, [*way, name])
+            done.add(name)
+
+    for name in graph:
+        visit(name, [])
+
+
+def loaded_by(module: str) -> dict[str, str]:
+    """What importing a module imports, also by way of gymexp: outer module -> the one that imports it."""
+    found, open_ = {}, [module]
+    seen = set(open_)
+    while open_:
+        name = open_.pop()
+        for other in imports(MODULES[name], module_level_only=True):
+            if other in MODULES and other not in seen:
+                seen.add(other)
+                open_.append(other)
+            elif other not in MODULES:
+                found.setdefault(other.split(".")[0], name)
+    return found
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "gymexp.train",
+        "gymexp.prepare",
+        "gymexp.coldstart",
+        "gymexp.config",
+        "gymexp.run.controller",
+        "gymexp.training.arguments",
+        "gymexp.policy.gateway",
+    ],
+)
+def test_what_starts_a_run_imports_no_heavy_library(module):
+    found = loaded_by(module)
+    assert not HEAVY & found.keys(), {name: found[name] for name in HEAVY & found.keys()}
+
+
+def test_the_heavy_imports_are_seen_where_they_are():
+    assert "torch" in loaded_by("gymexp.training.trainer")
+    assert loaded_by("gymexp.training.callbacks")["transformers"] == "gymexp.training.callbacks"
+
+
+def test_the_gym_host_imports_nothing_of_gymexp():
+    """It runs in NeMo Gym's Python, where gymexp is not installed."""
+    assert not [name for name in imports(MODULES["gymexp.gym.host"]) if name.startswith("gymexp")]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_modules_name_says_what_it_is_about_and_it_is_short(module):
+    assert module.rpartition(".")[2] not in SAYS_NOTHING
+    assert len(MODULES[module].read_text().splitlines()) < 400
