@@ -15,6 +15,8 @@ import json
 import os
 import subprocess
 import sys
+import types
+import typing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +49,8 @@ _OWNED = {
     "chat_template_kwargs": "model.chat_template_kwargs",
     "shuffle_dataset": "dataset.order",
 }
+# Words that TRL compares only in the middle of a step; which ones it knows is read from its source.
+_WORDS = ("loss_type", "scale_rewards", "importance_sampling_level", "multi_objective_aggregation")
 _CHECK_TIMEOUT_S = 120
 
 
@@ -79,7 +83,10 @@ def check(config: RunConfig, cache: Path) -> None:
         check=False,
     )
     if shown.returncode == 2:
-        raise ConfigError(f"trainer: trl.GRPOConfig refuses it: {shown.stdout.strip()}")
+        said = shown.stdout.strip()
+        raise ConfigError(
+            said if said.startswith("trainer.") else f"trainer: trl.GRPOConfig refuses it: {said}"
+        )
     if shown.returncode:
         raise ConfigError(
             f"trainer: trl.GRPOConfig could not be constructed:\n{shown.stderr.strip()[-2000:]}"
@@ -136,9 +143,7 @@ def _check_groups(trainer: dict[str, Any]) -> None:
 def _known_names() -> set[str]:
     names: set[str] = set()
     for package, file, cls in _SOURCES:
-        spec = importlib.util.find_spec(package)
-        assert spec is not None and spec.submodule_search_locations
-        tree = ast.parse((Path(spec.submodule_search_locations[0]) / file).read_text())
+        tree = _source(package, file)
         body = next(n.body for n in tree.body if isinstance(n, ast.ClassDef) and n.name == cls)
         names.update(
             n.target.id for n in body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)
@@ -146,9 +151,54 @@ def _known_names() -> set[str]:
     return {n for n in names if not n.startswith("_")}
 
 
+def _source(package: str, file: str) -> ast.Module:
+    spec = importlib.util.find_spec(package)
+    assert spec is not None and spec.submodule_search_locations
+    return ast.parse((Path(spec.submodule_search_locations[0]) / file).read_text())
+
+
+def _known_words() -> dict[str, set[str]]:
+    """Option -> the strings that TRL's trainer compares it with."""
+    words: dict[str, set[str]] = {name: set() for name in _WORDS}
+    for node in ast.walk(_source("trl", "trainer/grpo_trainer.py")):
+        if isinstance(node, ast.Compare) and isinstance(node.left, ast.Attribute) and node.left.attr in words:
+            found = [c.value for c in ast.walk(node.comparators[0]) if isinstance(c, ast.Constant)]
+            words[node.left.attr].update(value for value in found if isinstance(value, str))
+    return words
+
+
+def _check_values(trainer: dict[str, Any]) -> None:
+    """What the constructor takes and the trainer would fail on later. Raises ValueError."""
+    from trl import GRPOConfig
+
+    hints, words = typing.get_type_hints(GRPOConfig), _known_words()
+    for name, value in trainer.items():
+        if not _fits(value, hints[name]):
+            wanted = getattr(hints[name], "__name__", hints[name])
+            raise ValueError(f"trainer.{name} must be of type {wanted}, got {value!r}")
+        if isinstance(value, str) and words.get(name) and value not in words[name]:
+            known = sorted(words[name])
+            raise ValueError(
+                f"trainer.{name} must be one of {', '.join(known)}, got {value!r}{nearest(value, known)}"
+            )
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return any(_fits(value, one) for one in typing.get_args(hint))
+    if hint in (int, float):
+        return isinstance(value, int if hint is int else int | float) and not isinstance(value, bool)
+    if hint is str:
+        return isinstance(value, str | bool)  # TRL itself takes scale_rewards: false
+    if hint in (bool, types.NoneType):
+        return isinstance(value, hint)
+    return True  # lists, dicts and enums are the constructor's to judge
+
+
 def _main() -> None:
     asked = json.load(sys.stdin)
     try:
+        _check_values(asked["trainer"])
         _construct(asked["trainer"], asked["dtype"], "unused", 0)
     except (TypeError, ValueError) as error:
         print(error)
