@@ -1,0 +1,150 @@
+"""TRL's arguments: what is wrong is answered before anything starts, what is good is not checked twice."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gymexp.config import EnvConfig, ModelConfig, RunConfig
+from gymexp.errors import ConfigError
+from gymexp.training import arguments
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def config(**trainer) -> RunConfig:
+    env = EnvConfig(config_path="c", agent="a")
+    return RunConfig(model=ModelConfig("m", "p", dtype="float32"), env={"e": env}, trainer=trainer)
+
+
+@pytest.fixture
+def no_subprocess(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("a subprocess was started")
+
+    monkeypatch.setattr(subprocess, "run", refuse)
+
+
+@pytest.mark.parametrize(
+    ("trainer", "said"),
+    [
+        (
+            {"learning_rat": 1e-6},
+            r"\.learning_rat is not an argument of trl\.GRPOConfig; did you mean trainer\.learning_rate\?",
+        ),
+        ({"output_dir": "x"}, r"trainer\.output_dir is set by gymexp: use output_dir"),
+        ({"use_vllm": True}, r"trainer\.use_vllm is set by gymexp: use engine instead"),
+        ({"report_to": "wandb"}, r"trainer\.report_to is set by gymexp: use tracker instead"),
+        (
+            {"num_generations": 6, "per_device_train_batch_size": 16},
+            r"num_generations=6 must divide the generation batch of 16 .*, or a batch of 12 or 18",
+        ),
+        (
+            {"num_generations": 8, "per_device_train_batch_size": 3, "gradient_accumulation_steps": 2},
+            r"must divide the generation batch of 6 .*3 x steps_per_generation=2.*or a batch of 8",
+        ),
+        ({"num_generations": 1}, r"trainer\.num_generations must be >= 2 .*got 1"),
+    ],
+)
+def test_names_and_groups_are_checked_without_importing_trl(trainer, said, tmp_path, no_subprocess):
+    with pytest.raises(ConfigError, match=said):
+        arguments.check(config(**trainer), tmp_path)
+
+
+def test_all_wrong_names_come_in_one_message(tmp_path, no_subprocess):
+    with pytest.raises(ConfigError) as caught:
+        arguments.check(config(seed=1, learning_rat=1, epsilom=2), tmp_path)
+    assert len(str(caught.value).splitlines()) == 3
+
+
+def test_every_name_that_trl_knows_is_known():
+    """Read from the sources; a new version of TRL that moves its fields elsewhere shows here."""
+    names = arguments._known_names()
+    assert {"num_generations", "beta", "learning_rate", "max_steps", "save_steps", "temperature"} <= names
+    assert set(arguments._OWNED) <= names
+    assert not [name for name in names if name.startswith("_")]
+
+
+@pytest.fixture
+def constructed_by(monkeypatch):
+    """Stands in for the process that constructs GRPOConfig; says how often it was asked."""
+    asked: list[str] = []
+
+    def make(code: int, stdout: str = "", stderr: str = "") -> list[str]:
+        def run(command, input, **_):
+            asked.append(input)
+            return subprocess.CompletedProcess(command, code, stdout, stderr)
+
+        monkeypatch.setattr(subprocess, "run", run)
+        return asked
+
+    return make
+
+
+def test_a_good_verdict_is_kept_for_the_same_values_and_versions(tmp_path, constructed_by):
+    asked = constructed_by(0)
+    for _ in range(2):
+        arguments.check(config(learning_rate=1e-6), tmp_path)
+    assert len(asked) == 1
+    arguments.check(config(learning_rate=2e-6), tmp_path)
+    assert len(asked) == 2
+
+
+def test_a_bad_verdict_is_not_kept_and_says_what_trl_said(tmp_path, constructed_by):
+    asked = constructed_by(2, "The loss type is none\n")
+    for _ in range(2):
+        with pytest.raises(
+            ConfigError, match=r"^trainer: trl\.GRPOConfig refuses it: The loss type is none$"
+        ):
+            arguments.check(config(loss_type="none"), tmp_path)
+    assert len(asked) == 2
+
+
+def test_a_constructor_that_breaks_shows_the_end_of_what_it_said(tmp_path, constructed_by):
+    constructed_by(1, stderr="x" * 5000 + "ImportError: no kernel")
+    with pytest.raises(ConfigError, match="could not be constructed") as caught:
+        arguments.check(config(), tmp_path)
+    assert str(caught.value).endswith("ImportError: no kernel")
+    assert len(str(caught.value)) < 2500
+
+
+def construct(all_of_them: list[dict]) -> list[str]:
+    """What the checking process says of each, in one interpreter for all of them."""
+    code = (
+        "import io, json, sys\n"
+        "from gymexp.training import arguments\n"
+        f"for trainer in {all_of_them!r}:\n"
+        "    sys.stdin = io.StringIO(json.dumps({'trainer': trainer, 'dtype': 'float32'}))\n"
+        "    try:\n"
+        "        arguments._main()\n"
+        "        print('taken')\n"
+        "    except SystemExit as end:\n"
+        "        assert end.code == 2\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout.splitlines()
+
+
+def test_trl_itself_takes_the_good_and_refuses_the_bad():
+    """TRL's constructor takes the words and types of the last five as they are, and fails minutes later."""
+    said = {
+        "taken": {"learning_rate": 1e-6, "num_generations": 4, "scale_rewards": False, "beta": 0},
+        "cosinus is not a valid SchedulerType": {"lr_scheduler_type": "cosinus"},
+        "'generation_batch_size' and 'steps_per_generation'": {
+            "steps_per_generation": 2,
+            "generation_batch_size": 16,
+        },
+        "trainer.loss_type must be one of bnpo, ": {"loss_type": "grop"},
+        "trainer.scale_rewards must be one of batch, group, none, got 'gruop'": {"scale_rewards": "gruop"},
+        "trainer.learning_rate must be of type float, got '1e-6x'": {"learning_rate": "1e-6x"},
+        "trainer.max_steps must be of type int, got 'ten'": {"max_steps": "ten"},
+        "trainer.num_generations must be of type int | None, got True": {"num_generations": True},
+    }
+    for line, start in zip(construct(list(said.values())), said, strict=True):
+        assert start in line

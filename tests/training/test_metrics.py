@@ -1,0 +1,90 @@
+"""The numbers about a batch, by environment, with failures counted and never averaged in."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gymexp.config import EnvConfig
+from gymexp.rollout.outcome import Completed, Failed, Outcome, Rollout, Task, Truncated, Turn
+from gymexp.training.metrics import flat_groups, mean_reward, rollout_metrics
+
+ENVS = {
+    "a": EnvConfig(config_path="c", agent="x"),
+    "b": EnvConfig(config_path="c", agent="x", success_reward=0.5),
+}
+
+
+def task(env: str, number: int = 0) -> Task:
+    return Task(f"{env}/train/{number:06d}", env, "x", {})
+
+
+def played(env: str, reward: float, turns: int = 1, number: int = 0, cut: bool = False) -> Outcome:
+    sampled = [Turn([1], [2, 3], [-0.1, -0.2])] * turns
+    rollout = Rollout(task(env, number), sampled, reward, [], seconds={"total": 2.0})
+    return Truncated(rollout, "turns") if cut else Completed(rollout)
+
+
+def failed(env: str, number: int = 0) -> Failed:
+    return Failed(task(env, number), "engine", "gone")
+
+
+def test_each_environment_has_its_own_numbers():
+    metrics = rollout_metrics(
+        [played("a", 1.0), played("a", 0.0, turns=3, cut=True), played("b", 0.5), failed("b")], ENVS
+    )
+    assert metrics == {
+        "a/rollouts": 2,
+        "a/failed": 0,
+        "a/truncated": 0.5,
+        "a/reward": 0.5,
+        "a/reward_std": 0.5,
+        "a/success": 0.5,
+        "a/turns": 2,
+        "a/tokens": 4,
+        "a/seconds": 2.0,
+        "b/rollouts": 2,
+        "b/failed": 0.5,
+        "b/truncated": 0,
+        "b/reward": 0.5,
+        "b/reward_std": 0,
+        "b/success": 1,
+        "b/turns": 1,
+        "b/tokens": 2,
+        "b/seconds": 2.0,
+    }
+
+
+def test_an_environment_that_only_failed_has_no_reward_to_show():
+    assert rollout_metrics([failed("a")] * 3, ENVS) == {"a/rollouts": 3, "a/failed": 1, "a/truncated": 0}
+
+
+@given(st.lists(st.floats(-1, 1) | st.none(), min_size=1), st.randoms())
+def test_failures_change_no_mean_and_order_changes_nothing(rewards, random):
+    outcomes = [failed("a") if r is None else played("a", r) for r in rewards]
+    metrics = rollout_metrics(outcomes, ENVS)
+    scored = [o for o in outcomes if not isinstance(o, Failed)]
+    assert metrics["a/failed"] == pytest.approx(1 - len(scored) / len(outcomes))
+    if scored:
+        assert metrics["a/reward"] == pytest.approx(rollout_metrics(scored, ENVS)["a/reward"])
+    random.shuffle(outcomes)
+    assert rollout_metrics(outcomes, ENVS) == pytest.approx(metrics)
+
+
+def test_a_group_is_flat_when_all_that_was_scored_of_it_is_equal():
+    outcomes = [
+        *(played("a", r, number=1) for r in (1.0, 0.0)),
+        *(played("a", r, number=2) for r in (1.0, 1.0)),
+        *(played("b", 0.3, number=1), failed("b", number=1)),
+        *(failed("b", number=2), failed("b", number=2)),
+    ]
+    assert flat_groups(outcomes) == 0.75
+    assert math.isnan(flat_groups([]))
+
+
+def test_the_mean_reward_is_over_what_was_scored():
+    assert mean_reward([played("a", 1.0), played("b", 0.0, cut=True), failed("a")]) == 0.5
+    assert math.isnan(mean_reward([failed("a")]))
