@@ -43,7 +43,7 @@ def ensure_python(gym: GymConfig, config_paths: Iterable[str], cache: Path, say:
         lock.acquire()
     try:
         python = venv / "bin" / "python"
-        if not (venv / "complete").exists():
+        if not (venv / "complete").exists() or not python.exists():  # its base Python may be gone since
             _make(venv, gym.version, say)
         _add_requirements(venv, python, config_paths, say)
         return python
@@ -54,7 +54,10 @@ def ensure_python(gym: GymConfig, config_paths: Iterable[str], cache: Path, say:
 def site_packages(python: Path) -> Path:
     """Where the interpreter's nemo_gym lies; its servers' folders are beside it."""
     code = "import importlib.util as u; print(u.find_spec('nemo_gym').submodule_search_locations[0])"
-    found = subprocess.run([python, "-c", code], capture_output=True, text=True, check=False)
+    try:
+        found = subprocess.run([python, "-c", code], capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise ConfigError(f"{python} cannot be run: {error.strerror}") from None
     if found.returncode:
         raise ConfigError(f"{python} has no nemo_gym: {found.stderr.strip().splitlines()[-1]}")
     return Path(found.stdout.strip()).parent
