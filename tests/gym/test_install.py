@@ -1,0 +1,187 @@
+"""NeMo Gym's venv: made once whoever asks, remade when not whole, and a clear word where no Python fits."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from gymexp.config import GymConfig
+from gymexp.errors import ConfigError, ServiceError
+from gymexp.gym import install
+from gymexp.gym.install import ensure_python, find_python
+
+# Stands in for uv: notes what it is asked, makes a venv whose python says where nemo_gym lies.
+FAKE_UV = """#!{python}
+import pathlib, sys, time
+calls = pathlib.Path({calls!r})
+with calls.open("a") as file:
+    file.write(" ".join(sys.argv[1:]) + "\\n")
+if sys.argv[1] == "venv":
+    time.sleep(0.3)
+    venv = pathlib.Path(sys.argv[-1])
+    (venv / "bin").mkdir(parents=True)
+    (venv / "site" / "nemo_gym").mkdir(parents=True)
+    python = venv / "bin" / "python"
+    python.write_text(f"#!/bin/sh\\necho {{venv}}/site/nemo_gym\\n")
+    python.chmod(0o755)
+if {fails!r} and {fails!r} in sys.argv:
+    sys.exit("error: " + {fails!r} + " is not there")
+"""
+SUDOKU = "resources_servers/reasoning_gym/configs/reasoning_gym.yaml"
+
+
+@pytest.fixture
+def fake_uv(tmp_path, monkeypatch):
+    """Puts the stand-in in uv's place; gives the file of its calls. `fails`: what it cannot cope with."""
+
+    def make(fails: str = "") -> Path:
+        calls, uv = tmp_path / "calls", tmp_path / "uv"
+        calls.touch()
+        uv.write_text(FAKE_UV.format(python=sys.executable, calls=str(calls), fails=fails))
+        uv.chmod(0o755)
+        monkeypatch.setattr(install, "find_uv_bin", lambda: str(uv))
+        monkeypatch.setattr(install, "find_python", lambda: "python3.12")
+        return calls
+
+    return make
+
+
+def ensure(cache: Path, say=lambda text: None, paths=()) -> Path:
+    return ensure_python(GymConfig(), paths, cache, say)
+
+
+def test_the_venv_is_made_on_first_use_and_found_on_the_second(tmp_path, fake_uv):
+    calls = fake_uv()
+    said: list[str] = []
+    python = ensure(tmp_path / "cache", said.append)
+    assert python == tmp_path / "cache" / "nemo-gym-0.4.0" / "bin" / "python"
+    assert calls.read_text().splitlines() == [
+        f"venv --quiet --python python3.12 {tmp_path / 'cache' / 'nemo-gym-0.4.0'}",
+        f"pip install --quiet --python {python} nemo-gym==0.4.0",
+    ]
+    assert len(said) == 1 and said[0].startswith("making NeMo Gym 0.4.0's venv")
+    assert ensure(tmp_path / "cache", said.append) == python
+    assert len(calls.read_text().splitlines()) == 2
+    assert len(said) == 1
+
+
+def test_two_runs_at_once_make_it_once_and_the_second_says_that_it_waits(tmp_path, fake_uv):
+    calls = fake_uv()
+    said: list[str] = []
+    made: list[Path] = []
+    both = [
+        threading.Thread(target=lambda: made.append(ensure(tmp_path / "cache", said.append)))
+        for _ in range(2)
+    ]
+    for one in both:
+        one.start()
+    for one in both:
+        one.join()
+    assert len(made) == 2 and made[0] == made[1]
+    assert [line.split()[0] for line in calls.read_text().splitlines()] == ["venv", "pip"]
+    assert sorted(line.split()[0] for line in said) == ["making", "waiting"]
+
+
+def test_a_venv_that_was_not_finished_is_made_anew(tmp_path, fake_uv):
+    calls = fake_uv()
+    venv = tmp_path / "cache" / "nemo-gym-0.4.0"
+    (venv / "bin").mkdir(parents=True)
+    (venv / "bin" / "python").write_text("half a file")
+    ensure(tmp_path / "cache")
+    assert calls.read_text().startswith("venv ")
+    assert "half a file" not in (venv / "bin" / "python").read_text()
+    assert (venv / "complete").exists()
+
+
+def test_a_venv_whose_base_python_is_gone_is_made_anew(tmp_path, fake_uv):
+    calls = fake_uv()
+    python = ensure(tmp_path / "cache")
+    python.unlink()
+    python.symlink_to(tmp_path / "removed" / "python3.12")
+    assert ensure(tmp_path / "cache").exists()
+    assert [line.split()[0] for line in calls.read_text().splitlines()] == ["venv", "pip"] * 2
+
+
+def test_a_failed_install_says_why_and_is_tried_again_by_the_next_run(tmp_path, fake_uv):
+    fake_uv(fails="nemo-gym==0.4.0")
+    with pytest.raises(ServiceError, match=r"uv could not install nemo-gym==0\.4\.0:\nerror: .*is not there"):
+        ensure(tmp_path / "cache")
+    assert not (tmp_path / "cache" / "nemo-gym-0.4.0" / "complete").exists()
+    fake_uv()
+    assert ensure(tmp_path / "cache").exists()
+
+
+def test_what_an_environment_needs_is_added_when_it_is_first_selected(tmp_path, fake_uv):
+    calls = fake_uv()
+    python = ensure(tmp_path / "cache")
+    folder = tmp_path / "cache" / "nemo-gym-0.4.0" / "site" / "resources_servers" / "reasoning_gym"
+    folder.mkdir(parents=True)
+    (folder / "requirements.txt").write_text("-e nemo-gym[dev] @ ../../\n# puzzles\nreasoning-gym>=0.1\n\n")
+    for _ in range(2):
+        ensure(tmp_path / "cache", paths=[SUDOKU])
+    assert calls.read_text().splitlines()[2:] == [f"pip install --quiet --python {python} reasoning-gym>=0.1"]
+
+
+def test_without_a_fitting_python_the_three_ways_out_are_named(tmp_path, monkeypatch):
+    nothing = tmp_path / "nothing"
+    nothing.mkdir()
+    monkeypatch.setenv("PATH", str(nothing))
+    monkeypatch.setenv("PYENV_ROOT", str(nothing))
+    monkeypatch.setenv("HOME", str(nothing))
+    monkeypatch.setenv("UV_PYTHON_INSTALL_DIR", str(nothing))
+    monkeypatch.setenv("UV_PYTHON_DOWNLOADS", "never")
+    monkeypatch.delenv("VIRTUAL_ENV", raising=False)
+    with pytest.raises(ConfigError) as caught:
+        find_python()
+    said = str(caught.value)
+    assert "NeMo Gym needs Python >= 3.12: none is on PATH or under pyenv, and uv could not fetch one" in said
+    assert "Install Python 3.12, or set gym.python" in said
+
+
+def test_a_python_under_pyenv_is_found_and_a_broken_one_passed_over(tmp_path, monkeypatch):
+    for version, body in {"3.12.9": "exit 1", "3.12.1": "echo 3 12", "3.9.1": "echo 3 9"}.items():
+        python = tmp_path / "versions" / version / "bin" / "python"
+        python.parent.mkdir(parents=True)
+        python.write_text(f"#!/bin/sh\n{body}\n")
+        python.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("PYENV_ROOT", str(tmp_path))
+    assert find_python() == str(tmp_path / "versions" / "3.12.1" / "bin" / "python")
+
+
+@pytest.mark.parametrize(
+    ("python", "said"),
+    [
+        (
+            "no/such/python",
+            r"gym\.python must be an interpreter with nemo_gym, but no/such/python does not exist",
+        ),
+        (sys.executable, r"has no nemo_gym"),
+        ("/", r"/ cannot be run: Permission denied"),
+    ],
+)
+def test_a_given_interpreter_must_have_nemo_gym(python, said, tmp_path):
+    with pytest.raises(ConfigError, match=said):
+        ensure_python(GymConfig(python=python), [], tmp_path, print)
+    assert not list(tmp_path.iterdir()), "nothing is made for it"
+
+
+def test_a_checkouts_own_venv_is_taken_as_it_is(tmp_path):
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text("#!/bin/sh\necho here/nemo_gym\n")
+    python.chmod(0o755)
+    gym = GymConfig(runtime="cli", checkout=str(tmp_path))
+    assert ensure_python(gym, [], tmp_path / "cache", print) == python
+    assert install.site_packages(python) == Path("here")
+
+
+@pytest.mark.gym
+def test_the_real_venv_has_nemo_gym_and_what_both_environments_need(gym_python):
+    code = "import importlib.util as u; print(all(map(u.find_spec, ('nemo_gym', 'reasoning_gym', 'pandas'))))"
+    shown = subprocess.run([gym_python, "-c", code], capture_output=True, text=True, check=True)
+    assert shown.stdout.strip() == "True"
