@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from gymexp.config import EnvConfig, nearest
 from gymexp.errors import ConfigError, ServiceError
@@ -32,13 +34,16 @@ def read_head(host: str, port: int) -> dict[str, Any]:
     try:
         with urllib.request.urlopen(url, timeout=_PATIENCE_S) as response:
             text = json.loads(response.read())
-    except (urllib.error.URLError, OSError, ValueError) as error:
+        if not isinstance(text, str):
+            raise ValueError("its answer is no YAML in a JSON string")
+        found = OmegaConf.to_container(OmegaConf.create(text), resolve=True)
+        if not isinstance(found, dict):
+            raise ValueError("its answer is no mapping")
+    except (urllib.error.URLError, OSError, ValueError, OmegaConfBaseException, YAMLError) as error:
         raise ServiceError(
             f"gym.head_host and gym.head_port must be those of a running NeMo Gym head server, "
             f"but {url} does not answer as one: {error}"
         ) from None
-    found = OmegaConf.to_container(OmegaConf.create(text), resolve=True)
-    assert isinstance(found, dict)
     return {str(k): v for k, v in found.items()}
 
 
@@ -64,6 +69,8 @@ def replicas_of(head: Mapping[str, Any], envs: Mapping[str, EnvConfig]) -> dict[
 def check_policy(head: Mapping[str, Any], port: int) -> None:
     """The running model server must ask the gateway; raises ConfigError that says what it asks instead."""
     models = (head.get(POLICY) or {}).get("responses_api_models") or {}
+    if not models:
+        raise ConfigError(f"the running NeMo Gym servers must have a model server named {POLICY}, got none")
     for values in models.values():
         urls = values.get("base_url")
         urls = [urls] if isinstance(urls, str) else urls or []
