@@ -1,0 +1,293 @@
+"""Which servers a run has, under which names, and that the real ones start, end and come back."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+import urllib.request
+from contextlib import ExitStack
+from pathlib import Path
+
+import psutil
+import pytest
+
+from gymexp.config import EnvConfig, GymConfig
+from gymexp.errors import ConfigError, ServiceError
+from gymexp.gym.install import site_packages
+from gymexp.gym.servers import GymHost, Layout, plan
+from gymexp.run import ports
+from gymexp.run.supervisor import Service, Supervisor
+
+SUDOKU = EnvConfig(
+    config_path="resources_servers/reasoning_gym/configs/reasoning_gym.yaml",
+    agent="reasoning_gym_simple_agent",
+    max_steps=1,
+)
+WORKPLACE = EnvConfig(
+    config_path="resources_servers/workplace_assistant/configs/workplace_assistant.yaml",
+    agent="workplace_assistant_simple_agent",
+    replicas=2,
+)
+# An agent with a list of servers, one of which refers to a judge; and one server that nobody needs.
+OWN = """
+judge:
+  resources_servers:
+    judge_kind: {entrypoint: app.py, model: {type: responses_api_models, name: policy_model}}
+rooms:
+  resources_servers:
+    rooms_kind: {entrypoint: server.py, judge: {type: resources_servers, name: judge}}
+idle:
+  resources_servers:
+    rooms_kind: {entrypoint: server.py}
+walker:
+  responses_api_agents:
+    walker_kind:
+      entrypoint: app.py
+      servers: [{type: resources_servers, name: rooms}, {type: responses_api_models, name: policy_model}]
+      datasets: [{name: train}]
+"""
+
+
+def planned(envs: dict[str, EnvConfig], site: Path, **gym) -> Layout:
+    given: list[str] = []
+
+    def port(name: str) -> int:
+        given.append(name)
+        return 5000 + len(given)
+
+    return plan(envs, GymConfig(**gym), site, "http://127.0.0.1:4000", port)
+
+
+@pytest.fixture
+def own_site(tmp_path: Path) -> Path:
+    (tmp_path / "own.yaml").write_text(OWN)
+    return tmp_path
+
+
+def own(**settings) -> dict[str, EnvConfig]:
+    return {"own": EnvConfig(config_path="own.yaml", agent="walker", **settings)}
+
+
+def test_an_environment_is_its_agent_and_every_server_it_leads_to(own_site):
+    layout = planned(own(), own_site)
+    assert layout.modules == {
+        "policy_model": "responses_api_models.vllm_model.app",
+        "own-judge": "resources_servers.judge_kind.app",
+        "own-rooms": "resources_servers.rooms_kind.server",
+        "own-walker": "responses_api_agents.walker_kind.app",
+    }
+    walker = layout.config["own-walker"]["responses_api_agents"]["walker_kind"]
+    assert [one["name"] for one in walker["servers"]] == ["own-rooms", "policy_model"]
+    assert "datasets" not in walker
+    rooms = layout.config["own-rooms"]["resources_servers"]["rooms_kind"]
+    assert rooms["judge"]["name"] == "own-judge"
+
+
+def test_the_model_server_asks_the_gateway_for_token_ids(own_site):
+    model = planned(own(), own_site).config["policy_model"]["responses_api_models"]["vllm_model"]
+    assert model["base_url"] == "http://127.0.0.1:4000/v1"
+    assert model["return_token_id_information"] is True
+
+
+def test_replicas_share_nothing_but_the_model_servers(own_site):
+    layout = planned(own(replicas=3), own_site, model_servers=2)
+    assert [replica.services for replica in layout.replicas["own"]] == [
+        [f"own-{name}-{i}" for name in ("judge", "rooms", "walker")] + [model]
+        for i, model in enumerate(["policy_model", "policy_model-1", "policy_model"])
+    ]
+    second = layout.config["own-walker-1"]["responses_api_agents"]["walker_kind"]
+    assert [one["name"] for one in second["servers"]] == ["own-rooms-1", "policy_model-1"]
+    used = [
+        values["port"]
+        for name, entry in layout.config.items()
+        if name != "head_server"
+        for kind in entry.values()
+        for values in kind.values()
+    ]
+    assert len(used) == len(set(used)) == 3 * 3 + 2
+    urls = [replica.url for replica in layout.replicas["own"]]
+    assert len(set(urls)) == 3
+
+
+def test_two_environments_of_one_file_do_not_meet(own_site):
+    envs = own() | {"other": own(max_steps=9)["own"]}
+    layout = planned(envs, own_site)
+    assert {"own-walker", "other-walker"} <= layout.modules.keys()
+    agents = {name: layout.config[f"{name}-walker"]["responses_api_agents"]["walker_kind"] for name in envs}
+    assert "max_steps" not in agents["own"]
+    assert agents["other"]["max_steps"] == 9
+
+
+def test_a_file_in_the_working_directory_goes_before_nemo_gyms(own_site, tmp_path, monkeypatch):
+    here = tmp_path / "here"
+    here.mkdir()
+    (here / "own.yaml").write_text(OWN.replace("walker_kind", "my_kind"))
+    monkeypatch.chdir(here)
+    assert planned(own(), own_site).modules["own-walker"] == "responses_api_agents.my_kind.app"
+
+
+@pytest.mark.parametrize(
+    ("env", "said"),
+    [
+        (
+            EnvConfig(config_path="own.yaml", agent="walkr"),
+            r"own\.agent must be an agent of own\.yaml, got 'walkr'; did you mean walker\?.*there: walker",
+        ),
+        (
+            EnvConfig(config_path="own.yaml", agent="judge"),
+            r"env\.own\.agent must be an agent of own\.yaml, got 'judge'",
+        ),
+        (
+            EnvConfig(config_path="owm.yaml", agent="walker"),
+            r"env\.own\.config_path: owm\.yaml is neither here",
+        ),
+        (
+            EnvConfig(config_path="torn.yaml", agent="walker"),
+            r"walker refers to the server hall, which",
+        ),
+    ],
+)
+def test_a_wrong_name_is_answered_with_what_there_is(env, said, own_site, monkeypatch):
+    monkeypatch.chdir(own_site)
+    (own_site / "torn.yaml").write_text(OWN.replace("name: rooms}", "name: hall}"))
+    with pytest.raises(ConfigError, match=said):
+        planned({"own": env}, own_site)
+
+
+@pytest.mark.gym
+def test_both_environments_of_nemo_gym_are_laid_out(gym_python):
+    layout = planned({"sudoku": SUDOKU, "workplace": WORKPLACE}, site_packages(gym_python))
+    assert list(layout.modules) == [
+        "policy_model",
+        "sudoku-reasoning_gym",
+        "sudoku-reasoning_gym_simple_agent",
+        "workplace-workplace_assistant-0",
+        "workplace-workplace_assistant_simple_agent-0",
+        "workplace-workplace_assistant-1",
+        "workplace-workplace_assistant_simple_agent-1",
+    ]
+    sudoku = layout.config["sudoku-reasoning_gym_simple_agent"]["responses_api_agents"]["simple_agent"]
+    assert (sudoku["max_steps"], sudoku["resources_server"]["name"]) == (1, "sudoku-reasoning_gym")
+    name = "workplace-workplace_assistant_simple_agent-1"
+    second = layout.config[name]["responses_api_agents"]["simple_agent"]
+    assert second["resources_server"]["name"] == "workplace-workplace_assistant-1"
+    assert second["max_steps"] == 6, "NeMo Gym's own, as env.workplace.max_steps is None here"
+    assert layout.replicas["workplace"][1].url == f"http://127.0.0.1:{second['port']}"
+
+
+class Servers:
+    """A layout's servers, really started, under a supervisor."""
+
+    def __init__(self, layout_of, gym_python: Path, logs: Path, stack: ExitStack) -> None:
+        sockets = {}
+
+        def port(name: str) -> int:
+            sockets[name] = stack.enter_context(ports.listen())
+            return sockets[name].getsockname()[1]
+
+        self.layout = layout_of(port)
+        self.supervisor = Supervisor(
+            health_interval_s=0.2, health_timeout_s=30.0, start_timeout_s=120.0, on_change=lambda: None
+        )
+        host = GymHost(gym_python, self.layout, sockets, logs / "gym-host.log")
+        self.supervisor.add(Service("gym-host", host.start, host.log))
+        for name, sock in sockets.items():
+            log = logs / f"{name}.log"
+            self.supervisor.add(
+                Service(
+                    name,
+                    lambda name=name, log=log: host.start_server(name, log),
+                    log,
+                    ports.url_of(sock),
+                    max_restarts=0 if "broken" in name else 1,
+                )
+            )
+        self.names = list(sockets)
+
+
+def get(url: str) -> bytes:
+    with urllib.request.urlopen(url, timeout=20) as response:
+        return response.read()
+
+
+@pytest.mark.gym
+def test_the_real_servers_start_answer_and_come_back_after_a_kill_while_a_broken_one_is_named(
+    gym_python, tmp_path
+):
+    (tmp_path / "broken.yaml").write_text(
+        "broken:\n  responses_api_agents:\n    simple_agent: {entrypoint: app.py, max_steps: many}\n"
+    )
+    envs = {
+        "sudoku": SUDOKU,
+        "workplace": WORKPLACE,
+        "x": EnvConfig(config_path=str(tmp_path / "broken.yaml"), agent="broken"),
+    }
+    pids: list[int] = []
+
+    async def story() -> None:
+        with ExitStack() as stack:
+            site = site_packages(gym_python)
+            servers = Servers(
+                lambda port: plan(envs, GymConfig(), site, "http://127.0.0.1:9", port),
+                gym_python,
+                tmp_path,
+                stack,
+            )
+            supervisor = servers.supervisor
+            try:
+                with pytest.raises(ServiceError) as caught:
+                    await asyncio.wait_for(asyncio.shield(supervisor.failed), 120)
+                assert str(caught.value).startswith("x-broken exited with code 1. ")
+                assert "max_steps" in str(caught.value), "the log's end says what was wrong"
+
+                good = [name for name in servers.names if name != "x-broken"]
+                while any(supervisor.services[name].state != "ready" for name in good):
+                    await asyncio.sleep(0.05)
+                for name in good:
+                    url = supervisor.services[name].url
+                    assert b'"ok"' in await asyncio.to_thread(get, f"{url}/")
+                pids.extend(s.pid for s in supervisor.services.values() if s.pid)
+
+                victim = supervisor.services["workplace-workplace_assistant-0"]
+                assert victim.pid is not None
+                began = time.monotonic()
+                os.kill(victim.pid, signal.SIGKILL)
+                while victim.epoch == 0 or victim.state != "ready":
+                    await asyncio.sleep(0.02)
+                    assert time.monotonic() - began < 20
+                assert time.monotonic() - began < 5, "a fork, not ten seconds of imports"
+                assert b'"ok"' in await asyncio.to_thread(get, f"{victim.url}/")
+                pids.append(victim.pid)
+            finally:
+                await supervisor.close()
+
+    asyncio.run(asyncio.wait_for(story(), 200))
+    assert len(pids) >= 8
+    assert not [pid for pid in pids if psutil.pid_exists(pid)]
+
+
+@pytest.mark.gym
+def test_a_server_whose_module_cannot_be_imported_ends_the_start_with_the_hosts_log(gym_python, tmp_path):
+    (tmp_path / "gone.yaml").write_text(
+        "gone:\n  responses_api_agents:\n    simple_agent: {entrypoint: no_such_file.py}\n"
+    )
+    envs = {"x": EnvConfig(config_path=str(tmp_path / "gone.yaml"), agent="gone")}
+
+    async def story() -> None:
+        with ExitStack() as stack:
+            servers = Servers(
+                lambda port: plan(envs, GymConfig(), site_packages(gym_python), "http://127.0.0.1:9", port),
+                gym_python,
+                tmp_path,
+                stack,
+            )
+            try:
+                with pytest.raises(ServiceError, match=r"No module named '.*no_such_file'") as caught:
+                    await servers.supervisor.wait_ready(servers.names, 120)
+                assert str(tmp_path / "gym-host.log") in str(caught.value)
+            finally:
+                await servers.supervisor.close()
+
+    asyncio.run(asyncio.wait_for(story(), 150))
