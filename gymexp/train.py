@@ -37,6 +37,8 @@ def main(cfg: DictConfig) -> Any:
     if config.resume:
         run = RunDirectory.reopen(Path(config.resume).resolve())
         config = configuration.resumed(run.config, config.resume)
+        if ignored := [o for o in overrides if not o.startswith("resume=")]:
+            view.say(f"a resumed run goes on with its own configuration; ignored: {' '.join(ignored)}")
     arguments.check(config, cache_dir())
     python = ensure_python(config.gym, [e.config_path for e in config.env.values()], cache_dir(), view.say)
     site = site_packages(python)

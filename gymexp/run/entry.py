@@ -72,15 +72,17 @@ def hydra_main(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Call
 
 
 def _leaving_nothing(main: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
-    """Hydra makes the run directory before `main`: take it back when nothing was written to it."""
+    """Hydra makes the run directory before `main`: take it back when nothing was written to it.
+
+    So it is after a mistake, and after a resumed run, which goes on in its own.
+    """
 
     @functools.wraps(main)
     def wrapped(cfg: DictConfig) -> Any:
         try:
             return main(cfg)
-        except GymexpError:
+        finally:
             with contextlib.suppress(OSError):
                 Path(HydraConfig.get().runtime.output_dir).rmdir()
-            raise
 
     return wrapped
