@@ -1,0 +1,306 @@
+"""Whole runs as a user starts them: real NeMo Gym, real TRL, the tiny policy, and what may happen to them.
+
+Two undisturbed runs at once are what most tests look at; the other runs are interrupted, attacked or killed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import orjson
+import psutil
+import pytest
+import zstandard
+
+from gymexp.training import checkpoints
+
+ROOT = Path(__file__).parent.parent
+STEPS = 4
+BATCH = 16
+OVERRIDES = [
+    "experiment=quickstart",
+    f"trainer.max_steps={STEPS}",
+    "trainer.save_steps=2",
+    f"trainer.per_device_train_batch_size={BATCH}",
+    "trainer.num_generations=4",
+    "evaluation.num_tasks=4",
+]
+PATIENCE_S = 300
+
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc"),
+]
+
+
+class Run:
+    """A run in a process of its own. `descendants`: every process it ever had below it, as far as seen."""
+
+    def __init__(self, directory: Path, *overrides: str, resume: bool = False) -> None:
+        self.directory = directory
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        self.output = directory.parent / f"{directory.name}.{len(list(directory.parent.iterdir()))}.txt"
+        where = [f"resume='{directory}'"] if resume else [f"hydra.run.dir='{directory}'", *OVERRIDES]
+        hydra = [f"hydra.run.dir='{directory.parent / 'hydra'}'"] if resume else []
+        with self.output.open("w") as out:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "gymexp.train", *where, *hydra, *overrides],
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                cwd=ROOT,
+                start_new_session=True,
+            )
+        self.descendants: set[psutil.Process] = set()
+        threading.Thread(target=self._look, daemon=True).start()
+
+    def _look(self) -> None:
+        while self.process.poll() is None:
+            try:
+                self.descendants.update(psutil.Process(self.process.pid).children(recursive=True))
+            except psutil.NoSuchProcess:
+                return
+            time.sleep(0.1)
+
+    @property
+    def said(self) -> str:
+        return self.output.read_text()
+
+    def ended(self) -> int:
+        """The exit code, once the run has ended."""
+        try:
+            return self.process.wait(PATIENCE_S)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            pytest.fail(f"the run did not end:\n{self.said}")
+
+    def wait_for(self, holds: Callable[[], object]) -> None:
+        until = time.monotonic() + PATIENCE_S
+        while not holds():
+            if self.process.poll() is not None or time.monotonic() > until:
+                self.kill()
+                pytest.fail(f"the run has ended or hangs:\n{self.said}")
+            time.sleep(0.05)
+
+    def wait_for_step(self, step: int) -> None:
+        self.wait_for(lambda: step in self.steps())
+
+    def metrics(self) -> list[dict]:
+        path = self.directory / "metrics.jsonl"
+        if not path.exists():
+            return []
+        return [
+            json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")
+        ]
+
+    def steps(self) -> list[int]:
+        """Of the training steps that were logged."""
+        return [entry["step"] for entry in self.metrics() if "loss" in entry]
+
+    def rollouts(self, name: str) -> list[dict]:
+        packed = (self.directory / "rollouts" / f"{name}.jsonl.zst").read_bytes()
+        return [orjson.loads(line) for line in zstandard.decompress(packed).splitlines()]
+
+    def task_keys(self, step: int) -> list[str]:
+        return [(o.get("rollout") or o)["task"]["key"] for o in self.rollouts(f"step-{step:06d}")]
+
+    def server(self, name: str) -> psutil.Process:
+        """The process that writes the server's log."""
+        log = str(self.directory / "logs" / f"{name}.log")
+        return next(p for p in self.descendants if alive(p) and os.readlink(f"/proc/{p.pid}/fd/1") == log)
+
+    def left(self) -> list[psutil.Process]:
+        return [p for p in self.descendants if alive(p)]
+
+    def kill(self) -> None:
+        """The end of a test, whatever happened in it."""
+        for process in [*self.descendants, self.process]:
+            if isinstance(process, subprocess.Popen) or alive(process):
+                process.kill()
+        self.process.wait()
+
+
+def alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory) -> Path:
+    """A path that has to be quoted wherever it is passed on."""
+    return tmp_path_factory.mktemp("runs") / "with a space"
+
+
+@pytest.fixture(scope="session")
+def pair(folder: Path, gym_python: Path) -> Iterator[tuple[Run, Run]]:
+    """Two runs of the same configuration, started at the same moment, both ended."""
+    runs = Run(folder / "one"), Run(folder / "two")
+    for run in runs:
+        run.ended()
+    yield runs
+    for run in runs:
+        run.kill()
+
+
+@pytest.fixture
+def started(folder: Path) -> Iterator[Callable[..., Run]]:
+    """Starts a run; what a failed test leaves of it is ended."""
+    runs: list[Run] = []
+
+    def start(name: str, *overrides: str, resume: bool = False) -> Run:
+        runs.append(Run(folder / name, *overrides, resume=resume))
+        return runs[-1]
+
+    yield start
+    for run in runs:
+        run.kill()
+
+
+def test_two_runs_at_once_both_succeed_and_leave_no_process(pair):
+    for run in pair:
+        assert run.process.returncode == 0, run.said
+        assert len(run.descendants) >= 8, "host, five servers, gateway, trainer"
+        assert run.left() == []
+
+
+def test_a_run_prints_held_out_rewards_before_and_after_and_where_it_is(pair):
+    run = pair[0]
+    assert re.search(
+        r"held-out reward +before +after +change\nsudoku +\d\.\d+ +\d\.\d+ +[+-]\d\.\d+\n", run.said
+    )
+    assert re.search(r"\nworkplace +\d\.\d+ +\d\.\d+ +[+-]\d\.\d+\n", run.said)
+    assert run.said.rstrip().endswith(f"run directory: {run.directory}")
+    assert "Traceback" not in run.said
+    result = json.loads((run.directory / "result.json").read_text())
+    assert (result["step"], result["stopped"]) == (STEPS, False)
+    assert result["held_out"].keys() == {"sudoku", "workplace"}
+
+
+def test_metrics_have_every_environment_where_the_time_went_and_no_drift(pair):
+    run = pair[0]
+    assert run.steps() == list(range(1, STEPS + 1))
+    for entry in run.metrics():
+        if "loss" in entry:
+            assert {"sudoku/reward", "workplace/reward", "workplace/turns", "loss"} <= entry.keys()
+            parts = sum(entry[f"time/{part}"] for part in ("rollout", "logprobs", "update", "other"))
+            assert parts == pytest.approx(entry["time/step"])
+            assert entry["sudoku/failed"] == entry["workplace/failed"] == 0
+            assert entry["workplace/turns"] > 1, "several turns"
+    drifts = [entry["drift"] for entry in run.metrics() if "drift" in entry]
+    assert drifts and max(drifts) < 1e-3
+
+
+def test_every_rollout_is_kept_with_its_tokens_and_reads_back(pair):
+    run = pair[0]
+    names = [f"step-{step:06d}" for step in range(1, STEPS + 1)]
+    assert sorted(p.name.split(".")[0] for p in (run.directory / "rollouts").iterdir()) == [
+        "eval-000000",
+        f"eval-{STEPS:06d}",
+        *names,
+    ]
+    for name in names:
+        records = run.rollouts(name)
+        assert len(records) == BATCH
+        assert {record["rollout"]["task"]["env"] for record in records} == {"sudoku", "workplace"}
+        for record in records:
+            assert record["outcome"] in ("completed", "truncated")
+            for turn in record["rollout"]["turns"]:
+                assert len(turn["completion_ids"]) == len(turn["logprobs"]) > 0
+    assert len(run.rollouts("eval-000000")) == 8
+
+
+def test_checkpoints_are_whole_and_the_final_weights_are_there(pair):
+    run = pair[0]
+    found = sorted((run.directory / "checkpoints").glob("checkpoint-*"), key=checkpoints.step_of)
+    assert [checkpoints.step_of(path) for path in found] == [2, 4]
+    assert all(checkpoints.whole(path) for path in found)
+    assert (run.directory / "model" / "model.safetensors").exists()
+
+
+def test_the_same_configuration_plays_the_same_tasks_and_the_first_batch_alike(pair):
+    one, two = pair
+    for step in range(1, STEPS + 1):
+        assert one.task_keys(step) == two.task_keys(step)
+    held_out = [[r["rollout"]["reward"] for r in run.rollouts("eval-000000")] for run in pair]
+    assert held_out[0] == held_out[1]
+
+
+def test_an_interrupted_run_goes_on_to_the_same_end_with_the_same_tasks(pair, started):
+    run = started("interrupted")
+    run.wait_for_step(1)
+    os.kill(run.process.pid, signal.SIGTERM)
+    assert run.ended() == 128 + signal.SIGTERM, run.said
+    assert re.search(rf"ended by SIGTERM after step \d; go on with: .*resume={run.directory}", run.said)
+    assert checkpoints.latest(run.directory / "checkpoints") is not None
+    assert run.left() == []
+
+    again = started("interrupted", resume=True)
+    again.wait_for_step(3)
+    os.killpg(again.process.pid, signal.SIGINT)  # as a terminal does it
+    assert again.ended() == 128 + signal.SIGINT, again.said
+    newest = checkpoints.latest(run.directory / "checkpoints")
+    assert newest is not None and checkpoints.step_of(newest) >= 3
+    assert again.left() == []
+
+    with (newest / "model.safetensors").open("r+b") as file:
+        file.truncate(1000)
+    last = started("interrupted", resume=True)
+    assert last.ended() == 0, last.said
+    log = (run.directory / "logs" / "trainer.log").read_text()
+    assert f"{newest.name} is cut short: going back" in log
+    assert run.steps() == list(range(1, STEPS + 1)), "what was said after the checkpoint is taken back"
+    assert json.loads((run.directory / "result.json").read_text())["step"] == STEPS
+    undisturbed = pair[0]
+    for step in range(1, STEPS + 1):
+        assert run.task_keys(step) == undisturbed.task_keys(step)
+    assert "workplace" in last.said.split("held-out reward")[-1], "before, from the first start, and after"
+    assert not (run.directory.parent / "hydra").exists(), "resuming leaves no second run directory"
+
+
+def test_a_killed_server_and_a_hanging_one_cost_no_rollout(started):
+    run = started("attacked", "gym.health_interval_s=1", "gym.health_timeout_s=3", "trainer.max_steps=6")
+    run.wait_for_step(1)
+    run.server("workplace-workplace_assistant").kill()
+    run.server("sudoku-reasoning_gym").suspend()
+    assert run.ended() == 0, run.said
+    assert "workplace-workplace_assistant was ended by SIGKILL; starting it again" in run.said
+    assert "sudoku-reasoning_gym has not answered for" in run.said
+    assert run.steps() == list(range(1, 7))
+    for entry in run.metrics():
+        assert entry.get("workplace/failed", 0) == entry.get("sudoku/failed", 0) == 0
+    assert run.left() == []
+
+
+def test_a_directory_in_use_is_refused_and_a_killed_controller_leaves_no_process(started):
+    run = started("killed", "trainer.max_steps=100")
+    run.wait_for(lambda: (run.directory / "services.json").exists())
+    second = started("killed")
+    assert second.ended() == 1
+    assert re.search(r"error: .* (holds a run already|is in use by a run)", second.said)
+    resumed = started("killed", resume=True)
+    assert resumed.ended() == 1
+    assert "is in use by a run that is still going on" in resumed.said
+    for refused in (second, resumed):
+        assert "Traceback" not in refused.said
+
+    run.wait_for_step(1)
+    below = run.left()
+    assert len(below) >= 8
+    began = time.monotonic()
+    run.process.kill()
+    run.process.wait()
+    while any(alive(process) for process in below):
+        assert time.monotonic() - began < 10, f"still there: {[p for p in below if alive(p)]}"
+        time.sleep(0.05)
