@@ -43,6 +43,7 @@ class SFTOptions:
     warmup_steps: int = 20
     weight_decay: float = 0.01
     lr_scheduler_type: str = "cosine"
+    label_smoothing: float = 0.0  # above 0, the policy stays less sure of itself and explores more afterwards
     max_length: int = 4096  # tokens; longer demonstrations are left out
     save_steps: int | None = None  # keep a policy every so many steps; None: only the last
     logging_steps: int = 10
@@ -186,6 +187,7 @@ def train(
         warmup_steps=options.warmup_steps,
         weight_decay=options.weight_decay,
         lr_scheduler_type=options.lr_scheduler_type,
+        label_smoothing_factor=options.label_smoothing,
         logging_steps=options.logging_steps,
         seed=options.seed,
         bf16=gpu,

@@ -24,6 +24,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from gymexp.config import RunConfig
 from gymexp.errors import GymexpError, ServiceError
 from gymexp.gym import attached
@@ -62,6 +64,7 @@ class Controller:
         self._facts: dict[str, Any] = {"phase": "start"}
         self._began = time.time()
         self._asked: int | None = None
+        self._rollouts_began = False
 
     async def run(self, gym_python: Path, site: Path) -> dict[str, Any]:
         directory, gym = self._directory, self._config.gym
@@ -78,6 +81,7 @@ class Controller:
         writing = asyncio.create_task(self._write_status(supervisor))
         async with control:
             try:
+                self._mark("start")
                 self._catch_signals(supervisor)
                 layout = await self._layout(supervisor, site, ports.url_of(gateway_sock), sockets, gym_python)
                 self._write_services(layout, control.url, engine_sock)
@@ -264,6 +268,12 @@ class Controller:
         said = {"control_url": control_url, "engine_fd": engine_sock.fileno(), "replicas": replicas}
         replace_file(self._directory.path / "services.json", json.dumps(said, indent=1))
         (self._directory.path / "result.json").unlink(missing_ok=True)
+
+    def _mark(self, event: str) -> None:
+        """A line of timeline.jsonl; `seconds` since the command was given."""
+        now = time.time()
+        since = round(now - psutil.Process().create_time(), 2)
+        append_line(self._directory.timeline, {"time": round(now, 3), "seconds": since, "event": event})
 
     def _on_progress(self, facts: dict[str, Any]) -> None:
         if facts.get("phase") != self._facts.get("phase"):
