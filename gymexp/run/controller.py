@@ -17,6 +17,7 @@ import dataclasses
 import json
 import logging
 import os
+import shlex
 import signal
 import socket
 import sys
@@ -215,7 +216,7 @@ class Controller:
             raise Interrupted(
                 number,
                 f"ended by {signal.Signals(number).name} after step {result['step']}; "
-                f"go on with: python -m gymexp.train resume={self._directory.path}",
+                f"go on with: python -m gymexp.train {shlex.quote(f'resume={self._directory.path}')}",
             )
         return result
 
