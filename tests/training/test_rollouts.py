@@ -1,0 +1,103 @@
+"""Rollouts for training and evaluation: seeds repeat, the engine rests between, files read back."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+import orjson
+import pytest
+import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gymexp.config import EnvConfig, ModelConfig, RunConfig
+from gymexp.errors import RolloutError
+from gymexp.rollout.outcome import Completed, Failed, Rollout, Task, Turn
+from gymexp.training.rollouts import Rollouts, seed_of
+
+TASKS = {key: Task(key, "e", "a", {"large": "row"}) for key in ("e/train/0", "e/train/1")}
+
+
+class Collector:
+    """Plays at once; says what it was asked, and whether the engine was sampling."""
+
+    def __init__(self, fail: bool = False) -> None:
+        self.samplings: list = []
+        self.sampling = False
+        self.fail = fail
+
+    def collect(self, tasks, samplings):
+        assert self.sampling, "the engine rests"
+        self.samplings.append(samplings)
+        if self.fail:
+            return [Failed(task, "engine", "gone", "logs/gateway.log") for task in tasks]
+        return [Completed(Rollout(task, [Turn([1], [2], [-0.5])], 1.0, [])) for task in tasks]
+
+
+def rollouts(collector: Collector, directory, **settings) -> Rollouts:
+    env = EnvConfig(config_path="c", agent="a", max_output_tokens=9)
+    config = RunConfig(model=ModelConfig("m", "p"), env={"e": env}, seed=3, **settings)
+
+    @contextmanager
+    def sampling_with(version: int):
+        collector.sampling = True
+        try:
+            yield
+        finally:
+            collector.sampling = False
+
+    return Rollouts(config, collector, TASKS, directory, sampling_with)  # type: ignore[arg-type]
+
+
+@given(st.integers(), st.integers(0, 10**6) | st.none(), st.text(), st.integers(0, 64))
+def test_a_seed_is_the_same_every_time_and_fits_every_engine(run_seed, step, key, index):
+    seed = seed_of(run_seed, step, key, index)
+    assert seed == seed_of(run_seed, step, key, index)
+    assert 0 <= seed < 2**31
+
+
+def test_seeds_differ_by_run_step_task_and_place_in_the_group():
+    base = (0, 1, "e/train/0", 0)
+    others = [(1, 1, "e/train/0", 0), (0, 2, "e/train/0", 0), (0, 1, "e/train/1", 0), (0, 1, "e/train/0", 1)]
+    assert len({seed_of(*facts) for facts in [base, *others]}) == 5
+
+
+def test_each_of_a_group_has_its_own_seed_and_another_step_has_others(tmp_path):
+    collector = Collector()
+    plays = rollouts(collector, tmp_path)
+    keys = ["e/train/0", "e/train/0", "e/train/1"]
+    for version in (0, 1):
+        plays.play(keys, version, 0.8, held_out=False)
+    first, second = collector.samplings
+    assert len({sampling.seed for sampling in first + second}) == 6
+    assert {(s.temperature, s.top_p, s.max_output_tokens) for s in first} == {(0.8, 1.0, 9)}
+
+
+def test_held_out_tasks_are_played_with_the_same_seeds_every_time(tmp_path):
+    collector = Collector()
+    plays = rollouts(collector, tmp_path, trainer={"top_p": 0.9})
+    for version in (0, 30):
+        plays.play(["e/train/0", "e/train/1"], version, 1.0, held_out=True)
+    assert collector.samplings[0] == collector.samplings[1]
+    assert collector.samplings[0][0].top_p == 0.9
+
+
+def test_too_many_failures_end_the_run_and_the_engine_rests_again(tmp_path):
+    collector = Collector(fail=True)
+    with pytest.raises(RolloutError, match=r"2 of 2 rollouts failed(.|\n)*Look into logs/gateway\.log"):
+        rollouts(collector, tmp_path).play(["e/train/0", "e/train/1"], 0, 1.0, held_out=False)
+    assert not collector.sampling
+
+
+def test_a_rollout_file_has_an_outcome_a_line_without_the_tasks_row(tmp_path):
+    collector = Collector()
+    plays = rollouts(collector, tmp_path)
+    outcomes = plays.play(["e/train/0", "e/train/1"], 0, 1.0, held_out=False)
+    plays.write("step-000001", [*outcomes, Failed(TASKS["e/train/0"], "timeout", "slow")])
+    [path] = tmp_path.iterdir()
+    assert path.name == "step-000001.jsonl.zst"
+    records = [orjson.loads(line) for line in zstandard.decompress(path.read_bytes()).splitlines()]
+    assert [record["outcome"] for record in records] == ["completed", "completed", "failed"]
+    assert records[0]["rollout"]["task"] == {"key": "e/train/0", "env": "e", "agent": "a"}
+    assert records[0]["rollout"]["turns"] == [{"prompt_ids": [1], "completion_ids": [2], "logprobs": [-0.5]}]
+    assert (records[2]["cause"], records[2]["schema"]) == ("timeout", 1)
