@@ -1,7 +1,7 @@
 """The schema of a run: dataclasses that carry types, defaults and meaning; `conf/` only says what differs.
 
-`load(cfg)` turns Hydra's composed config into a checked `RunConfig`. Nothing here imports torch, transformers or
-TRL, so that a mistake is answered in about a second. `trainer.*` is TRL's own and is checked against
+`load(cfg)` turns Hydra's composed config into a checked `RunConfig`. Nothing here imports torch, transformers
+or TRL, so that a mistake is answered in about a second. `trainer.*` is TRL's own and is checked against
 `trl.GRPOConfig` by `gymexp.training.arguments`, before anything starts.
 """
 
@@ -41,7 +41,8 @@ class ModelConfig:
 
 @dataclass
 class DataConfig:
-    """Where an environment's tasks come from. `train_size` and `validation_size` are upper limits but for `generate`."""
+    """Where an environment's tasks come from. `train_size` and `validation_size` are upper limits but for
+    `generate`."""
 
     source: str = MISSING  # generate, huggingface or jsonl
     generator: str | None = None  # reasoning_gym or workplace: what `source=generate` runs
@@ -58,7 +59,8 @@ class DataConfig:
 
 @dataclass
 class EnvConfig:
-    """One environment: a NeMo Gym agent with its resources server, as one of NeMo Gym's own YAML files has them."""
+    """One environment: a NeMo Gym agent with its resources server, as one of NeMo Gym's own YAML files has
+    them."""
 
     config_path: str = MISSING  # NeMo Gym's YAML, as its `config_paths` takes it
     agent: str = MISSING  # the agent's name in that file: what a row's agent_ref says
@@ -166,7 +168,8 @@ class RunConfig:
 def register() -> None:
     """Make the schema known to Hydra, under the name that `conf/train.yaml` puts first.
 
-    `trainer` is open: TRL's arguments need no `+` on the command line; `gymexp.training.arguments` checks them.
+    `trainer` is open: TRL's arguments need no `+` on the command line; `gymexp.training.arguments` checks
+    them.
     """
     node = OmegaConf.structured(RunConfig)
     OmegaConf.set_struct(node.trainer, False)
@@ -179,14 +182,16 @@ def options(group: str) -> list[str]:
 
 
 def load(cfg: DictConfig) -> RunConfig:
-    """A checked RunConfig from Hydra's composed config. Raises ConfigError with every broken rule in one message."""
+    """A checked RunConfig from Hydra's composed config. Raises ConfigError with every broken rule in one
+    message."""
     plain = OmegaConf.create(OmegaConf.to_container(cfg, resolve=False))
     for name in [n for n, env in plain.env.items() if OmegaConf.is_missing(env, "config_path")]:
         # an experiment may set keys of an environment that env=[…] leaves out
         log.info("env.%s is not selected by env=[…]: its settings are not used", name)
         del plain.env[name]
     try:
-        # Hydra's `+key=value` may have added what the schema does not know: merge into the bare schema to see it.
+        # Hydra's `+key=value` may have added what the schema does not know: merge into the bare schema to see
+        # it.
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), plain))
     except OmegaConfBaseException as error:
         raise ConfigError(_explain(error)) from None
@@ -228,7 +233,8 @@ def _explain(error: OmegaConfBaseException) -> str:
 
 
 def explain_key(key: str) -> str | None:
-    """What is wrong with the key of an override, e.g. `env.sudoku.wieght`; None if it is a key of the schema."""
+    """What is wrong with the key of an override, e.g. `env.sudoku.wieght`; None if it is a key of the
+    schema."""
     place: Any = RunConfig
     done: list[str] = []
     for name in key.split("."):
@@ -264,7 +270,8 @@ def nearest(name: str, known: list[str], prefix: str = "") -> str:
 def _problems(config: RunConfig):
     def one_of(key: str, value: Any, allowed: tuple[str, ...]):
         if value not in allowed:
-            yield f"{key} must be one of {', '.join(allowed)}, got {value!r}{nearest(str(value), list(allowed))}"
+            near = nearest(str(value), list(allowed))
+            yield f"{key} must be one of {', '.join(allowed)}, got {value!r}{near}"
 
     def at_least(key: str, value: float | None, least: float):
         if value is not None and not value >= least:
@@ -275,7 +282,8 @@ def _problems(config: RunConfig):
             yield f"{key} must be > 0, got {value!r}"
 
     if not config.env:
-        yield f"env must name at least one environment, got []: say e.g. env=[sudoku]. Known: {', '.join(options('env'))}"
+        known = ", ".join(options("env"))
+        yield f"env must name at least one environment, got []: say e.g. env=[sudoku]. Known: {known}"
     for name, env in config.env.items():
         at = f"env.{name}"
         if not (math.isfinite(env.weight) and env.weight >= 0):
@@ -302,7 +310,8 @@ def _problems(config: RunConfig):
         yield "gym.checkout must name your NeMo Gym checkout when gym.runtime=cli, got None"
     if config.gym.runtime == "attach" and config.gym.policy_port is None:
         yield (
-            "gym.policy_port must be the port of the running servers' policy_base_url when gym.runtime=attach, got None"
+            "gym.policy_port must be the port of the running servers' policy_base_url "
+            "when gym.runtime=attach, got None"
         )
     yield from at_least("gym.model_servers", config.gym.model_servers, 1)
     for key in ("start_timeout_s", "health_interval_s", "health_timeout_s"):
@@ -325,7 +334,10 @@ def _data_problems(at: str, data: DataConfig):
         yield f"{at}.source must be one of generate, huggingface, jsonl, got {data.source!r}"
     elif data.source == "generate":
         if data.generator not in ("reasoning_gym", "workplace"):
-            yield f"{at}.generator must be reasoning_gym or workplace for source=generate, got {data.generator!r}"
+            yield (
+                f"{at}.generator must be reasoning_gym or workplace for source=generate, "
+                f"got {data.generator!r}"
+            )
         for key in ("train_size", "validation_size"):
             if getattr(data, key) is None:
                 yield f"{at}.{key} must be set for source=generate"

@@ -22,7 +22,8 @@ class RunDirectoryError(GymexpError):
 
 
 class TokenMismatch(GymexpError):
-    """Tokens of a rollout contradict each other: training on it would be wrong. Counted, never padded over."""
+    """Tokens of a rollout contradict each other: training on it would be wrong. Counted, never padded
+    over."""
 
 
 class RolloutError(GymexpError):

@@ -7,16 +7,14 @@ python -m gymexp.train resume=outputs/<name>/<date_time>         a run that ende
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
-import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from gymexp import config as configuration
-from gymexp.run.entry import guarded, hydra_main
+from gymexp.run.entry import hydra_main
 
 
 @hydra_main(config_name="train")
@@ -33,25 +31,24 @@ def main(cfg: DictConfig) -> Any:
 
     view = View()
     overrides = list(HydraConfig.get().overrides.task)
-    directory = Path(config.output_dir or HydraConfig.get().runtime.output_dir).resolve()
-    if config.resume:
-        run = RunDirectory.reopen(Path(config.resume).resolve())
-        config = configuration.resumed(run.config, config.resume)
+    held = RunDirectory.reopen(Path(config.resume).resolve()) if config.resume else None
+    if held:
+        config = configuration.resumed(held.config, str(held.path))
         if ignored := [o for o in overrides if not o.startswith("resume=")]:
             view.say(f"a resumed run goes on with its own configuration; ignored: {' '.join(ignored)}")
+        load_prepared(held.data)
     arguments.check(config, cache_dir())
     python = ensure_python(config.gym, [e.config_path for e in config.env.values()], cache_dir(), view.say)
     site = site_packages(python)
-    if config.resume:
-        prepared = load_prepared(run.data)
-    else:
+    if held is None:
         prepared = prepare(config, python, cache_dir(), None, view.say)
-        run = RunDirectory.claim(directory, config, overrides)
-        write_prepared(prepared, run.data)
+        directory = Path(config.output_dir or HydraConfig.get().runtime.output_dir).resolve()
+        held = RunDirectory.claim(directory, config, overrides)
+        write_prepared(prepared, held.data)
     with view:
-        result = controller.run(config, run, python, site, view)
+        result = controller.run(config, held, python, site, view)
     view.say(held_out_table(result))
-    view.say(f"run directory: {run.path}")
+    view.say(f"run directory: {held.path}")
     return result
 
 

@@ -1,4 +1,5 @@
-"""The configuration: every option composes and loads, and every mistake is answered by key, rule, value and fix."""
+"""The configuration: every option composes and loads, and every mistake is answered by key, rule, value and
+fix."""
 
 from __future__ import annotations
 
@@ -54,7 +55,9 @@ def test_every_sweep_composes_and_every_point_of_it_loads(name):
         assert str(cfg.hydra.mode).endswith("MULTIRUN")
         keys = list(params)
         for point in product(*(str(params[key]).split(",") for key in keys)):
-            config = load(compose(name, overrides=search + [f"{k}={v}" for k, v in zip(keys, point, strict=True)]))
+            config = load(
+                compose(name, overrides=search + [f"{k}={v}" for k, v in zip(keys, point, strict=True)])
+            )
             assert config.env
 
 
@@ -66,7 +69,10 @@ def test_every_sweep_composes_and_every_point_of_it_loads(name):
         ("env.sudoku.weight=nan", r"env\.sudoku\.weight must be a number >= 0, got nan"),
         ("env.sudoku.weight=0", r"weight must be > 0 for at least one environment, got 0 for all: sudoku"),
         ("env.sudoku.replicas=0", r"env\.sudoku\.replicas must be >= 1, got 0"),
-        ("+env.sudoku.wieght=2", r"env\.sudoku\.wieght is not a known key; did you mean env\.sudoku\.weight\?"),
+        (
+            "+env.sudoku.wieght=2",
+            r"env\.sudoku\.wieght is not a known key; did you mean env\.sudoku\.weight\?",
+        ),
         ("dataset.order=random", r"dataset\.order must be one of interleave, shuffle, got 'random'"),
         ("rollout.max_failed_share=2", r"rollout\.max_failed_share must be between 0 and 1, got 2\.0"),
         ("env.sudoku.data.source=s3", r"env\.sudoku\.data\.source must be one of .*got 's3'"),
@@ -121,7 +127,10 @@ def said_of(result: subprocess.CompletedProcess[str]) -> str:
     [
         (["env=[sudko]"], r"env=sudko is not known; did you mean env=sudoku\?.*Known: .*sudoku.*workplace"),
         (["model=qwen3_4"], r"model=qwen3_4 is not known; did you mean model=qwen3_4b\?"),
-        (["env.sudoku.wieght=2"], r"env\.sudoku\.wieght is not a known key; did you mean env\.sudoku\.weight\?"),
+        (
+            ["env.sudoku.wieght=2"],
+            r"env\.sudoku\.wieght is not a known key; did you mean env\.sudoku\.weight\?",
+        ),
         (["env=[]"], r"env must name at least one environment"),
         (["trainr.learning_rate=1"], r"did you mean trainer\?"),
         (["env.sudoku.replicas=two"], r"env\.sudoku\.replicas.*two"),
@@ -133,7 +142,9 @@ def test_the_command_answers_a_mistake_without_a_traceback_or_torch(arguments, s
     assert result.returncode == 1
     assert re.search(said, said_of(result)), said_of(result)
     assert "Traceback" not in result.stderr
-    imported = {line.rsplit("|", 1)[-1].strip() for line in result.stderr.splitlines() if "import time:" in line}
+    imported = {
+        line.rsplit("|", 1)[-1].strip() for line in result.stderr.splitlines() if "import time:" in line
+    }
     assert "omegaconf" in imported
     assert not imported & {"torch", "transformers", "trl", "vllm"}
     assert time.monotonic() - began < 20  # 1 s on a free machine; the bound only catches a hang

@@ -1,7 +1,7 @@
 """NeMo Gym servers that gymexp did not place itself: found through their head server.
 
-`gym.runtime=attach` uses servers that already run; `gym.runtime=cli` has the user's own checkout start them with
-`gym env start`. Either way the head server says where each agent is.
+`gym.runtime=attach` uses servers that already run; `gym.runtime=cli` has the user's own checkout start them
+with `gym env start`. Either way the head server says where each agent is.
 """
 
 from __future__ import annotations
@@ -76,7 +76,8 @@ def check_policy(head: Mapping[str, Any], port: int) -> None:
         urls = [urls] if isinstance(urls, str) else urls or []
         if not any(f":{port}/" in f"{url}/" for url in urls):
             raise ConfigError(
-                f"gym.policy_port must be the port of the running servers' policy_base_url ({', '.join(urls)}), got {port}"
+                "gym.policy_port must be the port of the running servers' policy_base_url "
+                f"({', '.join(urls)}), got {port}"
             )
         if not values.get("return_token_id_information"):
             raise ConfigError(
@@ -86,7 +87,8 @@ def check_policy(head: Mapping[str, Any], port: int) -> None:
 
 
 def start_command(python: Path, envs: Mapping[str, EnvConfig], head_port: int, policy_url: str) -> list[str]:
-    """`gym env start` for the environments, with the policy at the gateway and a head server on `head_port`."""
+    """`gym env start` for the environments, with the policy at the gateway and a head server on
+    `head_port`."""
     paths = [env.config_path for env in envs.values()]
     paths.append("responses_api_models/vllm_model/configs/vllm_model_for_training.yaml")
     steps = [
@@ -122,6 +124,7 @@ def wait_for_agents(
         except (ServiceError, OSError) as error:
             if time.monotonic() > until:
                 raise ServiceError(
-                    f"NeMo Gym's servers were not ready within {deadline_s:.0f} s (gym.start_timeout_s): {error}"
+                    f"NeMo Gym's servers were not ready within {deadline_s:.0f} s "
+                    f"(gym.start_timeout_s): {error}"
                 ) from None
             time.sleep(0.5)

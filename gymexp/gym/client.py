@@ -1,7 +1,7 @@
 """Playing one task: POST /run to an agent, with a deadline, and what came back as a typed outcome.
 
-NeMo Gym's `/run` does a whole episode. The reply's output items carry the token ids and log-probabilities of every
-model turn (on the last item of the turn), as the gateway put them there.
+NeMo Gym's `/run` does a whole episode. The reply's output items carry the token ids and log-probabilities of
+every model turn (on the last item of the turn), as the gateway put them there.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ import orjson
 
 from gymexp.errors import TokenMismatch
 from gymexp.policy.tokens import verify_turns
-from gymexp.rollout.outcome import Cause, Completed, Outcome, Rollout, Task, Truncated, Turn
+from gymexp.rollout.outcome import Cause, Completed, Played, Rollout, Task, Truncated, Turn
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the policy samples in a rollout. seed: of this rollout; the engine derives every token's draw from it."""
+    """How the policy samples in a rollout. seed: of this rollout; the engine derives every token's draw from
+    it."""
 
     temperature: float
     top_p: float
@@ -42,7 +43,7 @@ class RolloutFailure(Exception):
 
 async def play(
     http: aiohttp.ClientSession, url: str, task: Task, sampling: Sampling, timeout_s: float, vocab_size: int
-) -> Outcome:
+) -> Played:
     """One attempt at `task` with the agent at `url`. Raises RolloutFailure."""
     began = time.monotonic()
     try:
@@ -69,7 +70,8 @@ async def play(
 
 
 def request_body(task: Task, sampling: Sampling) -> bytes:
-    """The row as it is, with sampling parameters where NeMo Gym has them; the seed goes through its `extra_body`."""
+    """The row as it is, with sampling parameters where NeMo Gym has them; the seed goes through its
+    `extra_body`."""
     row = dict(task.row)
     params = copy.copy(row["responses_create_params"])
     params["temperature"] = sampling.temperature
@@ -80,8 +82,9 @@ def request_body(task: Task, sampling: Sampling) -> bytes:
     return orjson.dumps(row)
 
 
-def read_reply(task: Task, reply: dict[str, Any], vocab_size: int, seconds: float) -> Outcome:
-    """A verified outcome from `/run`'s reply. Raises TokenMismatch; on another shape ValueError, KeyError …"""
+def read_reply(task: Task, reply: dict[str, Any], vocab_size: int, seconds: float) -> Played:
+    """A verified outcome from `/run`'s reply. Raises TokenMismatch; on another shape ValueError, KeyError
+    …"""
     response = reply["response"]
     items = response["output"]
     turns = []

@@ -1,12 +1,14 @@
-"""NeMo Gym's servers, one forked process each. Runs inside NeMo Gym's venv as a script; imports nothing of gymexp.
+"""NeMo Gym's servers, one forked process each. Runs inside NeMo Gym's venv as a script; imports nothing of
+gymexp.
 
-NeMo Gym's modules take about ten seconds to import. This process imports them once, then forks a child for every
-server that it is told to start, so that a start, or a restart after a failure, takes a fraction of a second and the
-servers share the imported code's memory. Ray is imported by NeMo Gym but never started.
+NeMo Gym's modules take about ten seconds to import. This process imports them once, then forks a child for
+every server that it is told to start, so that a start, or a restart after a failure, takes a fraction of a
+second and the servers share the imported code's memory. Ray is imported by NeMo Gym but never started.
 
-Line protocol, JSON objects. First line in: {"config": NeMo Gym's global config, "servers": {name: {"module", "fd"}}}.
-Then in: {"start": name, "log": path}. Out: {"loaded": seconds}, {"started": name, "pid"}, {"exited": pid, "code"}
-(negative: the signal's number), {"error": text}. The host ends with its input or its parent, and its children with it.
+Line protocol, JSON objects. First line in: {"config": NeMo Gym's global config, "servers": {name: {"module",
+"fd"}}}. Then in: {"start": name, "log": path}. Out: {"loaded": seconds}, {"started": name, "pid"}, {"exited":
+pid, "code"} (negative: the signal's number), {"error": text}. The host ends with its input or its parent, and
+its children with it.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import socket
 import sys
 import time
 import traceback
-
+from typing import Any
 
 PROTOCOL = os.dup(1)  # NeMo Gym prints while it is imported; from here on, what is printed goes to the log
 os.dup2(2, 1)
@@ -42,8 +44,11 @@ def say(**message: object) -> None:
 
 def load(config: dict, servers: dict) -> dict:
     """Import what the servers are made of; returns each server's class by name."""
-    from nemo_gym import server_utils
-    from nemo_gym.global_config import GlobalConfigDictParserConfig, get_global_config_dict
+    from nemo_gym import server_utils  # pyright: ignore[reportMissingImports]
+    from nemo_gym.global_config import (  # pyright: ignore[reportMissingImports]
+        GlobalConfigDictParserConfig,
+        get_global_config_dict,
+    )
     from omegaconf import OmegaConf
 
     get_global_config_dict(
@@ -69,15 +74,19 @@ def load(config: dict, servers: dict) -> dict:
     return classes
 
 
-def build_app(name: str, cls: type):
+def build_app(name: str, cls: Any):
     """The server's web application, put together as NeMo Gym's own run_webserver does, without Ray."""
-    from nemo_gym.config_types import BaseServerConfig
-    from nemo_gym.global_config import get_first_server_config_dict, get_global_config_dict
-    from nemo_gym.server_utils import ServerClient
+    from nemo_gym.config_types import BaseServerConfig  # pyright: ignore[reportMissingImports]
+    from nemo_gym.global_config import (  # pyright: ignore[reportMissingImports]
+        get_first_server_config_dict,
+        get_global_config_dict,
+    )
+    from nemo_gym.server_utils import ServerClient  # pyright: ignore[reportMissingImports]
     from omegaconf import OmegaConf
 
     everything = get_global_config_dict()
     values = OmegaConf.to_container(get_first_server_config_dict(everything, name), resolve=True)
+    assert isinstance(values, dict)
     config = cls.model_fields["config"].annotation.model_validate(values | {"name": name})
     client = ServerClient(
         head_server_config=BaseServerConfig.model_validate(everything["head_server"]),
@@ -93,7 +102,7 @@ def build_app(name: str, cls: type):
 def serve(name: str, cls: type, sock: socket.socket) -> None:
     import uvicorn
 
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(65535, hard), hard))
     config = uvicorn.Config(
         build_app(name, cls),

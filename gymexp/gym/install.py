@@ -1,7 +1,8 @@
-"""NeMo Gym's own Python: a venv apart from gymexp's, because NeMo Gym and vLLM need different versions of openai.
+"""NeMo Gym's own Python: a venv apart from gymexp's, because NeMo Gym and vLLM need different versions of
+openai.
 
-One cached venv a NeMo Gym version, made by uv under a lock, so that two runs at once make it once. What the selected
-environments' servers list in their requirements.txt is added as they are first selected.
+One cached venv a NeMo Gym version, made by uv under a lock, so that two runs at once make it once. What the
+selected environments' servers list in their requirements.txt is added as they are first selected.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ Say = Callable[[str], None]
 
 
 def ensure_python(gym: GymConfig, config_paths: Iterable[str], cache: Path, say: Say) -> Path:
-    """An interpreter with NeMo Gym and what the servers of `config_paths` need. Made on first use, in about 20 s.
+    """An interpreter with NeMo Gym and what the servers of `config_paths` need. Made on first use, in about
+    20 s.
 
     `gym.python`, and a checkout's own .venv with `runtime=cli`, are taken as they are.
     """

@@ -1,7 +1,9 @@
-"""Which NeMo Gym servers a run needs, and their start: NeMo Gym's own YAML files, with replicas, ports and the policy.
+"""Which NeMo Gym servers a run needs, and their start: NeMo Gym's own YAML files, with replicas, ports and
+the policy.
 
-An environment is its agent and every server that the agent refers to. With `replicas: N` these exist N times and
-rollouts are spread over them; the model server, which only passes requests on to the policy endpoint, is shared.
+An environment is its agent and every server that the agent refers to. With `replicas: N` these exist N times
+and rollouts are spread over them; the model server, which only passes requests on to the policy endpoint, is
+shared.
 """
 
 from __future__ import annotations
@@ -19,8 +21,7 @@ from omegaconf import OmegaConf
 
 from gymexp.config import EnvConfig, GymConfig, nearest
 from gymexp.errors import ConfigError, ServiceError
-from gymexp.run import ports
-from gymexp.run.supervisor import Child, Running, last_lines, spawn
+from gymexp.run.supervisor import Child, Running, last_lines
 
 _HOST = Path(__file__).with_name("host.py")  # not imported: it runs in NeMo Gym's Python
 KINDS = ("resources_servers", "responses_api_agents", "responses_api_models")
@@ -47,9 +48,17 @@ class Layout:
 
 
 def plan(
-    envs: Mapping[str, EnvConfig], gym: GymConfig, site: Path, policy_url: str, port: Callable[[str], int]
+    envs: Mapping[str, EnvConfig],
+    gym: GymConfig,
+    site: Path,
+    policy_url: str,
+    port: Callable[[str], int],
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> Layout:
-    """The servers of `envs`. site: where NeMo Gym's folders lie. port: gives each server, by name, its port."""
+    """The servers of `envs`. site: where NeMo Gym's folders lie. port: gives each server, by name, its port.
+
+    chat_template_kwargs: `model.chat_template_kwargs`, which the model server sends along with every request.
+    """
     layout = Layout(config={"head_server": {"host": "127.0.0.1", "port": 0}})
 
     def add(name: str, kind: str, implementation: str, values: dict[str, Any]) -> str:
@@ -60,7 +69,7 @@ def plan(
 
     models = [POLICY if i == 0 else f"{POLICY}-{i}" for i in range(gym.model_servers)]
     for model in models:
-        add(model, "responses_api_models", "vllm_model", _policy_model(policy_url))
+        add(model, "responses_api_models", "vllm_model", _policy_model(policy_url, chat_template_kwargs))
     count = 0
     for env_name, env in envs.items():
         defined = read_config(env_name, env, site)
@@ -84,11 +93,12 @@ def plan(
 
 
 def read_config(env_name: str, env: EnvConfig, site: Path) -> dict[str, Any]:
-    """The servers that an environment's NeMo Gym file defines, by name; the working directory goes before NeMo Gym's."""
+    """The servers that an environment's NeMo Gym file defines, by name; the working directory goes before
+    NeMo Gym's."""
     path = next((p for p in (Path.cwd() / env.config_path, site / env.config_path) if p.exists()), None)
     if path is None:
         raise ConfigError(f"env.{env_name}.config_path: {env.config_path} is neither here nor in {site}")
-    loaded = OmegaConf.load(path)
+    loaded: Any = OmegaConf.load(path)
     for nested in loaded.get("config_paths") or []:
         loaded = OmegaConf.merge(loaded, OmegaConf.load(site / nested))
     defined = OmegaConf.to_container(loaded, resolve=False)
@@ -102,7 +112,7 @@ def read_config(env_name: str, env: EnvConfig, site: Path) -> dict[str, Any]:
     return {str(name): value for name, value in defined.items()}
 
 
-def _policy_model(policy_url: str) -> dict[str, Any]:
+def _policy_model(policy_url: str, chat_template_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
     return {
         "entrypoint": "app.py",
         "base_url": f"{policy_url}/v1",
@@ -110,6 +120,7 @@ def _policy_model(policy_url: str) -> dict[str, Any]:
         "model": "policy",
         "return_token_id_information": True,
         "uses_reasoning_parser": True,
+        "chat_template_kwargs": dict(chat_template_kwargs or {}) or None,
     }
 
 
@@ -121,7 +132,8 @@ def _server_of(entry: dict[str, Any]) -> tuple[str, str, dict[str, Any]]:
 
 
 def _closure(defined: dict[str, Any], agent: str) -> list[str]:
-    """The agent and every server it refers to, in the file's order; the policy model is not one of the file's own."""
+    """The agent and every server it refers to, in the file's order; the policy model is not one of the file's
+    own."""
     needed, open_ = {agent}, [agent]
     while open_:
         for name in _references(_server_of(defined[open_.pop()])[2]):
@@ -179,7 +191,8 @@ class GymHost:
         self._order = asyncio.Lock()
 
     async def start(self) -> Running:
-        """Start the host process; its servers can be started once NeMo Gym is imported, which they wait for."""
+        """Start the host process; its servers can be started once NeMo Gym is imported, which they wait
+        for."""
         env = os.environ | {
             "HF_HOME": os.environ.get("HF_HOME", str(Path.home() / ".cache/huggingface")),
             "RAY_USAGE_STATS_ENABLED": "0",

@@ -13,9 +13,10 @@ from gymexp.rollout.outcome import Failed, Outcome, Truncated
 class Batch:
     """What `rollout_func` returns, one entry a rollout (B of them).
 
-    prompt_ids: the first turn's prompt. completion_ids (T each): what the policy sampled and, between its turns, what
-    the environment said. env_mask (T): 1 where the policy sampled. logprobs (T): nats, 0.0 where the environment spoke.
-    rewards: None where there is none; TRL leaves such a rollout out of its group's mean and deviation.
+    prompt_ids: the first turn's prompt. completion_ids (T each): what the policy sampled and, between its
+    turns, what the environment said. env_mask (T): 1 where the policy sampled. logprobs (T): nats, 0.0 where
+    the environment spoke. rewards: None where there is none; TRL leaves such a rollout out of its group's
+    mean and deviation.
     """
 
     prompt_ids: list[list[int]]
@@ -28,8 +29,8 @@ class Batch:
 def build_batch(outcomes: Sequence[Outcome], *, placeholder_id: int, mask_truncated: bool) -> Batch:
     """A rollout without tokens to train on (a failure) becomes one masked `placeholder_id` without a reward.
 
-    mask_truncated: a truncated rollout keeps its reward in the group's baseline but gets no gradient, as DAPO's
-    overlong filtering does (https://arxiv.org/abs/2503.14476, section 3.4).
+    mask_truncated: a truncated rollout keeps its reward in the group's baseline but gets no gradient, as
+    DAPO's overlong filtering does (https://arxiv.org/abs/2503.14476, section 3.4).
     """
     batch = Batch([], [], [], [], [])
     for outcome in outcomes:

@@ -1,8 +1,8 @@
 """Tasks become outcomes: many at once, spread over replicas, retried within bounds, never waiting for ever.
 
-A `Collector` lives in the trainer's process (rank 0) on a thread of its own. It follows the controller's word on the
-services: a rollout whose server was restarted under it has lost its session and is played again; a replica above its
-memory budget is drained first, then restarted, so that no rollout is lost to it.
+A `Collector` lives in the trainer's process (rank 0) on a thread of its own. It follows the controller's word
+on the services: a rollout whose server was restarted under it has lost its session and is played again; a
+replica above its memory budget is drained first, then restarted, so that no rollout is lost to it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from gymexp.config import EnvConfig, RolloutConfig
 from gymexp.errors import RolloutError, ServiceError
 from gymexp.gym.client import RolloutFailure, Sampling, play
 from gymexp.gym.servers import Replica
-from gymexp.rollout.outcome import Failed, Outcome, Task, task_of
+from gymexp.rollout.outcome import Failed, Outcome, Played, Task, task_of
 
 log = logging.getLogger(__name__)
 _AFTER_FAILURE_S = 0.3
@@ -43,7 +43,7 @@ class _Seat:
 
     replica: Replica
     budget_mb: float | None
-    flights: set[asyncio.Task[Outcome]] = field(default_factory=set)
+    flights: set[asyncio.Task[Played]] = field(default_factory=set)
     epochs: tuple[int, ...] = ()
     ready: bool = True
     draining: bool = False
@@ -118,6 +118,7 @@ class Collector:
     async def _open(self) -> None:
         self._changed = asyncio.Event()
         self._lost_control: str | None = None
+        self._asked: set[asyncio.Future[aiohttp.ClientResponse]] = set()  # kept, or they would be collected
         self._limits = {name: asyncio.Semaphore(env.max_concurrency) for name, env in self._envs.items()}
         self._http = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0),
@@ -174,7 +175,9 @@ class Collector:
             log.info("restarting %s: above its memory budget of %.0f MB", ", ".join(over), seat.budget_mb)
             seat.ready = False
             for name in over:
-                asyncio.ensure_future(self._http.post(f"{self._control_url}/restart/{name}"))
+                asked = asyncio.ensure_future(self._http.post(f"{self._control_url}/restart/{name}"))
+                self._asked.add(asked)
+                asked.add_done_callback(self._asked.discard)
 
     async def _collect(self, tasks: Sequence[Task], samplings: Sequence[Sampling]) -> list[Outcome]:
         progress = Progress(total=len(tasks), began=time.monotonic())
@@ -197,7 +200,8 @@ class Collector:
             await asyncio.sleep(_PROGRESS_S)
 
     async def _one(self, task: Task, sampling: Sampling, progress: Progress) -> Outcome:
-        """Play one task to its outcome, again where an attempt failed or its server was restarted under it."""
+        """Play one task to its outcome, again where an attempt failed or its server was restarted under
+        it."""
         env = self._envs[task.env]
         failures: list[RolloutFailure] = []
         async with self._limits[task.env]:
@@ -231,7 +235,7 @@ class Collector:
                 progress.retried += 1
                 await asyncio.sleep(_AFTER_FAILURE_S)
 
-    async def _landed(self, flight: asyncio.Task[Outcome]) -> Outcome | None:
+    async def _landed(self, flight: asyncio.Task[Played]) -> Played | None:
         """The flight's outcome; None if it was cancelled because its server was restarted."""
         stopping = asyncio.create_task(self._stopping())
         try:
@@ -259,7 +263,8 @@ class Collector:
             raise ServiceError(f"the controller is gone: {self._lost_control}")
 
     async def _seat_for(self, task: Task) -> _Seat:
-        """The replica with the fewest rollouts in flight, once one is ready; the controller bounds the wait."""
+        """The replica with the fewest rollouts in flight, once one is ready; the controller bounds the
+        wait."""
         while True:
             self._check()
             seats = [s for s in self._seats[task.env] if s.ready and not s.draining]
@@ -273,14 +278,16 @@ class Collector:
 
 
 def check_failed_share(outcomes: Sequence[Outcome], max_share: float) -> None:
-    """Raises RolloutError when more than `max_share` of the outcomes are failures; names the commonest and its log."""
+    """Raises RolloutError when more than `max_share` of the outcomes are failures; names the commonest and
+    its log."""
     failed = [o for o in outcomes if isinstance(o, Failed)]
     if not failed or len(failed) <= max_share * len(outcomes):
         return
     (env, cause), count = Counter((task_of(o).env, o.cause) for o in failed).most_common(1)[0]
     example = next(o for o in failed if (o.task.env, o.cause) == (env, cause))
     raise RolloutError(
-        f"{len(failed)} of {len(outcomes)} rollouts failed, more than rollout.max_failed_share={max_share:g} allows. "
+        f"{len(failed)} of {len(outcomes)} rollouts failed, more than "
+        f"rollout.max_failed_share={max_share:g} allows. "
         f"Most often ({count}): {cause} in env.{env}, for example {example.task.key}: {example.detail}\n"
         f"Look into {example.log or 'the logs of the run directory'}"
     )

@@ -39,7 +39,8 @@ class Turn:
 
 @dataclass(frozen=True)
 class Rollout:
-    """One episode of one task: its turns, its reward, and what was said and done (`items`, NeMo Gym's output)."""
+    """One episode of one task: its turns, its reward, and what was said and done (`items`, NeMo Gym's
+    output)."""
 
     task: Task
     turns: list[Turn]
@@ -74,7 +75,8 @@ class Failed:
     log: str = ""
 
 
-Outcome = Completed | Truncated | Failed
+Played = Completed | Truncated
+Outcome = Played | Failed
 
 
 def task_of(outcome: Outcome) -> Task:

@@ -1,7 +1,8 @@
 """What the controller tells the trainer, and the other way round: a small HTTP endpoint on loopback.
 
-GET /watch streams a JSON line at every change of a service, and one a second: {"services": {name: {state, epoch,
-rss_mb, log}}}. POST /restart/{name} ends a service, which comes back. POST /progress takes what the live view shows.
+GET /watch streams a JSON line at every change of a service, and one a second: {"services": {name: {state,
+epoch, rss_mb, log}}}. POST /restart/{name} ends a service, which comes back. POST /progress takes what the
+live view shows.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@
      ├─ gateway
      └─ trainer (with the hf engine inside)
 
-The controller holds every listening socket and hands it down, so that addresses are known before anything starts and
-survive restarts. It imports no torch.
+The controller holds every listening socket and hands it down, so that addresses are known before anything
+starts and survive restarts. It imports no torch.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ class Interrupted(GymexpError):
 def run(
     config: RunConfig, directory: RunDirectory, gym_python: Path, site: Path, view: View
 ) -> dict[str, Any]:
-    """Train; returns what the trainer's result.json says. Raises GymexpError; no process is left either way."""
+    """Train; returns what the trainer's result.json says. Raises GymexpError; no process is left either
+    way."""
     return asyncio.run(Controller(config, directory, view).run(gym_python, site))
 
 
@@ -68,7 +69,7 @@ class Controller:
         self._rollouts_began = False
 
     async def run(self, gym_python: Path, site: Path) -> dict[str, Any]:
-        directory, gym = self._directory, self._config.gym
+        gym = self._config.gym
         control = Control(ports.listen(), self._on_progress)
         supervisor = control.supervisor = Supervisor(
             health_interval_s=gym.health_interval_s,
@@ -178,7 +179,7 @@ class Controller:
             sockets[name] = ports.listen()
             return sockets[name].getsockname()[1]
 
-        return plan(config.env, gym, site, policy_url, port)
+        return plan(config.env, gym, site, policy_url, port, config.model.chat_template_kwargs)
 
     def _add_servers(self, supervisor: Supervisor, host: GymHost, sockets: dict[str, socket.socket]) -> None:
         supervisor.add(Service("gym-host", host.start, host.log))

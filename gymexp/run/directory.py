@@ -44,7 +44,8 @@ def append_line(path: Path, record: dict[str, Any]) -> None:
 
 
 class RunDirectory:
-    """One run's directory, held by this process until it ends (an advisory lock, so that a crash leaves it free)."""
+    """One run's directory, held by this process until it ends (an advisory lock, so that a crash leaves it
+    free)."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

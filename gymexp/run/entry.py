@@ -1,4 +1,5 @@
-"""What every `python -m gymexp.X` does around its work: errors as text, exit codes, Hydra's own messages said better."""
+"""What every `python -m gymexp.X` does around its work: errors as text, exit codes, Hydra's own messages said
+better."""
 
 from __future__ import annotations
 
@@ -58,7 +59,8 @@ def explain(error: HydraException) -> str:
 
 
 def hydra_main(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], Any]]:
-    """`hydra.main` over gymexp's configuration; every mistake is printed as text, with what to do about it."""
+    """`hydra.main` over gymexp's configuration; every mistake is printed as text, with what to do about
+    it."""
 
     def decorate(main: Callable[[DictConfig], Any]) -> Callable[[], Any]:
         register()

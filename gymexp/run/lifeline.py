@@ -1,8 +1,9 @@
 """No orphans: a process that dies when its parent does, whatever ended the parent.
 
-As a library: `die_with_parent()` first thing in a process of ours. As a program, for commands that are not ours:
-`lifeline.py COMMAND …` arranges it and becomes COMMAND; `lifeline.py --reap COMMAND …` stays as COMMAND's parent and,
-at its own parent's end or on SIGTERM, ends COMMAND and everything that it started, daemons included (Linux).
+As a library: `die_with_parent()` first thing in a process of ours. As a program, for commands that are not
+ours: `lifeline.py COMMAND …` arranges it and becomes COMMAND; `lifeline.py --reap COMMAND …` stays as
+COMMAND's parent and, at its own parent's end or on SIGTERM, ends COMMAND and everything that it started,
+daemons included (Linux).
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ _REAP_GRACE_S = 10.0
 
 
 def die_with_parent(number: int = signal.SIGKILL) -> None:
-    """Have the kernel send a signal to this process when its parent ends (Linux); elsewhere a thread watches for it.
+    """Have the kernel send a signal to this process when its parent ends (Linux); elsewhere a thread watches
+    for it.
 
-    The Linux signal follows the parent's *thread* that started us, so parents must start children from a thread that
-    lives as long as they do. SIGKILL reaches stopped processes too.
+    The Linux signal follows the parent's *thread* that started us, so parents must start children from a
+    thread that lives as long as they do. SIGKILL reaches stopped processes too.
     """
     parent = os.getppid()
     if sys.platform == "linux":

@@ -1,7 +1,7 @@
 """Ports without races: the controller binds and listens, and hands the open socket to whoever serves on it.
 
-A server that is restarted finds the same socket, so its address never changes and connections made meanwhile wait in
-the socket's queue instead of being refused.
+A server that is restarted finds the same socket, so its address never changes and connections made meanwhile
+wait in the socket's queue instead of being refused.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ _BACKLOG = 1024
 
 
 def listen(host: str = "127.0.0.1", port: int = 0, key: str = "") -> socket.socket:
-    """A listening, inheritable TCP socket; port 0 lets the system choose. `key` names the setting in the error."""
+    """A listening, inheritable TCP socket; port 0 lets the system choose. `key` names the setting in the
+    error."""
     sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:

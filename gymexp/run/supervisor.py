@@ -1,7 +1,8 @@
 """The processes of a run: started, watched, restarted within a limit, ended together.
 
 Every process writes to its own log. A service that exits unasked, or answers no health check for too long, is
-restarted; one that does so more than `max_restarts` times ends the run with its name, its last words and its log.
+restarted; one that does so more than `max_restarts` times ends the run with its name, its last words and its
+log.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import aiohttp
 import psutil
@@ -32,17 +33,19 @@ _POLL_S = 0.1
 class Running(Protocol):
     """A started process: its id, and a wait for its exit code (negative: a signal's number)."""
 
-    pid: int
+    @property
+    def pid(self) -> int: ...
 
     async def wait(self) -> int: ...
 
 
-Start = Callable[[], Awaitable[Running]]
+Start = Callable[[], Coroutine[Any, Any, Running]]
 
 
 @dataclass
 class Service:
-    """One supervised process. `epoch` counts its starts: a rollout that saw two epochs lost its session between."""
+    """One supervised process. `epoch` counts its starts: a rollout that saw two epochs lost its session
+    between."""
 
     name: str
     start: Start
@@ -114,7 +117,8 @@ def last_lines(path: Path, count: int = 12) -> str:
 
 
 class Supervisor:
-    """Keeps services running until `close`. `failed` is set to the ServiceError that makes the run impossible."""
+    """Keeps services running until `close`. `failed` is set to the ServiceError that makes the run
+    impossible."""
 
     def __init__(
         self,
@@ -147,7 +151,8 @@ class Supervisor:
             if time.monotonic() > until:
                 service = self.services[waiting[0]]
                 raise ServiceError(
-                    f"{', '.join(waiting)} did not become ready within {deadline_s:.0f} s (gym.start_timeout_s). "
+                    f"{', '.join(waiting)} did not become ready within {deadline_s:.0f} s "
+                    "(gym.start_timeout_s). "
                     f"The end of {service.log}:\n{last_lines(service.log)}"
                 )
             await asyncio.sleep(_POLL_S)

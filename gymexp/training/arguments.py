@@ -1,8 +1,9 @@
 """`trainer.*` and TRL's GRPOConfig: checked before anything starts, and built in the trainer.
 
-TRL's constructor is the schema. Unknown names are found without importing TRL, by reading its source; the values are
-checked by constructing the object in a process of its own, whose good verdict is kept for the same values and versions.
-Run as a program (`python -m gymexp.training.arguments`), it reads a JSON object and constructs.
+TRL's constructor is the schema. Unknown names are found without importing TRL, by reading its source; the
+values are checked by constructing the object in a process of its own, whose good verdict is kept for the same
+values and versions. Run as a program (`python -m gymexp.training.arguments`), it reads a JSON object and
+constructs.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from gymexp.config import RunConfig, nearest
 from gymexp.errors import ConfigError
 
 if TYPE_CHECKING:
-    from trl import GRPOConfig
+    from trl.trainer.grpo_config import GRPOConfig
 
 _SOURCES = (
     ("trl", "trainer/grpo_config.py", "GRPOConfig"),
@@ -63,7 +64,8 @@ def check(config: RunConfig, cache: Path) -> None:
             problems.append(f"trainer.{name} is set by gymexp: use {_OWNED[name]} instead")
         elif name not in known:
             problems.append(
-                f"trainer.{name} is not an argument of trl.GRPOConfig{nearest(name, sorted(known), 'trainer.')}"
+                f"trainer.{name} is not an argument of trl.GRPOConfig"
+                f"{nearest(name, sorted(known), 'trainer.')}"
             )
     if problems:
         raise ConfigError("\n".join(problems))
@@ -102,7 +104,7 @@ def build(config: RunConfig, output_dir: Path) -> GRPOConfig:
 
 def _construct(trainer: dict[str, Any], dtype: str, output_dir: str, seed: int) -> GRPOConfig:
     import torch
-    from trl import GRPOConfig
+    from trl.trainer.grpo_config import GRPOConfig
 
     return GRPOConfig(
         **trainer,
@@ -135,8 +137,8 @@ def _check_groups(trainer: dict[str, Any]) -> None:
         fits = " or ".join(str(n) for n in (lower, upper) if n)
         raise ConfigError(
             f"trainer.num_generations={generations} must divide the generation batch of {batch} rollouts "
-            f"(per_device_train_batch_size={per_device} x steps_per_generation={steps}), so that every batch holds "
-            f"whole groups: choose a divisor of {batch}, or a batch of {fits}"
+            f"(per_device_train_batch_size={per_device} x steps_per_generation={steps}), so that every batch "
+            f"holds whole groups: choose a divisor of {batch}, or a batch of {fits}"
         )
 
 
@@ -169,7 +171,7 @@ def _known_words() -> dict[str, set[str]]:
 
 def _check_values(trainer: dict[str, Any]) -> None:
     """What the constructor takes and the trainer would fail on later. Raises ValueError."""
-    from trl import GRPOConfig
+    from trl.trainer.grpo_config import GRPOConfig
 
     hints, words = typing.get_type_hints(GRPOConfig), _known_words()
     for name, value in trainer.items():

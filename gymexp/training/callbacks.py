@@ -1,4 +1,5 @@
-"""What happens beside the steps: metrics written, progress told, held-out tasks played, an asked-for end obeyed."""
+"""What happens beside the steps: metrics written, progress told, held-out tasks played, an asked-for end
+obeyed."""
 
 from __future__ import annotations
 
@@ -117,7 +118,7 @@ class Evaluation(TrainerCallback):
             temperature = self._config.evaluation.temperature
             began = time.monotonic()
             if temperature is None:
-                temperature = self.trainer.args.temperature
+                temperature = self.trainer.grpo.temperature
             outcomes = self._rollouts.play(self._keys, step, temperature, held_out=True)
             metrics = {f"eval_{k}": v for k, v in rollout_metrics(outcomes, self._config.env).items()}
             metrics["eval_seconds"] = time.monotonic() - began

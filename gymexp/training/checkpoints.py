@@ -1,4 +1,5 @@
-"""Checkpoints that are whole or not there: a manifest is written last, and only what it vouches for is resumed from."""
+"""Checkpoints that are whole or not there: a manifest is written last, and only what it vouches for is
+resumed from."""
 
 from __future__ import annotations
 
@@ -43,7 +44,8 @@ def whole(checkpoint: Path) -> bool:
 
 
 def latest(checkpoints: Path) -> Path | None:
-    """The newest whole checkpoint, with a warning for each newer one that is not. None if there never was one.
+    """The newest whole checkpoint, with a warning for each newer one that is not. None if there never was
+    one.
 
     Raises RunDirectoryError when there are checkpoints and none is whole.
     """

@@ -12,7 +12,8 @@ from gymexp.rollout.outcome import Completed, Failed, Outcome, Truncated, task_o
 
 
 def rollout_metrics(outcomes: Sequence[Outcome], envs: Mapping[str, EnvConfig]) -> dict[str, float]:
-    """`<env>/reward` and so on. Rewards, turns, tokens and seconds are means over the rollouts that did not fail.
+    """`<env>/reward` and so on. Rewards, turns, tokens and seconds are means over the rollouts that did not
+    fail.
 
     tokens: sampled by the policy in a rollout. seconds: of the attempt that counted.
     """

@@ -1,7 +1,8 @@
-"""Less padding in the update, the same loss: rows of like length share a micro-batch, which is cut to its longest row.
+"""Less padding in the update, the same loss: rows of like length share a micro-batch, which is cut to its
+longest row.
 
-A generation batch is padded to its longest rollout; with single-turn and multi-turn environments in one batch most of
-it is padding, and on a CPU, or with long contexts, most of the update's time goes there.
+A generation batch is padded to its longest rollout; with single-turn and multi-turn environments in one batch
+most of it is padding, and on a CPU, or with long contexts, most of the update's time goes there.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ ORDER_FREE = frozenset(("grpo", "dr_grpo", "dapo", "cispo"))
 
 
 def trim(inputs: dict[str, Any]) -> dict[str, Any]:
-    """A micro-batch without the columns that are padding in all its rows (TRL's keys, see `_compute_loss`)."""
+    """A micro-batch without the columns that are padding in all its rows (TRL's keys, see
+    `_compute_loss`)."""
     prompt = max(1, int(inputs["prompt_mask"].sum(1).max()))
     completion = max(1, int(inputs["completion_mask"].sum(1).max()))
     trimmed = dict(inputs)

@@ -1,7 +1,7 @@
 """The trainer's process: `python -m gymexp.training.process RUN_DIR`, started and watched by the controller.
 
-It reads the run directory (config, data, services.json), builds policy, engine and trainer, trains, and leaves
-result.json. SIGTERM asks it to end after a checkpoint of the last finished step.
+It reads the run directory (config, data, services.json), builds policy, engine and trainer, trains, and
+leaves result.json. SIGTERM asks it to end after a checkpoint of the last finished step.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def work(run: RunDirectory, config: RunConfig, asked: threading.Event) -> dict[s
             replicas,
             config.env,
             config.rollout,
-            model.get_input_embeddings().num_embeddings,
+            model.get_input_embeddings().weight.shape[0],  # pyright: ignore
             services["control_url"],
             teller.progress,
         )
@@ -101,7 +101,7 @@ def work(run: RunDirectory, config: RunConfig, asked: threading.Event) -> dict[s
             if config.evaluation.before and not resume:
                 before = evaluation.run(0)
                 replace_file(run.path / "before.json", json.dumps(before))
-            trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+            trainer.go_on_from(resume)
             if not asked.is_set() and config.evaluation.after:
                 after = evaluation.run(trainer.state.global_step)
         except Stopped:
@@ -119,7 +119,8 @@ def _start_engine(
 ) -> Callable[[int], AbstractContextManager[None]]:
     """The hf engine on the socket that the controller handed down; samples from `model` itself.
 
-    It rests while the trainer works on the model; the returned `sampling_with(version)` lets it sample for a block.
+    It rests while the trainer works on the model; the returned `sampling_with(version)` lets it sample for a
+    block.
     """
     from gymexp.policy.hf import HFEngine
     from gymexp.policy.hf_server import serve

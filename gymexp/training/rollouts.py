@@ -1,6 +1,7 @@
 """TRL's `rollout_func`: prompts are task keys; what comes back are verified rollouts as token lists.
 
-Collected on the main process for all ranks: one place that knows how many rollouts are in flight, and one writer.
+Collected on the main process for all ranks: one place that knows how many rollouts are in flight, and one
+writer.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ class Rollouts:
         directory: Path,
         sampling_with: Callable[[int], AbstractContextManager[None]],
     ) -> None:
-        """sampling_with: given the weights' version (optimizer steps done), lets the engine sample within the block."""
+        """sampling_with: given the weights' version (optimizer steps done), lets the engine sample within the
+        block."""
         self._sampling_with = sampling_with
         self._config = config
         self._collector = collector
@@ -58,7 +60,7 @@ class Rollouts:
         outcomes = self._for_all_ranks(prompts, trainer, step)
         batch = build_batch(
             outcomes,
-            placeholder_id=trainer.processing_class.pad_token_id,
+            placeholder_id=trainer.pad_token_id,
             mask_truncated=self._config.rollout.truncated == "masked",
         )
         self.seconds = time.monotonic() - began
@@ -76,7 +78,8 @@ class Rollouts:
     ) -> list[Outcome]:
         """Rollouts of `keys` on this process, each with a seed of its own. Raises RolloutError, Stopped.
 
-        Held-out tasks are played with the same seeds every time, so that two evaluations differ by the policy alone.
+        Held-out tasks are played with the same seeds every time, so that two evaluations differ by the policy
+        alone.
         """
         trainer = self._config.trainer
         step = None if held_out else weights_version
@@ -105,7 +108,7 @@ class Rollouts:
         everyone: list[str] = gather_object(prompts)
         box: list[Any] = [None]
         if accelerator.is_main_process:
-            outcomes = self.play(everyone, step, trainer.args.temperature, held_out=False)
+            outcomes = self.play(everyone, step, trainer.grpo.temperature, held_out=False)
             self.write(f"step-{step + 1:06d}", outcomes)
             trainer.add_metrics(rollout_metrics(outcomes, self._config.env))
             trainer.add_metrics({"groups_without_variance": flat_groups(outcomes)})

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer
-from trl import GRPOTrainer
+from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.utils import pad
 
 from gymexp.config import RunConfig
@@ -54,13 +54,16 @@ class PolicyTrainer(GRPOTrainer):
         self._rollouts = rollouts
         self._seconds = {"rollout": 0.0, "logprobs": 0.0, "update": 0.0}
         self._step_began = time.monotonic()
+        self.pad_token_id: int = tokenizer.pad_token_id  # pyright: ignore[reportAttributeAccessIssue]
+        self.grpo = arguments.build(config, directory)
+        self._directory = directory
         super().__init__(
             model=model,
             reward_funcs=reward,
-            args=arguments.build(config, directory),
+            args=self.grpo,
             train_dataset=Dataset.from_dict({"prompt": [task.key for task in prepared.train]}),
             processing_class=tokenizer,
-            rollout_func=rollouts,
+            rollout_func=rollouts,  # pyright: ignore[reportArgumentType]
         )
         self.remove_callback(PrinterCallback)  # metrics.jsonl has the numbers, and the live view shows them
 
@@ -74,13 +77,14 @@ class PolicyTrainer(GRPOTrainer):
         Trainer.log(self, metrics)
 
     def check_drift(self, batch: Batch) -> None:
-        """Compare the engine's log-probabilities with the trainer's own, on the first batch and then now and again.
+        """Compare the engine's log-probabilities with the trainer's own, on the first batch and then now and
+        again.
 
-        Raises DriftError with both numbers. With top_p < 1 the engine's distribution is another one by intent, and
-        nothing is compared.
+        Raises DriftError with both numbers. With top_p < 1 the engine's distribution is another one by
+        intent, and nothing is compared.
         """
         step = self.state.global_step
-        if self.args.top_p != 1.0 or (step % self._config.rollout.drift_every and step != self._first_step):
+        if self.grpo.top_p != 1.0 or (step % self._config.rollout.drift_every and step != self._first_step):
             return
         rows = [i for i, mask in enumerate(batch.env_mask) if any(mask)][:_DRIFT_ROWS]
         if not rows:
@@ -96,15 +100,15 @@ class PolicyTrainer(GRPOTrainer):
         self.add_metrics({"drift": drift})
         if not drift <= self._config.rollout.max_drift:
             raise DriftError(
-                f"the engine's log-probabilities of its own tokens differ from the trainer's by {drift:.4f} nats on "
-                f"average (engine {theirs.mean():.4f}, trainer {ours.mean():.4f}, {len(ours)} tokens, step {step}); "
-                f"rollout.max_drift allows {self._config.rollout.max_drift:g}. Do both hold the same weights, and is "
-                "trainer.temperature the engine's?"
+                "the engine's log-probabilities of its own tokens differ from the trainer's by "
+                f"{drift:.4f} nats on average (engine {theirs.mean():.4f}, trainer {ours.mean():.4f}, "
+                f"{len(ours)} tokens, step {step}); rollout.max_drift allows {self._config.rollout.max_drift:g}. "
+                "Do both hold the same weights, and is trainer.temperature the engine's?"
             )
 
     def _own_logprobs(self, prompts: list[list[int]], completions: list[list[int]]) -> list[torch.Tensor]:
         """The trainer's log-probabilities of each completion's tokens, on the CPU."""
-        pad_id = self.processing_class.pad_token_id
+        pad_id = self.pad_token_id
 
         def padded(ids: list[list[int]], side: str) -> tuple[torch.Tensor, torch.Tensor]:
             rows = [torch.tensor(row) for row in ids]
@@ -126,19 +130,20 @@ class PolicyTrainer(GRPOTrainer):
             )[0]
         return [row[: len(ids)].float().cpu() for row, ids in zip(logprobs, completions, strict=True)]
 
-    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
-        self._first_step = checkpoints.step_of(Path(resume_from_checkpoint)) if resume_from_checkpoint else 0
+    def go_on_from(self, checkpoint: Path | None) -> None:
+        """Train to the end, from a checkpoint or from the start."""
+        self._first_step = checkpoints.step_of(checkpoint) if checkpoint else 0
         self._step_began = time.monotonic()
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
         buffered = self._buffered_inputs
         inputs = super()._prepare_inputs(generation_batch)
         fresh = self._buffered_inputs is not buffered and self._buffered_inputs is not None
-        one_update = self.args.steps_per_generation == self.args.gradient_accumulation_steps
+        one_update = self.grpo.steps_per_generation == self.grpo.gradient_accumulation_steps
         if fresh and one_update and self.loss_type in padding.ORDER_FREE:
             self._buffered_inputs = padding.group_by_length(self._buffered_inputs)
-            inputs = self._buffered_inputs[self._step % self.args.steps_per_generation]
+            inputs = self._buffered_inputs[self._step % len(self._buffered_inputs)]
         return inputs
 
     def _compute_loss(self, model: Any, inputs: Any) -> torch.Tensor:
@@ -171,7 +176,7 @@ class PolicyTrainer(GRPOTrainer):
         super().log(logs, start_time)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        target = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        target = self._directory / f"checkpoint-{self.state.global_step}"
         if not self.accelerator.is_main_process:
             return super()._save_checkpoint(model, trial)
         with checkpoints.writing(target):
@@ -179,6 +184,6 @@ class PolicyTrainer(GRPOTrainer):
 
     def save_now(self) -> None:
         """A checkpoint of the last finished step, unless it is there already."""
-        target = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        target = self._directory / f"checkpoint-{self.state.global_step}"
         if self.state.global_step and not checkpoints.whole(target):
             self._save_checkpoint(self.model, None)

@@ -117,7 +117,8 @@ class View:
             f"{duration(left)} left" if left is not None else "",
         )
         flow = Text(
-            f"rollouts {facts.get('done', 0)}/{facts.get('total', 0)}  in flight {facts.get('in_flight', 0)}  "
+            f"rollouts {facts.get('done', 0)}/{facts.get('total', 0)}  "
+            f"in flight {facts.get('in_flight', 0)}  "
             f"retried {facts.get('retried', 0)}  failed {facts.get('failed', 0)}  "
             f"{facts.get('tokens_per_s', 0):.0f} tokens/s"
         )

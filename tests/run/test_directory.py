@@ -22,7 +22,7 @@ def test_a_claimed_directory_describes_the_run(tmp_path):
 
 def test_a_second_run_into_the_same_directory_is_refused(tmp_path):
     RunDirectory.claim(tmp_path, CONFIG, [])
-    with pytest.raises(RunDirectoryError, match="holds a run already.*resume="):
+    with pytest.raises(RunDirectoryError, match=r"holds a run already.*resume="):
         RunDirectory.claim(tmp_path, CONFIG, [])
 
 
@@ -35,5 +35,5 @@ def test_a_directory_whose_run_goes_on_cannot_be_resumed(tmp_path):
 
 
 def test_resuming_what_is_no_run_directory_says_so(tmp_path):
-    with pytest.raises(RunDirectoryError, match="holds no config.yaml"):
+    with pytest.raises(RunDirectoryError, match=r"holds no config\.yaml"):
         RunDirectory.reopen(tmp_path)

@@ -21,7 +21,16 @@ print(child.pid, flush=True)
 time.sleep(60)
 """
 # A daemon as Ray starts them: a session of its own, and its parent gone.
-DAEMON = "import os,time\nif os.fork()==0:\n os.setsid()\n if os.fork()==0:\n  time.sleep(60)\n os._exit(0)\nos.wait(); time.sleep(60)"
+DAEMON = """
+import os, time
+if os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0:
+        time.sleep(60)
+    os._exit(0)
+os.wait()
+time.sleep(60)
+"""
 
 
 def start(arguments: list[str]) -> tuple[subprocess.Popen[str], int]:

@@ -53,7 +53,9 @@ def small_disk(tmp_path):
     """A file system of 1 MB."""
     path = tmp_path / "disk"
     path.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", path], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", path], capture_output=True
+    ).returncode:
         pytest.skip("mounting a small file system needs root")
     yield path
     subprocess.run(["umount", path], check=True)
@@ -64,7 +66,9 @@ def test_a_full_disk_loses_the_new_checkpoint_alone_and_says_so(small_disk):
     target = small_disk / "checkpoint-20"
     target.mkdir()
     with (
-        pytest.raises(checkpoints.CheckpointError, match=r"could not write .*checkpoint-20.*MB free.*from checkpoint-10"),
+        pytest.raises(
+            checkpoints.CheckpointError, match=r"could not write .*checkpoint-20.*MB free.*from checkpoint-10"
+        ),
         checkpoints.writing(target),
     ):
         torch.save(torch.zeros(1_000_000), target / "optimizer.pt")
@@ -74,5 +78,7 @@ def test_a_full_disk_loses_the_new_checkpoint_alone_and_says_so(small_disk):
 
 def test_sealed_sizes_survive_a_reader_in_another_process(tmp_path):
     path = make(tmp_path, 3)
-    code = f"from pathlib import Path; from gymexp.training.checkpoints import whole; print(whole(Path({str(path)!r})))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "True"
+    imports = "from pathlib import Path; from gymexp.training.checkpoints import whole"
+    code = f"{imports}; print(whole(Path({str(path)!r})))"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert shown.stdout.strip() == "True"

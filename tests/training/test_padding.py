@@ -34,7 +34,9 @@ def test_trimming_keeps_every_token_and_drops_every_column_of_padding(seed):
         assert mask.sum() == inputs[f"{kind}_mask"].sum()
         assert trimmed[f"{kind}_ids"].shape == mask.shape
         assert mask.any(0).all(), "a column of padding is left"
-        assert (trimmed[f"{kind}_ids"][mask.bool()] == inputs[f"{kind}_ids"][inputs[f"{kind}_mask"].bool()]).all()
+        assert (
+            trimmed[f"{kind}_ids"][mask.bool()] == inputs[f"{kind}_ids"][inputs[f"{kind}_mask"].bool()]
+        ).all()
     assert trimmed["tool_mask"].shape == trimmed["completion_mask"].shape
 
 
@@ -54,7 +56,9 @@ def test_grouping_keeps_every_row_whole_and_sorts_by_length(seed):
         return sorted(
             (tuple(p.tolist()), tuple(c.tolist()), tuple(t.tolist()), float(a))
             for b in some
-            for p, c, t, a in zip(b["prompt_ids"], b["completion_ids"], b["tool_mask"], b["advantages"], strict=True)
+            for p, c, t, a in zip(
+                b["prompt_ids"], b["completion_ids"], b["tool_mask"], b["advantages"], strict=True
+            )
         )
 
     assert rows(grouped) == rows(batches)

@@ -1,0 +1,171 @@
+"""A policy that knows every answer, for benchmarks/environments.py: its script, and two fakes that speak it.
+
+    python benchmarks/scripted.py chat|engine --fd FD --script FILE
+
+`write_script` says for each row what the policy replies, turn by turn. "chat" is an OpenAI endpoint as NeMo
+Gym's model server wants it; "engine" takes and gives token ids as vLLM does. Both answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import orjson
+from aiohttp import web
+
+ROUTES = {"engine": "/inference/v1/generate", "chat": "/v1/chat/completions"}
+START, END = "<|im_start|>", "<|im_end|>"
+LOGPROB = -0.12345678
+
+
+def messages_of(row: dict[str, Any]) -> list[dict[str, Any]]:
+    asked = row["responses_create_params"]["input"]
+    return [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
+
+
+def question(row: dict[str, Any]) -> str:
+    return next(text_of(m) for m in messages_of(row) if m["role"] == "user")
+
+
+def text_of(message: dict[str, Any]) -> str:
+    content = message["content"]
+    return content if isinstance(content, str) else "\n".join(part["text"] for part in content)
+
+
+def write_script(path: Path, tokenizer: Any, rows: Sequence[dict[str, Any]], wrong_every: int = 4) -> None:
+    """rows: no two with the same question. tokenizer: ChatML with <tool_call>, as Qwen's."""
+    written = [write_row(tokenizer, row, number % wrong_every == 3) for number, row in enumerate(rows)]
+    path.write_bytes(orjson.dumps({"start": tokenizer.convert_tokens_to_ids(START), "rows": written}))
+
+
+def write_row(tokenizer: Any, row: dict[str, Any], is_wrong: bool) -> dict[str, Any]:
+    """What the fakes know of a row: how to recognise it, its first prompt, and the replies turn by turn."""
+    from gymexp.policy.tokens import encode, render
+
+    tools = row["responses_create_params"].get("tools") or []
+    tools = [{"type": "function", "function": {k: v for k, v in t.items() if k != "type"}} for t in tools]
+    ids = encode(tokenizer, render(tokenizer, messages_of(row)))
+    marks = positions(ids, tokenizer.convert_tokens_to_ids(START))
+    turns = []
+    for number, said in enumerate(replies(row, is_wrong)):
+        message: dict[str, Any] = {"role": "assistant", "content": said}
+        if isinstance(said, dict):
+            call = {"id": f"call_{number}", "type": "function", "function": said}
+            message |= {"content": None, "tool_calls": [call]}
+            said = f'{{"name": {json.dumps(said["name"])}, "arguments": {said["arguments"]}}}'
+            said = f"<tool_call>\n{said}\n</tool_call>"
+        turns.append({"ids": encode(tokenizer, said + END), "message": message})
+    sample = json.dumps(row.get("ground_truth") or row["answer"])
+    return {
+        "question": question(row),
+        "question_ids": ids[marks[-2] : marks[-1]],
+        "prompt_ids": encode(tokenizer, render(tokenizer, messages_of(row), tools)),
+        "chars_an_id": len(sample) / len(encode(tokenizer, sample)),
+        "turns": turns,
+    }
+
+
+def replies(row: dict[str, Any], is_wrong: bool) -> list[Any]:
+    """The right ones by the row itself: texts and calls. Wrong: not an answer, or the first call left out."""
+    if "ground_truth" not in row:
+        return ["I do not know." if is_wrong else row["answer"]]
+    truth = row["ground_truth"]
+    calls = json.loads(truth) if isinstance(truth, str) else truth
+    return [*calls[int(is_wrong) :], "Done."]
+
+
+def positions(ids: list[int], wanted: int) -> list[int]:
+    found, at = [], -1
+    for _ in range(ids.count(wanted)):
+        at = ids.index(wanted, at + 1)
+        found.append(at)
+    return found
+
+
+def build_engine(script: dict[str, Any]) -> Callable[[bytes], bytes]:
+    """The row is found by the ids of its question, the turn by how many messages the prompt has."""
+
+    def body(ids: list[int]) -> bytes:
+        content = [{"logprob": LOGPROB}] * len(ids)
+        choice = {"token_ids": ids, "logprobs": {"content": content}, "finish_reason": "stop"}
+        return orjson.dumps({"choices": [choice]})
+
+    bodies = {tuple(row["question_ids"]): [body(t["ids"]) for t in row["turns"]] for row in script["rows"]}
+
+    def answer(request: bytes) -> bytes:
+        ids = orjson.loads(request)["token_ids"]
+        marks = positions(ids, script["start"])
+        for first in (0, 1):  # the question is the first message, or follows the system message
+            turns = bodies.get(tuple(ids[marks[first] : marks[first + 1]]))
+            if turns:
+                return turns[min((len(marks) - first - 2) // 2, len(turns) - 1)]
+        raise LookupError("prompt ids")
+
+    return answer
+
+
+def build_chat(script: dict[str, Any]) -> Callable[[bytes], bytes]:
+    """The row is found by its question's text, the turn by how many tool results there are.
+
+    The next turn's prompt ids are the last turn's prompt and generation and about as many as the result has.
+    """
+    rows = {row["question"]: row for row in script["rows"]}
+
+    def answer(request: bytes) -> bytes:
+        messages = orjson.loads(request)["messages"]
+        row = rows[next(text_of(m) for m in messages if m["role"] == "user")]
+        results = [m for m in messages if m["role"] == "tool"]
+        turn = row["turns"][min(len(results), len(row["turns"]) - 1)]
+        prompt_ids = row["prompt_ids"]
+        if results:
+            last = next(m for m in reversed(messages) if m["role"] == "assistant")
+            filler = [1] * (int(len(text_of(results[-1])) / row["chars_an_id"]) + 8)
+            prompt_ids = last["prompt_token_ids"] + last["generation_token_ids"] + filler
+        num, num_prompt = len(turn["ids"]), len(prompt_ids)
+        message = turn["message"] | {
+            "prompt_token_ids": prompt_ids,
+            "generation_token_ids": turn["ids"],
+            "generation_log_probs": [LOGPROB] * num,
+        }
+        reason = "tool_calls" if "tool_calls" in message else "stop"
+        choice = {"index": 0, "message": message, "finish_reason": reason, "logprobs": None}
+        usage = {"prompt_tokens": num_prompt, "completion_tokens": num, "total_tokens": num + num_prompt}
+        facts = {"id": "chatcmpl-0", "object": "chat.completion", "created": 0, "model": "policy"}
+        return orjson.dumps(facts | {"choices": [choice], "usage": usage})
+
+    return answer
+
+
+def main() -> None:
+    from gymexp.run.lifeline import die_with_parent
+    from gymexp.run.ports import adopt
+
+    die_with_parent()
+    parser = argparse.ArgumentParser()
+    parser.add_argument("kind", choices=ROUTES)
+    parser.add_argument("--fd", type=int, required=True)
+    parser.add_argument("--script", type=Path, required=True)
+    args = parser.parse_args()
+    script = orjson.loads(args.script.read_bytes())
+    answer = (build_engine if args.kind == "engine" else build_chat)(script)
+
+    async def handle(request: web.Request) -> web.Response:
+        try:
+            return web.Response(body=answer(await request.read()), content_type="application/json")
+        except LookupError as error:
+            return web.Response(status=400, text=f"the script has no such row: {error}")
+
+    async def health(_: web.Request) -> web.Response:
+        return web.Response()
+
+    app = web.Application(client_max_size=1 << 28)
+    app.add_routes([web.post(ROUTES[args.kind], handle), web.get("/health", health)])
+    web.run_app(app, sock=adopt(args.fd), access_log=None, print=lambda *_: None)
+
+
+if __name__ == "__main__":
+    main()
