@@ -376,7 +376,7 @@ def report(args: argparse.Namespace, variants: list[Variant], python: Path) -> N
     machine = {"cores": os.cpu_count(), "cpu": model or platform.processor()}
     print(f"{machine['cores']} cores, {machine['cpu']}")
     if args.output:
-        gym = next(site_packages(python).glob("nemo_gym-*.dist-info")).name.split("-")[1]
+        gym = next(site_packages(python).glob("nemo_gym-*.dist-info")).stem.split("-")[1]
         versions = {name: version(name) for name in ("aiohttp", "orjson", "transformers")}
         numbers = ("rollouts", "group", "concurrency", "rounds", "replicas", "model_servers")
         said = {
