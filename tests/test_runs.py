@@ -31,9 +31,15 @@ OVERRIDES = [
     "experiment=quickstart",
     f"trainer.max_steps={STEPS}",
     "trainer.save_steps=2",
-    f"trainer.per_device_train_batch_size={BATCH}",
+    f"trainer.per_device_train_batch_size={BATCH // 2}",
+    "trainer.gradient_accumulation_steps=2",
     "trainer.num_generations=4",
     "evaluation.num_tasks=4",
+    *(
+        f"env.{env}.data.{split}={size}"
+        for env in ("sudoku", "workplace")
+        for split, size in (("train_size", 64), ("validation_size", 8))
+    ),
 ]
 PATIENCE_S = 300
 
@@ -148,11 +154,13 @@ def folder(tmp_path_factory) -> Path:
 def pair(folder: Path, gym_python: Path) -> Iterator[tuple[Run, Run]]:
     """Two runs of the same configuration, started at the same moment, both ended."""
     runs = Run(folder / "one"), Run(folder / "two")
-    for run in runs:
-        run.ended()
-    yield runs
-    for run in runs:
-        run.kill()
+    try:
+        for run in runs:
+            run.ended()
+        yield runs
+    finally:
+        for run in runs:
+            run.kill()
 
 
 @pytest.fixture
@@ -164,7 +172,7 @@ def started(folder: Path) -> Iterator[Callable[..., Run]]:
         runs.append(Run(folder / name, *overrides, resume=resume))
         return runs[-1]
 
-    yield start
+    yield start  # pytest comes back here after a failure too
     for run in runs:
         run.kill()
 

@@ -102,7 +102,8 @@ class PolicyTrainer(GRPOTrainer):
             raise DriftError(
                 "the engine's log-probabilities of its own tokens differ from the trainer's by "
                 f"{drift:.4f} nats on average (engine {theirs.mean():.4f}, "
-                f"trainer {ours.mean():.4f}, {len(ours)} tokens, step {step}); rollout.max_drift allows {self._config.rollout.max_drift:g}. "
+                f"trainer {ours.mean():.4f}, {len(ours)} tokens, step {step}); "
+                f"rollout.max_drift allows {self._config.rollout.max_drift:g}. "
                 "Do both hold the same weights, and is trainer.temperature the engine's?"
             )
 
