@@ -164,7 +164,7 @@ def main() -> None:
 
     app = web.Application(client_max_size=1 << 28)
     app.add_routes([web.post(ROUTES[args.kind], handle), web.get("/health", health)])
-    web.run_app(app, sock=adopt(args.fd), access_log=None, print=lambda *_: None)
+    web.run_app(app, sock=adopt(args.fd), shutdown_timeout=0.2, access_log=None, print=lambda *_: None)
 
 
 if __name__ == "__main__":
