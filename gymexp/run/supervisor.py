@@ -199,10 +199,12 @@ class Supervisor:
                 running = await service.start()
                 service.pid, service.seen = running.pid, time.monotonic()
                 watch = asyncio.create_task(self._watch(service))
-                code = await running.wait()
-                watch.cancel()
+                try:
+                    code = await running.wait()  # ServiceError: its host is gone, and it as well
+                finally:
+                    watch.cancel()
+                    service.pid = None
                 asked = service.state == "restarting"
-                service.pid = None
                 service.epoch += 1
                 self._set(service, "down")
                 if self._closing or service.job:
