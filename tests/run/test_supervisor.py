@@ -295,6 +295,37 @@ def alive(pid: int) -> bool:
         return False
 
 
+def test_closing_does_not_wait_for_servers_whose_host_has_ended(tmp_path):
+    """The host is what would have told of their end."""
+
+    async def story() -> None:
+        host_is_gone = asyncio.Event()
+
+        child = await spawn(["sleep", "60"], tmp_path / "forked.log")
+
+        class Forked:
+            pid = child.pid
+
+            async def wait(self) -> int:
+                await host_is_gone.wait()
+                raise ServiceError("the host ended")
+
+        async def start() -> Forked:
+            return Forked()
+
+        async with supervising() as keeper:
+            server = Service("server", start, tmp_path / "server.log")
+            keeper.add(server)
+            await keeper.wait_ready(["server"], 20)
+            began = time.monotonic()
+            asyncio.get_running_loop().call_later(0.2, host_is_gone.set)
+            await keeper.close()
+            assert time.monotonic() - began < 5
+        assert not alive(Forked.pid)
+
+    run(story)
+
+
 def test_closing_ends_the_first_named_services_before_the_others(tmp_path):
     ended: list[str] = []
 
