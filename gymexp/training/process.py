@@ -83,7 +83,7 @@ def work(run: RunDirectory, config: RunConfig, asked: threading.Event) -> dict[s
         tasks = {t.key: t for some in (prepared.train, *prepared.validation.values()) for t in some}
         rollouts = Rollouts(config, collector, tasks, run.rollouts, sampling_with)
         trainer = PolicyTrainer(config, model, tokenizer, prepared, rollouts, run.checkpoints)
-        resume = checkpoints.latest(run.checkpoints) if config.resume else None
+        resume = checkpoints.latest(run.checkpoints)  # a new run's directory has none
         first_step = checkpoints.step_of(resume) if resume else 0
         evaluation = Evaluation(config, prepared, rollouts, teller)
         evaluation.trainer = trainer
