@@ -5,7 +5,7 @@ Everything here is a frozen dataclass with plain values, so that any process may
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 SCHEMA_VERSION = 1
@@ -84,8 +84,14 @@ def task_of(outcome: Outcome) -> Task:
 
 
 def outcome_to_json(outcome: Outcome) -> dict[str, Any]:
-    """One line of `rollouts/step-N.jsonl.zst`; the task's row is left out (it stands in `data/`)."""
-    record = asdict(outcome)
-    holder = record if isinstance(outcome, Failed) else record["rollout"]
-    holder["task"].pop("row")
+    """One line of `rollouts/step-N.jsonl.zst`; the task's row is left out (it stands in `data/`).
+
+    Shallow: orjson writes the turns, dataclasses themselves, without copies of their token lists.
+    """
+    task = {k: v for k, v in vars(task_of(outcome)).items() if k != "row"}
+    record = dict(vars(outcome))
+    if isinstance(outcome, Failed):
+        record["task"] = task
+    else:
+        record["rollout"] = vars(outcome.rollout) | {"task": task}
     return {"schema": SCHEMA_VERSION, "outcome": type(outcome).__name__.lower()} | record
