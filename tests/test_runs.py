@@ -264,6 +264,7 @@ def test_an_interrupted_run_goes_on_to_the_same_end_with_the_same_tasks(pair, st
     again.wait_for_step(3)
     os.killpg(again.process.pid, signal.SIGINT)  # as a terminal does it
     assert again.ended() == 128 + signal.SIGINT, again.said
+    assert f"step 1/{STEPS}" not in again.said, "it goes on where the first start ended"
     newest = checkpoints.latest(run.directory / "checkpoints")
     assert newest is not None and checkpoints.step_of(newest) >= 3
     assert again.left() == []
