@@ -100,7 +100,7 @@ def build_app(name: str, cls: Any):
 
 
 def serve(name: str, cls: type, sock: socket.socket) -> None:
-    import uvicorn
+    import uvicorn  # pyright: ignore[reportMissingImports]
 
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(65535, hard), hard))
