@@ -204,7 +204,7 @@ def _child(
 ) -> Iterator[tuple[subprocess.Popen[str], Callable[[], str]]]:
     """A child in a process group of its own, gone when the block is left or this process ends."""
     child = subprocess.Popen(
-        [sys.executable, lifeline.__file__, *command],
+        [sys.executable, lifeline.__file__, str(os.getpid()), *command],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

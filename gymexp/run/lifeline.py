@@ -1,9 +1,9 @@
 """No orphans: a process that dies when its parent does, whatever ended the parent.
 
 As a library: `die_with_parent()` first thing in a process of ours. As a program, for commands that are not
-ours: `lifeline.py COMMAND …` arranges it and becomes COMMAND; `lifeline.py --reap COMMAND …` stays as
-COMMAND's parent and, at its own parent's end or on SIGTERM, ends COMMAND and everything that it started,
-daemons included (Linux).
+ours: `lifeline.py PARENT COMMAND …` arranges it and becomes COMMAND; `lifeline.py PARENT --reap COMMAND …`
+stays as COMMAND's parent and, at its own parent's end or on SIGTERM, ends COMMAND and everything that it
+started, daemons included (Linux). PARENT: the starter's process id, which may have ended already.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # prctl(2)
 _REAP_GRACE_S = 10.0
 
 
-def die_with_parent(number: int = signal.SIGKILL) -> None:
+def die_with_parent(number: int = signal.SIGKILL, parent: int | None = None) -> None:
     """Have the kernel send a signal to this process when its parent ends (Linux); elsewhere a thread watches
     for it.
 
+    parent: its process id, where it may have ended before this is called; None: whoever it is now.
     The Linux signal follows the parent's *thread* that started us, so parents must start children from a
     thread that lives as long as they do. SIGKILL reaches stopped processes too.
     """
-    parent = os.getppid()
+    parent = parent or os.getppid()
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, number)
         if os.getppid() != parent:
@@ -58,14 +59,14 @@ def _descendants(pid: int) -> list[int]:
     return found
 
 
-def _reap(command: list[str]) -> int:
+def _reap(parent: int, command: list[str]) -> int:
     """Run `command`, end all of it when asked; returns its exit code."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
     asked = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: asked.set())
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    die_with_parent(signal.SIGTERM)
+    die_with_parent(signal.SIGTERM, parent)
     child = subprocess.Popen(command, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     while child.poll() is None and not asked.wait(0.1):
         pass
@@ -86,7 +87,8 @@ def _reap(command: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "--reap":
-        sys.exit(_reap(sys.argv[2:]))
-    die_with_parent()
-    os.execvp(sys.argv[1], sys.argv[1:])
+    starter = int(sys.argv[1])
+    if sys.argv[2] == "--reap":
+        sys.exit(_reap(starter, sys.argv[3:]))
+    die_with_parent(parent=starter)
+    os.execvp(sys.argv[2], sys.argv[2:])

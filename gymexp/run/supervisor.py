@@ -93,6 +93,7 @@ async def spawn(
             sys.executable,
             "-S",
             lifeline.__file__,
+            str(os.getpid()),
             *(["--reap"] if reap else []),
             *command,
             stdin=asyncio.subprocess.DEVNULL,

@@ -15,8 +15,7 @@ from gymexp.gym import install
 from gymexp.gym.install import ensure_python, find_python
 
 # Stands in for uv: notes what it is asked, makes a venv whose python says where nemo_gym lies.
-FAKE_UV = """#!{python}
-import pathlib, sys, time
+FAKE_UV = """import pathlib, sys, time
 calls = pathlib.Path({calls!r})
 with calls.open("a") as file:
     file.write(" ".join(sys.argv[1:]) + "\\n")
@@ -41,7 +40,9 @@ def fake_uv(tmp_path, monkeypatch):
     def make(fails: str = "") -> Path:
         calls, uv = tmp_path / "calls", tmp_path / "uv"
         calls.touch()
-        uv.write_text(FAKE_UV.format(python=sys.executable, calls=str(calls), fails=fails))
+        script = tmp_path / "uv.py"
+        script.write_text(FAKE_UV.format(calls=str(calls), fails=fails))
+        uv.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{script}" "$@"\n')  # a shebang takes no space
         uv.chmod(0o755)
         monkeypatch.setattr(install, "find_uv_bin", lambda: str(uv))
         monkeypatch.setattr(install, "find_python", lambda: "python3.12")

@@ -15,8 +15,8 @@ import pytest
 from gymexp.run import lifeline
 
 PARENT = """
-import subprocess, sys, time
-child = subprocess.Popen([sys.executable, {lifeline!r}, *{arguments!r}])
+import os, subprocess, sys, time
+child = subprocess.Popen([sys.executable, {lifeline!r}, str(os.getpid()), *{arguments!r}])
 print(child.pid, flush=True)
 time.sleep(60)
 """
@@ -61,10 +61,13 @@ def wait_gone(pids: list[int], seconds: float) -> bool:
 def test_a_child_dies_with_a_killed_parent_even_when_it_is_stopped(stopped):
     parent, child = start(["sleep", "60"])
     if stopped:
+        until = time.monotonic() + 20
+        while psutil.Process(child).name() != "sleep" and time.monotonic() < until:
+            time.sleep(0.02)
         os.kill(child, signal.SIGSTOP)
     parent.kill()
     parent.wait()
-    assert wait_gone([child], 5)
+    assert wait_gone([child], 20)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's parent-death signal is Linux's")
@@ -78,4 +81,4 @@ def test_the_reaper_ends_daemons_too(tmp_path: Path):
     assert len(below) >= 2, "command and daemon"
     parent.kill()
     parent.wait()
-    assert wait_gone([reaper, *below], 15)
+    assert wait_gone([reaper, *below], 30)
