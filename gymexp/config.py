@@ -89,7 +89,7 @@ class DatasetConfig:
 class EngineConfig:
     """What samples tokens for the policy."""
 
-    kind: str = "auto"  # hf: in the trainer's process; vllm; auto: vllm where it and a GPU are there, else hf
+    kind: str = "auto"  # hf: in the trainer's process; auto: the fastest one that is there, today hf
     max_batch_size: int = 64  # rows that the hf engine decodes at once
 
 
@@ -301,7 +301,7 @@ def _problems(config: RunConfig):
     yield from one_of("dataset.order", config.dataset.order, ("interleave", "shuffle"))
     yield from at_least("dataset.train_size", config.dataset.train_size, 1)
     yield from at_least("dataset.validation_size", config.dataset.validation_size, 1)
-    yield from one_of("engine.kind", config.engine.kind, ("auto", "hf", "vllm"))
+    yield from one_of("engine.kind", config.engine.kind, ("auto", "hf"))
     yield from at_least("engine.max_batch_size", config.engine.max_batch_size, 1)
     yield from one_of("model.dtype", config.model.dtype, ("float32", "bfloat16", "float16"))
     yield from at_least("model.max_model_len", config.model.max_model_len, 8)
