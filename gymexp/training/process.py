@@ -52,6 +52,8 @@ def work(run: RunDirectory, config: RunConfig, asked: threading.Event) -> dict[s
     services = json.loads((run.path / "services.json").read_text())
     _prepare_tracker(config, run)
 
+    import torch
+
     from gymexp.data.prepare import load_prepared
     from gymexp.gym.servers import Replica
     from gymexp.policy.model import load_model, load_tokenizer
@@ -66,6 +68,8 @@ def work(run: RunDirectory, config: RunConfig, asked: threading.Event) -> dict[s
     prepared = load_prepared(run.data)
     tokenizer = load_tokenizer(config.model)
     model = load_model(config.model)
+    # Before the engine looks where it is.
+    torch.nn.Module.to(model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     with ExitStack() as stack:
         sampling_with = _start_engine(config, model, tokenizer, services["engine_fd"], stack)
         replicas = {name: [Replica(**r) for r in some] for name, some in services["replicas"].items()}
