@@ -70,7 +70,7 @@ class EnvConfig:
     max_concurrency: int = 64  # rollouts in flight
     timeout_s: float = 600.0  # of one rollout, before it counts as failed
     max_output_tokens: int = 1024  # of one model turn
-    memory_budget_mb: float | None = None  # of one resources server; above it, it is drained and restarted
+    memory_budget_mb: float | None = None  # of a resources server of gym.runtime=managed; above it: restarted
     success_reward: float = 1.0  # a reward of at least this counts as success
     data: DataConfig = field(default_factory=DataConfig)
 

@@ -33,7 +33,7 @@ def main(cfg: DictConfig) -> None:
     python = None
     if needs_gym_python(config.env):
         python = ensure_python(config.gym, [env.config_path for env in config.env.values()], cache, say)
-    prepared = prepare(config, python, cache, None, say)
+    prepared = prepare(config, python, cache, say)
     mix = prepared.summary
     for name, made in mix["envs"].items():
         say(f"{name} ({made['source']}, weight {made['weight']:g})")

@@ -41,7 +41,7 @@ def main(cfg: DictConfig) -> Any:
     python = ensure_python(config.gym, [e.config_path for e in config.env.values()], cache_dir(), view.say)
     site = site_packages(python)
     if held is None:
-        prepared = prepare(config, python, cache_dir(), None, view.say)
+        prepared = prepare(config, python, cache_dir(), view.say)
         directory = Path(config.output_dir or HydraConfig.get().runtime.output_dir).resolve()
         held = RunDirectory.claim(directory, config, overrides)
         write_prepared(prepared, held.data)

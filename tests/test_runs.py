@@ -35,6 +35,7 @@ OVERRIDES = [
     "trainer.gradient_accumulation_steps=2",
     "trainer.num_generations=4",
     "evaluation.num_tasks=4",
+    "evaluation.every_steps=2",
     *(
         f"env.{env}.data.{split}={size}"
         for env in ("sudoku", "workplace")
@@ -203,12 +204,19 @@ def test_metrics_have_every_environment_where_the_time_went_and_no_drift(pair):
     for entry in run.metrics():
         if "loss" in entry:
             assert {"sudoku/reward", "workplace/reward", "workplace/turns", "loss"} <= entry.keys()
-            parts = sum(entry[f"time/{part}"] for part in ("rollout", "logprobs", "update", "other"))
+            parts = sum(
+                entry[f"time/{part}"] for part in ("rollout", "logprobs", "update", "evaluation", "other")
+            )
             assert parts == pytest.approx(entry["time/step"])
             assert entry["sudoku/failed"] == entry["workplace/failed"] == 0
             assert entry["workplace/turns"] > 1, "several turns"
     drifts = [entry["drift"] for entry in run.metrics() if "drift" in entry]
     assert drifts and max(drifts) < 1e-3
+    events = [json.loads(line) for line in (run.directory / "timeline.jsonl").read_text().splitlines()]
+    seconds = {event["event"]: event["seconds"] for event in events if "event" in event}
+    assert 0 < seconds["start"] < seconds["first rollout"] < seconds["end"]
+    status = json.loads((run.directory / "status.json").read_text())
+    assert (status["phase"], status["outcome"], status["step"]) == ("stop", "finished", STEPS)
 
 
 def test_every_rollout_is_kept_with_its_tokens_and_reads_back(pair):
@@ -216,6 +224,7 @@ def test_every_rollout_is_kept_with_its_tokens_and_reads_back(pair):
     names = [f"step-{step:06d}" for step in range(1, STEPS + 1)]
     assert sorted(p.name.split(".")[0] for p in (run.directory / "rollouts").iterdir()) == [
         "eval-000000",
+        "eval-000002",
         f"eval-{STEPS:06d}",
         *names,
     ]
@@ -319,3 +328,21 @@ def test_a_directory_in_use_is_refused_and_a_killed_controller_leaves_no_process
     while any(alive(process) for process in below):
         assert time.monotonic() - began < 10, f"still there: {[p for p in below if alive(p)]}"
         time.sleep(0.05)
+
+
+def test_a_second_signal_ends_a_run_at_once_and_in_order(started):
+    run = started("twice")
+    run.wait_for(lambda: "evaluate" in run.said)
+    for _ in range(2):
+        os.killpg(run.process.pid, signal.SIGINT)
+        time.sleep(0.3)
+    began = time.monotonic()
+    assert run.ended() == 128 + signal.SIGINT, run.said
+    assert time.monotonic() - began < 10
+    assert "Traceback" not in run.said
+    assert re.search(r"error: ended by SIGINT (at once|after step 0); go on with: ", run.said)
+    assert run.left() == []
+    status = json.loads((run.directory / "status.json").read_text())
+    assert status["phase"] == "stop"
+    assert status["outcome"].startswith("ended by SIGINT")
+    assert not {"new", "starting", "ready"} & set(status["services"].values())

@@ -29,10 +29,8 @@ class Prepared:
     summary: dict[str, Any]
 
 
-def prepare(
-    config: RunConfig, gym_python: Path | None, cache: Path, run_data_dir: Path | None, say: Say
-) -> Prepared:
-    """Fetch, check and mix the selected environments' tasks; with `run_data_dir`, write them there.
+def prepare(config: RunConfig, gym_python: Path | None, cache: Path, say: Say) -> Prepared:
+    """Fetch, check and mix the selected environments' tasks.
 
     gym_python: NeMo Gym's interpreter; may be None if `needs_gym_python` says no.
     """
@@ -62,10 +60,7 @@ def prepare(
         if stated["repeats"]:
             used, there = stated["used"], stated["available"]
             say(f"{name}: {used} training tasks out of {there}: {used / there:.1f} epochs of them")
-    prepared = Prepared(train, validation, summary)
-    if run_data_dir is not None:
-        write_prepared(prepared, run_data_dir)
-    return prepared
+    return Prepared(train, validation, summary)
 
 
 def needs_gym_python(envs: Mapping[str, EnvConfig]) -> bool:
@@ -73,7 +68,7 @@ def needs_gym_python(envs: Mapping[str, EnvConfig]) -> bool:
 
 
 def load_prepared(run_data_dir: Path) -> Prepared:
-    """What `prepare` wrote to a run's `data/`: the same tasks in the same order."""
+    """What `write_prepared` wrote to a run's `data/`: the same tasks in the same order."""
     try:
         summary = json.loads((run_data_dir / "mix.json").read_text())
         train = _read(run_data_dir / "train.jsonl")

@@ -62,7 +62,7 @@ def replicas_of(head: Mapping[str, Any], envs: Mapping[str, EnvConfig]) -> dict[
                 f"{nearest(env.agent, list(agents))}. They have: {', '.join(agents) or 'none'}"
             )
         at = agents[env.agent]
-        found[name] = [Replica(env.agent, env.agent, f"http://{at['host']}:{at['port']}", ["gym"])]
+        found[name] = [Replica(env.agent, env.agent, f"http://{at['host']}:{at['port']}", ["gym"], [])]
     return found
 
 

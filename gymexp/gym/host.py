@@ -5,6 +5,8 @@ NeMo Gym's modules take about ten seconds to import. This process imports them o
 every server that it is told to start, so that a start, or a restart after a failure, takes a fraction of a
 second and the servers share the imported code's memory. Ray is imported by NeMo Gym but never started.
 
+A user's own servers, in folders of NeMo Gym's names in the working directory, are found before NeMo Gym's.
+
 Line protocol, JSON objects. First line in: {"config": NeMo Gym's global config, "servers": {name: {"module",
 "fd"}}}. Then in: {"start": name, "log": path}. Out: {"loaded": seconds}, {"started": name, "pid"}, {"exited":
 pid, "code"} (negative: the signal's number), {"error": text}. The host ends with its input or its parent, and
@@ -58,6 +60,8 @@ def load(config: dict, servers: dict) -> dict:
             skip_load_from_dotenv=True,
         )
     )
+    if any(os.path.isdir(server["module"].split(".")[0]) for server in servers.values()):
+        sys.path.insert(0, os.getcwd())
     classes = {}
     for name, server in servers.items():
         module = importlib.import_module(server["module"])

@@ -7,6 +7,7 @@ selected environments' servers list in their requirements.txt is added as they a
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -14,7 +15,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from filelock import FileLock, Timeout
-from uv import find_uv_bin
 
 from gymexp.config import GymConfig
 from gymexp.errors import ConfigError, ServiceError
@@ -102,6 +102,8 @@ def _version_of(python: str) -> tuple[int, ...]:
 
 
 def _uv(*arguments: str | os.PathLike[str]) -> subprocess.CompletedProcess[str]:
+    from uv import find_uv_bin
+
     return subprocess.run([find_uv_bin(), *arguments], capture_output=True, text=True, check=False)
 
 
@@ -117,9 +119,13 @@ def _make(venv: Path, version: str, say: Say) -> None:
 def _add_requirements(venv: Path, python: Path, config_paths: Iterable[str], say: Say) -> None:
     site = site_packages(python)
     for folder in sorted({Path(p).parent.parent for p in config_paths}):
-        added = venv / f"added-{'-'.join(folder.parts)}"
-        listed = site / folder / "requirements.txt"
-        if added.exists() or not listed.exists():
+        own = folder / "requirements.txt"  # of a server in the working directory
+        listed = own if own.exists() else site / folder / "requirements.txt"
+        if not listed.exists():
+            continue
+        sha256 = hashlib.sha256(listed.read_bytes()).hexdigest()[:12]
+        added = venv / f"added-{'-'.join(folder.parts)}-{sha256}"
+        if added.exists():
             continue
         lines = [line.strip() for line in listed.read_text().splitlines()]
         wanted = [line for line in lines if line and not line.startswith(("-e", "#"))]

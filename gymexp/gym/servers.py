@@ -36,6 +36,7 @@ class Replica:
     agent: str  # the agent's name in NeMo Gym's file: what a row's agent_ref says
     url: str
     services: list[str]
+    resources: list[str]  # those of them that are resources servers
 
 
 @dataclass
@@ -88,7 +89,9 @@ def plan(
                     values["max_steps"] = env.max_steps
                 urls[old] = add(new, kind, implementation, values)
             services = [*names.values(), model]
-            layout.replicas[env_name].append(Replica(names[env.agent], env.agent, urls[env.agent], services))
+            resources = [new for new in names.values() if KINDS[0] in layout.config[new]]
+            replica = Replica(names[env.agent], env.agent, urls[env.agent], services, resources)
+            layout.replicas[env_name].append(replica)
     return layout
 
 

@@ -62,6 +62,7 @@ class ColdstartConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     env: dict[str, EnvConfig] = field(default_factory=dict)
     gym: GymConfig = field(default_factory=GymConfig)
+    trainer: dict[str, Any] = field(default_factory=dict)  # what a model's file says for GRPO: not used here
 
 
 class Example(TypedDict):

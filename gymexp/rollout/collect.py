@@ -118,7 +118,7 @@ class Collector:
     async def _open(self) -> None:
         self._changed = asyncio.Event()
         self._lost_control: str | None = None
-        self._asked: set[asyncio.Future[aiohttp.ClientResponse]] = set()  # kept, or they would be collected
+        self._asked: set[asyncio.Task[None]] = set()  # kept, or they would be collected
         self._limits = {name: asyncio.Semaphore(env.max_concurrency) for name, env in self._envs.items()}
         self._http = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0),
@@ -166,7 +166,9 @@ class Collector:
         if seat.budget_mb is None or not seat.ready:
             return
         over = [
-            n for n in seat.replica.services if self._services.get(n, {}).get("rss_mb", 0) > seat.budget_mb
+            name
+            for name in seat.replica.resources
+            if self._services.get(name, {}).get("rss_mb", 0) > seat.budget_mb
         ]
         if not over:
             return
@@ -175,9 +177,15 @@ class Collector:
             log.info("restarting %s: above its memory budget of %.0f MB", ", ".join(over), seat.budget_mb)
             seat.ready = False
             for name in over:
-                asked = asyncio.ensure_future(self._http.post(f"{self._control_url}/restart/{name}"))
+                asked = asyncio.create_task(self._restart(name))
                 self._asked.add(asked)
                 asked.add_done_callback(self._asked.discard)
+
+    async def _restart(self, name: str) -> None:
+        """What fails here shows on the stream of states: the controller is gone."""
+        with contextlib.suppress(aiohttp.ClientError):
+            async with self._http.post(f"{self._control_url}/restart/{name}"):
+                pass
 
     async def _collect(self, tasks: Sequence[Task], samplings: Sequence[Sampling]) -> list[Outcome]:
         progress = Progress(total=len(tasks), began=time.monotonic())

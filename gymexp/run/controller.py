@@ -66,7 +66,9 @@ class Controller:
         self._facts: dict[str, Any] = {"phase": "start"}
         self._began = time.time()
         self._asked: int | None = None
-        self._rollouts_began = False
+        self._stopping = False
+        self._outcome: str | None = None  # of the run, once it has ended
+        self._played = False
 
     async def run(self, gym_python: Path, site: Path) -> dict[str, Any]:
         gym = self._config.gym
@@ -80,7 +82,7 @@ class Controller:
         sockets: dict[str, socket.socket] = {}
         gateway_sock = ports.listen(port=gym.policy_port or 0, key="gym.policy_port")
         engine_sock = ports.listen()
-        writing = asyncio.create_task(self._write_status(supervisor))
+        writing = asyncio.create_task(self._keep_status(supervisor))
         async with control:
             try:
                 self._mark("start")
@@ -88,11 +90,25 @@ class Controller:
                 layout = await self._layout(supervisor, site, ports.url_of(gateway_sock), sockets, gym_python)
                 self._write_services(layout, control.url, engine_sock)
                 await self._start(supervisor, layout, sockets, gateway_sock, engine_sock, gym_python)
-                return await self._until_trained(supervisor)
+                result = await self._until_trained(supervisor)
+                self._outcome = "finished"
+                return result
+            except asyncio.CancelledError:
+                if self._asked is None:
+                    raise
+                error = self._interrupted("at once")
+                self._outcome = str(error)
+                raise error from None
+            except Exception as error:
+                self._outcome = str(error) or type(error).__name__
+                raise
             finally:
+                self._stopping = True
                 self._facts["phase"] = "stop"
                 await supervisor.close(first=["trainer", "gateway"])
                 writing.cancel()
+                self._write_status(supervisor)
+                self._mark("end")
                 for sock in (gateway_sock, engine_sock, *sockets.values()):
                     sock.close()
 
@@ -213,13 +229,16 @@ class Controller:
         if "error" in result:
             raise ServiceError(result["error"])
         if result["stopped"]:
-            number = self._asked or signal.SIGTERM
-            raise Interrupted(
-                number,
-                f"ended by {signal.Signals(number).name} after step {result['step']}; "
-                f"go on with: python -m gymexp.train {shlex.quote(f'resume={self._directory.path}')}",
-            )
+            raise self._interrupted(f"after step {result['step']}")
         return result
+
+    def _interrupted(self, when: str) -> Interrupted:
+        number = self._asked or signal.SIGTERM
+        return Interrupted(
+            number,
+            f"ended by {signal.Signals(number).name} {when}; "
+            f"go on with: python -m gymexp.train {shlex.quote(f'resume={self._directory.path}')}",
+        )
 
     async def _trainer_ended(self, trainer: Service) -> None:
         while trainer.epoch == 0:
@@ -252,12 +271,15 @@ class Controller:
         assert me is not None
 
         def asked(number: int) -> None:
+            if self._stopping:
+                supervisor.hurry()
+                return
             pid = supervisor.services["trainer"].pid if "trainer" in supervisor.services else None
-            if self._asked is not None or pid is None:
-                self._asked = number
+            again, self._asked = self._asked is not None, number
+            if again or pid is None:
+                supervisor.hurry()
                 me.cancel()
                 return
-            self._asked = number
             self._view.say("ending: saving a checkpoint (once more to end at once)")
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)
@@ -272,7 +294,8 @@ class Controller:
         (self._directory.path / "result.json").unlink(missing_ok=True)
 
     def _mark(self, event: str) -> None:
-        """A line of timeline.jsonl; `seconds` since the command was given."""
+        """A line of timeline.jsonl; `seconds` since this process started, which is when the command was
+        given."""
         now = time.time()
         since = round(now - psutil.Process().create_time(), 2)
         append_line(self._directory.timeline, {"time": round(now, 3), "seconds": since, "event": event})
@@ -282,12 +305,20 @@ class Controller:
             append_line(
                 self._directory.timeline, {"time": round(time.time(), 3), "phase": facts.get("phase")}
             )
+        if facts.get("done") and not self._played:
+            self._played = True
+            self._mark("first rollout")
         self._facts = facts
         self._view.update(facts)
 
-    async def _write_status(self, supervisor: Supervisor) -> None:
+    def _write_status(self, supervisor: Supervisor) -> None:
+        states = {s.name: s.state for s in supervisor.services.values()}
+        self._directory.write_status(
+            pid=os.getpid(), began=self._began, outcome=self._outcome, services=states, **self._facts
+        )
+        self._view.services(states)
+
+    async def _keep_status(self, supervisor: Supervisor) -> None:
         while True:
-            states = {s.name: s.state for s in supervisor.services.values()}
-            self._directory.write_status(pid=os.getpid(), began=self._began, services=states, **self._facts)
-            self._view.services(states)
+            self._write_status(supervisor)
             await asyncio.sleep(_STATUS_S)

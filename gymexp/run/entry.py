@@ -11,11 +11,12 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from gymexp.config import CONF_DIR, explain_key, nearest, options, register
@@ -30,14 +31,18 @@ def guarded(main: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return main(*args, **kwargs)
         except GymexpError as error:
-            print(f"error: {error}", file=sys.stderr)
-            number = getattr(error, "number", None)
-            sys.exit(128 + number if number else 1)
+            _end(error)
         except HydraException as error:
             print(f"error: {explain(error)}", file=sys.stderr)
             sys.exit(1)
 
     return wrapped
+
+
+def _end(error: GymexpError) -> NoReturn:
+    print(f"error: {error}", file=sys.stderr)
+    number = getattr(error, "number", None)
+    sys.exit(128 + number if number else 1)
 
 
 def log_to_terminal() -> None:
@@ -68,21 +73,26 @@ def hydra_main(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Call
         os.environ.setdefault("HYDRA_FULL_ERROR", "1")
         log_to_terminal()
         job = hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=config_name)
-        return guarded(job(_leaving_nothing(main)))
+        return guarded(job(_in_job(main)))
 
     return decorate
 
 
-def _leaving_nothing(main: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
-    """Hydra makes the run directory before `main`: take it back when nothing was written to it.
+def _in_job(main: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
+    """Hydra makes the run directory before `main`: take it back when nothing was written to it, as after a
+    mistake, or a resumed run, which goes on in its own.
 
-    So it is after a mistake, and after a resumed run, which goes on in its own.
+    A single run's error ends here, before Hydra puts a line of its own above it; a sweep's names the job.
     """
 
     @functools.wraps(main)
     def wrapped(cfg: DictConfig) -> Any:
         try:
             return main(cfg)
+        except GymexpError as error:
+            if HydraConfig.get().mode == RunMode.MULTIRUN:
+                raise
+            _end(error)
         finally:
             with contextlib.suppress(OSError):
                 Path(HydraConfig.get().runtime.output_dir).rmdir()

@@ -107,7 +107,9 @@ class Evaluation(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         every = self._config.evaluation.every_steps
         if every and state.global_step % every == 0 and state.global_step < state.max_steps:
+            asked_to_log = control.should_log
             self.run(state.global_step)
+            control.should_log = asked_to_log  # its own log entry has taken this back, and the step's is due
 
     def run(self, step: int) -> dict[str, float]:
         """The metrics, on the main process; the others wait for it."""
@@ -121,9 +123,9 @@ class Evaluation(TrainerCallback):
                 temperature = self.trainer.grpo.temperature
             outcomes = self._rollouts.play(self._keys, step, temperature, held_out=True)
             metrics = {f"eval_{k}": v for k, v in rollout_metrics(outcomes, self._config.env).items()}
-            metrics["eval_seconds"] = time.monotonic() - began
             self._rollouts.write(f"eval-{step:06d}", outcomes)
-            self.trainer.log_apart(dict(metrics))
+            metrics["eval_seconds"] = time.monotonic() - began
+            self.trainer.log_evaluation(dict(metrics), metrics["eval_seconds"])
         self.trainer.accelerator.wait_for_everyone()
         return metrics
 

@@ -52,7 +52,7 @@ class PolicyTrainer(GRPOTrainer):
         logging.getLogger("trl.trainer.grpo_trainer").addFilter(_NoSilentFailures())
         self._config = config
         self._rollouts = rollouts
-        self._seconds = {"rollout": 0.0, "logprobs": 0.0, "update": 0.0}
+        self._seconds = dict.fromkeys(("rollout", "logprobs", "update", "evaluation"), 0.0)
         self._step_began = time.monotonic()
         self.pad_token_id: int = tokenizer.pad_token_id  # pyright: ignore[reportAttributeAccessIssue]
         self.grpo = arguments.build(config, directory)
@@ -72,8 +72,9 @@ class PolicyTrainer(GRPOTrainer):
         for name, value in metrics.items():
             self._metrics["train"][name].append(value)
 
-    def log_apart(self, metrics: dict[str, float]) -> None:
+    def log_evaluation(self, metrics: dict[str, float], seconds: float) -> None:
         """A log entry of its own: TRL's `log` would mix in what belongs to the step's."""
+        self._seconds["evaluation"] += seconds
         Trainer.log(self, metrics)
 
     def check_drift(self, batch: Batch) -> None:
@@ -135,6 +136,7 @@ class PolicyTrainer(GRPOTrainer):
         """Train to the end, from a checkpoint or from the start."""
         self._first_step = checkpoints.step_of(checkpoint) if checkpoint else 0
         self._step_began = time.monotonic()
+        self._seconds = dict.fromkeys(self._seconds, 0.0)
         self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:

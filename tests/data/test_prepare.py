@@ -4,7 +4,7 @@ import pytest
 
 from gymexp.config import DataConfig, DatasetConfig, EnvConfig, RunConfig
 from gymexp.data.demonstrations import demonstrations
-from gymexp.data.prepare import load_prepared, needs_gym_python, prepare
+from gymexp.data.prepare import load_prepared, needs_gym_python, prepare, write_prepared
 from gymexp.data.sources import Files, fetch
 from gymexp.errors import DataError
 
@@ -30,7 +30,7 @@ def config(tmp_path) -> RunConfig:
 
 
 def test_tasks_carry_key_environment_agent_and_row(config, tmp_path):
-    prepared = prepare(config, None, tmp_path, None, ignore)
+    prepared = prepare(config, None, tmp_path, ignore)
     task = next(task for task in prepared.train if task.key == "one/train/000003")
     assert (task.env, task.agent) == ("one", "one_agent")
     assert task.row["responses_create_params"]["input"] == "one train 3"
@@ -39,22 +39,23 @@ def test_tasks_carry_key_environment_agent_and_row(config, tmp_path):
 
 def test_what_was_written_is_read_back_in_the_same_order(config, tmp_path):
     config.dataset = DatasetConfig(train_size=100, order="shuffle", seed=5)
-    written = prepare(config, None, tmp_path, tmp_path / "data", ignore)
+    written = prepare(config, None, tmp_path, ignore)
+    write_prepared(written, tmp_path / "data")
     assert load_prepared(tmp_path / "data") == written
     lines = (tmp_path / "data" / "train.jsonl").read_text().splitlines()
     assert json.loads(lines[0]).keys() == {"key", "env", "agent", "row"} and len(lines) == 100
 
 
-def test_without_a_run_directory_nothing_is_written(config, tmp_path):
+def test_preparing_writes_nothing_beside_the_users_files(config, tmp_path):
     before = set(tmp_path.rglob("*"))
-    prepare(config, None, tmp_path, None, ignore)
+    prepare(config, None, tmp_path, ignore)
     assert set(tmp_path.rglob("*")) == before
 
 
 def test_the_summary_names_sources_counts_and_repeats(config, tmp_path):
     config.dataset.train_size = 60
     said: list[str] = []
-    summary = prepare(config, None, tmp_path, None, said.append).summary
+    summary = prepare(config, None, tmp_path, said.append).summary
     one = summary["envs"]["one"]
     assert (one["source"], one["available"], one["used"], one["repeats"]) == ("jsonl", 12, 30, 18)
     assert one["validation_tasks"] == 4 and len(one["train_sha256"]) == 64
@@ -65,19 +66,19 @@ def test_size_limits_cut_each_split(config, tmp_path):
     config.env["two"].data.train_size = 10
     config.env["two"].data.validation_size = 3
     config.dataset.validation_size = 2
-    prepared = prepare(config, None, tmp_path, None, ignore)
+    prepared = prepare(config, None, tmp_path, ignore)
     assert prepared.summary["envs"]["two"]["available"] == 10
     assert {env: len(tasks) for env, tasks in prepared.validation.items()} == {"one": 2, "two": 2}
 
 
 def test_an_environment_of_weight_zero_is_evaluated_but_not_trained_on(config, tmp_path):
     config.env["two"].weight = 0
-    prepared = prepare(config, None, tmp_path, None, ignore)
+    prepared = prepare(config, None, tmp_path, ignore)
     assert {task.env for task in prepared.train} == {"one"} and len(prepared.validation["two"]) == 4
 
 
 def test_data_of_another_run_is_not_taken_for_this_one(config, tmp_path):
-    prepare(config, None, tmp_path, tmp_path / "data", ignore)
+    write_prepared(prepare(config, None, tmp_path, ignore), tmp_path / "data")
     train = tmp_path / "data" / "train.jsonl"
     train.write_text("".join(reversed(train.read_text().splitlines(keepends=True))))
     with pytest.raises(DataError, match=r"does not hold the tasks that mix\.json beside it describes"):

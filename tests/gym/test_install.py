@@ -44,7 +44,7 @@ def fake_uv(tmp_path, monkeypatch):
         script.write_text(FAKE_UV.format(calls=str(calls), fails=fails))
         uv.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{script}" "$@"\n')  # a shebang takes no space
         uv.chmod(0o755)
-        monkeypatch.setattr(install, "find_uv_bin", lambda: str(uv))
+        monkeypatch.setattr("uv.find_uv_bin", lambda: str(uv))
         monkeypatch.setattr(install, "find_python", lambda: "python3.12")
         return calls
 

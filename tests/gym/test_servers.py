@@ -296,6 +296,63 @@ def test_a_server_whose_module_cannot_be_imported_ends_the_start_with_the_hosts_
     asyncio.run(asyncio.wait_for(story(), 150))
 
 
+MY_SERVER = """
+from nemo_gym.base_resources_server import (
+    BaseResourcesServerConfig, BaseVerifyRequest, BaseVerifyResponse, SimpleResourcesServer,
+)
+
+class Mine(SimpleResourcesServer):
+    config: BaseResourcesServerConfig
+
+    def setup_webserver(self):
+        app = super().setup_webserver()
+        app.get("/mine")(lambda: "from the working directory")
+        return app
+
+    async def verify(self, body: BaseVerifyRequest) -> BaseVerifyResponse:
+        return BaseVerifyResponse(**body.model_dump(), reward=1.0)
+"""
+MY_CONFIG = """
+mine:
+  resources_servers:
+    mine: {entrypoint: app.py, domain: other}
+mine_agent:
+  responses_api_agents:
+    simple_agent:
+      entrypoint: app.py
+      resources_server: {type: resources_servers, name: mine}
+      model_server: {type: responses_api_models, name: policy_model}
+"""
+
+
+@pytest.mark.gym
+def test_a_server_in_the_working_directory_runs_beside_nemo_gyms(gym_python, tmp_path, monkeypatch):
+    folder = tmp_path / "resources_servers" / "mine"
+    (folder / "configs").mkdir(parents=True)
+    (folder / "app.py").write_text(MY_SERVER)
+    (folder / "configs" / "mine.yaml").write_text(MY_CONFIG)
+    monkeypatch.chdir(tmp_path)
+    env = EnvConfig(config_path="resources_servers/mine/configs/mine.yaml", agent="mine_agent")
+
+    async def story() -> bytes:
+        with ExitStack() as stack:
+            site = site_packages(gym_python)
+            servers = Servers(
+                lambda port: plan({"x": env}, GymConfig(), site, "http://127.0.0.1:9", port),
+                gym_python,
+                tmp_path,
+                stack,
+            )
+            try:
+                await servers.supervisor.wait_ready(servers.names, 120)
+                url = servers.supervisor.services["x-mine"].url
+                return await asyncio.to_thread(get, f"{url}/mine")
+            finally:
+                await servers.supervisor.close()
+
+    assert b"from the working directory" in asyncio.run(asyncio.wait_for(story(), 150))
+
+
 def _gone(pid: int) -> bool:
     try:
         return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE

@@ -128,7 +128,7 @@ def playing(
             app.add_routes([web.post("/run", agent.run)])
             url = stack.enter_context(serving(app))
             names = [s if index == 0 else f"{s}-{index}" for s in services]
-            replicas.append(Replica(names[0], "a", url, names))
+            replicas.append(Replica(names[0], "a", url, names, names[:1]))
         control_url = stack.enter_context(serving(controller.app())) if controller else None
         collector = Collector(
             {"e": replicas},
