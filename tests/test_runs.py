@@ -21,10 +21,12 @@ import orjson
 import psutil
 import pytest
 import zstandard
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from gymexp.training import checkpoints
 
 ROOT = Path(__file__).parent.parent
+TINY = ROOT / "gymexp" / "assets" / "tiny"
 STEPS = 4
 BATCH = 16
 OVERRIDES = [
@@ -181,7 +183,7 @@ def started(folder: Path) -> Iterator[Callable[..., Run]]:
 def test_two_runs_at_once_both_succeed_and_leave_no_process(pair):
     for run in pair:
         assert run.process.returncode == 0, run.said
-        assert len(run.descendants) >= 8, "host, five servers, gateway, trainer"
+        assert len(run.descendants) >= 10, "host, seven servers, gateway, trainer"
         assert run.left() == []
 
 
@@ -296,15 +298,28 @@ def test_an_interrupted_run_goes_on_to_the_same_end_with_the_same_tasks(pair, st
 def test_a_killed_server_and_a_hanging_one_cost_no_rollout(started):
     run = started("attacked", "gym.health_interval_s=1", "gym.health_timeout_s=3", "trainer.max_steps=6")
     run.wait_for_step(1)
-    run.server("workplace-workplace_assistant").kill()
+    run.server("workplace-workplace_assistant-0").kill()
     run.server("sudoku-reasoning_gym").suspend()
     assert run.ended() == 0, run.said
-    assert "workplace-workplace_assistant was ended by SIGKILL; starting it again" in run.said
+    assert "workplace-workplace_assistant-0 was ended by SIGKILL; starting it again" in run.said
     assert "sudoku-reasoning_gym has not answered for" in run.said
     assert run.steps() == list(range(1, 7))
     for entry in run.metrics():
         assert entry.get("workplace/failed", 0) == entry.get("sudoku/failed", 0) == 0
     assert run.left() == []
+
+
+def test_a_policy_that_answers_nonsense_trains_on_without_a_failure(started, folder):
+    config = AutoConfig.from_pretrained(TINY)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "nonsense")
+    AutoTokenizer.from_pretrained(TINY).save_pretrained(folder / "nonsense")
+    run = started("random", f"model.path='{folder / 'nonsense'}'", "trainer.max_steps=1")
+    assert run.ended() == 0, run.said
+    entry = next(entry for entry in run.metrics() if "loss" in entry)
+    assert entry["sudoku/failed"] == entry["workplace/failed"] == 0
+    assert entry["workplace/success"] == 0
+    texts = [json.dumps(record["rollout"]["items"]) for record in run.rollouts("step-000001")]
+    assert len(set(texts)) == BATCH, "noise, each another"
 
 
 def test_a_directory_in_use_is_refused_and_a_killed_controller_leaves_no_process(started):
