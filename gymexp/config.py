@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import logging
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -89,8 +88,22 @@ class DatasetConfig:
 class EngineConfig:
     """What samples tokens for the policy."""
 
-    kind: str = "auto"  # hf: in the trainer's process; auto: the fastest one that is there, today hf
-    max_batch_size: int = 64  # rows that the hf engine decodes at once
+    kind: str = "auto"  # vllm: `vllm serve`; hf: in the trainer's process; auto: vllm where it and a GPU are
+    max_batch_size: int = 64  # hf: rows decoded at once
+    python: str | None = None  # vllm: an interpreter that has it; None: this one
+    tensor_parallel_size: int = 1  # vllm: GPUs of one replica
+    args: dict[str, Any] = field(default_factory=dict)  # vllm: more flags of `vllm serve`, as Python names
+    urls: list[str] = field(default_factory=list)  # vllm: servers that already run, instead of starting any
+    weights: str = "auto"  # vllm: how the trainer's weights reach it: nccl, disk; auto: nccl between GPUs
+    start_timeout_s: float = 900.0  # vllm: from start to the first answered health check
+
+
+@dataclass
+class PlacementConfig:
+    """How the GPUs of one machine are shared out, in the order of CUDA_VISIBLE_DEVICES: sampling first."""
+
+    rollout_gpus: int | None = None  # None: half of them; a single one both samples and trains
+    train_gpus: int | None = None  # None: the others
 
 
 @dataclass
@@ -159,6 +172,7 @@ class RunConfig:
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
     trainer: dict[str, Any] = field(default_factory=dict)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    placement: PlacementConfig = field(default_factory=PlacementConfig)
     gym: GymConfig = field(default_factory=GymConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -196,7 +210,9 @@ def load(cfg: DictConfig) -> RunConfig:
     except OmegaConfBaseException as error:
         raise ConfigError(_explain(error)) from None
     assert isinstance(config, RunConfig)
-    problems = list(_problems(config))
+    from gymexp.rules import problems_of  # it reads this module
+
+    problems = list(problems_of(config))
     if problems:
         raise ConfigError("\n".join(problems))
     return config
@@ -265,89 +281,3 @@ def resumed(path: Path, resume: str) -> RunConfig:
 def nearest(name: str, known: list[str], prefix: str = "") -> str:
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"; did you mean {prefix}{close[0]}?" if close else ""
-
-
-def _problems(config: RunConfig):
-    def one_of(key: str, value: Any, allowed: tuple[str, ...]):
-        if value not in allowed:
-            near = nearest(str(value), list(allowed))
-            yield f"{key} must be one of {', '.join(allowed)}, got {value!r}{near}"
-
-    def at_least(key: str, value: float | None, least: float):
-        if value is not None and not value >= least:
-            yield f"{key} must be >= {least:g}, got {value!r}"
-
-    def positive(key: str, value: float | None):
-        if value is not None and not value > 0:
-            yield f"{key} must be > 0, got {value!r}"
-
-    if not config.env:
-        known = ", ".join(options("env"))
-        yield f"env must name at least one environment, got []: say e.g. env=[sudoku]. Known: {known}"
-    for name, env in config.env.items():
-        at = f"env.{name}"
-        if not (math.isfinite(env.weight) and env.weight >= 0):
-            yield f"{at}.weight must be a number >= 0, got {env.weight!r}"
-        for key in ("replicas", "max_concurrency", "max_output_tokens"):
-            yield from at_least(f"{at}.{key}", getattr(env, key), 1)
-        yield from at_least(f"{at}.max_steps", env.max_steps, 1)
-        yield from positive(f"{at}.timeout_s", env.timeout_s)
-        yield from positive(f"{at}.memory_budget_mb", env.memory_budget_mb)
-        yield from _data_problems(f"{at}.data", env.data)
-    if config.env and all(env.weight == 0 for env in config.env.values()):
-        yield "env.<name>.weight must be > 0 for at least one environment, got 0 for all: " + ", ".join(
-            config.env
-        )
-    yield from one_of("dataset.order", config.dataset.order, ("interleave", "shuffle"))
-    yield from at_least("dataset.train_size", config.dataset.train_size, 1)
-    yield from at_least("dataset.validation_size", config.dataset.validation_size, 1)
-    yield from one_of("engine.kind", config.engine.kind, ("auto", "hf"))
-    yield from at_least("engine.max_batch_size", config.engine.max_batch_size, 1)
-    yield from one_of("model.dtype", config.model.dtype, ("float32", "bfloat16", "float16"))
-    yield from at_least("model.max_model_len", config.model.max_model_len, 8)
-    yield from one_of("gym.runtime", config.gym.runtime, ("managed", "cli", "attach"))
-    if config.gym.runtime == "cli" and not config.gym.checkout:
-        yield "gym.checkout must name your NeMo Gym checkout when gym.runtime=cli, got None"
-    if config.gym.runtime == "attach" and config.gym.policy_port is None:
-        yield (
-            "gym.policy_port must be the port of the running servers' policy_base_url "
-            "when gym.runtime=attach, got None"
-        )
-    yield from at_least("gym.model_servers", config.gym.model_servers, 1)
-    for key in ("start_timeout_s", "health_interval_s", "health_timeout_s"):
-        yield from positive(f"gym.{key}", getattr(config.gym, key))
-    yield from at_least("gym.max_restarts", config.gym.max_restarts, 0)
-    yield from at_least("rollout.max_retries", config.rollout.max_retries, 0)
-    if not 0 <= config.rollout.max_failed_share <= 1:
-        yield f"rollout.max_failed_share must be between 0 and 1, got {config.rollout.max_failed_share!r}"
-    yield from one_of("rollout.truncated", config.rollout.truncated, ("scored", "masked"))
-    yield from at_least("rollout.drift_every", config.rollout.drift_every, 1)
-    yield from positive("rollout.max_drift", config.rollout.max_drift)
-    yield from at_least("evaluation.every_steps", config.evaluation.every_steps, 0)
-    yield from at_least("evaluation.num_tasks", config.evaluation.num_tasks, 1)
-    yield from at_least("evaluation.temperature", config.evaluation.temperature, 0)
-    yield from one_of("tracker.kind", config.tracker.kind, ("none", "wandb", "trackio", "tensorboard"))
-
-
-def _data_problems(at: str, data: DataConfig):
-    if data.source not in ("generate", "huggingface", "jsonl"):
-        yield f"{at}.source must be one of generate, huggingface, jsonl, got {data.source!r}"
-    elif data.source == "generate":
-        if data.generator not in ("reasoning_gym", "workplace"):
-            yield (
-                f"{at}.generator must be reasoning_gym or workplace for source=generate, "
-                f"got {data.generator!r}"
-            )
-        for key in ("train_size", "validation_size"):
-            if getattr(data, key) is None:
-                yield f"{at}.{key} must be set for source=generate"
-    elif data.source == "huggingface" and not data.repo_id:
-        yield f"{at}.repo_id must name a Hugging Face dataset for source=huggingface, got None"
-    if data.source in ("huggingface", "jsonl"):
-        for key in ("train_file", "validation_file"):
-            if not getattr(data, key):
-                yield f"{at}.{key} must be set for source={data.source}, got {getattr(data, key)!r}"
-    for key in ("train_size", "validation_size"):
-        value = getattr(data, key)
-        if value is not None and value < 1:
-            yield f"{at}.{key} must be >= 1, got {value!r}"

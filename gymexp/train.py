@@ -23,8 +23,10 @@ def main(cfg: DictConfig) -> Any:
 
     from gymexp.data.prepare import load_prepared, prepare, write_prepared
     from gymexp.gym.install import ensure_python, site_packages
+    from gymexp.policy import vllm
     from gymexp.run import controller
     from gymexp.run.directory import RunDirectory, cache_dir
+    from gymexp.run.placement import place, visible_gpus
     from gymexp.training import arguments
     from gymexp.view.progress import View
     from gymexp.view.table import held_out_table
@@ -38,6 +40,9 @@ def main(cfg: DictConfig) -> Any:
             view.say(f"a resumed run goes on with its own configuration; ignored: {' '.join(ignored)}")
         load_prepared(held.data)
     arguments.check(config, cache_dir())
+    placement = place(config, visible_gpus())
+    if placement.engine == "vllm" and not config.engine.urls:
+        vllm.read_version(config.engine)
     python = ensure_python(config.gym, [e.config_path for e in config.env.values()], cache_dir(), view.say)
     site = site_packages(python)
     if held is None:
@@ -46,7 +51,7 @@ def main(cfg: DictConfig) -> Any:
         held = RunDirectory.claim(directory, config, overrides)
         write_prepared(prepared, held.data)
     with view:
-        result = controller.run(config, held, python, site, view)
+        result = controller.run(config, held, python, site, placement, view)
     view.say(held_out_table(result))
     view.say(f"run directory: {held.path}")
     return result

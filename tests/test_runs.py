@@ -207,7 +207,8 @@ def test_metrics_have_every_environment_where_the_time_went_and_no_drift(pair):
         if "loss" in entry:
             assert {"sudoku/reward", "workplace/reward", "workplace/turns", "loss"} <= entry.keys()
             parts = sum(
-                entry[f"time/{part}"] for part in ("rollout", "logprobs", "update", "evaluation", "other")
+                entry[f"time/{part}"]
+                for part in ("rollout", "sync", "logprobs", "update", "evaluation", "other")
             )
             assert parts == pytest.approx(entry["time/step"])
             assert entry["sudoku/failed"] == entry["workplace/failed"] == 0

@@ -31,10 +31,12 @@ from gymexp.config import RunConfig
 from gymexp.errors import GymexpError, ServiceError
 from gymexp.gym import attached
 from gymexp.gym.servers import GymHost, Layout, plan
+from gymexp.policy import vllm
 from gymexp.policy.model import resolve_path
 from gymexp.run import ports
 from gymexp.run.control import Control
 from gymexp.run.directory import RunDirectory, append_line, replace_file
+from gymexp.run.placement import Placement
 from gymexp.run.supervisor import Service, Supervisor, last_lines, spawn
 from gymexp.view.progress import View
 
@@ -51,16 +53,22 @@ class Interrupted(GymexpError):
 
 
 def run(
-    config: RunConfig, directory: RunDirectory, gym_python: Path, site: Path, view: View
+    config: RunConfig,
+    directory: RunDirectory,
+    gym_python: Path,
+    site: Path,
+    placement: Placement,
+    view: View,
 ) -> dict[str, Any]:
     """Train; returns what the trainer's result.json says. Raises GymexpError; no process is left either
     way."""
-    return asyncio.run(Controller(config, directory, view).run(gym_python, site))
+    return asyncio.run(Controller(config, directory, placement, view).run(gym_python, site))
 
 
 class Controller:
-    def __init__(self, config: RunConfig, directory: RunDirectory, view: View) -> None:
+    def __init__(self, config: RunConfig, directory: RunDirectory, placement: Placement, view: View) -> None:
         self._config = config
+        self._placement = placement
         self._directory = directory
         self._view = view
         self._facts: dict[str, Any] = {"phase": "start"}
@@ -81,15 +89,17 @@ class Controller:
         )
         sockets: dict[str, socket.socket] = {}
         gateway_sock = ports.listen(port=gym.policy_port or 0, key="gym.policy_port")
-        engine_sock = ports.listen()
+        # The trainer's own engine listens here; vLLM opens its sockets itself, on ports kept for it.
+        hf = self._placement.engine == "hf"
+        engine_socks = [ports.listen()] if hf else [ports.reserve() for _ in self._placement.replica_gpus]
         writing = asyncio.create_task(self._keep_status(supervisor))
         async with control:
             try:
                 self._mark("start")
                 self._catch_signals(supervisor)
                 layout = await self._layout(supervisor, site, ports.url_of(gateway_sock), sockets, gym_python)
-                self._write_services(layout, control.url, engine_sock)
-                await self._start(supervisor, layout, sockets, gateway_sock, engine_sock, gym_python)
+                self._write_services(layout, control.url, engine_socks)
+                await self._start(supervisor, layout, sockets, gateway_sock, engine_socks, gym_python)
                 result = await self._until_trained(supervisor)
                 self._outcome = "finished"
                 return result
@@ -109,7 +119,7 @@ class Controller:
                 writing.cancel()
                 self._write_status(supervisor)
                 self._mark("end")
-                for sock in (gateway_sock, engine_sock, *sockets.values()):
+                for sock in (gateway_sock, *engine_socks, *sockets.values()):
                     sock.close()
 
     async def _start(
@@ -118,7 +128,7 @@ class Controller:
         layout: Layout,
         sockets: dict[str, socket.socket],
         gateway_sock: socket.socket,
-        engine_sock: socket.socket,
+        engine_socks: list[socket.socket],
         gym_python: Path,
     ) -> None:
         logs, gym = self._directory.logs, self._config.gym
@@ -126,21 +136,13 @@ class Controller:
             self._add_servers(
                 supervisor, GymHost(gym_python, layout, sockets, logs / "gym-host.log"), sockets
             )
-        trainer_log, gateway_log = logs / "trainer.log", logs / "gateway.log"
-        supervisor.add(
-            Service(
-                "trainer",
-                lambda: spawn(
-                    [sys.executable, "-m", "gymexp.training.process", self._directory.path],
-                    trainer_log,
-                    fds=[engine_sock.fileno()],
-                ),
-                trainer_log,
-                job=True,
-            )
-        )
+        if self._placement.engine == "vllm":
+            self._add_vllm(supervisor, engine_socks)
+        self._add_trainer(supervisor, engine_socks)
+        gateway_log = logs / "gateway.log"
         gateway = [sys.executable, "-m", "gymexp.policy.gateway", "--fd", str(gateway_sock.fileno())]
-        gateway += ["--engine-url", ports.url_of(engine_sock)]
+        for url in self._engine_urls(engine_socks):
+            gateway += ["--engine-url", url]
         gateway += ["--tokenizer", resolve_path(self._config.model.path)]
         gateway += ["--max-model-len", str(self._config.model.max_model_len)]
         supervisor.add(
@@ -154,6 +156,44 @@ class Controller:
             )
         )
         self._ready = asyncio.create_task(supervisor.wait_ready([*sockets, "gateway"], gym.start_timeout_s))
+
+    def _engine_urls(self, engine_socks: list[socket.socket]) -> list[str]:
+        return self._config.engine.urls or [ports.url_of(sock) for sock in engine_socks]
+
+    def _add_trainer(self, supervisor: Supervisor, engine_socks: list[socket.socket]) -> None:
+        gpus = self._placement.train_gpus
+        command: list[str | os.PathLike[str]] = [sys.executable, "-m"]
+        if len(gpus) > 1:
+            command += ["torch.distributed.run", "--standalone", f"--nproc-per-node={len(gpus)}", "-m"]
+        command += ["gymexp.training.process", self._directory.path]
+        env = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}
+        fds = [sock.fileno() for sock in engine_socks] if self._placement.engine == "hf" else []
+        log_path = self._directory.logs / "trainer.log"
+        start = lambda: spawn(command, log_path, env, fds, reap=len(gpus) > 1)  # noqa: E731
+        supervisor.add(Service("trainer", start, log_path, job=True))
+
+    def _add_vllm(self, supervisor: Supervisor, engine_socks: list[socket.socket]) -> None:
+        """The replicas that are to be started. One that ends, ends the run: it would come back with the
+        weights that the run began with."""
+        engine = self._config.engine
+        version = vllm.read_version(engine) if engine_socks else (0, 0)
+        transfer = vllm.transfer_of(self._config, self._placement)
+        for index, (sock, gpus) in enumerate(zip(engine_socks, self._placement.replica_gpus, strict=True)):
+            path = self._directory.logs / f"vllm-{index}.log"
+            port = sock.getsockname()[1]
+            command = vllm.serve_command(self._config.model, engine, port, version, transfer)
+            env = vllm.ENVIRONMENT | ({"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {})
+            supervisor.add(
+                Service(
+                    f"vllm-{index}",
+                    lambda command=command, path=path, env=env: spawn(command, path, env, reap=True),
+                    path,
+                    ports.url_of(sock),
+                    health="/health",
+                    start_timeout_s=engine.start_timeout_s,
+                    explain=vllm.explain,
+                )
+            )
 
     async def _layout(
         self,
@@ -287,9 +327,14 @@ class Controller:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, asked, number)
 
-    def _write_services(self, layout: Layout, control_url: str, engine_sock: socket.socket) -> None:
+    def _write_services(self, layout: Layout, control_url: str, engine_socks: list[socket.socket]) -> None:
         replicas = {name: [dataclasses.asdict(r) for r in some] for name, some in layout.replicas.items()}
-        said = {"control_url": control_url, "engine_fd": engine_sock.fileno(), "replicas": replicas}
+        said = {"control_url": control_url, "engine": self._placement.engine, "replicas": replicas}
+        if self._placement.engine == "hf":
+            said["engine_fd"] = engine_socks[0].fileno()
+        else:
+            said["engine_urls"] = self._engine_urls(engine_socks)
+            said["transfer"] = vllm.transfer_of(self._config, self._placement)
         replace_file(self._directory.path / "services.json", json.dumps(said, indent=1))
         (self._directory.path / "result.json").unlink(missing_ok=True)
 

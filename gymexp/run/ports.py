@@ -34,6 +34,16 @@ def listen(host: str = "127.0.0.1", port: int = 0, key: str = "") -> socket.sock
     return sock
 
 
+def reserve(host: str = "127.0.0.1") -> socket.socket:
+    """A port for a program that opens its own socket: bound here, so that nobody else is given it, and not
+    listened on. The program must set SO_REUSEADDR, as servers do."""
+    sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # vLLM's, with several API servers
+    sock.bind((host, 0))
+    return sock
+
+
 def url_of(sock: socket.socket) -> str:
     host, port = sock.getsockname()[:2]
     return f"http://{host}:{port}"

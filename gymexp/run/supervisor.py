@@ -53,6 +53,8 @@ class Service:
     url: str | None = None  # answers GET / or GET `health` once ready; None: ready when started
     health: str = "/"
     max_restarts: int = 0
+    start_timeout_s: float | None = None  # None: the supervisor's
+    explain: Callable[[Path], str] = lambda _: ""  # what to do about the failure that its log shows
     job: bool = False  # ends by itself, once; what its end means is its starter's to judge
     state: str = "new"  # new, starting, ready, restarting, down, stopped
     epoch: int = 0
@@ -226,7 +228,7 @@ class Supervisor:
                                 if service.failures > 1
                                 else ""
                             )
-                            + f". The end of {service.log}:\n{last_lines(service.log)}"
+                            + f"{_advice(service)}. The end of {service.log}:\n{last_lines(service.log)}"
                         )
                     await asyncio.sleep(min(0.2 * 2**service.failures, 10))
         except ServiceError as error:
@@ -267,7 +269,9 @@ class Supervisor:
             await asyncio.sleep(_POLL_S if service.state == "starting" else self._health_interval_s)
 
     def _patience(self, service: Service) -> float:
-        return self._start_timeout_s if service.state == "starting" else self._health_timeout_s
+        if service.state == "starting":
+            return service.start_timeout_s or self._start_timeout_s
+        return self._health_timeout_s
 
     async def _ask(self, service: Service) -> bool:
         self._http = self._http or aiohttp.ClientSession()
@@ -283,6 +287,11 @@ class Supervisor:
     def _set(self, service: Service, state: str) -> None:
         service.state = state
         self._on_change()
+
+
+def _advice(service: Service) -> str:
+    advice = service.explain(service.log)
+    return f": {advice}" if advice else ""
 
 
 def _ended(code: int) -> str:

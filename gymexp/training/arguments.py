@@ -37,6 +37,8 @@ _OWNED = {
     "output_dir": "output_dir (of the run)",
     "seed": "seed",
     "report_to": "tracker",
+    "run_name": "name",
+    "project": "tracker.project",
     "use_vllm": "engine",
     "vllm_mode": "engine",
     "model_init_kwargs": "model",
@@ -67,6 +69,8 @@ def check(config: RunConfig, cache: Path) -> None:
                 f"trainer.{name} is not an argument of trl.GRPOConfig"
                 f"{nearest(name, sorted(known), 'trainer.')}"
             )
+    if (kind := config.tracker.kind) != "none" and not importlib.util.find_spec(kind):
+        problems.append(f"tracker.kind={kind} needs a package that is not installed: pip install {kind}")
     if problems:
         raise ConfigError("\n".join(problems))
     _check_groups(config.trainer)
@@ -97,23 +101,30 @@ def check(config: RunConfig, cache: Path) -> None:
     verdict.touch()
 
 
-def build(config: RunConfig, output_dir: Path) -> GRPOConfig:
-    """TRL's arguments for this run (imports torch)."""
-    return _construct(config.trainer, config.model.dtype, str(output_dir), config.seed)
+def build(config: RunConfig, output_dir: Path, run_name: str) -> GRPOConfig:
+    """TRL's arguments for this run (imports torch). run_name: what trackers call it."""
+    tracker = config.tracker
+    return _construct(
+        config.trainer,
+        config.model.dtype,
+        output_dir=str(output_dir),
+        seed=config.seed,
+        report_to=[] if tracker.kind == "none" else [tracker.kind],
+        project=tracker.project,
+        run_name=run_name,
+    )
 
 
-def _construct(trainer: dict[str, Any], dtype: str, output_dir: str, seed: int) -> GRPOConfig:
+def _construct(trainer: dict[str, Any], dtype: str, **more: Any) -> GRPOConfig:
     import torch
     from trl.trainer.grpo_config import GRPOConfig
 
     return GRPOConfig(
         **trainer,
-        output_dir=output_dir,
-        seed=seed,
+        **more,
         bf16=dtype == "bfloat16",
         fp16=dtype == "float16",
         use_cpu=not torch.cuda.is_available(),
-        report_to=[],
         disable_tqdm=True,
         shuffle_dataset=False,
         eval_strategy="no",
@@ -201,7 +212,7 @@ def _main() -> None:
     asked = json.load(sys.stdin)
     try:
         _check_values(asked["trainer"])
-        _construct(asked["trainer"], asked["dtype"], "unused", 0)
+        _construct(asked["trainer"], asked["dtype"], output_dir="unused", report_to=[])
     except (TypeError, ValueError) as error:
         print(error)
         sys.exit(2)

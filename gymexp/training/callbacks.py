@@ -114,6 +114,7 @@ class Evaluation(TrainerCallback):
     def run(self, step: int) -> dict[str, float]:
         """The metrics, on the main process; the others wait for it."""
         assert self.trainer is not None
+        self.trainer.sync_weights()
         metrics: dict[str, float] = {}
         if self.trainer.accelerator.is_main_process:
             self._teller.tell(phase="evaluate", step=step)

@@ -6,22 +6,27 @@ leaves result.json. SIGTERM asks it to end after a checkpoint of the last finish
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
+import secrets
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gymexp.config import RunConfig, from_yaml
 from gymexp.errors import GymexpError
 from gymexp.run import ports
 from gymexp.run.directory import RunDirectory, replace_file
 from gymexp.run.lifeline import die_with_parent
+
+if TYPE_CHECKING:
+    from gymexp.policy.weights import WeightSync
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +55,7 @@ def main() -> None:
 def work(run: RunDirectory, config: RunConfig, asked: threading.Event) -> dict[str, Any]:
     """Train; returns what result.json says."""
     services = json.loads((run.path / "services.json").read_text())
-    _prepare_tracker(config, run)
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
     import torch
 
@@ -71,7 +76,14 @@ def work(run: RunDirectory, config: RunConfig, asked: threading.Event) -> dict[s
     # Before the engine looks where it is.
     torch.nn.Module.to(model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     with ExitStack() as stack:
-        sampling_with = _start_engine(config, model, tokenizer, services["engine_fd"], stack)
+        _open_tracker(config, run, stack)
+        sync = None
+        if services["engine"] == "hf":
+            sampling_with = _start_engine(config, model, tokenizer, services["engine_fd"], stack)
+        else:
+            teller.tell(phase="load vLLM")
+            sync = _join_vllm(config, run, services, asked, stack)
+            sampling_with = _with_no_pause
         replicas = {name: [Replica(**r) for r in some] for name, some in services["replicas"].items()}
         collector = Collector(
             replicas,
@@ -86,7 +98,7 @@ def work(run: RunDirectory, config: RunConfig, asked: threading.Event) -> dict[s
 
         tasks = {t.key: t for some in (prepared.train, *prepared.validation.values()) for t in some}
         rollouts = Rollouts(config, collector, tasks, run.rollouts, sampling_with)
-        trainer = PolicyTrainer(config, model, tokenizer, prepared, rollouts, run.checkpoints)
+        trainer = PolicyTrainer(config, model, tokenizer, prepared, rollouts, run.checkpoints, sync)
         resume = checkpoints.latest(run.checkpoints)  # a new run's directory has none
         first_step = checkpoints.step_of(resume) if resume else 0
         evaluation = Evaluation(config, prepared, rollouts, teller)
@@ -159,14 +171,62 @@ def _remembered(run: RunDirectory) -> dict[str, float]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def _prepare_tracker(config: RunConfig, run: RunDirectory) -> None:
-    """The trackers read their settings from the environment, before they are imported."""
-    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
-    if config.tracker.kind == "wandb":
-        os.environ.setdefault("WANDB_PROJECT", config.tracker.project)
-        os.environ.setdefault("WANDB_DIR", str(run.path))
-        if config.tracker.mode:
-            os.environ["WANDB_MODE"] = config.tracker.mode
+@contextmanager
+def _with_no_pause(version: int) -> Iterator[None]:
+    """vLLM samples whenever it is asked; its weights are those of `version` since the last update."""
+    yield
+
+
+def _join_vllm(
+    config: RunConfig,
+    run: RunDirectory,
+    services: dict[str, Any],
+    asked: threading.Event,
+    stack: ExitStack,
+) -> WeightSync:
+    """Wait for the replicas and make the weights' way to them."""
+    import torch
+
+    from gymexp.policy.weights import DiskTransfer, NcclTransfer, Replicas, WeightSync
+
+    replicas = Replicas(services["engine_urls"])
+    replicas.wait_healthy(config.engine.start_timeout_s, asked)
+    if services["transfer"] == "nccl":
+        transfer = NcclTransfer(replicas, torch.device("cuda", 0))
+    else:
+        transfer = DiskTransfer(run.path / "weights")
+    # A server that gymexp did not start may hold any weights.
+    sync = WeightSync(replicas, transfer, version=None if config.engine.urls else 0)
+    stack.callback(sync.close)
+    return sync
+
+
+def _open_tracker(config: RunConfig, run: RunDirectory, stack: ExitStack) -> None:
+    """transformers' callbacks write to the trackers; this says where. A resumed run goes on in its own."""
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(run.path / "tensorboard")
+    if config.tracker.kind != "wandb":
+        return
+    import wandb
+
+    known = run.path / "wandb_run_id"
+    if not known.exists():
+        replace_file(known, secrets.token_hex(4))
+    mode: Any = config.tracker.mode
+    try:
+        wandb.init(
+            project=config.tracker.project,
+            name=f"{config.name} {run.path.name}",
+            id=known.read_text(),
+            resume="allow",
+            mode=mode,
+            dir=run.path,
+            config=dataclasses.asdict(config),
+        )
+    except wandb.Error as error:
+        raise GymexpError(
+            f"tracker=wandb: {error}. Log in with `wandb login`, or say tracker.mode=offline"
+        ) from error
+    stack.push(lambda kind, *_: wandb.finish(exit_code=0 if kind is None else 1))
 
 
 if __name__ == "__main__":

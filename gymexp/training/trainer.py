@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer
+from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.utils import pad
 
 from gymexp.config import RunConfig
 from gymexp.data.prepare import Prepared
 from gymexp.errors import DriftError
+from gymexp.policy.weights import WeightSync
 from gymexp.rollout.batch import Batch
 from gymexp.training import arguments, checkpoints, padding
 from gymexp.training.rollouts import Rollouts
@@ -48,14 +50,16 @@ class PolicyTrainer(GRPOTrainer):
         prepared: Prepared,
         rollouts: Rollouts,
         directory: Path,
+        sync: WeightSync | None = None,
     ) -> None:
+        """sync: the way to vLLM's weights; None where the engine samples from the model itself."""
         logging.getLogger("trl.trainer.grpo_trainer").addFilter(_NoSilentFailures())
         self._config = config
         self._rollouts = rollouts
-        self._seconds = dict.fromkeys(("rollout", "logprobs", "update", "evaluation"), 0.0)
+        self._seconds = dict.fromkeys(("rollout", "sync", "logprobs", "update", "evaluation"), 0.0)
         self._step_began = time.monotonic()
         self.pad_token_id: int = tokenizer.pad_token_id  # pyright: ignore[reportAttributeAccessIssue]
-        self.grpo = arguments.build(config, directory)
+        self.grpo = arguments.build(config, directory, f"{config.name} {directory.parent.name}")
         self._directory = directory
         super().__init__(
             model=model,
@@ -65,6 +69,14 @@ class PolicyTrainer(GRPOTrainer):
             processing_class=tokenizer,
             rollout_func=rollouts,  # pyright: ignore[reportArgumentType]
         )
+        self._sync = sync
+        if sync is not None:
+            # Not TRL's own client, which knows one server. What these switch on: `sync_weights` before the
+            # rollouts of each new step, and the importance-sampling correction.
+            self.use_vllm = True
+            self.vllm_mode = "server"
+            self.vllm_generation = self
+            self._last_loaded_step = -1
         self.remove_callback(PrinterCallback)  # metrics.jsonl has the numbers, and the live view shows them
 
     def add_metrics(self, metrics: Mapping[str, float]) -> None:
@@ -76,6 +88,17 @@ class PolicyTrainer(GRPOTrainer):
         """A log entry of its own: TRL's `log` would mix in what belongs to the step's."""
         self._seconds["evaluation"] += seconds
         Trainer.log(self, metrics)
+
+    def sync_weights(self) -> None:
+        """Let the engine sample with the weights as they are now. Every rank must call it."""
+        if self._sync is None:
+            return
+        began = time.monotonic()
+        source = VLLMGeneration.__new__(VLLMGeneration)  # for its walk over sharded and adapted parameters
+        source.model, source.accelerator, source._dist = self.model, self.accelerator, self._dist
+        if self.accelerator.is_main_process:
+            self._sync.update(self.state.global_step, source._iter_named_params)
+        self._seconds["sync"] += time.monotonic() - began
 
     def check_drift(self, batch: Batch) -> None:
         """Compare the engine's log-probabilities with the trainer's own, on the first batch and then now and
@@ -153,10 +176,11 @@ class PolicyTrainer(GRPOTrainer):
         return super()._compute_loss(model, padding.trim(inputs))
 
     def _generate_and_score_completions(self, inputs: Any) -> Any:
-        began = time.monotonic()
+        began, synced = time.monotonic(), self._seconds["sync"]
         output = super()._generate_and_score_completions(inputs)
+        apart = self._rollouts.seconds + self._seconds["sync"] - synced
         self._seconds["rollout"] += self._rollouts.seconds
-        self._seconds["logprobs"] += time.monotonic() - began - self._rollouts.seconds
+        self._seconds["logprobs"] += time.monotonic() - began - apart
         return output
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:

@@ -62,7 +62,7 @@ def test_the_venv_is_made_on_first_use_and_found_on_the_second(tmp_path, fake_uv
     assert python == tmp_path / "cache" / "nemo-gym-0.4.0" / "bin" / "python"
     assert calls.read_text().splitlines() == [
         f"venv --quiet --python python3.12 {tmp_path / 'cache' / 'nemo-gym-0.4.0'}",
-        f"pip install --quiet --python {python} nemo-gym==0.4.0",
+        f"pip install --quiet --python {python} nemo-gym==0.4.0 httptools",
     ]
     assert len(said) == 1 and said[0].startswith("making NeMo Gym 0.4.0's venv")
     assert ensure(tmp_path / "cache", said.append) == python

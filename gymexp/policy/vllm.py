@@ -1,0 +1,134 @@
+"""vLLM as the engine: the `vllm serve` command of a replica, and what its log says when it cannot start.
+
+gymexp runs vLLM as it is published. The routes it needs beyond chat completions (token ids in and out, pause,
+weight transfer) are vLLM's own, behind VLLM_SERVER_DEV_MODE=1 and, from 0.30, --enable-scale-out.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from gymexp.config import EngineConfig, ModelConfig, RunConfig
+from gymexp.errors import ConfigError
+from gymexp.policy.model import resolve_path
+from gymexp.run.placement import Placement
+
+OLDEST, NEWEST = (0, 26), (0, 32)  # those that were tried
+ENVIRONMENT = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+
+# What a log says, and what to do about it; the first that is found is told.
+_CAUSES = (
+    (
+        r"Free memory on device .* is less than desired GPU memory utilization",
+        "the GPU is in use by another program: end that program, leave the GPU out of "
+        "CUDA_VISIBLE_DEVICES, or say engine.args.gpu_memory_utilization=… with a smaller share",
+    ),
+    (
+        r"No available memory for the cache blocks|larger than the available KV cache memory"
+        r"|Available KV cache memory: -",
+        "the model leaves too little GPU memory for keys and values: say a smaller model.max_model_len, "
+        "a larger engine.args.gpu_memory_utilization, or engine.tensor_parallel_size=2",
+    ),
+    (
+        r"CUDA out of memory|OutOfMemoryError",
+        "the model does not fit into the GPU's memory: say engine.tensor_parallel_size=2, or a smaller model",
+    ),
+    (
+        r"is not a local folder and is not a valid model identifier|Repo id must be in the form"
+        r"|Repository Not Found|LocalEntryNotFoundError|couldn't connect to 'https://huggingface\.co'",
+        "model.path was not found: it must be a directory, or a hub id that this machine can reach",
+    ),
+    (
+        r"unrecognized arguments: (.*)",
+        "engine.args holds a flag that this `vllm serve` does not know",
+    ),
+    (
+        r"cannot import name 'NamespaceTool'|No module named 'openai",
+        "the openai package beside vLLM is too old for it (NeMo Gym's, perhaps): give vLLM an environment "
+        "of its own and name its interpreter in engine.python",
+    ),
+    (r"No CUDA GPUs are available|NVIDIA driver .* too old", "vLLM finds no GPU that it can use"),
+)
+
+
+def read_version(engine: EngineConfig) -> tuple[int, int]:
+    """The (major, minor) of the interpreter's vLLM. Raises ConfigError if it has none, or one that does not
+    fit."""
+    python = engine.python or sys.executable
+    code = "import importlib.metadata as m; print(m.version('vllm'))"
+    try:
+        shown = subprocess.run([python, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    except OSError as error:
+        raise ConfigError(f"engine.python={python} cannot be run: {error.strerror}") from None
+    found = re.match(r"(\d+)\.(\d+)", shown.stdout.strip())
+    if shown.returncode or not found:
+        raise ConfigError(
+            f"engine=vllm needs vLLM, and {python} has none: install the extra (pip install "
+            "'gymexp[vllm]'), or name an interpreter that has it in engine.python"
+        )
+    version = (int(found[1]), int(found[2]))
+    if not OLDEST <= version <= NEWEST:
+        raise ConfigError(
+            f"engine=vllm needs vLLM {OLDEST[0]}.{OLDEST[1]} to {NEWEST[0]}.{NEWEST[1]}, {python} has "
+            f"{shown.stdout.strip()}"
+        )
+    return version
+
+
+def serve_command(
+    model: ModelConfig, engine: EngineConfig, port: int, version: tuple[int, int], transfer: str
+) -> list[str]:
+    """`vllm serve` for one replica on loopback. transfer: how weights reach it, nccl or disk."""
+    flags: dict[str, Any] = {
+        "host": "127.0.0.1",
+        "port": port,
+        "served_model_name": "policy",
+        "dtype": model.dtype,
+        "max_model_len": model.max_model_len,
+        "tensor_parallel_size": engine.tensor_parallel_size,
+        # Of the distribution that was sampled from: what the trainer's ratios need.
+        "logprobs_mode": "processed_logprobs",
+        # The model's own generation_config.json would change the sampling behind the trainer's back.
+        "generation_config": "vllm",
+    }
+    if model.revision:
+        flags["revision"] = model.revision
+    if version >= (0, 30):
+        flags["enable_scale_out"] = True
+    if transfer == "nccl":
+        flags["weight_transfer_config"] = {"backend": "nccl"}
+    command = [engine.python or sys.executable, "-m", "vllm.entrypoints.cli.main", "serve"]
+    command.append(resolve_path(model.path))
+    for name, value in (flags | engine.args).items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            command.append(f"--{flag}" if value else f"--no-{flag}")
+        elif value is not None:
+            command += [f"--{flag}", json.dumps(value) if isinstance(value, dict | list) else str(value)]
+    return command
+
+
+def transfer_of(config: RunConfig, placement: Placement) -> str:
+    """How the trainer's weights reach vLLM: nccl between GPUs that are not shared, else disk."""
+    if config.engine.weights != "auto":
+        return config.engine.weights
+    apart = placement.train_gpus and placement.replica_gpus and not placement.shared
+    return "nccl" if apart and importlib.util.find_spec("vllm") else "disk"
+
+
+def explain(log: Path) -> str:
+    """What to do about the failure that vLLM's log shows; empty where nothing known is found."""
+    if not log.exists():
+        return ""
+    text = log.read_bytes()[-200_000:].decode(errors="replace")
+    for pattern, advice in _CAUSES:
+        if found := re.search(pattern, text):
+            line = text[text.rfind("\n", 0, found.start()) + 1 :].split("\n", 1)[0].strip()
+            return f"{advice} (vLLM: {line[-300:]})"
+    return ""

@@ -1,0 +1,133 @@
+"""What a configuration must satisfy beyond its types. Nothing is imported or asked for it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from gymexp.config import DataConfig, EngineConfig, RunConfig, nearest, options
+
+
+def _one_of(key: str, value: Any, allowed: tuple[str | None, ...]) -> Iterator[str]:
+    if value not in allowed:
+        names = [name for name in allowed if name is not None]
+        near = nearest(str(value), names)
+        yield f"{key} must be one of {', '.join(names)}, got {value!r}{near}"
+
+
+def _at_least(key: str, value: float | None, least: float) -> Iterator[str]:
+    if value is not None and not value >= least:
+        yield f"{key} must be >= {least:g}, got {value!r}"
+
+
+def _positive(key: str, value: float | None) -> Iterator[str]:
+    if value is not None and not value > 0:
+        yield f"{key} must be > 0, got {value!r}"
+
+
+def problems_of(config: RunConfig) -> Iterator[str]:
+    """Every rule that the configuration breaks, said with key, rule and value."""
+    if not config.env:
+        known = ", ".join(options("env"))
+        yield f"env must name at least one environment, got []: say e.g. env=[sudoku]. Known: {known}"
+    for name, env in config.env.items():
+        at = f"env.{name}"
+        if not (math.isfinite(env.weight) and env.weight >= 0):
+            yield f"{at}.weight must be a number >= 0, got {env.weight!r}"
+        for key in ("replicas", "max_concurrency", "max_output_tokens"):
+            yield from _at_least(f"{at}.{key}", getattr(env, key), 1)
+        yield from _at_least(f"{at}.max_steps", env.max_steps, 1)
+        yield from _positive(f"{at}.timeout_s", env.timeout_s)
+        yield from _positive(f"{at}.memory_budget_mb", env.memory_budget_mb)
+        yield from _data_problems(f"{at}.data", env.data)
+    if config.env and all(env.weight == 0 for env in config.env.values()):
+        yield "env.<name>.weight must be > 0 for at least one environment, got 0 for all: " + ", ".join(
+            config.env
+        )
+    yield from _one_of("dataset.order", config.dataset.order, ("interleave", "shuffle"))
+    yield from _at_least("dataset.train_size", config.dataset.train_size, 1)
+    yield from _at_least("dataset.validation_size", config.dataset.validation_size, 1)
+    yield from _engine_problems(config.engine)
+    yield from _at_least("placement.rollout_gpus", config.placement.rollout_gpus, 1)
+    yield from _at_least("placement.train_gpus", config.placement.train_gpus, 1)
+    yield from _one_of("model.dtype", config.model.dtype, ("float32", "bfloat16", "float16"))
+    yield from _at_least("model.max_model_len", config.model.max_model_len, 8)
+    yield from _one_of("gym.runtime", config.gym.runtime, ("managed", "cli", "attach"))
+    if config.gym.runtime == "cli" and not config.gym.checkout:
+        yield "gym.checkout must name your NeMo Gym checkout when gym.runtime=cli, got None"
+    if config.gym.runtime == "attach" and config.gym.policy_port is None:
+        yield (
+            "gym.policy_port must be the port of the running servers' policy_base_url "
+            "when gym.runtime=attach, got None"
+        )
+    yield from _at_least("gym.model_servers", config.gym.model_servers, 1)
+    for key in ("start_timeout_s", "health_interval_s", "health_timeout_s"):
+        yield from _positive(f"gym.{key}", getattr(config.gym, key))
+    yield from _at_least("gym.max_restarts", config.gym.max_restarts, 0)
+    yield from _at_least("rollout.max_retries", config.rollout.max_retries, 0)
+    if not 0 <= config.rollout.max_failed_share <= 1:
+        yield f"rollout.max_failed_share must be between 0 and 1, got {config.rollout.max_failed_share!r}"
+    yield from _one_of("rollout.truncated", config.rollout.truncated, ("scored", "masked"))
+    yield from _at_least("rollout.drift_every", config.rollout.drift_every, 1)
+    yield from _positive("rollout.max_drift", config.rollout.max_drift)
+    yield from _at_least("evaluation.every_steps", config.evaluation.every_steps, 0)
+    yield from _at_least("evaluation.num_tasks", config.evaluation.num_tasks, 1)
+    yield from _at_least("evaluation.temperature", config.evaluation.temperature, 0)
+    yield from _one_of("tracker.kind", config.tracker.kind, ("none", "wandb", "trackio", "tensorboard"))
+    yield from _one_of("tracker.mode", config.tracker.mode, (None, "online", "offline", "disabled"))
+
+
+# Flags of `vllm serve` that other keys set, or that the token contract rests on.
+_VLLM_OWNED = {
+    "model": "model.path",
+    "revision": "model.revision",
+    "dtype": "model.dtype",
+    "max_model_len": "model.max_model_len",
+    "tensor_parallel_size": "engine.tensor_parallel_size",
+    "weight_transfer_config": "engine.weights",
+} | dict.fromkeys(
+    ("host", "port", "served_model_name", "logprobs_mode", "generation_config", "enable_scale_out")
+)
+
+
+def _engine_problems(engine: EngineConfig) -> Iterator[str]:
+    yield from _one_of("engine.kind", engine.kind, ("auto", "hf", "vllm"))
+    yield from _one_of("engine.weights", engine.weights, ("auto", "nccl", "disk"))
+    yield from _at_least("engine.max_batch_size", engine.max_batch_size, 1)
+    yield from _at_least("engine.tensor_parallel_size", engine.tensor_parallel_size, 1)
+    yield from _positive("engine.start_timeout_s", engine.start_timeout_s)
+    for name in engine.args:
+        plain = str(name).lstrip("-").replace("-", "_")
+        if plain in _VLLM_OWNED:
+            instead = _VLLM_OWNED[plain]
+            yield f"engine.args.{name} is set by gymexp" + (f": use {instead} instead" if instead else "")
+    for url in engine.urls:
+        if not url.startswith(("http://", "https://")):
+            yield f"engine.urls must hold addresses like http://127.0.0.1:8000, got {url!r}"
+    if engine.urls and engine.kind == "hf":
+        yield f"engine.urls is for engine=vllm, got engine.kind='hf' and {engine.urls}"
+
+
+def _data_problems(at: str, data: DataConfig) -> Iterator[str]:
+    if data.source not in ("generate", "huggingface", "jsonl"):
+        yield f"{at}.source must be one of generate, huggingface, jsonl, got {data.source!r}"
+    elif data.source == "generate":
+        if data.generator not in ("reasoning_gym", "workplace"):
+            yield (
+                f"{at}.generator must be reasoning_gym or workplace for source=generate, "
+                f"got {data.generator!r}"
+            )
+        for key in ("train_size", "validation_size"):
+            if getattr(data, key) is None:
+                yield f"{at}.{key} must be set for source=generate"
+    elif data.source == "huggingface" and not data.repo_id:
+        yield f"{at}.repo_id must name a Hugging Face dataset for source=huggingface, got None"
+    if data.source in ("huggingface", "jsonl"):
+        for key in ("train_file", "validation_file"):
+            if not getattr(data, key):
+                yield f"{at}.{key} must be set for source={data.source}, got {getattr(data, key)!r}"
+    for key in ("train_size", "validation_size"):
+        value = getattr(data, key)
+        if value is not None and value < 1:
+            yield f"{at}.{key} must be >= 1, got {value!r}"

@@ -1,0 +1,90 @@
+"""Which GPUs of this machine sample and which train, decided before anything starts and without torch."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass
+
+from gymexp.config import RunConfig
+from gymexp.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Placement:
+    """engine: hf or vllm. train_gpus, replica_gpus: as CUDA_VISIBLE_DEVICES names them; empty on a machine
+    without.
+
+    replica_gpus: one entry a vLLM replica that is to be started; none with `engine.urls` and with engine=hf.
+    """
+
+    engine: str
+    train_gpus: list[str]
+    replica_gpus: list[list[str]]
+
+    @property
+    def shared(self) -> bool:
+        """Whether a GPU both samples and trains."""
+        return bool({gpu for some in self.replica_gpus for gpu in some} & set(self.train_gpus))
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs that a child would see: CUDA_VISIBLE_DEVICES where it is set, else what nvidia-smi lists."""
+    if (named := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return [gpu for gpu in named.split(",") if gpu and gpu != "-1"]
+    if not shutil.which("nvidia-smi"):
+        return []
+    shown = subprocess.run(
+        ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    return shown.stdout.split() if shown.returncode == 0 else []
+
+
+def place(config: RunConfig, gpus: list[str]) -> Placement:
+    """Split `gpus` as the configuration says. Raises ConfigError.
+
+    Unless said otherwise: half of them sample (whole replicas of `engine.tensor_parallel_size`), the others
+    train; a single one does both.
+    """
+    engine, wanted = config.engine, config.placement
+    kind = engine.kind
+    if kind == "auto":
+        kind = "vllm" if gpus and (engine.python or importlib.util.find_spec("vllm")) else "hf"
+    if kind == "hf" or engine.urls:
+        train = _count("placement.train_gpus", wanted.train_gpus, min(1, len(gpus)), len(gpus))
+        return Placement(kind, gpus[:train], [])
+    size = engine.tensor_parallel_size
+    if not gpus:
+        return Placement(kind, [], [[]])
+    if wanted.rollout_gpus is None and wanted.train_gpus is not None:
+        rollout = max(len(gpus) - wanted.train_gpus, 0) // size * size
+    else:
+        rollout = wanted.rollout_gpus or max(len(gpus) // 2 // size, 1) * size
+    if rollout % size or rollout < size:
+        raise ConfigError(
+            f"placement.rollout_gpus must be a multiple of engine.tensor_parallel_size={size}, "
+            f"got {rollout}: a replica needs so many"
+        )
+    _count("placement.rollout_gpus", rollout, rollout, len(gpus))
+    apart = len(gpus) - rollout
+    wanted_train = wanted.train_gpus or apart or rollout  # with none left, all share
+    if rollout + wanted_train > len(gpus) and not (rollout == wanted_train == len(gpus)):
+        raise ConfigError(
+            f"placement.rollout_gpus={rollout} and placement.train_gpus={wanted_train} must not be more than "
+            f"the {len(gpus)} GPUs of this machine together, or both all of them (then they share)"
+        )
+    train = gpus if apart == 0 else gpus[rollout : rollout + wanted_train]
+    return Placement(kind, train, [gpus[i : i + size] for i in range(0, rollout, size)])
+
+
+def _count(key: str, wanted: int | None, default: int, there: int) -> int:
+    count = default if wanted is None else wanted
+    if count > there:
+        raise ConfigError(f"{key} must be at most {there}, the number of GPUs here, got {count}")
+    return count

@@ -1,0 +1,109 @@
+"""vLLM's command line, and what its log says."""
+
+import json
+import sys
+
+import pytest
+
+from gymexp.config import EngineConfig, ModelConfig, RunConfig
+from gymexp.errors import ConfigError
+from gymexp.policy.vllm import explain, read_version, serve_command, transfer_of
+from gymexp.run.placement import Placement
+
+MODEL = ModelConfig(name="tiny", path="gymexp/assets/tiny", dtype="float32", max_model_len=2048)
+
+
+def flags(command: list[str]) -> dict[str, str | None]:
+    """Flag -> the value that follows it."""
+    names = [i for i, word in enumerate(command) if word.startswith("--")]
+    return {
+        command[i]: command[i + 1] if i + 1 < len(command) and i + 1 not in names else None for i in names
+    }
+
+
+def test_a_replica_serves_the_policy_on_loopback_with_the_log_probabilities_of_what_was_sampled():
+    command = serve_command(MODEL, EngineConfig(tensor_parallel_size=2), 4000, (0, 26), "nccl")
+    assert command[1:4] == ["-m", "vllm.entrypoints.cli.main", "serve"]
+    assert command[4].endswith("gymexp/assets/tiny")
+    said = flags(command)
+    assert said["--host"] == "127.0.0.1" and said["--port"] == "4000"
+    assert said["--tensor-parallel-size"] == "2" and said["--max-model-len"] == "2048"
+    assert said["--logprobs-mode"] == "processed_logprobs" and said["--generation-config"] == "vllm"
+    assert json.loads(said["--weight-transfer-config"] or "") == {"backend": "nccl"}
+    assert "--enable-scale-out" not in said
+
+
+def test_the_newer_ones_are_told_to_open_the_token_routes():
+    command = serve_command(MODEL, EngineConfig(), 4000, (0, 31), "disk")
+    assert "--enable-scale-out" in command and "--weight-transfer-config" not in command
+
+
+def test_further_flags_go_through_and_win():
+    engine = EngineConfig(
+        args={
+            "gpu_memory_utilization": 0.4,
+            "enforce_eager": True,
+            "enable_prefix_caching": False,
+            "compilation_config": {"level": 0},
+            "max_num_seqs": None,
+        }
+    )
+    said = flags(serve_command(MODEL, engine, 1, (0, 31), "disk"))
+    assert said["--gpu-memory-utilization"] == "0.4" and said["--enforce-eager"] is None
+    assert "--no-enable-prefix-caching" in said and "--max-num-seqs" not in said
+    assert said["--compilation-config"] == '{"level": 0}'
+
+
+@pytest.mark.parametrize(
+    ("line", "advice"),
+    [
+        (
+            "ValueError: Free memory on device cuda:0 (10.0/139.8 GiB) on startup is less than desired GPU "
+            "memory utilization (0.9, 125.8 GiB).",
+            "in use by another program",
+        ),
+        ("ValueError: No available memory for the cache blocks.", "smaller model.max_model_len"),
+        ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB", "does not fit"),
+        (
+            "OSError: nobody/none is not a local folder and is not a valid model identifier",
+            "model.path was not",
+        ),
+        ("vllm: error: unrecognized arguments: --no-such-flag", "engine.args holds a flag"),
+        ("ImportError: cannot import name 'NamespaceTool' from 'openai.types'", "engine.python"),
+    ],
+)
+def test_a_known_failure_is_told_with_what_to_do_and_vllms_own_line(tmp_path, line, advice):
+    log = tmp_path / "vllm.log"
+    log.write_text(f"INFO loading\n{line}\nINFO bye\n")
+    assert advice in explain(log) and line[-100:] in explain(log)
+
+
+def test_an_unknown_failure_gets_no_advice(tmp_path):
+    (tmp_path / "vllm.log").write_text("Segmentation fault\n")
+    assert explain(tmp_path / "vllm.log") == explain(tmp_path / "none.log") == ""
+
+
+def python_that_says(tmp_path, text: str, code: int = 0) -> EngineConfig:
+    path = tmp_path / "python"
+    path.write_text(f"#!/bin/sh\necho {text}\nexit {code}\n")
+    path.chmod(0o755)
+    return EngineConfig(python=str(path))
+
+
+def test_the_version_that_an_interpreter_has_is_checked(tmp_path):
+    assert read_version(python_that_says(tmp_path, "0.31.0+cpu")) == (0, 31)
+    with pytest.raises(ConfigError, match=r"needs vLLM 0\.26 to 0\.32, .* has 0\.9\.1"):
+        read_version(python_that_says(tmp_path, "0.9.1"))
+    with pytest.raises(ConfigError, match=r"has none: install the extra"):
+        read_version(python_that_says(tmp_path, "", code=1))
+    with pytest.raises(ConfigError, match=r"engine\.python=.* cannot be run"):
+        read_version(EngineConfig(python=str(tmp_path / "gone")))
+
+
+def test_weights_go_by_nccl_between_gpus_of_their_own_alone(monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    apart = Placement("vllm", ["1"], [["0"]])
+    assert transfer_of(RunConfig(engine=EngineConfig(weights="nccl")), apart) == "nccl"
+    assert transfer_of(RunConfig(engine=EngineConfig(weights="disk")), apart) == "disk"
+    assert transfer_of(RunConfig(), Placement("vllm", ["0"], [["0"]])) == "disk"
+    assert transfer_of(RunConfig(), Placement("vllm", [], [[]])) == "disk"

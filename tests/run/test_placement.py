@@ -1,0 +1,100 @@
+"""Which GPUs sample and which train."""
+
+import pytest
+
+from gymexp.config import EngineConfig, PlacementConfig, RunConfig
+from gymexp.errors import ConfigError
+from gymexp.run.placement import Placement, place, visible_gpus
+
+
+def placed(gpus: int, rollout=None, train=None, **engine) -> Placement:
+    config = RunConfig(
+        engine=EngineConfig(**({"kind": "vllm"} | engine)), placement=PlacementConfig(rollout, train)
+    )
+    return place(config, [str(i) for i in range(gpus)])
+
+
+@pytest.mark.parametrize(
+    ("gpus", "rollout", "train", "size", "replicas", "trains"),
+    [
+        (2, None, None, 1, [["0"]], ["1"]),
+        (4, None, None, 1, [["0"], ["1"]], ["2", "3"]),
+        (4, None, None, 2, [["0", "1"]], ["2", "3"]),
+        (8, 6, None, 2, [["0", "1"], ["2", "3"], ["4", "5"]], ["6", "7"]),
+        (8, None, 5, 2, [["0", "1"]], ["2", "3", "4", "5", "6"]),
+        (4, 1, 2, 1, [["0"]], ["1", "2"]),
+        (3, None, None, 1, [["0"]], ["1", "2"]),
+    ],
+)
+def test_sampling_gets_the_first_gpus_and_training_the_next(gpus, rollout, train, size, replicas, trains):
+    placement = placed(gpus, rollout, train, tensor_parallel_size=size)
+    assert (placement.replica_gpus, placement.train_gpus) == (replicas, trains)
+    assert not placement.shared
+
+
+def test_a_single_gpu_does_both():
+    placement = placed(1)
+    assert (placement.replica_gpus, placement.train_gpus, placement.shared) == ([["0"]], ["0"], True)
+
+
+def test_all_gpus_may_do_both():
+    placement = placed(2, 2, 2)
+    assert (placement.replica_gpus, placement.train_gpus) == ([["0"], ["1"]], ["0", "1"])
+
+
+def test_without_a_gpu_there_is_one_replica_on_the_cpu():
+    assert placed(0) == Placement("vllm", [], [[]])
+
+
+def test_servers_that_run_already_leave_every_gpu_to_choose_from_for_training():
+    assert placed(4, train=4, urls=["http://a:1"]) == Placement("vllm", ["0", "1", "2", "3"], [])
+
+
+def test_the_hf_engine_samples_where_the_trainer_is():
+    assert placed(2, kind="hf") == Placement("hf", ["0"], [])
+
+
+def test_auto_is_hf_where_no_gpu_is():
+    assert placed(0, kind="auto").engine == "hf"
+
+
+def test_auto_is_vllm_where_a_gpu_and_an_interpreter_with_it_are():
+    assert placed(2, kind="auto", python="/opt/vllm/bin/python").engine == "vllm"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"gpus": 2, "rollout": 3}, r"placement\.rollout_gpus must be at most 2, .*got 3"),
+        (
+            {"gpus": 4, "rollout": 3, "tensor_parallel_size": 2},
+            r"multiple of engine\.tensor_parallel_size=2, got 3",
+        ),
+        (
+            {"gpus": 4, "rollout": 2, "train": 3},
+            r"rollout_gpus=2 and placement\.train_gpus=3 must not be more than",
+        ),
+        ({"gpus": 1, "tensor_parallel_size": 2}, r"must be at most 1, .*got 2"),
+        ({"gpus": 1, "train": 2, "kind": "hf"}, r"placement\.train_gpus must be at most 1"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_both_numbers(arguments, said):
+    with pytest.raises(ConfigError, match=said):
+        placed(**arguments)
+
+
+def test_the_environment_says_which_gpus_are_ours(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-a1")
+    assert visible_gpus() == ["3", "GPU-a1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert visible_gpus() == []
+
+
+def test_otherwise_nvidia_smi_says_it(monkeypatch, tmp_path):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert visible_gpus() == []
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 0\necho 1\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    assert visible_gpus() == ["0", "1"]
