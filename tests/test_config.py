@@ -3,6 +3,7 @@ fix."""
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -49,6 +50,34 @@ def test_a_models_own_trainer_settings_give_way_to_the_command_line_alone():
     assert (tiny["learning_rate"], tiny["loss_type"]) == (4e-4, "dapo")
     assert load(composed("model=tiny", "trainer.learning_rate=1e-5")).trainer["learning_rate"] == 1e-5
     assert "learning_rate" not in load(composed("model=qwen3_4b")).trainer, "TRL's default"
+
+
+@pytest.mark.parametrize(
+    ("typed", "completed"),
+    [
+        ("model=qwen3_1", "qwen3_1_7b"),
+        ("env=[sudoku] model=qwen3_1", "qwen3_1_7b"),
+        ("env.sudoku.max_st", "env.sudoku.max_steps="),
+        ("engine.tensor_par", "engine.tensor_parallel_size="),
+    ],
+)
+def test_tab_completes_options_and_keys_after_the_readmes_command(typed, completed):
+    script = f"""
+        eval "$(python -m gymexp.train -sc install=bash)"
+        COMP_LINE="python -m gymexp.train {typed}" COMP_POINT=1000 COMP_WORDBREAKS=" ="
+        _gymexp_complete
+        echo "${{COMPREPLY[*]}}"
+    """
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    shown = subprocess.run(
+        ["bash", "-c", script],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+        env=os.environ | {"PATH": path},
+    )
+    assert shown.stdout.split() == [completed], shown.stderr
 
 
 @pytest.mark.parametrize("name", sorted(p.stem for p in (ROOT / "sweeps").glob("*.yaml")))

@@ -323,6 +323,20 @@ def test_a_policy_that_answers_nonsense_trains_on_without_a_failure(started, fol
     assert len(set(texts)) == BATCH, "noise, each another"
 
 
+def test_a_sweep_runs_its_points_one_after_the_other_each_in_a_directory_of_its_own(folder, gym_python):
+    sweep = folder / "sweep"
+    overrides = [f"hydra.sweep.dir='{sweep}'", *OVERRIDES, "seed=0,1", "trainer.max_steps=1"]
+    overrides += ["evaluation.before=false", "evaluation.every_steps=0"]
+    command = [sys.executable, "-m", "gymexp.train", "-m", *overrides]
+    shown = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=PATIENCE_S, check=False)
+    assert shown.returncode == 0, shown.stdout + shown.stderr
+    for number in (0, 1):
+        result = json.loads((sweep / str(number) / "result.json").read_text())
+        assert (result["step"], result["stopped"]) == (1, False)
+        assert f"seed: {number}\n" in (sweep / str(number) / "config.yaml").read_text()
+        assert f"run directory: {sweep / str(number)}" in shown.stdout
+
+
 def test_a_directory_in_use_is_refused_and_a_killed_controller_leaves_no_process(started):
     run = started("killed", "trainer.max_steps=100")
     run.wait_for(lambda: (run.directory / "services.json").exists())

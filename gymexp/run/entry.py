@@ -21,6 +21,7 @@ from omegaconf import DictConfig
 
 from gymexp.config import CONF_DIR, explain_key, nearest, options, register
 from gymexp.errors import GymexpError
+from gymexp.run import completion
 
 
 def guarded(main: Callable[..., Any]) -> Callable[..., Any]:
@@ -68,6 +69,8 @@ def hydra_main(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Call
     it."""
 
     def decorate(main: Callable[[DictConfig], Any]) -> Callable[[], Any]:
+        if completion.asks_for_it(sys.argv[1:]):
+            return lambda: print(completion.script())
         register()
         # Hydra would print its own errors and exit; this lets them come here.
         os.environ.setdefault("HYDRA_FULL_ERROR", "1")

@@ -1,0 +1,125 @@
+"""Weights on their way to replicas: in which order they are asked, what they find, and who is named when one
+fails."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+import torch
+from aiohttp import web
+from loopback import serving
+from safetensors.torch import load_file
+
+from gymexp.errors import ServiceError
+from gymexp.policy.weights import DiskTransfer, Replicas, WeightSync
+
+
+class Server:
+    """A vLLM as far as weights go: remembers what it was asked, and loads what it is told to."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        self.loaded: dict[str, torch.Tensor] = {}
+        self.fails: str | None = None
+
+    def app(self) -> web.Application:
+        app = web.Application()
+        app.add_routes([web.post("/{phase}", self.answer), web.get("/health", self.health)])
+        return app
+
+    async def health(self, request: web.Request) -> web.Response:
+        return web.Response(status=503 if self.fails == "health" else 200)
+
+    async def answer(self, request: web.Request) -> web.Response:
+        phase = request.match_info["phase"]
+        self.asked.append(f"{phase}?{request.query_string}" if request.query_string else phase)
+        if phase == self.fails:
+            return web.Response(status=500, text="no such luck")
+        body = await request.json()
+        if phase == "collective_rpc":
+            assert body["method"] == "reload_weights"
+            self.loaded = load_file(Path(body["kwargs"]["weights_path"]) / "model.safetensors")
+        return web.json_response({})
+
+
+@pytest.fixture
+def two(tmp_path):
+    with ExitStack() as stack:
+        servers = Server(), Server()
+        urls = [stack.enter_context(serving(server.app())) for server in servers]
+        replicas = Replicas(urls, timeout_s=5.0)
+        sync = WeightSync(replicas, DiskTransfer(tmp_path / "weights"), version=0)
+        stack.callback(sync.close)
+        yield sync, servers, replicas
+
+
+def weights(value: float) -> Callable:
+    transposed = torch.full((2, 3), value).T  # not contiguous, as a parameter may be
+    return lambda: iter([("a.weight", transposed), ("b.weight", torch.full((4,), value, requires_grad=True))])
+
+
+def test_every_replica_is_paused_given_the_weights_and_let_go_on(two):
+    sync, servers, _ = two
+    sync.update(3, weights(1.5))
+    for server in servers:
+        assert server.asked == ["pause?mode=keep", "collective_rpc", "reset_prefix_cache", "resume"]
+        assert server.loaded["a.weight"].shape == (3, 2)
+        assert set(server.loaded["b.weight"].tolist()) == {1.5}
+    assert sync.version == 3 and sync.seconds > 0
+
+
+def test_a_version_that_is_there_already_costs_nothing(two):
+    sync, servers, _ = two
+    sync.update(0, weights(1.0))
+    assert servers[0].asked == []
+    sync.update(1, weights(1.0))
+    sync.update(1, weights(2.0))
+    assert servers[0].asked.count("collective_rpc") == 1
+
+
+def test_what_is_being_read_is_not_written_over(two, tmp_path):
+    sync, servers, _ = two
+    for version in (1, 2, 3):
+        sync.update(version, weights(float(version)))
+        assert set(servers[0].loaded["b.weight"].tolist()) == {version}
+    assert sorted(path.name for path in (tmp_path / "weights").iterdir()) == ["0", "1"]
+    sync.close()
+    assert not (tmp_path / "weights").exists()
+
+
+def test_a_failing_replica_is_named_with_its_phase_and_the_others_go_on_sampling(two):
+    sync, servers, replicas = two
+    servers[1].fails = "collective_rpc"
+    with pytest.raises(
+        ServiceError, match=rf"{replicas.urls[1]} answered collective_rpc with 500: no such luck"
+    ):
+        sync.update(1, weights(1.0))
+    assert servers[0].asked[-1] == servers[1].asked[-1] == "resume"
+    assert sync.version == 0, "it is not said to hold what it does not"
+
+
+def test_a_replica_that_is_gone_is_named(two):
+    sync, _, replicas = two
+    replicas.urls[0] = "http://127.0.0.1:9"
+    with pytest.raises(ServiceError, match=r"vLLM at http://127\.0\.0\.1:9 did not answer pause"):
+        sync.update(1, weights(1.0))
+
+
+def test_waiting_for_health_ends_with_health_a_deadline_or_the_runs_end(two):
+    _, servers, replicas = two
+    servers[1].fails = "health"
+    asked = threading.Event()
+    with pytest.raises(ServiceError, match=r"did not become healthy within 1 s \(engine\.start_timeout_s\)"):
+        replicas.wait_healthy(1.0, asked)
+    threading.Timer(0.3, lambda: setattr(servers[1], "fails", None)).start()
+    replicas.wait_healthy(10.0, asked)
+    servers[1].fails = "health"
+    threading.Timer(0.3, asked.set).start()
+    began = time.monotonic()
+    replicas.wait_healthy(30.0, asked)
+    assert time.monotonic() - began < 5
