@@ -1,5 +1,5 @@
-"""Tab completion of `python -m gymexp.X`. Hydra knows the choices, and completes for scripts and programs only:
-its shell function does not recognize a module."""
+"""Tab completion of `python -m gymexp.X`. Hydra knows the choices; its own shell function completes for scripts
+and programs only."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ _gymexp_complete() {
     local asked="$name $rest" word="${rest##* }" choice
     local known="${word%=*}="
     [[ "$word" == *=* && "$COMP_WORDBREAKS" == *=* ]] || known=""
-    for choice in $(COMP_LINE="$asked" COMP_POINT=${#asked} "$python" -m "$name" -sc query=bash 2>/dev/null); do
+    export COMP_LINE="$asked" COMP_POINT=${#asked}
+    for choice in $("$python" -m "$name" -sc query=bash 2>/dev/null); do
         COMPREPLY+=("${choice#"$known"}")
     done
 }
