@@ -1,5 +1,5 @@
-"""Tab completion of `python -m gymexp.X`. Hydra knows the choices; its own shell function completes for scripts
-and programs only."""
+"""Tab completion of `python -m gymexp.X`. Hydra knows the choices, but its own shell function completes for
+scripts and programs only."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _gymexp_complete() {
     local asked="$name $rest" word="${rest##* }" choice
     local known="${word%=*}="
     [[ "$word" == *=* && "$COMP_WORDBREAKS" == *=* ]] || known=""
-    export COMP_LINE="$asked" COMP_POINT=${#asked}
+    local -x COMP_LINE="$asked" COMP_POINT=${#asked}
     for choice in $("$python" -m "$name" -sc query=bash 2>/dev/null); do
         COMPREPLY+=("${choice#"$known"}")
     done
