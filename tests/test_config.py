@@ -47,7 +47,7 @@ def test_all_environments_together_and_every_trainer_with_every_model():
 
 def test_a_models_own_trainer_settings_give_way_to_the_command_line_alone():
     tiny = load(composed("model=tiny", "trainer=dapo")).trainer
-    assert (tiny["learning_rate"], tiny["loss_type"]) == (4e-4, "dapo")
+    assert (tiny["learning_rate"], tiny["loss_type"]) == (2e-4, "dapo")
     assert load(composed("model=tiny", "trainer.learning_rate=1e-5")).trainer["learning_rate"] == 1e-5
     assert "learning_rate" not in load(composed("model=qwen3_4b")).trainer, "TRL's default"
 
