@@ -18,7 +18,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,14 +29,15 @@ from gymexp.errors import ServiceError
 
 log = logging.getLogger(__name__)
 
-Named = Callable[[], Iterator[tuple[str, torch.Tensor]]]
+Named = Iterator[tuple[str, torch.Tensor]]  # parameters under the names of the model's checkpoint
+Layout = list[tuple[str, torch.dtype, list[int]]]  # their names, dtypes and shapes, in that order
 PHASE_TIMEOUT_S = 300.0
 
 
 class Transfer(Protocol):
     """A way of the weights."""
 
-    def send(self, replicas: Replicas, weights: Named, version: int) -> None: ...
+    def send(self, replicas: Replicas, version: int, layout: Layout, weights: Named) -> None: ...
 
     def close(self) -> None: ...
 
@@ -100,26 +101,19 @@ class Replicas:
 class WeightSync:
     """`update` makes the replicas sample with the weights of a version (optimizer steps done)."""
 
-    def __init__(self, replicas: Replicas, transfer: Transfer, version: int | None) -> None:
-        """version: of the weights that the replicas hold; None: unknown."""
+    def __init__(self, replicas: Replicas, transfer: Transfer) -> None:
         self._replicas = replicas
         self._transfer = transfer
-        self.version = version
-        self.seconds = 0.0  # of all updates so far; nothing is sampled meanwhile
 
-    def update(self, version: int, weights: Named) -> None:
-        """weights: the parameters under the names of the model's checkpoint, a fresh iterator a call."""
-        if version == self.version:
-            return
+    def update(self, version: int, layout: Layout, weights: Named) -> None:
+        """Raises ServiceError with replica and phase. Requests wait meanwhile and are not lost."""
         began = time.monotonic()
         self._replicas.post("/pause?mode=keep")
         try:
-            self._transfer.send(self._replicas, weights, version)
+            self._transfer.send(self._replicas, version, layout, weights)
             self._replicas.post("/reset_prefix_cache")
         finally:
             self._replicas.post("/resume")
-        self.version = version
-        self.seconds += time.monotonic() - began
         log.info("weights of step %d sent in %.2f s", version, time.monotonic() - began)
 
     def close(self) -> None:
@@ -133,13 +127,13 @@ class DiskTransfer:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
 
-    def send(self, replicas: Replicas, weights: Named, version: int) -> None:
+    def send(self, replicas: Replicas, version: int, layout: Layout, weights: Named) -> None:
         from safetensors.torch import save_file
 
         target = self._directory / f"{version % 2}"
         shutil.rmtree(target, ignore_errors=True)
         target.mkdir(parents=True)
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights()}
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights}
         save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
         body = {"method": "reload_weights", "kwargs": {"weights_path": str(target)}}
         replicas.post("/collective_rpc", body)
@@ -155,7 +149,6 @@ class NcclTransfer:
         from trl.generation import vllm_client
 
         self._vllm: Any = vllm_client  # what it imports of vLLM, by version, is what is needed here too
-        self._metadata: dict[str, list[Any]] | None = None
         torch.cuda.set_device(device)
         sizes = [answer["world_size"] for answer in replicas.get("/get_world_size")]
         with socket.socket() as free:
@@ -174,22 +167,22 @@ class NcclTransfer:
         for one in joining:
             one.result()
 
-    def send(self, replicas: Replicas, weights: Named, version: int) -> None:
-        if self._metadata is None:
-            seen = [(name, str(t.dtype).removeprefix("torch."), list(t.shape)) for name, t in weights()]
-            names, dtypes, shapes = (list(column) for column in zip(*seen, strict=True))
-            self._metadata = {"names": names, "dtype_names": dtypes, "shapes": shapes}
+    def send(self, replicas: Replicas, version: int, layout: Layout, weights: Named) -> None:
+        names, dtypes, shapes = (list(column) for column in zip(*layout, strict=True))
+        info = {"names": names, "shapes": shapes}
+        info["dtype_names"] = [str(dtype).removeprefix("torch.") for dtype in dtypes]
         stateful = self._vllm._HAS_STATEFUL_TRAINER_ENGINE
         replicas.post("/start_weight_update")
-        info = self._metadata | ({} if stateful else {"packed": True})
-        receiving = replicas.start("/update_weights", {"update_info": info})
+        receiving = replicas.start(
+            "/update_weights", {"update_info": info | ({} if stateful else {"packed": True})}
+        )
         if stateful:
             self._vllm.packed_nccl_broadcast_producer(
-                iterator=weights(), group=self._group, src=0, post_iter_func=lambda item: item[1]
+                iterator=weights, group=self._group, src=0, post_iter_func=lambda item: item[1]
             )
         else:
             arguments = self._vllm.NCCLTrainerSendWeightsArgs(group=self._group, packed=True)
-            self._vllm.NCCLWeightTransferEngine.trainer_send_weights(weights(), arguments)
+            self._vllm.NCCLWeightTransferEngine.trainer_send_weights(weights, arguments)
         for one in receiving:
             one.result()
         replicas.post("/finish_weight_update")

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers import TrainerCallback
 
 from gymexp.config import RunConfig
@@ -19,7 +20,7 @@ from gymexp.data.prepare import Prepared
 from gymexp.rollout.collect import Progress
 from gymexp.run.directory import append_line, replace_file
 from gymexp.training.metrics import rollout_metrics
-from gymexp.training.rollouts import Rollouts
+from gymexp.training.rollouts import Rollouts, on_main_rank
 
 if TYPE_CHECKING:
     from gymexp.training.trainer import PolicyTrainer
@@ -112,34 +113,43 @@ class Evaluation(TrainerCallback):
             control.should_log = asked_to_log  # its own log entry has taken this back, and the step's is due
 
     def run(self, step: int) -> dict[str, float]:
-        """The metrics, on the main process; the others wait for it."""
+        """The metrics, on every rank; the first one plays."""
         assert self.trainer is not None
-        self.trainer.sync_weights()
-        metrics: dict[str, float] = {}
-        if self.trainer.accelerator.is_main_process:
+        trainer = self.trainer
+        trainer.sync_weights()
+
+        def play() -> dict[str, float]:
             self._teller.tell(phase="evaluate", step=step)
             temperature = self._config.evaluation.temperature
             began = time.monotonic()
             if temperature is None:
-                temperature = self.trainer.grpo.temperature
+                temperature = trainer.grpo.temperature
             outcomes = self._rollouts.play(self._keys, step, temperature, held_out=True)
             metrics = {f"eval_{k}": v for k, v in rollout_metrics(outcomes, self._config.env).items()}
             self._rollouts.write(f"eval-{step:06d}", outcomes)
-            metrics["eval_seconds"] = time.monotonic() - began
-            self.trainer.log_evaluation(dict(metrics), metrics["eval_seconds"])
-        self.trainer.accelerator.wait_for_everyone()
+            return metrics | {"eval_seconds": time.monotonic() - began}
+
+        metrics = on_main_rank(trainer.accelerator, play)
+        trainer.log_evaluation(dict(metrics), metrics["eval_seconds"])
         return metrics
 
 
 class EndWhenAsked(TrainerCallback):
-    """Ends training after the step in progress once `asked` is set."""
+    """Ends training after the step in progress once `asked` is set, on any rank: all end after the same
+    step."""
 
     def __init__(self, asked: threading.Event) -> None:
         self._asked = asked
+        self.trainer: PolicyTrainer | None = None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self._asked.is_set():
-            control.should_training_stop = True
+        assert self.trainer is not None
+        accelerator = self.trainer.accelerator
+        asked = torch.tensor(float(self._asked.is_set()), device=accelerator.device)
+        if accelerator.num_processes > 1:
+            asked = accelerator.reduce(asked, reduction="sum")
+        if asked.item() > 0:  # pyright: ignore[reportAttributeAccessIssue]
+            self.trainer.stopped = control.should_training_stop = True
 
 
 def _plain(value: Any) -> Any:

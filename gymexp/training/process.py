@@ -39,21 +39,31 @@ def main() -> None:
     asked = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: asked.set())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the controller's to handle
+    main_rank = _rank() == 0
     try:
         result = work(run, from_yaml(run.config), asked)
     except GymexpError as error:
-        replace_file(run.path / "result.json", json.dumps({"error": str(error)}))
+        if main_rank:
+            replace_file(run.path / "result.json", json.dumps({"error": str(error)}))
         log.error("%s", error)
         sys.exit(1)
-    replace_file(run.path / "result.json", json.dumps(result, indent=1))
+    if main_rank:
+        replace_file(run.path / "result.json", json.dumps(result, indent=1))
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # nothing is left to write, and no thread may keep an ended trainer alive
 
 
+def _rank(name: str = "RANK") -> int:
+    """This process's number among the trainer's; torchrun gives it."""
+    return int(os.environ.get(name, "0"))
+
+
 def work(run: RunDirectory, config: RunConfig, asked: threading.Event) -> dict[str, Any]:
-    """Train; returns what result.json says."""
+    """Train; returns what result.json says. The first rank alone plays rollouts, talks to the controller and
+    writes."""
+    main_rank = _rank() == 0
     services = json.loads((run.path / "services.json").read_text())
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
@@ -68,47 +78,50 @@ def work(run: RunDirectory, config: RunConfig, asked: threading.Event) -> dict[s
     from gymexp.training.rollouts import Rollouts
     from gymexp.training.trainer import PolicyTrainer
 
-    teller = Teller(services["control_url"])
+    teller = Teller(services["control_url"] if main_rank else None)
     teller.tell(phase="load model")
     prepared = load_prepared(run.data)
     tokenizer = load_tokenizer(config.model)
     model = load_model(config.model)
     # Before the engine looks where it is.
-    torch.nn.Module.to(model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device("cuda", _rank("LOCAL_RANK")) if torch.cuda.is_available() else torch.device("cpu")
+    torch.nn.Module.to(model, device)
     with ExitStack() as stack:
-        _open_tracker(config, run, stack)
-        sync = None
+        sync = collector = None
         if services["engine"] == "hf":
             sampling_with = _start_engine(config, model, tokenizer, services["engine_fd"], stack)
         else:
-            teller.tell(phase="load vLLM")
-            sync = _join_vllm(config, run, services, asked, stack)
             sampling_with = _with_no_pause
-        replicas = {name: [Replica(**r) for r in some] for name, some in services["replicas"].items()}
-        collector = Collector(
-            replicas,
-            config.env,
-            config.rollout,
-            model.get_input_embeddings().weight.shape[0],  # pyright: ignore
-            services["control_url"],
-            teller.progress,
-        )
-        stack.callback(collector.close)
-        threading.Thread(target=lambda: (asked.wait(), collector.stop()), daemon=True).start()
+        if main_rank:
+            _open_tracker(config, run, stack)
+            if services["engine"] == "vllm":
+                teller.tell(phase="load vLLM")
+                sync = _join_vllm(config, run, services, asked, stack)
+            replicas = {name: [Replica(**r) for r in some] for name, some in services["replicas"].items()}
+            collector = Collector(
+                replicas,
+                config.env,
+                config.rollout,
+                model.get_input_embeddings().weight.shape[0],  # pyright: ignore
+                services["control_url"],
+                teller.progress,
+            )
+            stack.callback(collector.close)
+            threading.Thread(target=lambda: (asked.wait(), collector.stop()), daemon=True).start()
 
         tasks = {t.key: t for some in (prepared.train, *prepared.validation.values()) for t in some}
         rollouts = Rollouts(config, collector, tasks, run.rollouts, sampling_with)
-        trainer = PolicyTrainer(config, model, tokenizer, prepared, rollouts, run.checkpoints, sync)
+        trainer = PolicyTrainer(config, model, tokenizer, prepared, rollouts, run.checkpoints)
+        if services["engine"] == "vllm":
+            # A server that gymexp did not start may hold any weights.
+            trainer.sample_with_vllm(sync, version=None if config.engine.urls else 0)
         resume = checkpoints.latest(run.checkpoints)  # a new run's directory has none
         first_step = checkpoints.step_of(resume) if resume else 0
-        evaluation = Evaluation(config, prepared, rollouts, teller)
-        evaluation.trainer = trainer
-        for callback in (
-            MetricsFile(run.metrics, first_step),
-            Steps(teller),
-            evaluation,
-            EndWhenAsked(asked),
-        ):
+        evaluation, ending = Evaluation(config, prepared, rollouts, teller), EndWhenAsked(asked)
+        evaluation.trainer = ending.trainer = trainer
+        if main_rank:
+            trainer.add_callback(MetricsFile(run.metrics, first_step))
+        for callback in (Steps(teller), evaluation, ending):
             trainer.add_callback(callback)
 
         before: dict[str, float] = _remembered(run)
@@ -116,13 +129,16 @@ def work(run: RunDirectory, config: RunConfig, asked: threading.Event) -> dict[s
         try:
             if config.evaluation.before and not resume:
                 before = evaluation.run(0)
-                replace_file(run.path / "before.json", json.dumps(before))
+                if main_rank:
+                    replace_file(run.path / "before.json", json.dumps(before))
             trainer.go_on_from(resume)
-            if not asked.is_set() and config.evaluation.after:
+            if not trainer.stopped and config.evaluation.after:
                 after = evaluation.run(trainer.state.global_step)
         except Stopped:
+            trainer.stopped = True
+        stopped = trainer.stopped
+        if stopped:
             log.info("asked to end after step %d", trainer.state.global_step)
-        stopped = asked.is_set()
         teller.tell(phase="save")
         trainer.save_now()
         if not stopped:
@@ -192,11 +208,10 @@ def _join_vllm(
     replicas = Replicas(services["engine_urls"])
     replicas.wait_healthy(config.engine.start_timeout_s, asked)
     if services["transfer"] == "nccl":
-        transfer = NcclTransfer(replicas, torch.device("cuda", 0))
+        transfer = NcclTransfer(replicas, torch.device("cuda", _rank("LOCAL_RANK")))
     else:
         transfer = DiskTransfer(run.path / "weights")
-    # A server that gymexp did not start may hold any weights.
-    sync = WeightSync(replicas, transfer, version=None if config.engine.urls else 0)
+    sync = WeightSync(replicas, transfer)
     stack.callback(sync.close)
     return sync
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import orjson
 import zstandard
@@ -24,7 +24,12 @@ from gymexp.rollout.outcome import Outcome, Task, outcome_to_json
 from gymexp.training.metrics import flat_groups, rollout_metrics
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
+
     from gymexp.training.trainer import PolicyTrainer
+
+
+T = TypeVar("T")
 
 
 def seed_of(run_seed: int, step: int | None, key: str, index: int) -> int:
@@ -33,19 +38,37 @@ def seed_of(run_seed: int, step: int | None, key: str, index: int) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
+def on_main_rank(accelerator: Accelerator, work: Callable[[], T]) -> T:
+    """What `work` returns, or raises, on the first rank: on every rank."""
+    if accelerator.num_processes == 1:
+        return work()
+    from accelerate.utils import broadcast_object_list
+
+    box: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            box[0] = work()
+        except Exception as error:
+            box[1] = error
+    broadcast_object_list(box)
+    if box[1] is not None:
+        raise box[1]
+    return box[0]
+
+
 class Rollouts:
     """Plays tasks with the policy as it is: for training as `rollout_func`, for evaluation as `play`."""
 
     def __init__(
         self,
         config: RunConfig,
-        collector: Collector,
+        collector: Collector | None,
         tasks: Mapping[str, Task],
         directory: Path,
         sampling_with: Callable[[int], AbstractContextManager[None]],
     ) -> None:
-        """sampling_with: given the weights' version (optimizer steps done), lets the engine sample within the
-        block."""
+        """collector: on the first rank, which plays for all. sampling_with: given the weights' version
+        (optimizer steps done), lets the engine sample within the block."""
         self._sampling_with = sampling_with
         self._config = config
         self._collector = collector
@@ -81,6 +104,7 @@ class Rollouts:
         Held-out tasks are played with the same seeds every time, so that two evaluations differ by the policy
         alone.
         """
+        assert self._collector is not None
         trainer = self._config.trainer
         step = None if held_out else weights_version
         count: dict[str, int] = {}
@@ -102,21 +126,21 @@ class Rollouts:
         return outcomes
 
     def _for_all_ranks(self, prompts: list[str], trainer: PolicyTrainer, step: int) -> list[Outcome]:
-        from accelerate.utils import broadcast_object_list, gather_object
+        from accelerate.utils import gather_object
 
         accelerator = trainer.accelerator
         everyone: list[str] = gather_object(prompts)
-        box: list[Any] = [None]
-        if accelerator.is_main_process:
+
+        def play() -> list[Outcome]:
             outcomes = self.play(everyone, step, trainer.grpo.temperature, held_out=False)
             self.write(f"step-{step + 1:06d}", outcomes)
             trainer.add_metrics(rollout_metrics(outcomes, self._config.env))
             trainer.add_metrics({"groups_without_variance": flat_groups(outcomes)})
-            box = [outcomes]
-        if accelerator.num_processes > 1:
-            broadcast_object_list(box)
+            return outcomes
+
+        outcomes = on_main_rank(accelerator, play)
         start = accelerator.process_index * len(prompts)
-        return box[0][start : start + len(prompts)]
+        return outcomes[start : start + len(prompts)]
 
     def write(self, name: str, outcomes: Sequence[Outcome]) -> None:
         """`rollouts/<name>.jsonl.zst`, an Outcome a line; there whole or not at all."""

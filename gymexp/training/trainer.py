@@ -18,7 +18,7 @@ from trl.trainer.utils import pad
 from gymexp.config import RunConfig
 from gymexp.data.prepare import Prepared
 from gymexp.errors import DriftError
-from gymexp.policy.weights import WeightSync
+from gymexp.policy.weights import Layout, WeightSync
 from gymexp.rollout.batch import Batch
 from gymexp.training import arguments, checkpoints, padding
 from gymexp.training.rollouts import Rollouts
@@ -50,9 +50,7 @@ class PolicyTrainer(GRPOTrainer):
         prepared: Prepared,
         rollouts: Rollouts,
         directory: Path,
-        sync: WeightSync | None = None,
     ) -> None:
-        """sync: the way to vLLM's weights; None where the engine samples from the model itself."""
         logging.getLogger("trl.trainer.grpo_trainer").addFilter(_NoSilentFailures())
         self._config = config
         self._rollouts = rollouts
@@ -61,6 +59,7 @@ class PolicyTrainer(GRPOTrainer):
         self.pad_token_id: int = tokenizer.pad_token_id  # pyright: ignore[reportAttributeAccessIssue]
         self.grpo = arguments.build(config, directory, f"{config.name} {directory.parent.name}")
         self._directory = directory
+        self.stopped = False  # asked to end before its last step
         super().__init__(
             model=model,
             reward_funcs=reward,
@@ -69,14 +68,6 @@ class PolicyTrainer(GRPOTrainer):
             processing_class=tokenizer,
             rollout_func=rollouts,  # pyright: ignore[reportArgumentType]
         )
-        self._sync = sync
-        if sync is not None:
-            # Not TRL's own client, which knows one server. What these switch on: `sync_weights` before the
-            # rollouts of each new step, and the importance-sampling correction.
-            self.use_vllm = True
-            self.vllm_mode = "server"
-            self.vllm_generation = self
-            self._last_loaded_step = -1
         self.remove_callback(PrinterCallback)  # metrics.jsonl has the numbers, and the live view shows them
 
     def add_metrics(self, metrics: Mapping[str, float]) -> None:
@@ -89,15 +80,36 @@ class PolicyTrainer(GRPOTrainer):
         self._seconds["evaluation"] += seconds
         Trainer.log(self, metrics)
 
+    def sample_with_vllm(self, sync: WeightSync | None, version: int | None) -> None:
+        """Keep vLLM's weights up to date from now on. sync: on the first rank. version: of what it holds;
+        None: unknown."""
+        self._sync = sync
+        self._engine_version = version
+        self._layout: Layout | None = None
+        # Not TRL's own client, which knows one server. What these switch on: `sync_weights` before the
+        # rollouts of each new step, and the importance-sampling correction.
+        self.use_vllm = True
+        self.vllm_mode = "server"
+        self.vllm_generation = self
+        self._last_loaded_step = -1
+
     def sync_weights(self) -> None:
-        """Let the engine sample with the weights as they are now. Every rank must call it."""
-        if self._sync is None:
+        """Let the engine sample with the weights as they are now. Every rank must call it, as gathering a
+        sharded parameter is collective."""
+        step = self.state.global_step
+        if not self.use_vllm or step == self._engine_version:
             return
         began = time.monotonic()
         source = VLLMGeneration.__new__(VLLMGeneration)  # for its walk over sharded and adapted parameters
         source.model, source.accelerator, source._dist = self.model, self.accelerator, self._dist
-        if self.accelerator.is_main_process:
-            self._sync.update(self.state.global_step, source._iter_named_params)
+        if self._layout is None:
+            self._layout = [(name, t.dtype, list(t.shape)) for name, t in source._iter_named_params()]
+        if self._sync is not None:
+            self._sync.update(step, self._layout, source._iter_named_params())
+        else:
+            for _ in source._iter_named_params():
+                pass
+        self._engine_version = step
         self._seconds["sync"] += time.monotonic() - began
 
     def check_drift(self, batch: Batch) -> None:
