@@ -182,11 +182,12 @@ class RunConfig:
 def register() -> None:
     """Make the schema known to Hydra, under the name that `conf/train.yaml` puts first.
 
-    `trainer` is open: TRL's arguments need no `+` on the command line; `gymexp.training.arguments` checks
-    them.
+    What others' programs take is open, and needs no `+` on the command line: TRL's arguments
+    (`gymexp.training.arguments` checks them), flags of `vllm serve`, variables of the chat template.
     """
     node = OmegaConf.structured(RunConfig)
-    OmegaConf.set_struct(node.trainer, False)
+    for open_ in (node.trainer, node.engine.args, node.model.chat_template_kwargs):
+        OmegaConf.set_struct(open_, False)
     ConfigStore.instance().store(name="schema", node=node)
 
 

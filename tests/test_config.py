@@ -52,6 +52,38 @@ def test_a_models_own_trainer_settings_give_way_to_the_command_line_alone():
     assert "learning_rate" not in load(composed("model=qwen3_4b")).trainer, "TRL's default"
 
 
+def test_what_other_programs_take_needs_no_plus():
+    config = load(
+        composed("engine.args.gpu_memory_utilization=0.3", "model.chat_template_kwargs.enable_thinking=true")
+    )
+    assert config.engine.args == {"gpu_memory_utilization": 0.3}
+    assert config.model.chat_template_kwargs == {"enable_thinking": True}
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("engine=vlm", "engine=vlm is not known; did you mean engine=vllm"),
+        ("engine.kind=sglang", "engine.kind must be one of auto, hf, vllm, got 'sglang'"),
+        ("engine.args.port=80", "engine.args.port is set by gymexp"),
+        ("engine.args.max-model-len=80", "use model.max_model_len instead"),
+        ("engine.urls=[localhost]", "engine.urls must hold addresses like http"),
+        ("engine.weights=carrier_pigeon", "engine.weights must be one of auto, nccl, disk"),
+        ("placement.rollout_gpus=0", "placement.rollout_gpus must be >= 1, got 0"),
+    ],
+)
+def test_a_mistake_about_vllm_is_answered_before_anything_starts(override, said):
+    shown = subprocess.run(
+        [sys.executable, "-m", "gymexp.train", override],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+    )
+    assert shown.returncode == 1
+    assert said in shown.stderr and "Traceback" not in shown.stderr
+
+
 @pytest.mark.parametrize(
     ("typed", "completed"),
     [
