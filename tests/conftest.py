@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from whole_run import Run
 
 from gymexp.config import GymConfig
 from gymexp.gym.install import ensure_python
@@ -23,3 +25,23 @@ os.environ.setdefault("WANDB_MODE", "disabled")
 def gym_python() -> Path:
     """NeMo Gym's interpreter with what both environments need; made on first use, as a run makes it."""
     return ensure_python(GymConfig(), SERVERS, cache_dir(), print)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory) -> Path:
+    """A path that has to be quoted wherever it is passed on."""
+    return tmp_path_factory.mktemp("runs") / "with a space"
+
+
+@pytest.fixture
+def started(folder: Path) -> Iterator[Callable[..., Run]]:
+    """Starts a run; what a failed test leaves of it is ended."""
+    runs: list[Run] = []
+
+    def start(name: str, *overrides: str, resume: bool = False) -> Run:
+        runs.append(Run(folder / name, *overrides, resume=resume))
+        return runs[-1]
+
+    yield start  # pytest comes back here after a failure too
+    for run in runs:
+        run.kill()

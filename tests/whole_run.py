@@ -1,0 +1,132 @@
+"""A whole run in a process of its own, as a user starts it, watched from outside."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import orjson
+import psutil
+import pytest
+import zstandard
+
+ROOT = Path(__file__).parent.parent
+TINY = ROOT / "gymexp" / "assets" / "tiny"
+STEPS = 4
+BATCH = 16
+OVERRIDES = [
+    "experiment=quickstart",
+    f"trainer.max_steps={STEPS}",
+    "trainer.save_steps=2",
+    f"trainer.per_device_train_batch_size={BATCH // 2}",
+    "trainer.gradient_accumulation_steps=2",
+    "trainer.num_generations=4",
+    "evaluation.num_tasks=4",
+    "evaluation.every_steps=2",
+    *(
+        f"env.{env}.data.{split}={size}"
+        for env in ("sudoku", "workplace")
+        for split, size in (("train_size", 64), ("validation_size", 8))
+    ),
+]
+PATIENCE_S = 300
+
+
+class Run:
+    """A run in a process of its own. `descendants`: every process it ever had below it, as far as seen."""
+
+    def __init__(self, directory: Path, *overrides: str, resume: bool = False) -> None:
+        self.directory = directory
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        self.output = directory.parent / f"{directory.name}.{len(list(directory.parent.iterdir()))}.txt"
+        where = [f"resume={directory}"] if resume else [f"hydra.run.dir='{directory}'", *OVERRIDES]
+        hydra = [f"hydra.run.dir='{directory.parent / 'hydra'}'"] if resume else []
+        with self.output.open("w") as out:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "gymexp.train", *where, *hydra, *overrides],
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                cwd=ROOT,
+                start_new_session=True,
+            )
+        self.descendants: set[psutil.Process] = set()
+        threading.Thread(target=self._look, daemon=True).start()
+
+    def _look(self) -> None:
+        while self.process.poll() is None:
+            try:
+                self.descendants.update(psutil.Process(self.process.pid).children(recursive=True))
+            except psutil.NoSuchProcess:
+                return
+            time.sleep(0.1)
+
+    @property
+    def said(self) -> str:
+        return self.output.read_text()
+
+    def ended(self) -> int:
+        """The exit code, once the run has ended."""
+        try:
+            return self.process.wait(PATIENCE_S)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            pytest.fail(f"the run did not end:\n{self.said}")
+
+    def wait_for(self, holds: Callable[[], object]) -> None:
+        until = time.monotonic() + PATIENCE_S
+        while not holds():
+            if self.process.poll() is not None or time.monotonic() > until:
+                self.kill()
+                pytest.fail(f"the run has ended or hangs:\n{self.said}")
+            time.sleep(0.05)
+
+    def wait_for_step(self, step: int) -> None:
+        self.wait_for(lambda: step in self.steps())
+
+    def metrics(self) -> list[dict]:
+        path = self.directory / "metrics.jsonl"
+        if not path.exists():
+            return []
+        return [
+            json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")
+        ]
+
+    def steps(self) -> list[int]:
+        """Of the training steps that were logged."""
+        return [entry["step"] for entry in self.metrics() if "loss" in entry]
+
+    def rollouts(self, name: str) -> list[dict]:
+        packed = (self.directory / "rollouts" / f"{name}.jsonl.zst").read_bytes()
+        return [orjson.loads(line) for line in zstandard.decompress(packed).splitlines()]
+
+    def task_keys(self, step: int) -> list[str]:
+        return [(o.get("rollout") or o)["task"]["key"] for o in self.rollouts(f"step-{step:06d}")]
+
+    def server(self, name: str) -> psutil.Process:
+        """The process that writes the server's log."""
+        log = str(self.directory / "logs" / f"{name}.log")
+        return next(p for p in self.descendants if alive(p) and os.readlink(f"/proc/{p.pid}/fd/1") == log)
+
+    def left(self) -> list[psutil.Process]:
+        return [p for p in self.descendants if alive(p)]
+
+    def kill(self) -> None:
+        """The end of a test, whatever happened in it."""
+        for process in [*self.descendants, self.process]:
+            if isinstance(process, subprocess.Popen) or alive(process):
+                process.kill()
+        self.process.wait()
+
+
+def alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
