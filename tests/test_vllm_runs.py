@@ -33,7 +33,8 @@ def vllm(vllm_python, monkeypatch) -> list[str]:
 
 def test_a_run_samples_from_vllm_with_the_trainers_weights_of_each_step(started, gym_python, vllm):
     changes = ["rollout.drift_every=1", "rollout.max_drift=1e-3", "trainer.max_steps=3"]
-    changes += ["trainer.warmup_steps=0", "evaluation.num_tasks=2"]
+    changes += ["trainer.warmup_steps=0", "evaluation.num_tasks=2", "evaluation.every_steps=0"]
+    changes += ["evaluation.before=false"]
     run = started("vllm", *vllm, *changes)
     assert run.ended() == 0, run.said
     drifts = [entry["drift"] for entry in run.metrics() if "drift" in entry]
