@@ -185,6 +185,18 @@ def test_a_policy_that_answers_nonsense_trains_on_without_a_failure(started, fol
     assert len(set(texts)) == BATCH, "noise, each another"
 
 
+def test_servers_above_their_memory_budget_are_restarted_again_and_again_and_no_rollout_is_lost(started):
+    changes = ["env.workplace.memory_budget_mb=1", "trainer.max_steps=2", "gym.health_interval_s=0.5"]
+    run = started("budget", *changes, "evaluation.before=false", "evaluation.after=false")
+    assert run.ended() == 0, run.said
+    assert run.steps() == [1, 2]
+    for entry in run.metrics():
+        assert entry.get("workplace/failed", 0) == entry.get("sudoku/failed", 0) == 0
+    log = (run.directory / "logs" / "trainer.log").read_text()
+    assert log.count("above its memory budget of 1 MB") >= 2
+    assert "starting it again" not in run.said, "asked for, and not counted as failures"
+
+
 def test_a_sweep_runs_its_points_one_after_the_other_each_in_a_directory_of_its_own(folder, gym_python):
     sweep = folder / "sweep"
     overrides = [f"hydra.sweep.dir='{sweep}'", *OVERRIDES, "seed=0,1", "trainer.max_steps=1"]

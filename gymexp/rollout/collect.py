@@ -47,6 +47,7 @@ class _Seat:
     epochs: tuple[int, ...] = ()
     ready: bool = True
     draining: bool = False
+    played: int = 0  # rollouts begun since its services last started
 
 
 @dataclass
@@ -154,7 +155,7 @@ class Collector:
             states = [services[name] for name in seat.replica.services if name in services]
             epochs = tuple(state["epoch"] for state in states)
             if seat.epochs and epochs != seat.epochs:
-                seat.draining = False
+                seat.draining, seat.played = False, 0
                 for flight in seat.flights:
                     flight.cancel("its server was restarted")
             seat.epochs = epochs
@@ -163,7 +164,8 @@ class Collector:
         self._wake()
 
     def _keep_to_budget(self, seat: _Seat) -> None:
-        if seat.budget_mb is None or not seat.ready:
+        # One that is above its budget from the start plays on, a rollout or more a start.
+        if seat.budget_mb is None or not seat.ready or not seat.played:
             return
         over = [
             name
@@ -219,6 +221,7 @@ class Collector:
                     play(self._http, seat.replica.url, task, sampling, env.timeout_s, self._vocab_size)
                 )
                 seat.flights.add(flight)
+                seat.played += 1
                 progress.in_flight += 1
                 try:
                     outcome = await self._landed(flight)
