@@ -20,6 +20,8 @@ pytestmark = [
 
 @pytest.fixture(scope="session")
 def vllm_python() -> Path:
+    if " " in f"{cache_dir()}{sys.prefix}":
+        pytest.skip("vLLM's and torch's compilers split paths at spaces")
     return ensure_vllm(cache_dir())
 
 

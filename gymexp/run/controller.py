@@ -75,6 +75,7 @@ class Controller:
         self._began = time.time()
         self._asked: int | None = None
         self._stopping = False
+        self._handlers: dict[int, Any] = {}  # those from before the run
         self._outcome: str | None = None  # of the run, once it has ended
         self._played = False
 
@@ -119,6 +120,9 @@ class Controller:
                 writing.cancel()
                 self._write_status(supervisor)
                 self._mark("end")
+                if self._asked is None:
+                    for number, handler in self._handlers.items():
+                        signal.signal(number, handler)
                 for sock in (gateway_sock, *engine_socks, *sockets.values()):
                     sock.close()
 
@@ -324,8 +328,13 @@ class Controller:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)
 
+        def received(number: int, _: object) -> None:
+            # After the end of an interrupted run it is still the handler: one signal more changes nothing.
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(asked, number)
+
         for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, asked, number)
+            self._handlers[number] = signal.signal(number, received)
 
     def _write_services(self, layout: Layout, control_url: str, engine_socks: list[socket.socket]) -> None:
         replicas = {name: [dataclasses.asdict(r) for r in some] for name, some in layout.replicas.items()}
