@@ -186,6 +186,8 @@ class Supervisor:
 
     async def _stop(self, service: Service) -> None:
         if service.pid is None:
+            if service.state != "down":
+                self._set(service, "stopped")
             return
         with contextlib.suppress(psutil.NoSuchProcess):
             tree = [psutil.Process(service.pid), *psutil.Process(service.pid).children(recursive=True)]
