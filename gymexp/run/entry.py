@@ -8,6 +8,7 @@ import functools
 import logging
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -43,6 +44,11 @@ def guarded(main: Callable[..., Any]) -> Callable[..., Any]:
 def _end(error: GymexpError) -> NoReturn:
     print(f"error: {error}", file=sys.stderr)
     number = getattr(error, "number", None)
+    if (
+        number
+    ):  # Python's own end gives signals their default effect back, and one more would change the exit code
+        for one in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(one, signal.SIG_IGN)
     sys.exit(128 + number if number else 1)
 
 
