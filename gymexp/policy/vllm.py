@@ -19,7 +19,7 @@ from gymexp.errors import ConfigError
 from gymexp.policy.model import resolve_path
 from gymexp.run.placement import Placement
 
-OLDEST, NEWEST = (0, 26), (0, 32)  # those that were tried
+OLDEST, NEWEST = (0, 26), (0, 31)  # what TRL 1.16 takes, from the first with these routes
 ENVIRONMENT = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
 
 # What a log says, and what to do about it; the first that is found is told.
@@ -69,8 +69,8 @@ def read_version(engine: EngineConfig) -> tuple[int, int]:
     found = re.match(r"(\d+)\.(\d+)", shown.stdout.strip())
     if shown.returncode or not found:
         raise ConfigError(
-            f"engine=vllm needs vLLM, and {python} has none: install the extra (pip install "
-            "'gymexp[vllm]'), or name an interpreter that has it in engine.python"
+            f"engine=vllm needs vLLM, and {python} has none: install it there (in a checkout of gymexp: "
+            "pip install -e '.[vllm]'), or name an interpreter that has it in engine.python"
         )
     version = (int(found[1]), int(found[2]))
     if not OLDEST <= version <= NEWEST:

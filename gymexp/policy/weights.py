@@ -3,7 +3,8 @@
 For each new version: requests are paused and kept, the weights sent, the prefix cache dropped, requests
 resumed. `nccl` puts all replicas and their tensor-parallel ranks into one NCCL group with the trainer as rank
 0 (vLLM's weight-transfer API). `disk` writes a safetensors file that every replica reads: for places without
-NCCL, a shared GPU, and vLLM on a CPU. Every phase has a deadline; what fails names the replica and the phase.
+NCCL, a shared GPU, and vLLM on a CPU. Every request to a replica has a deadline; what fails names the replica
+and the phase.
 """
 
 from __future__ import annotations
@@ -29,15 +30,15 @@ from gymexp.errors import ServiceError
 
 log = logging.getLogger(__name__)
 
-Named = Iterator[tuple[str, torch.Tensor]]  # parameters under the names of the model's checkpoint
-Layout = list[tuple[str, torch.dtype, list[int]]]  # their names, dtypes and shapes, in that order
+NamedTensors = Iterator[tuple[str, torch.Tensor]]  # parameters under the names of the model's checkpoint
+TensorSpecs = list[tuple[str, torch.dtype, list[int]]]  # their names, dtypes and shapes, in that order
 PHASE_TIMEOUT_S = 300.0
 
 
 class Transfer(Protocol):
     """A way of the weights."""
 
-    def send(self, replicas: Replicas, version: int, layout: Layout, weights: Named) -> None: ...
+    def send(self, replicas: Replicas, version: int, specs: TensorSpecs, weights: NamedTensors) -> None: ...
 
     def close(self) -> None: ...
 
@@ -105,12 +106,12 @@ class WeightSync:
         self._replicas = replicas
         self._transfer = transfer
 
-    def update(self, version: int, layout: Layout, weights: Named) -> None:
+    def update(self, version: int, specs: TensorSpecs, weights: NamedTensors) -> None:
         """Raises ServiceError with replica and phase. Requests wait meanwhile and are not lost."""
         began = time.monotonic()
         self._replicas.post("/pause?mode=keep")
         try:
-            self._transfer.send(self._replicas, version, layout, weights)
+            self._transfer.send(self._replicas, version, specs, weights)
             self._replicas.post("/reset_prefix_cache")
         finally:
             self._replicas.post("/resume")
@@ -127,7 +128,7 @@ class DiskTransfer:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
 
-    def send(self, replicas: Replicas, version: int, layout: Layout, weights: Named) -> None:
+    def send(self, replicas: Replicas, version: int, specs: TensorSpecs, weights: NamedTensors) -> None:
         from safetensors.torch import save_file
 
         target = self._directory / f"{version % 2}"
@@ -167,8 +168,8 @@ class NcclTransfer:
         for one in joining:
             one.result()
 
-    def send(self, replicas: Replicas, version: int, layout: Layout, weights: Named) -> None:
-        names, dtypes, shapes = (list(column) for column in zip(*layout, strict=True))
+    def send(self, replicas: Replicas, version: int, specs: TensorSpecs, weights: NamedTensors) -> None:
+        names, dtypes, shapes = (list(column) for column in zip(*specs, strict=True))
         info = {"names": names, "shapes": shapes}
         info["dtype_names"] = [str(dtype).removeprefix("torch.") for dtype in dtypes]
         stateful = self._vllm._HAS_STATEFUL_TRAINER_ENGINE

@@ -44,12 +44,12 @@ def guarded(main: Callable[..., Any]) -> Callable[..., Any]:
 def _end(error: GymexpError) -> NoReturn:
     print(f"error: {error}", file=sys.stderr)
     number = getattr(error, "number", None)
-    if (
-        number
-    ):  # Python's own end gives signals their default effect back, and one more would change the exit code
-        for one in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(one, signal.SIG_IGN)
-    sys.exit(128 + number if number else 1)
+    if number is None:
+        sys.exit(1)
+    # Python's shutdown gives signals their default effect back, and one more would change the exit code.
+    for one in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(one, signal.SIG_IGN)
+    sys.exit(128 + number)
 
 
 def log_to_terminal() -> None:

@@ -58,6 +58,11 @@ def place(config: RunConfig, gpus: list[str]) -> Placement:
         kind = "vllm" if gpus and (engine.python or importlib.util.find_spec("vllm")) else "hf"
     if kind == "hf" or engine.urls:
         train = _count("placement.train_gpus", wanted.train_gpus, min(1, len(gpus)), len(gpus))
+        if kind == "hf" and train > 1:
+            raise ConfigError(
+                f"placement.train_gpus must be 1 with engine=hf, which samples in the trainer's one process, "
+                f"got {train}: say engine=vllm"
+            )
         return Placement(kind, gpus[:train], [])
     size = engine.tensor_parallel_size
     if not gpus:

@@ -18,7 +18,7 @@ from trl.trainer.utils import pad
 from gymexp.config import RunConfig
 from gymexp.data.prepare import Prepared
 from gymexp.errors import DriftError
-from gymexp.policy.weights import Layout, WeightSync
+from gymexp.policy.weights import TensorSpecs, WeightSync
 from gymexp.rollout.batch import Batch
 from gymexp.training import arguments, checkpoints, padding
 from gymexp.training.rollouts import Rollouts
@@ -85,7 +85,7 @@ class PolicyTrainer(GRPOTrainer):
         None: unknown."""
         self._sync = sync
         self._engine_version = version
-        self._layout: Layout | None = None
+        self._tensor_specs: TensorSpecs | None = None
         # Not TRL's own client, which knows one server. What these switch on: `sync_weights` before the
         # rollouts of each new step, and the importance-sampling correction.
         self.use_vllm = True
@@ -102,10 +102,10 @@ class PolicyTrainer(GRPOTrainer):
         began = time.monotonic()
         source = VLLMGeneration.__new__(VLLMGeneration)  # for its walk over sharded and adapted parameters
         source.model, source.accelerator, source._dist = self.model, self.accelerator, self._dist
-        if self._layout is None:
-            self._layout = [(name, t.dtype, list(t.shape)) for name, t in source._iter_named_params()]
+        if self._tensor_specs is None:
+            self._tensor_specs = [(name, t.dtype, list(t.shape)) for name, t in source._iter_named_params()]
         if self._sync is not None:
-            self._sync.update(step, self._layout, source._iter_named_params())
+            self._sync.update(step, self._tensor_specs, source._iter_named_params())
         else:
             for _ in source._iter_named_params():
                 pass

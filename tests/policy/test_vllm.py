@@ -92,9 +92,9 @@ def python_that_says(tmp_path, text: str, code: int = 0) -> EngineConfig:
 
 def test_the_version_that_an_interpreter_has_is_checked(tmp_path):
     assert read_version(python_that_says(tmp_path, "0.31.0+cpu")) == (0, 31)
-    with pytest.raises(ConfigError, match=r"needs vLLM 0\.26 to 0\.32, .* has 0\.9\.1"):
+    with pytest.raises(ConfigError, match=r"needs vLLM 0\.26 to 0\.31, .* has 0\.9\.1"):
         read_version(python_that_says(tmp_path, "0.9.1"))
-    with pytest.raises(ConfigError, match=r"has none: install the extra"):
+    with pytest.raises(ConfigError, match=r"has none: install it there"):
         read_version(python_that_says(tmp_path, "", code=1))
     with pytest.raises(ConfigError, match=r"engine\.python=.* cannot be run"):
         read_version(EngineConfig(python=str(tmp_path / "gone")))

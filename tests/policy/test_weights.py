@@ -15,7 +15,7 @@ from loopback import serving
 from safetensors.torch import load_file
 
 from gymexp.errors import ServiceError
-from gymexp.policy.weights import DiskTransfer, Layout, Named, Replicas, WeightSync
+from gymexp.policy.weights import DiskTransfer, NamedTensors, Replicas, TensorSpecs, WeightSync
 
 
 class Server:
@@ -57,7 +57,7 @@ def two(tmp_path):
         yield sync, servers, replicas
 
 
-def weights(value: float) -> tuple[Layout, Named]:
+def weights(value: float) -> tuple[TensorSpecs, NamedTensors]:
     transposed = torch.full((2, 3), value).T  # not contiguous, as a parameter may be
     named = [("a.weight", transposed), ("b.weight", torch.full((4,), value, requires_grad=True))]
     return [(name, tensor.dtype, list(tensor.shape)) for name, tensor in named], iter(named)

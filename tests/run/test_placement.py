@@ -76,6 +76,10 @@ def test_auto_is_vllm_where_a_gpu_and_an_interpreter_with_it_are():
         ),
         ({"gpus": 1, "tensor_parallel_size": 2}, r"must be at most 1, .*got 2"),
         ({"gpus": 1, "train": 2, "kind": "hf"}, r"placement\.train_gpus must be at most 1"),
+        (
+            {"gpus": 2, "train": 2, "kind": "hf"},
+            r"train_gpus must be 1 with engine=hf.*got 2: say engine=vllm",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_with_both_numbers(arguments, said):
