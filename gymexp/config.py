@@ -94,7 +94,10 @@ class EngineConfig:
     tensor_parallel_size: int = 1  # vllm: GPUs of one replica
     args: dict[str, Any] = field(default_factory=dict)  # vllm: more flags of `vllm serve`, as Python names
     urls: list[str] = field(default_factory=list)  # vllm: servers that already run, instead of starting any
-    weights: str = "auto"  # vllm: how the trainer's weights reach it: nccl, disk; auto: nccl between GPUs
+    colocate: bool = False  # vllm: every GPU samples and trains, in turn; a single GPU always does
+    weights: str = (
+        "auto"  # vllm: how weights reach it: nccl, ipc, disk; auto: the fastest that the GPUs allow
+    )
     start_timeout_s: float = 900.0  # vllm: from start to the first answered health check
 
 

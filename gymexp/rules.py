@@ -86,6 +86,7 @@ _VLLM_OWNED = {
     "max_model_len": "model.max_model_len",
     "tensor_parallel_size": "engine.tensor_parallel_size",
     "weight_transfer_config": "engine.weights",
+    "enable_sleep_mode": "engine.colocate",
 } | dict.fromkeys(
     ("host", "port", "served_model_name", "logprobs_mode", "generation_config", "enable_scale_out")
 )
@@ -93,7 +94,7 @@ _VLLM_OWNED = {
 
 def _engine_problems(engine: EngineConfig) -> Iterator[str]:
     yield from _one_of("engine.kind", engine.kind, ("auto", "hf", "vllm"))
-    yield from _one_of("engine.weights", engine.weights, ("auto", "nccl", "disk"))
+    yield from _one_of("engine.weights", engine.weights, ("auto", "nccl", "ipc", "disk"))
     yield from _at_least("engine.max_batch_size", engine.max_batch_size, 1)
     yield from _at_least("engine.tensor_parallel_size", engine.tensor_parallel_size, 1)
     yield from _positive("engine.start_timeout_s", engine.start_timeout_s)
@@ -107,6 +108,10 @@ def _engine_problems(engine: EngineConfig) -> Iterator[str]:
             yield f"engine.urls must hold addresses like http://127.0.0.1:8000, got {url!r}"
     if engine.urls and engine.kind == "hf":
         yield f"engine.urls is for engine=vllm, got engine.kind='hf' and {engine.urls}"
+    if engine.colocate and (engine.urls or engine.kind == "hf"):
+        yield "engine.colocate=true is for vLLM that gymexp starts: leave out engine.urls and engine=hf"
+    if engine.colocate and engine.weights == "nccl":
+        yield "engine.weights must be ipc or disk with engine.colocate=true (NCCL has no two ranks on a GPU)"
 
 
 def _data_problems(at: str, data: DataConfig) -> Iterator[str]:

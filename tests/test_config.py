@@ -68,13 +68,15 @@ def test_what_other_programs_take_needs_no_plus():
         ("engine.args.port=80", "engine.args.port is set by gymexp"),
         ("engine.args.max-model-len=80", "use model.max_model_len instead"),
         ("engine.urls=[localhost]", "engine.urls must hold addresses like http"),
-        ("engine.weights=carrier_pigeon", "engine.weights must be one of auto, nccl, disk"),
+        ("engine.weights=carrier_pigeon", "engine.weights must be one of auto, nccl, ipc, disk"),
+        ("engine.colocate=true engine=hf", "engine.colocate=true is for vLLM that gymexp starts"),
+        ("engine.colocate=true engine.weights=nccl", "engine.weights must be ipc or disk"),
         ("placement.rollout_gpus=0", "placement.rollout_gpus must be >= 1, got 0"),
     ],
 )
 def test_a_mistake_about_vllm_is_answered_before_anything_starts(override, said):
     shown = subprocess.run(
-        [sys.executable, "-m", "gymexp.train", override],
+        [sys.executable, "-m", "gymexp.train", *override.split()],
         capture_output=True,
         text=True,
         cwd=ROOT,

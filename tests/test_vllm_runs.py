@@ -52,6 +52,26 @@ def test_a_run_samples_from_vllm_with_the_trainers_weights_of_each_step(started,
     assert not (run.directory / "weights").exists(), "what weights were sent through is cleared away"
 
 
+def test_a_vllm_that_dies_while_it_samples_comes_back_with_the_policys_weights_and_no_rollout_is_lost(
+    started, gym_python, vllm
+):
+    changes = ["rollout.drift_every=1", "rollout.max_drift=1e-3", "trainer.max_steps=3"]
+    changes += ["trainer.warmup_steps=0", "evaluation.before=false", "evaluation.after=false"]
+    run = started("vllm_killed", *vllm, *changes)
+    run.wait_for(lambda: 1 in run.steps() and run.status().get("in_flight"))
+    engine = next(p for p in run.left() if "EngineCore" in "".join(p.cmdline()))
+    engine.kill()
+    assert run.ended() == 0, run.said
+    assert "vllm-0 exited with code" in run.said and "starting it again" in run.said
+    assert "is back, with the weights of step 1" in (run.directory / "logs" / "trainer.log").read_text()
+    entries = [entry for entry in run.metrics() if "loss" in entry]
+    assert len(entries) == 3
+    for entry in entries:
+        assert entry["sudoku/failed"] == entry["workplace/failed"] == 0
+        assert entry["drift"] < 1e-3, "what was sampled after the restart is of the trained weights"
+    assert run.left() == []
+
+
 def test_a_vllm_that_cannot_start_ends_the_run_with_what_to_do_about_it(started, gym_python, vllm):
     run = started("no_vllm", *vllm, "engine.args.no_such_flag=1")
     assert run.ended() == 1

@@ -98,6 +98,10 @@ class Run:
             json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")
         ]
 
+    def status(self) -> dict:
+        path = self.directory / "status.json"
+        return json.loads(path.read_text()) if path.exists() else {}
+
     def steps(self) -> list[int]:
         """Of the training steps that were logged."""
         return [entry["step"] for entry in self.metrics() if "loss" in entry]

@@ -24,12 +24,13 @@ from gymexp.rollout.outcome import Cause, Completed, Played, Rollout, Task, Trun
 @dataclass(frozen=True)
 class Sampling:
     """How the policy samples in a rollout. seed: of this rollout; the engine derives every token's draw from
-    it."""
+    it. weights_version: optimizer steps behind the weights it samples with."""
 
     temperature: float
     top_p: float
     max_output_tokens: int
     seed: int
+    weights_version: int = 0
 
 
 class RolloutFailure(Exception):
@@ -62,7 +63,7 @@ async def play(
         raise RolloutFailure(cause, f"{url}/run answered {response.status}: {text}")
     try:
         reply = orjson.loads(body)
-        return read_reply(task, reply, vocab_size, time.monotonic() - began)
+        return read_reply(task, reply, vocab_size, time.monotonic() - began, sampling.weights_version)
     except TokenMismatch as error:
         raise RolloutFailure("token_mismatch", str(error)) from None
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -82,7 +83,9 @@ def request_body(task: Task, sampling: Sampling) -> bytes:
     return orjson.dumps(row)
 
 
-def read_reply(task: Task, reply: dict[str, Any], vocab_size: int, seconds: float) -> Played:
+def read_reply(
+    task: Task, reply: dict[str, Any], vocab_size: int, seconds: float, weights_version: int = 0
+) -> Played:
     """A verified outcome from `/run`'s reply. Raises TokenMismatch; on another shape ValueError, KeyError
     …"""
     response = reply["response"]
@@ -107,7 +110,7 @@ def read_reply(task: Task, reply: dict[str, Any], vocab_size: int, seconds: floa
     if not math.isfinite(reward):
         raise ValueError(f"reward must be finite, got {reward}")
     kept = [{k: v for k, v in item.items() if k not in _TOKEN_FIELDS} for item in items]
-    rollout = Rollout(task, turns, reward, kept, seconds={"total": round(seconds, 4)})
+    rollout = Rollout(task, turns, reward, kept, weights_version, {"total": round(seconds, 4)})
     return Truncated(rollout, limit) if limit else Completed(rollout)
 
 

@@ -6,6 +6,7 @@ The protocol is vLLM's `POST /inference/v1/generate` (from 0.30 behind --enable-
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import OrderedDict
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from typing import Any
 import aiohttp
 import orjson
 from aiohttp import web
+
+log = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT_S = 10.0
 HEALTH_TIMEOUT_S = 5.0
@@ -24,6 +27,10 @@ REMEMBERED_TURNS = 65536
 
 class EngineError(Exception):
     """An engine is away, failed, or gave an answer that breaks the protocol; names which one."""
+
+
+class EngineLost(EngineError):
+    """The engine went away under a request, of which nothing was kept: another one may take it."""
 
 
 class EngineRefusal(Exception):
@@ -46,16 +53,32 @@ class Engines:
     the way is bounded, and is this process's own.
     """
 
-    def __init__(self, urls: tuple[str, ...], timeout_s: float):
+    def __init__(self, urls: tuple[str, ...], timeout_s: float, hold: bool = False):
+        """timeout_s: for one generation, the wait for an engine included. hold: every engine is given
+        requests only after `open`, and no more once it went away: it may come back with other weights."""
         self.in_flight = dict.fromkeys((url.rstrip("/") for url in urls), 0)
-        self._timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=CONNECT_TIMEOUT_S)
+        self.held = set(self.in_flight) if hold else set[str]()
+        self._hold = hold
+        self._opened = asyncio.Event()
+        self._timeout_s = timeout_s
         self._url_of_turn: OrderedDict[int, str] = OrderedDict()
         self._session: aiohttp.ClientSession | None = None
+
+    def open(self, url: str) -> None:
+        """Give it requests."""
+        self.held.discard(url)
+        self._opened.set()
+        self._opened = asyncio.Event()
+
+    def hold(self, url: str) -> None:
+        """Give it no more requests."""
+        self.held.add(url)
 
     async def connect(self, app: web.Application) -> AsyncIterator[None]:
         """For `app.cleanup_ctx`: the connections live as long as the app."""
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S)
-        async with aiohttp.ClientSession(connector=connector, timeout=self._timeout) as self._session:
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S)
+        async with aiohttp.ClientSession(connector=connector, timeout=timeout) as self._session:
             yield
 
     async def generate(
@@ -64,11 +87,31 @@ class Engines:
         """continues: how many of prompt_ids are the previous turn's prompt and generation, 0 in a first turn.
 
         Raises EngineError, EngineRefusal. Cancelling closes the connection, at which an engine drops the
-        request.
+        request. With `hold`, an engine that goes away meanwhile costs only time: the same ids go to another
+        one, or to this one once it is open again.
         """
-        assert self._session is not None, "connect first"
-        url = self._pick(prompt_ids[:continues])
         payload = orjson.dumps({"token_ids": prompt_ids, "sampling_params": sampling_params})
+        url = "(none was open)"
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                while True:
+                    url = await self._pick(prompt_ids[:continues])
+                    try:
+                        generation = await self._ask(url, payload)
+                        break
+                    except EngineLost as error:
+                        if not self._hold:
+                            raise
+                        if url not in self.held:
+                            log.warning("%s; it gets no requests until weights are sent to it", error)
+                            self.hold(url)
+        except TimeoutError:
+            raise EngineError(f"engine {url}: no generation within {self._timeout_s:g} s") from None
+        self._remember(prompt_ids + generation.token_ids, url)
+        return generation
+
+    async def _ask(self, url: str, payload: bytes) -> Generation:
+        assert self._session is not None, "connect first"
         headers = {"Content-Type": "application/json"}
         self.in_flight[url] += 1
         try:
@@ -76,17 +119,17 @@ class Engines:
                 f"{url}/inference/v1/generate", data=payload, headers=headers
             ) as response:
                 status, body = response.status, await response.read()
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise EngineError(f"engine {url}: {type(error).__name__}: {error}") from error
+        except (aiohttp.ClientError, OSError) as error:
+            raise EngineLost(f"engine {url}: {type(error).__name__}: {error}") from error
         finally:
             self.in_flight[url] -= 1
         if status in (400, 422):
             raise EngineRefusal(f"engine {url} refuses the request: {_text(body)}")
         if status != 200:
-            raise EngineError(f"engine {url} answered {status}: {_text(body)}")
-        generation = _read_generation(url, body)
-        self._remember(prompt_ids + generation.token_ids, url)
-        return generation
+            ill = self._hold and await self._check(url)  # vLLM answers 500 while it goes down
+            kind = EngineLost if ill else EngineError
+            raise kind(f"engine {url} answered {status}: {_text(body)}")
+        return _read_generation(url, body)
 
     async def ill(self) -> dict[str, str]:
         """The engines that do not answer their health check, with what they did instead."""
@@ -102,12 +145,14 @@ class Engines:
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             return f"{type(error).__name__}: {error}"
 
-    def _pick(self, previous_ids: list[int]) -> str:
+    async def _pick(self, previous_ids: list[int]) -> str:
+        while not (urls := [url for url in self.in_flight if url not in self.held]):
+            await self._opened.wait()
         if len(self.in_flight) > 1 and previous_ids:
             url = self._url_of_turn.get(hash(tuple(previous_ids)))
-            if url is not None:
+            if url in urls:
                 return url
-        return min(self.in_flight, key=self.in_flight.__getitem__)
+        return min(urls, key=self.in_flight.__getitem__)
 
     def _remember(self, turn_ids: list[int], url: str) -> None:
         if len(self.in_flight) == 1:

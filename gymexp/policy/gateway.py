@@ -35,12 +35,14 @@ CACHED_PROMPTS = 2048
 
 @dataclass(frozen=True)
 class GatewayConfig:
-    """max_model_len: prompt + generation, in tokens. engine_timeout_s: for one generation."""
+    """max_model_len: prompt + generation, in tokens. engine_timeout_s: for one generation, the wait for an
+    engine included. hold: see `Engines`."""
 
     engine_urls: tuple[str, ...]
     model_name: str = "policy"
     max_model_len: int | None = None
     engine_timeout_s: float = 1800.0
+    hold: bool = False
 
 
 class Gateway:
@@ -55,7 +57,7 @@ class Gateway:
 
         self.parser = ReplyParser(tokenizer)
         self.stop_token_ids = tokens.end_of_turn_ids(tokenizer)
-        self.engines = Engines(config.engine_urls, config.engine_timeout_s)
+        self.engines = Engines(config.engine_urls, config.engine_timeout_s, config.hold)
         self.prompts: OrderedDict[bytes, list[int]] = OrderedDict()
         self.stats: dict[str, float] = dict.fromkeys(
             (
@@ -146,7 +148,17 @@ class Gateway:
         return json_response({"ill": ill}, status=503 if ill else 200)
 
     async def read_stats(self, request: web.Request) -> web.Response:
-        return json_response(self.stats | {"engines": self.engines.in_flight})
+        engines = {"engines": self.engines.in_flight, "held": sorted(self.engines.held)}
+        return json_response(self.stats | engines)
+
+    async def change_engine(self, request: web.Request) -> web.Response:
+        """{"url": …, "open": true}: its weights are the policy's; false: they are not, or it is not there."""
+        body = chat.read_object(await request.read())
+        if (url := body.get("url")) not in self.engines.in_flight:
+            raise chat.BadRequest(f"url must be one of {' '.join(self.engines.in_flight)}, got {url!r}")
+        change = self.engines.open if body.get("open") else self.engines.hold
+        change(url)
+        return json_response({"held": sorted(self.engines.held)})
 
 
 def build_app(config: GatewayConfig, tokenizer: Any) -> web.Application:
@@ -161,6 +173,7 @@ def build_app(config: GatewayConfig, tokenizer: Any) -> web.Application:
             web.get("/v1/models", gateway.models),
             web.get("/health", gateway.health),
             web.get("/stats", gateway.read_stats),
+            web.post("/engine", gateway.change_engine),
         ]
     )
     return app
@@ -214,9 +227,14 @@ def main() -> None:
     parser.add_argument("--model-name", default=GatewayConfig.model_name)
     parser.add_argument("--max-model-len", type=int, help="prompt + generation, in tokens")
     parser.add_argument("--engine-timeout-s", type=float, default=GatewayConfig.engine_timeout_s)
+    parser.add_argument(
+        "--hold", action="store_true", help="no requests for an engine until POST /engine opens it"
+    )
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
-    config = GatewayConfig(tuple(args.engine_url), args.model_name, args.max_model_len, args.engine_timeout_s)
+    config = GatewayConfig(
+        tuple(args.engine_url), args.model_name, args.max_model_len, args.engine_timeout_s, args.hold
+    )
     app = build_app(config, load_tokenizer(args.tokenizer))
     sock = listen(args.host, args.port, "--port") if args.fd is None else adopt(args.fd)
     log.info("gateway on %s, engines %s", url_of(sock), " ".join(config.engine_urls))

@@ -20,7 +20,13 @@ from gymexp.policy.model import resolve_path
 from gymexp.run.placement import Placement
 
 OLDEST, NEWEST = (0, 26), (0, 31)  # what TRL 1.16 takes, from the first with these routes
-ENVIRONMENT = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+SHARED_GPU_MEMORY = 0.5  # of a GPU that trains as well; vLLM gives it back while it sleeps
+ENVIRONMENT = {
+    "VLLM_SERVER_DEV_MODE": "1",
+    "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # the trainer's IPC handles come pickled; loopback alone asks
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+}
 
 # What a log says, and what to do about it; the first that is found is told.
 _CAUSES = (
@@ -53,6 +59,10 @@ _CAUSES = (
         "the openai package beside vLLM is too old for it (NeMo Gym's, perhaps): give vLLM an environment "
         "of its own and name its interpreter in engine.python",
     ),
+    (
+        r"No module named 'ray'",
+        "this vLLM's CUDA IPC imports ray: install ray beside it, or say engine.weights=disk",
+    ),
     (r"No CUDA GPUs are available|NVIDIA driver .* too old", "vLLM finds no GPU that it can use"),
 )
 
@@ -82,9 +92,17 @@ def read_version(engine: EngineConfig) -> tuple[int, int]:
 
 
 def serve_command(
-    model: ModelConfig, engine: EngineConfig, port: int, version: tuple[int, int], transfer: str
+    model: ModelConfig,
+    engine: EngineConfig,
+    port: int,
+    version: tuple[int, int],
+    transfer: str,
+    shared: bool = False,
 ) -> list[str]:
-    """`vllm serve` for one replica on loopback. transfer: how weights reach it, nccl or disk."""
+    """`vllm serve` for one replica on loopback. transfer: how weights reach it, nccl, ipc or disk.
+
+    shared: its GPU trains as well.
+    """
     flags: dict[str, Any] = {
         "host": "127.0.0.1",
         "port": port,
@@ -101,8 +119,10 @@ def serve_command(
         flags["revision"] = model.revision
     if version >= (0, 30):
         flags["enable_scale_out"] = True
-    if transfer == "nccl":
-        flags["weight_transfer_config"] = {"backend": "nccl"}
+    if transfer != "disk":
+        flags["weight_transfer_config"] = {"backend": transfer}
+    if shared:
+        flags |= {"enable_sleep_mode": True, "gpu_memory_utilization": SHARED_GPU_MEMORY}
     command = [engine.python or sys.executable, "-m", "vllm.entrypoints.cli.main", "serve"]
     command.append(resolve_path(model.path))
     for name, value in (flags | engine.args).items():
@@ -115,10 +135,12 @@ def serve_command(
 
 
 def transfer_of(config: RunConfig, placement: Placement) -> str:
-    """How the trainer's weights reach vLLM: nccl between GPUs that are not shared, else disk."""
+    """How the trainer's weights reach vLLM: ipc on shared GPUs, nccl between others, disk without any."""
     if config.engine.weights != "auto":
         return config.engine.weights
-    apart = placement.train_gpus and placement.replica_gpus and not placement.shared
+    if placement.shared:
+        return "ipc"
+    apart = placement.train_gpus and placement.replica_gpus
     return "nccl" if apart and importlib.util.find_spec("vllm") else "disk"
 
 

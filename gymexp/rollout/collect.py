@@ -14,7 +14,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 _AFTER_FAILURE_S = 0.3
 _CONTROL_LOST_S = 10.0
 _PROGRESS_S = 0.5
+_MEANWHILE_S = 1.0
 
 
 class Stopped(Exception):
@@ -93,15 +94,27 @@ class Collector:
         self._thread = threading.Thread(target=self._loop.run_forever, name="collector", daemon=True)
         self._thread.start()
         self._stop = False
-        self._running: Future[list[Outcome]] | None = None
         self._submit(self._open()).result()
 
-    def collect(self, tasks: Sequence[Task], samplings: Sequence[Sampling]) -> list[Outcome]:
-        """Play every task with the sampling of the same index. Raises Stopped after `stop`."""
+    def collect(
+        self,
+        tasks: Sequence[Task],
+        samplings: Sequence[Sampling],
+        meanwhile: Callable[[], None] | None = None,
+    ) -> list[Outcome]:
+        """Play every task with the sampling of the same index. Raises Stopped after `stop`.
+
+        meanwhile: called about once a second, in the caller's thread; what it raises ends the collection.
+        """
         if self._stop:
             raise Stopped
-        self._running = self._submit(self._collect(tasks, samplings))
-        return self._running.result()
+        running = self._submit(self._collect(tasks, samplings))
+        try:
+            while meanwhile and not wait([running], timeout=_MEANWHILE_S).done:
+                meanwhile()
+            return running.result()
+        finally:
+            running.cancel()
 
     def stop(self) -> None:
         """Drop what is in flight and refuse more; safe to call from a signal handler."""

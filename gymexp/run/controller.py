@@ -3,6 +3,7 @@
     controller
      ├─ gym host ── NeMo Gym's servers (forked)
      ├─ gateway
+     ├─ vLLM
      └─ trainer (with the hf engine inside)
 
 The controller holds every listening socket and hands it down, so that addresses are known before anything
@@ -20,7 +21,6 @@ import os
 import shlex
 import signal
 import socket
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,7 @@ from gymexp.errors import GymexpError, ServiceError
 from gymexp.gym import attached
 from gymexp.gym.servers import GymHost, Layout, plan
 from gymexp.policy import vllm
-from gymexp.policy.model import resolve_path
-from gymexp.run import ports
+from gymexp.run import ports, services
 from gymexp.run.control import Control
 from gymexp.run.directory import RunDirectory, append_line, replace_file
 from gymexp.run.placement import Placement
@@ -99,8 +98,8 @@ class Controller:
                 self._mark("start")
                 self._catch_signals(supervisor)
                 layout = await self._layout(supervisor, site, ports.url_of(gateway_sock), sockets, gym_python)
-                self._write_services(layout, control.url, engine_socks)
-                await self._start(supervisor, layout, sockets, gateway_sock, engine_socks, gym_python)
+                self._write_services(layout, control.url, ports.url_of(gateway_sock), engine_socks)
+                self._start(supervisor, layout, sockets, gateway_sock, engine_socks, gym_python)
                 result = await self._until_trained(supervisor)
                 self._outcome = "finished"
                 return result
@@ -126,7 +125,7 @@ class Controller:
                 for sock in (gateway_sock, *engine_socks, *sockets.values()):
                     sock.close()
 
-    async def _start(
+    def _start(
         self,
         supervisor: Supervisor,
         layout: Layout,
@@ -135,69 +134,24 @@ class Controller:
         engine_socks: list[socket.socket],
         gym_python: Path,
     ) -> None:
-        logs, gym = self._directory.logs, self._config.gym
-        if gym.runtime == "managed":
-            self._add_servers(
-                supervisor, GymHost(gym_python, layout, sockets, logs / "gym-host.log"), sockets
-            )
-        if self._placement.engine == "vllm":
-            self._add_vllm(supervisor, engine_socks)
-        self._add_trainer(supervisor, engine_socks)
-        gateway_log = logs / "gateway.log"
-        gateway = [sys.executable, "-m", "gymexp.policy.gateway", "--fd", str(gateway_sock.fileno())]
-        for url in self._engine_urls(engine_socks):
-            gateway += ["--engine-url", url]
-        gateway += ["--tokenizer", resolve_path(self._config.model.path)]
-        gateway += ["--max-model-len", str(self._config.model.max_model_len)]
-        supervisor.add(
-            Service(
-                "gateway",
-                lambda: spawn(gateway, gateway_log, fds=[gateway_sock.fileno()]),
-                gateway_log,
-                ports.url_of(gateway_sock),
-                health="/v1/models",
-                max_restarts=gym.max_restarts,
-            )
-        )
-        self._ready = asyncio.create_task(supervisor.wait_ready([*sockets, "gateway"], gym.start_timeout_s))
+        config, placement, directory = self._config, self._placement, self._directory
+        if config.gym.runtime == "managed":
+            host = GymHost(gym_python, layout, sockets, directory.logs / "gym-host.log")
+            for service in services.gym_servers(config, directory, host, sockets):
+                supervisor.add(service)
+        if placement.engine == "vllm":
+            gateway_url = ports.url_of(gateway_sock)
+            for service in services.vllm_replicas(config, placement, directory, engine_socks, gateway_url):
+                supervisor.add(service)
+        fds = [sock.fileno() for sock in engine_socks] if placement.engine == "hf" else []
+        supervisor.add(services.trainer(placement, directory, fds))
+        urls = self._engine_urls(engine_socks)
+        supervisor.add(services.gateway(config, placement, directory, gateway_sock, urls))
+        names, patience = [*sockets, "gateway"], config.gym.start_timeout_s
+        self._ready = asyncio.create_task(supervisor.wait_ready(names, patience))
 
     def _engine_urls(self, engine_socks: list[socket.socket]) -> list[str]:
         return self._config.engine.urls or [ports.url_of(sock) for sock in engine_socks]
-
-    def _add_trainer(self, supervisor: Supervisor, engine_socks: list[socket.socket]) -> None:
-        gpus = self._placement.train_gpus
-        command: list[str | os.PathLike[str]] = [sys.executable, "-m"]
-        if len(gpus) > 1:
-            command += ["torch.distributed.run", "--standalone", f"--nproc-per-node={len(gpus)}", "-m"]
-        command += ["gymexp.training.process", self._directory.path]
-        env = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}
-        fds = [sock.fileno() for sock in engine_socks] if self._placement.engine == "hf" else []
-        log_path = self._directory.logs / "trainer.log"
-        start = lambda: spawn(command, log_path, env, fds, reap=len(gpus) > 1)  # noqa: E731
-        supervisor.add(Service("trainer", start, log_path, job=True))
-
-    def _add_vllm(self, supervisor: Supervisor, engine_socks: list[socket.socket]) -> None:
-        """The replicas that are to be started. One that ends, ends the run: it would come back with the
-        weights that the run began with."""
-        engine = self._config.engine
-        version = vllm.read_version(engine) if engine_socks else (0, 0)
-        transfer = vllm.transfer_of(self._config, self._placement)
-        for index, (sock, gpus) in enumerate(zip(engine_socks, self._placement.replica_gpus, strict=True)):
-            path = self._directory.logs / f"vllm-{index}.log"
-            port = sock.getsockname()[1]
-            command = vllm.serve_command(self._config.model, engine, port, version, transfer)
-            env = vllm.ENVIRONMENT | ({"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {})
-            supervisor.add(
-                Service(
-                    f"vllm-{index}",
-                    lambda command=command, path=path, env=env: spawn(command, path, env, reap=True),
-                    path,
-                    ports.url_of(sock),
-                    health="/health",
-                    start_timeout_s=engine.start_timeout_s,
-                    explain=vllm.explain,
-                )
-            )
 
     async def _layout(
         self,
@@ -240,20 +194,6 @@ class Controller:
             return sockets[name].getsockname()[1]
 
         return plan(config.env, gym, site, policy_url, port, config.model.chat_template_kwargs)
-
-    def _add_servers(self, supervisor: Supervisor, host: GymHost, sockets: dict[str, socket.socket]) -> None:
-        supervisor.add(Service("gym-host", host.start, host.log))
-        for name, sock in sockets.items():
-            path = self._directory.logs / f"{name}.log"
-            supervisor.add(
-                Service(
-                    name,
-                    lambda name=name, path=path: host.start_server(name, path),
-                    path,
-                    ports.url_of(sock),
-                    max_restarts=self._config.gym.max_restarts,
-                )
-            )
 
     async def _until_trained(self, supervisor: Supervisor) -> dict[str, Any]:
         """Wait for the trainer's end, a failure, or a failed start, whichever is first."""
@@ -336,13 +276,17 @@ class Controller:
         for number in (signal.SIGINT, signal.SIGTERM):
             self._handlers[number] = signal.signal(number, received)
 
-    def _write_services(self, layout: Layout, control_url: str, engine_socks: list[socket.socket]) -> None:
+    def _write_services(
+        self, layout: Layout, control_url: str, gateway_url: str, engine_socks: list[socket.socket]
+    ) -> None:
         replicas = {name: [dataclasses.asdict(r) for r in some] for name, some in layout.replicas.items()}
         said = {"control_url": control_url, "engine": self._placement.engine, "replicas": replicas}
         if self._placement.engine == "hf":
             said["engine_fd"] = engine_socks[0].fileno()
         else:
+            said["gateway_url"] = gateway_url
             said["engine_urls"] = self._engine_urls(engine_socks)
+            said["shared"] = self._placement.shared
             said["transfer"] = vllm.transfer_of(self._config, self._placement)
         replace_file(self._directory.path / "services.json", json.dumps(said, indent=1))
         (self._directory.path / "result.json").unlink(missing_ok=True)

@@ -50,7 +50,7 @@ def place(config: RunConfig, gpus: list[str]) -> Placement:
     """Split `gpus` as the configuration says. Raises ConfigError.
 
     Unless said otherwise: half of them sample (whole replicas of `engine.tensor_parallel_size`), the others
-    train; a single one does both.
+    train; a single one does both in turn, and all do with `engine.colocate`.
     """
     engine, wanted = config.engine, config.placement
     kind = engine.kind
@@ -67,6 +67,18 @@ def place(config: RunConfig, gpus: list[str]) -> Placement:
     size = engine.tensor_parallel_size
     if not gpus:
         return Placement(kind, [], [[]])
+    if engine.colocate or len(gpus) == 1:
+        for key, count in (("rollout_gpus", wanted.rollout_gpus), ("train_gpus", wanted.train_gpus)):
+            if count not in (None, len(gpus)):
+                raise ConfigError(
+                    f"placement.{key} must be left out where every GPU both samples and trains "
+                    f"({len(gpus)} of them), got {count}"
+                )
+        if len(gpus) % size:
+            raise ConfigError(
+                f"engine.tensor_parallel_size must divide the number of GPUs here, {len(gpus)}, got {size}"
+            )
+        return Placement(kind, gpus, [gpus[i : i + size] for i in range(0, len(gpus), size)])
     if wanted.rollout_gpus is None and wanted.train_gpus is not None:
         rollout = max(len(gpus) - wanted.train_gpus, 0) // size * size
     else:
@@ -78,14 +90,15 @@ def place(config: RunConfig, gpus: list[str]) -> Placement:
         )
     _count("placement.rollout_gpus", rollout, rollout, len(gpus))
     apart = len(gpus) - rollout
-    wanted_train = wanted.train_gpus or apart or rollout  # with none left, all share
-    if rollout + wanted_train > len(gpus) and not (rollout == wanted_train == len(gpus)):
+    train = wanted.train_gpus or apart
+    if not train or train > apart:
         raise ConfigError(
-            f"placement.rollout_gpus={rollout} and placement.train_gpus={wanted_train} must not be more than "
-            f"the {len(gpus)} GPUs of this machine together, or both all of them (then they share)"
+            f"placement.rollout_gpus={rollout} and placement.train_gpus={train} must not be more than the "
+            f"{len(gpus)} GPUs of this machine together, and both at least 1 (engine.colocate=true: each GPU "
+            "samples and trains in turn)"
         )
-    train = gpus if apart == 0 else gpus[rollout : rollout + wanted_train]
-    return Placement(kind, train, [gpus[i : i + size] for i in range(0, rollout, size)])
+    replicas = [gpus[i : i + size] for i in range(0, rollout, size)]
+    return Placement(kind, gpus[rollout : rollout + train], replicas)
 
 
 def _count(key: str, wanted: int | None, default: int, there: int) -> int:

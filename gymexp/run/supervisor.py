@@ -56,6 +56,7 @@ class Service:
     start_timeout_s: float | None = None  # None: the supervisor's
     explain: Callable[[Path], str] = lambda _: ""  # what to do about the failure that its log shows
     job: bool = False  # ends by itself, once; what its end means is its starter's to judge
+    retry_start: bool = True  # one that ends before it was ever ready may do better the next time
     state: str = "new"  # new, starting, ready, restarting, down, stopped
     epoch: int = 0
     failures: int = 0
@@ -215,14 +216,17 @@ class Supervisor:
                     watch.cancel()
                     service.pid = None
                 asked = service.state == "restarting"
+                hopeless = service.state == "starting" and not service.retry_start
                 service.epoch += 1
                 self._set(service, "down")
                 if self._closing or service.job:
                     return
                 if not asked:
                     service.failures += 1
-                    self._report(service, code)
-                    if service.failures > service.max_restarts:
+                    last = hopeless or service.failures > service.max_restarts
+                    again = "" if last else "; starting it again"
+                    log.warning("%s %s%s (log: %s)", service.name, _ended(code), again, service.log)
+                    if last:
                         raise ServiceError(
                             f"{service.name} {_ended(code)}"
                             + (
@@ -242,10 +246,6 @@ class Supervisor:
         if not self._closing and not self.failed.done():
             self.failed.set_exception(error)
             self.failed.exception()  # looked at: asyncio need not say that nobody did
-
-    def _report(self, service: Service, code: int) -> None:
-        again = "; starting it again" if service.failures <= service.max_restarts else ""
-        log.warning("%s %s%s (log: %s)", service.name, _ended(code), again, service.log)
 
     async def _watch(self, service: Service) -> None:
         """Ask a service how it is; kill it when it has not answered for `health_timeout_s`.

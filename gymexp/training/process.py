@@ -14,19 +14,14 @@ import secrets
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from gymexp.config import RunConfig, from_yaml
 from gymexp.errors import GymexpError
-from gymexp.run import ports
 from gymexp.run.directory import RunDirectory, replace_file
 from gymexp.run.lifeline import die_with_parent
-
-if TYPE_CHECKING:
-    from gymexp.policy.weights import WeightSync
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +70,7 @@ def work(run: RunDirectory, config: RunConfig, asked: threading.Event) -> dict[s
     from gymexp.rollout.collect import Collector, Stopped
     from gymexp.training import checkpoints
     from gymexp.training.callbacks import EndWhenAsked, Evaluation, MetricsFile, Steps, Teller, summary
+    from gymexp.training.engine import VLLMSampling, join_vllm, serve_hf
     from gymexp.training.rollouts import Rollouts
     from gymexp.training.trainer import PolicyTrainer
 
@@ -87,16 +83,15 @@ def work(run: RunDirectory, config: RunConfig, asked: threading.Event) -> dict[s
     device = torch.device("cuda", _rank("LOCAL_RANK")) if torch.cuda.is_available() else torch.device("cpu")
     torch.nn.Module.to(model, device)
     with ExitStack() as stack:
-        sync = collector = None
-        if services["engine"] == "hf":
-            sampling_with = _start_engine(config, model, tokenizer, services["engine_fd"], stack)
-        else:
-            sampling_with = _with_no_pause
         if main_rank:
             _open_tracker(config, run, stack)
-            if services["engine"] == "vllm":
-                teller.tell(phase="load vLLM")
-                sync = _join_vllm(config, run, services, asked, stack)
+        collector = None
+        if services["engine"] == "hf":
+            engine = serve_hf(config, model, tokenizer, services["engine_fd"], stack)
+        else:
+            teller.tell(phase="load vLLM")
+            engine = join_vllm(config, run, services, _rank(), device, asked, stack)
+        if main_rank:
             replicas = {name: [Replica(**r) for r in some] for name, some in services["replicas"].items()}
             collector = Collector(
                 replicas,
@@ -110,11 +105,11 @@ def work(run: RunDirectory, config: RunConfig, asked: threading.Event) -> dict[s
             threading.Thread(target=lambda: (asked.wait(), collector.stop()), daemon=True).start()
 
         tasks = {t.key: t for some in (prepared.train, *prepared.validation.values()) for t in some}
-        rollouts = Rollouts(config, collector, tasks, run.rollouts, sampling_with)
+        rollouts = Rollouts(config, collector, tasks, run.rollouts, engine)
         trainer = PolicyTrainer(config, model, tokenizer, prepared, rollouts, run.checkpoints)
-        if services["engine"] == "vllm":
+        if isinstance(engine, VLLMSampling):
             # A server that gymexp did not start may hold any weights.
-            trainer.sample_with_vllm(sync, version=None if config.engine.urls else 0)
+            trainer.sample_with_vllm(engine, version=None if config.engine.urls else 0)
         resume = checkpoints.latest(run.checkpoints)  # a new run's directory has none
         first_step = checkpoints.step_of(resume) if resume else 0
         evaluation, ending = Evaluation(config, prepared, rollouts, teller), EndWhenAsked(asked)
@@ -146,74 +141,9 @@ def work(run: RunDirectory, config: RunConfig, asked: threading.Event) -> dict[s
         return {"step": trainer.state.global_step, "stopped": stopped, "held_out": summary(before, after)}
 
 
-def _start_engine(
-    config: RunConfig, model: Any, tokenizer: Any, fd: int, stack: ExitStack
-) -> Callable[[int], AbstractContextManager[None]]:
-    """The hf engine on the socket that the controller handed down; samples from `model` itself.
-
-    It rests while the trainer works on the model; the returned `sampling_with(version)` lets it sample for a
-    block.
-    """
-    from gymexp.policy.hf import HFEngine
-    from gymexp.policy.hf_server import serve
-    from gymexp.policy.model import end_token_ids
-
-    engine = HFEngine(
-        model,
-        eos_token_ids=end_token_ids(tokenizer, config.model),
-        pad_token_id=tokenizer.pad_token_id,
-        max_batch_size=config.engine.max_batch_size,
-        max_model_len=config.model.max_model_len,
-        tokenizer=tokenizer,
-    )
-    engine.pause()
-    stack.callback(engine.close)
-    stack.callback(serve(engine, sock=ports.adopt(fd)).close)
-
-    @contextmanager
-    def sampling_with(version: int) -> Iterator[None]:
-        engine.weights_version = version
-        engine.resume()
-        try:
-            yield
-        finally:
-            engine.pause()
-
-    return sampling_with
-
-
 def _remembered(run: RunDirectory) -> dict[str, float]:
     path = run.path / "before.json"
     return json.loads(path.read_text()) if path.exists() else {}
-
-
-@contextmanager
-def _with_no_pause(version: int) -> Iterator[None]:
-    """vLLM samples whenever it is asked; its weights are those of `version` since the last update."""
-    yield
-
-
-def _join_vllm(
-    config: RunConfig,
-    run: RunDirectory,
-    services: dict[str, Any],
-    asked: threading.Event,
-    stack: ExitStack,
-) -> WeightSync:
-    """Wait for the replicas and make the weights' way to them."""
-    import torch
-
-    from gymexp.policy.weights import DiskTransfer, NcclTransfer, Replicas, WeightSync
-
-    replicas = Replicas(services["engine_urls"])
-    replicas.wait_healthy(config.engine.start_timeout_s, asked)
-    if services["transfer"] == "nccl":
-        transfer = NcclTransfer(replicas, torch.device("cuda", _rank("LOCAL_RANK")))
-    else:
-        transfer = DiskTransfer(run.path / "weights")
-    sync = WeightSync(replicas, transfer)
-    stack.callback(sync.close)
-    return sync
 
 
 def _open_tracker(config: RunConfig, run: RunDirectory, stack: ExitStack) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -26,6 +25,7 @@ from gymexp.training.metrics import flat_groups, rollout_metrics
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from gymexp.training.engine import Engine
     from gymexp.training.trainer import PolicyTrainer
 
 
@@ -65,11 +65,10 @@ class Rollouts:
         collector: Collector | None,
         tasks: Mapping[str, Task],
         directory: Path,
-        sampling_with: Callable[[int], AbstractContextManager[None]],
+        engine: Engine,
     ) -> None:
-        """collector: on the first rank, which plays for all. sampling_with: given the weights' version
-        (optimizer steps done), lets the engine sample within the block."""
-        self._sampling_with = sampling_with
+        """collector: on the first rank, which plays for all."""
+        self._engine = engine
         self._config = config
         self._collector = collector
         self._tasks = tasks
@@ -118,10 +117,12 @@ class Rollouts:
                     trainer.get("top_p", 1.0),
                     env.max_output_tokens,
                     seed_of(self._config.seed, step, key, index),
+                    weights_version,
                 )
             )
-        with self._sampling_with(weights_version):
-            outcomes = self._collector.collect([self._tasks[key] for key in keys], samplings)
+        with self._engine.sampling(weights_version):
+            tasks = [self._tasks[key] for key in keys]
+            outcomes = self._collector.collect(tasks, samplings, self._engine.tend)
         check_failed_share(outcomes, self._config.rollout.max_failed_share)
         return outcomes
 

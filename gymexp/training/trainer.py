@@ -18,9 +18,10 @@ from trl.trainer.utils import pad
 from gymexp.config import RunConfig
 from gymexp.data.prepare import Prepared
 from gymexp.errors import DriftError
-from gymexp.policy.weights import TensorSpecs, WeightSync
+from gymexp.policy.weights import NamedTensors, TensorSpecs
 from gymexp.rollout.batch import Batch
 from gymexp.training import arguments, checkpoints, padding
+from gymexp.training.engine import VLLMSampling
 from gymexp.training.rollouts import Rollouts
 
 log = logging.getLogger(__name__)
@@ -80,11 +81,11 @@ class PolicyTrainer(GRPOTrainer):
         self._seconds["evaluation"] += seconds
         Trainer.log(self, metrics)
 
-    def sample_with_vllm(self, sync: WeightSync | None, version: int | None) -> None:
-        """Keep vLLM's weights up to date from now on. sync: on the first rank. version: of what it holds;
-        None: unknown."""
-        self._sync = sync
+    def sample_with_vllm(self, engine: VLLMSampling, version: int | None) -> None:
+        """Keep vLLM's weights up to date from now on. version: of what it holds; None: unknown."""
+        self._engine = engine
         self._engine_version = version
+        engine.named_weights = self.named_weights
         self._tensor_specs: TensorSpecs | None = None
         # Not TRL's own client, which knows one server. What these switch on: `sync_weights` before the
         # rollouts of each new step, and the importance-sampling correction.
@@ -97,20 +98,26 @@ class PolicyTrainer(GRPOTrainer):
         """Let the engine sample with the weights as they are now. Every rank must call it, as gathering a
         sharded parameter is collective."""
         step = self.state.global_step
-        if not self.use_vllm or step == self._engine_version:
+        if not self.use_vllm or (step == self._engine_version and not self._engine.shared):
             return
         began = time.monotonic()
-        source = VLLMGeneration.__new__(VLLMGeneration)  # for its walk over sharded and adapted parameters
-        source.model, source.accelerator, source._dist = self.model, self.accelerator, self._dist
+        if self._engine.shared:
+            torch.cuda.empty_cache()  # vLLM wakes on this GPU
         if self._tensor_specs is None:
-            self._tensor_specs = [(name, t.dtype, list(t.shape)) for name, t in source._iter_named_params()]
-        if self._sync is not None:
-            self._sync.update(step, self._tensor_specs, source._iter_named_params())
+            self._tensor_specs = [(name, t.dtype, list(t.shape)) for name, t in self.named_weights()]
+        if self._engine.sync is not None:
+            self._engine.sync.update(step, self._tensor_specs, self.named_weights())
         else:
-            for _ in source._iter_named_params():
+            for _ in self.named_weights():
                 pass
         self._engine_version = step
         self._seconds["sync"] += time.monotonic() - began
+
+    def named_weights(self) -> NamedTensors:
+        """The policy as its checkpoint has it: gathered where it is sharded, merged where it is adapted."""
+        source = VLLMGeneration.__new__(VLLMGeneration)
+        source.model, source.accelerator, source._dist = self.model, self.accelerator, self._dist
+        return source._iter_named_params()
 
     def check_drift(self, batch: Batch) -> None:
         """Compare the engine's log-probabilities with the trainer's own, on the first batch and then now and

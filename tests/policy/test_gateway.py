@@ -26,6 +26,7 @@ class FakeEngine:
 
     def __init__(self, *script):
         self.script, self.requests, self.cancelled = list(script), [], asyncio.Event()
+        self.ill = False
 
     async def generate(self, request):
         body = await request.json()
@@ -50,13 +51,12 @@ class FakeEngine:
     @asynccontextmanager
     async def serve(self):
         app = web.Application()
-        app.add_routes([web.post("/inference/v1/generate", self.generate), web.get("/health", healthy)])
+        app.add_routes([web.post("/inference/v1/generate", self.generate), web.get("/health", self.health)])
         async with serve(app) as url:
             yield url
 
-
-async def healthy(request):
-    return web.Response()
+    async def health(self, request):
+        return web.Response(status=503 if self.ill else 200)
 
 
 @asynccontextmanager
@@ -285,7 +285,7 @@ def test_an_engine_that_is_away_or_ill_is_a_500_at_once_that_names_it():
     async def slow():
         await asyncio.sleep(30)
 
-    texts = ["503: out of memory", "2 token_ids and 1 logprobs", "'abort'", "no choice", "Timeout"]
+    texts = ["503: out of memory", "2 token_ids and 1 logprobs", "'abort'", "no choice", "within 0.5 s"]
     for fault, text in zip((broken, short, aborted, empty, slow), texts, strict=True):
         status, answer, _ = ask(fault, config={"engine_timeout_s": 0.5})
         assert (
@@ -302,6 +302,64 @@ def test_an_engine_that_is_away_or_ill_is_a_500_at_once_that_names_it():
     status, message, health, seconds = asyncio.run(away())
     assert status == 500 and "engine http://127.0.0.1:9" in message
     assert health == 503 and seconds < 5
+
+
+def test_a_held_engine_gets_nothing_until_it_is_opened_and_nothing_more_once_it_is_gone():
+    async def run():
+        engine = FakeEngine("one" + END, "two" + END)
+        async with engine.serve() as url, gateway(url, hold=True) as http:
+            asked = asyncio.create_task(chat(http))
+            await asyncio.sleep(0.2)
+            assert not asked.done() and engine.requests == []
+            assert (await (await http.get("/stats")).json())["held"] == [url]
+            assert (await http.post("/engine", json={"url": url, "open": True})).status == 200
+            status, answer = await asyncio.wait_for(asked, 5)
+            assert status == 200 and answer["choices"][0]["message"]["content"] == "one"
+            await http.post("/engine", json={"url": url, "open": False})
+            asked = asyncio.create_task(chat(http))
+            await asyncio.sleep(0.2)
+            assert not asked.done() and len(engine.requests) == 1
+            asked.cancel()
+            assert (await http.post("/engine", json={"url": "http://elsewhere", "open": True})).status == 400
+
+    asyncio.run(run())
+
+
+def test_a_request_whose_engine_goes_away_is_answered_by_another_and_only_time_is_lost():
+    async def run():
+        async def die():
+            dying.ill = True
+            return web.Response(status=500)
+
+        gone, dying, other = "http://127.0.0.1:9", FakeEngine(die), FakeEngine("from the other" + END)
+        async with (
+            dying.serve() as dying_url,
+            other.serve() as other_url,
+            gateway(gone, dying_url, other_url, hold=True) as http,
+        ):
+            for url in (gone, dying_url, other_url):
+                await http.post("/engine", json={"url": url, "open": True})
+            status, answer = await chat(http)
+            assert status == 200 and answer["choices"][0]["message"]["content"] == "from the other"
+            assert dying.requests == other.requests, "the same ids and the same seed"
+            assert (await (await http.get("/stats")).json())["held"] == sorted([gone, dying_url])
+
+    asyncio.run(run())
+
+
+def test_a_500_of_an_engine_that_is_well_is_the_requests_own():
+    async def run():
+        async def broken():
+            return web.Response(status=500, text="this one alone")
+
+        engine = FakeEngine(broken, "fine" + END)
+        async with engine.serve() as url, gateway(url, hold=True) as http:
+            await http.post("/engine", json={"url": url, "open": True})
+            status, answer = await chat(http)
+            assert status == 500 and "this one alone" in answer["error"]["message"]
+            assert (await chat(http))[0] == 200
+
+    asyncio.run(run())
 
 
 def test_what_an_engine_refuses_is_a_400():

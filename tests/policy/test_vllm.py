@@ -33,6 +33,12 @@ def test_a_replica_serves_the_policy_on_loopback_with_the_log_probabilities_of_w
     assert "--enable-scale-out" not in said
 
 
+def test_on_a_gpu_that_trains_too_a_replica_takes_a_part_of_its_memory_and_can_sleep():
+    said = flags(serve_command(MODEL, EngineConfig(), 4000, (0, 26), "ipc", shared=True))
+    assert "--enable-sleep-mode" in said and float(said["--gpu-memory-utilization"] or 1) < 1
+    assert json.loads(said["--weight-transfer-config"] or "") == {"backend": "ipc"}
+
+
 def test_the_newer_ones_are_told_to_open_the_token_routes():
     command = serve_command(MODEL, EngineConfig(), 4000, (0, 31), "disk")
     assert "--enable-scale-out" in command and "--weight-transfer-config" not in command
@@ -100,10 +106,10 @@ def test_the_version_that_an_interpreter_has_is_checked(tmp_path):
         read_version(EngineConfig(python=str(tmp_path / "gone")))
 
 
-def test_weights_go_by_nccl_between_gpus_of_their_own_alone(monkeypatch):
+def test_weights_go_by_nccl_between_gpus_of_their_own_and_by_ipc_within_one(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
     apart = Placement("vllm", ["1"], [["0"]])
     assert transfer_of(RunConfig(engine=EngineConfig(weights="nccl")), apart) == "nccl"
     assert transfer_of(RunConfig(engine=EngineConfig(weights="disk")), apart) == "disk"
-    assert transfer_of(RunConfig(), Placement("vllm", ["0"], [["0"]])) == "disk"
+    assert transfer_of(RunConfig(), Placement("vllm", ["0"], [["0"]])) == "ipc"
     assert transfer_of(RunConfig(), Placement("vllm", [], [[]])) == "disk"

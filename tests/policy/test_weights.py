@@ -6,7 +6,9 @@ from __future__ import annotations
 import threading
 import time
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +17,8 @@ from loopback import serving
 from safetensors.torch import load_file
 
 from gymexp.errors import ServiceError
-from gymexp.policy.weights import DiskTransfer, NamedTensors, Replicas, TensorSpecs, WeightSync
+from gymexp.policy.transfer import DiskTransfer
+from gymexp.policy.weights import NamedTensors, Replicas, TensorSpecs, WeightSync
 
 
 class Server:
@@ -46,15 +49,55 @@ class Server:
         return web.json_response({})
 
 
+class Gateway:
+    """The gateway's part: which replicas get no requests."""
+
+    def __init__(self, urls: list[str]) -> None:
+        self.held = list(urls)
+
+    def app(self) -> web.Application:
+        app = web.Application()
+        app.add_routes([web.get("/stats", self.stats), web.post("/engine", self.change)])
+        return app
+
+    async def stats(self, request: web.Request) -> web.Response:
+        return web.json_response({"held": self.held})
+
+    async def change(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        self.held = [url for url in self.held if url != body["url"]] + [body["url"]] * (not body["open"])
+        return web.json_response({})
+
+
+@dataclass
+class Site:
+    servers: tuple[Server, Server]
+    replicas: Replicas
+    gateway: Gateway
+    gateway_url: str
+    directory: Path
+
+    def sync(self, **options: Any) -> WeightSync:
+        transfer = DiskTransfer(self.directory / "weights")
+        return WeightSync(self.replicas, transfer, self.gateway_url, self.directory / "again", **options)
+
+
 @pytest.fixture
-def two(tmp_path):
+def site(tmp_path):
     with ExitStack() as stack:
         servers = Server(), Server()
         urls = [stack.enter_context(serving(server.app())) for server in servers]
-        replicas = Replicas(urls, timeout_s=5.0)
-        sync = WeightSync(replicas, DiskTransfer(tmp_path / "weights"))
-        stack.callback(sync.close)
-        yield sync, servers, replicas
+        gateway = Gateway(urls)
+        url = stack.enter_context(serving(gateway.app()))
+        yield Site(servers, Replicas(urls, timeout_s=5.0), gateway, url, tmp_path)
+
+
+@pytest.fixture
+def two(site):
+    sync = site.sync()
+    assert site.gateway.held == [], "healthy, and with the weights that the run begins with"
+    yield sync, site.servers, site.replicas
+    sync.close()
 
 
 def weights(value: float) -> tuple[TensorSpecs, NamedTensors]:
@@ -92,11 +135,47 @@ def test_a_failing_replica_is_named_with_its_phase_and_the_others_go_on_sampling
     assert servers[0].asked[-1] == servers[1].asked[-1] == "resume"
 
 
-def test_a_replica_that_is_gone_is_named(two):
-    sync, _, replicas = two
-    replicas.urls[0] = "http://127.0.0.1:9"
-    with pytest.raises(ServiceError, match=r"vLLM at http://127\.0\.0\.1:9 did not answer pause"):
-        sync.update(1, *weights(1.0))
+def test_a_replica_that_is_away_is_left_out_and_has_the_policys_weights_before_it_is_asked_again(site):
+    sync, (first, second) = site.sync(), site.servers
+    sync.update(1, *weights(1.0))
+    second.fails, second.asked = "health", []
+    sync.update(2, *weights(2.0))
+    assert second.asked == [] and site.gateway.held == [site.replicas.urls[1]]
+    assert set(first.loaded["b.weight"].tolist()) == {2.0}
+    sync.tend(lambda: weights(2.0)[1])
+    assert second.asked == [] and site.gateway.held == [site.replicas.urls[1]], "it is not back yet"
+    second.fails, first.asked = None, []
+    sync.tend(lambda: weights(2.0)[1])
+    assert second.asked == ["collective_rpc", "reset_prefix_cache"] and first.asked == []
+    assert set(second.loaded["b.weight"].tolist()) == {2.0}
+    assert site.gateway.held == []
+    sync.tend(lambda: pytest.fail("all is well: no weights are asked for"))
+
+
+def test_one_that_comes_back_before_any_weights_were_sent_has_the_right_ones(site):
+    sync = site.sync()
+    site.gateway.held = [site.replicas.urls[0]]
+    sync.tend(lambda: pytest.fail("no weights are needed"))
+    assert site.gateway.held == [] and site.servers[0].asked == []
+
+
+def test_with_nobody_there_an_update_still_walks_over_the_weights_which_is_every_ranks(site):
+    sync = site.sync()
+    for server in site.servers:
+        server.fails = "health"
+    specs, named = weights(1.0)
+    sync.update(1, specs, named)
+    assert list(named) == [] and len(site.gateway.held) == 2
+
+
+def test_replicas_on_the_trainers_gpus_sleep_until_their_next_weights(site):
+    sync = site.sync(sleeps=True)
+    sync.update(0, *weights(0.0))
+    sync.sleep()
+    sync.update(1, *weights(1.0))
+    loading = ["collective_rpc", "reset_prefix_cache"]
+    asleep = ["sleep?level=2", "wake_up?tags=weights", *loading, "wake_up?tags=kv_cache"]
+    assert site.servers[0].asked == ["pause?mode=keep", *loading, "resume", *asleep]
 
 
 def test_waiting_for_health_ends_with_health_a_deadline_or_the_runs_end(two):

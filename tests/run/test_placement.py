@@ -38,7 +38,7 @@ def test_a_single_gpu_does_both():
 
 
 def test_all_gpus_may_do_both():
-    placement = placed(2, 2, 2)
+    placement = placed(2, colocate=True)
     assert (placement.replica_gpus, placement.train_gpus) == ([["0"], ["1"]], ["0", "1"])
 
 
@@ -74,7 +74,9 @@ def test_auto_is_vllm_where_a_gpu_and_an_interpreter_with_it_are():
             {"gpus": 4, "rollout": 2, "train": 3},
             r"rollout_gpus=2 and placement\.train_gpus=3 must not be more than",
         ),
-        ({"gpus": 1, "tensor_parallel_size": 2}, r"must be at most 1, .*got 2"),
+        ({"gpus": 2, "rollout": 2}, r"rollout_gpus=2 and placement\.train_gpus=0 .*engine\.colocate=true"),
+        ({"gpus": 1, "tensor_parallel_size": 2}, r"must divide the number of GPUs here, 1, got 2"),
+        ({"gpus": 2, "rollout": 1, "colocate": True}, r"rollout_gpus must be left out .* got 1"),
         ({"gpus": 1, "train": 2, "kind": "hf"}, r"placement\.train_gpus must be at most 1"),
         (
             {"gpus": 2, "train": 2, "kind": "hf"},

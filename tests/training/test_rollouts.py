@@ -26,7 +26,7 @@ class Collector:
         self.sampling = False
         self.fail = fail
 
-    def collect(self, tasks, samplings):
+    def collect(self, tasks, samplings, meanwhile):
         assert self.sampling, "the engine rests"
         self.samplings.append(samplings)
         if self.fail:
@@ -38,15 +38,23 @@ def rollouts(collector: Collector, directory, **settings) -> Rollouts:
     env = EnvConfig(config_path="c", agent="a", max_output_tokens=9)
     config = RunConfig(model=ModelConfig("m", "p"), env={"e": env}, seed=3, **settings)
 
+    return Rollouts(config, collector, TASKS, directory, Engine(collector))  # type: ignore[arg-type]
+
+
+class Engine:
+    def __init__(self, collector: Collector) -> None:
+        self.collector = collector
+
     @contextmanager
-    def sampling_with(version: int):
-        collector.sampling = True
+    def sampling(self, version: int):
+        self.collector.sampling = True
         try:
             yield
         finally:
-            collector.sampling = False
+            self.collector.sampling = False
 
-    return Rollouts(config, collector, TASKS, directory, sampling_with)  # type: ignore[arg-type]
+    def tend(self) -> None:
+        pass
 
 
 @given(st.integers(), st.integers(0, 10**6) | st.none(), st.text(), st.integers(0, 64))
@@ -78,7 +86,9 @@ def test_held_out_tasks_are_played_with_the_same_seeds_every_time(tmp_path):
     plays = rollouts(collector, tmp_path, trainer={"top_p": 0.9})
     for version in (0, 30):
         plays.play(["e/train/0", "e/train/1"], version, 1.0, held_out=True)
-    assert collector.samplings[0] == collector.samplings[1]
+    first, second = collector.samplings
+    assert [one.seed for one in first] == [one.seed for one in second]
+    assert (first[0].weights_version, second[0].weights_version) == (0, 30)
     assert collector.samplings[0][0].top_p == 0.9
 
 

@@ -1,0 +1,135 @@
+"""The engine as the trainer's process sees it: it samples within a block, from weights of a known version."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any, Protocol
+
+from gymexp.config import RunConfig
+from gymexp.errors import ServiceError
+from gymexp.run import ports
+from gymexp.run.directory import RunDirectory, replace_file
+
+if TYPE_CHECKING:
+    import torch
+
+    from gymexp.policy.hf import HFEngine
+    from gymexp.policy.transfer import IpcPeer
+    from gymexp.policy.weights import NamedTensors, WeightSync
+
+
+class Engine(Protocol):
+    def sampling(self, version: int) -> AbstractContextManager[None]:
+        """Within the block it samples. version: of its weights, in optimizer steps done."""
+        ...
+
+    def tend(self) -> None:
+        """Called now and then within the block."""
+        ...
+
+
+class HFSampling:
+    """The hf engine, in this process; it rests while the trainer works on the model that it samples from."""
+
+    def __init__(self, engine: HFEngine) -> None:
+        self._engine = engine
+        engine.pause()
+
+    @contextmanager
+    def sampling(self, version: int) -> Iterator[None]:
+        self._engine.weights_version = version
+        self._engine.resume()
+        try:
+            yield
+        finally:
+            self._engine.pause()
+
+    def tend(self) -> None:
+        pass
+
+
+class VLLMSampling:
+    """vLLM, which samples whenever it is asked. sync: on the first rank and, with CUDA IPC, on the others."""
+
+    def __init__(self, sync: WeightSync | IpcPeer | None, shared: bool) -> None:
+        self.sync = sync
+        self.shared = shared
+        self.named_weights: Callable[[], NamedTensors] | None = None  # the trainer's, once there is one
+
+    @contextmanager
+    def sampling(self, version: int) -> Iterator[None]:
+        yield
+        if self.shared:
+            self._first_rank().sleep()
+
+    def tend(self) -> None:
+        assert self.named_weights is not None
+        self._first_rank().tend(self.named_weights)
+
+    def _first_rank(self) -> WeightSync:
+        from gymexp.policy.weights import WeightSync
+
+        assert isinstance(self.sync, WeightSync), "the first rank alone plays"
+        return self.sync
+
+
+def serve_hf(config: RunConfig, model: Any, tokenizer: Any, fd: int, stack: ExitStack) -> HFSampling:
+    """The hf engine on the socket that the controller handed down; samples from `model` itself."""
+    from gymexp.policy.hf import HFEngine
+    from gymexp.policy.hf_server import serve
+    from gymexp.policy.model import end_token_ids
+
+    engine = HFEngine(
+        model,
+        eos_token_ids=end_token_ids(tokenizer, config.model),
+        pad_token_id=tokenizer.pad_token_id,
+        max_batch_size=config.engine.max_batch_size,
+        max_model_len=config.model.max_model_len,
+        tokenizer=tokenizer,
+    )
+    sampling = HFSampling(engine)
+    stack.callback(engine.close)
+    stack.callback(serve(engine, sock=ports.adopt(fd)).close)
+    return sampling
+
+
+def join_vllm(
+    config: RunConfig,
+    run: RunDirectory,
+    services: dict[str, Any],
+    rank: int,
+    device: torch.device,
+    asked: threading.Event,
+    stack: ExitStack,
+) -> VLLMSampling:
+    """Wait for the replicas and make the weights' way to them. The first rank's work, but for CUDA IPC."""
+    from gymexp.policy.transfer import DiskTransfer, IpcPeer, IpcTransfer, NcclTransfer
+    from gymexp.policy.weights import Replicas, WeightSync
+
+    def give_up(error: ServiceError) -> None:
+        """NCCL waits for a replica that has failed, in a call that nothing else ends."""
+        replace_file(run.path / "result.json", json.dumps({"error": str(error)}))
+        os._exit(1)
+
+    def gather(value: Any) -> list[Any]:
+        from accelerate.utils import gather_object
+
+        return gather_object([value])
+
+    kind = services["transfer"]
+    transfer = IpcTransfer(gather, rank == 0) if kind == "ipc" else None
+    if rank > 0:
+        return VLLMSampling(transfer and IpcPeer(transfer), services["shared"])
+    if transfer is None:
+        transfer = NcclTransfer(device, give_up) if kind == "nccl" else DiskTransfer(run.path / "weights")
+    replicas = Replicas(services["engine_urls"])
+    replicas.wait_healthy(config.engine.start_timeout_s, asked)
+    sync = WeightSync(
+        replicas, transfer, services["gateway_url"], run.path / "weights-again", services["shared"]
+    )
+    stack.callback(sync.close)
+    return VLLMSampling(sync, services["shared"])

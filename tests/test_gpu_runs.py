@@ -1,0 +1,72 @@
+"""Whole runs on GPUs with the real vLLM: weights by NCCL and CUDA IPC, several replicas, several ranks.
+
+`GYMEXP_OVERRIDES` says what is particular to the machine, e.g. "engine.python=… gym.python=…".
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+
+import pytest
+import torch
+from whole_run import Run
+
+GPUS = torch.cuda.device_count()
+MACHINE = shlex.split(os.environ.get("GYMEXP_OVERRIDES", ""))
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.gpu,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(sys.platform != "linux" or not GPUS, reason="needs NVIDIA GPUs"),
+]
+two_gpus = pytest.mark.skipif(GPUS < 2, reason="needs two GPUs")
+
+
+@pytest.fixture
+def vllm_run(started):
+    """Start a run with vLLM. bf16 on both sides: hence the wider drift."""
+    changes = ["engine=vllm", "engine.args.enforce_eager=true", "model.dtype=bfloat16"]
+    changes += ["rollout.drift_every=1", "rollout.max_drift=0.02", "trainer.max_steps=3"]
+    changes += ["trainer.warmup_steps=0", "evaluation.num_tasks=2", "evaluation.every_steps=0"]
+    return lambda name, *overrides: started(name, *changes, *MACHINE, *overrides)
+
+
+def check(run: Run) -> None:
+    assert run.ended() == 0, run.said
+    entries = [entry for entry in run.metrics() if "loss" in entry]
+    assert len(entries) == 3
+    for entry in entries:
+        assert entry["sudoku/failed"] == entry["workplace/failed"] == 0
+        assert entry["drift"] < 0.02
+    assert run.left() == []
+
+
+@two_gpus
+def test_one_gpu_samples_and_one_trains_and_weights_go_by_nccl(vllm_run):
+    run = vllm_run("nccl", "engine.weights=nccl")
+    check(run)
+
+
+def test_one_gpu_samples_and_trains_in_turn_and_weights_go_by_cuda_ipc(vllm_run, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0])
+    run = vllm_run("ipc", "engine.weights=ipc", "engine.args.gpu_memory_utilization=0.3")
+    check(run)
+    log = (run.directory / "logs" / "vllm-0.log").read_text()
+    assert "sleep" in log.lower() and "wake" in log.lower()
+
+
+@two_gpus
+def test_two_replicas_and_two_ranks_share_two_gpus(vllm_run):
+    run = vllm_run("shared", "engine.colocate=true", "engine.args.gpu_memory_utilization=0.3")
+    check(run)
+
+
+@two_gpus
+def test_a_vllm_that_dies_comes_back_into_the_nccl_group(vllm_run):
+    run = vllm_run("killed", "engine.weights=nccl", "evaluation.before=false", "evaluation.after=false")
+    run.wait_for(lambda: 1 in run.steps() and run.status().get("in_flight"))
+    next(p for p in run.left() if "EngineCore" in "".join(p.cmdline())).kill()
+    check(run)
+    assert "starting it again" in run.said
