@@ -16,11 +16,11 @@ setup: .venv/ready  ## make .venv with gymexp and all it needs
 demo: setup  ## train the tiny policy in two environments, on a CPU in minutes
 	$(RUN) -m gymexp.train experiment=quickstart
 
-test: setup  ## every test that this machine can run, but those with vLLM
-	$(RUN) -m pytest -m 'not vllm'
+test: setup  ## every test that this machine can run, but those of test-more
+	$(RUN) -m pytest -m 'not vllm and not ray'
 
-test-vllm: setup  ## the tests with the real vLLM, on a CPU
-	$(RUN) -m pytest -m vllm
+test-more: setup  ## the tests with the real vLLM, on a CPU, and with `gym env start`
+	$(RUN) -m pytest -m 'vllm or ray'
 
 lint: setup  ## ruff and pyright
 	$(RUN) -m ruff check .
@@ -34,4 +34,4 @@ format: setup  ## rewrite the sources in the project's format
 clean:  ## remove .venv and what tests and tools leave; outputs/ stays
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build dist
 
-.PHONY: help setup demo test test-vllm lint format clean
+.PHONY: help setup demo test test-more lint format clean

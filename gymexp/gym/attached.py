@@ -6,7 +6,9 @@ with `gym env start`. Either way the head server says where each agent is.
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
 import time
 import urllib.error
 import urllib.request
@@ -110,21 +112,33 @@ def start_command(python: Path, envs: Mapping[str, EnvConfig], head_port: int, p
     ]
 
 
-def wait_for_agents(
+def start_environment(python: Path) -> dict[str, str]:
+    """What `gym env start` needs around it: its own venv first, and somewhere the `uv` that it calls."""
+    from uv import find_uv_bin
+
+    path = os.environ.get("PATH", os.defpath)
+    return {"PATH": os.pathsep.join([str(python.parent), path, os.path.dirname(find_uv_bin())])}
+
+
+async def wait_for_agents(
     head_host: str, head_port: int, envs: Mapping[str, EnvConfig], deadline_s: float
 ) -> dict[str, list[Replica]]:
     """The replicas, once every agent answers. Raises ServiceError after `deadline_s`."""
     until = time.monotonic() + deadline_s
     while True:
         try:
-            replicas = replicas_of(read_head(head_host, head_port), envs)
-            for some in replicas.values():
-                urllib.request.urlopen(some[0].url, timeout=_PATIENCE_S).close()
-            return replicas
+            return await asyncio.to_thread(_answering, head_host, head_port, envs)
         except (ServiceError, OSError) as error:
             if time.monotonic() > until:
                 raise ServiceError(
                     f"NeMo Gym's servers were not ready within {deadline_s:.0f} s "
                     f"(gym.start_timeout_s): {error}"
                 ) from None
-            time.sleep(0.5)
+            await asyncio.sleep(0.5)
+
+
+def _answering(head_host: str, head_port: int, envs: Mapping[str, EnvConfig]) -> dict[str, list[Replica]]:
+    replicas = replicas_of(read_head(head_host, head_port), envs)
+    for some in replicas.values():
+        urllib.request.urlopen(some[0].url, timeout=_PATIENCE_S).close()
+    return replicas

@@ -36,7 +36,7 @@ from gymexp.run import ports, services
 from gymexp.run.control import Control
 from gymexp.run.directory import RunDirectory, append_line, replace_file
 from gymexp.run.placement import Placement
-from gymexp.run.supervisor import Service, Supervisor, last_lines, spawn
+from gymexp.run.supervisor import Service, Supervisor, last_lines
 from gymexp.view.progress import View
 
 log = logging.getLogger(__name__)
@@ -166,28 +166,23 @@ class Controller:
         if gym.runtime == "attach":
             head = attached.read_head(gym.head_host, gym.head_port)
             attached.check_policy(head, gym.policy_port or 0)
-            return Layout(replicas=attached.replicas_of(head, config.env))
+            attached.replicas_of(head, config.env)  # what it does not have, it will not have later either
+            at = gym.head_host, gym.head_port
+            return Layout(replicas=await attached.wait_for_agents(*at, config.env, gym.start_timeout_s))
         if gym.runtime == "cli":
             with ports.listen() as free:
                 head_port = free.getsockname()[1]
-            log_path = self._directory.logs / "gym.log"
-            command = attached.start_command(gym_python, config.env, head_port, policy_url)
-            supervisor.add(
-                Service(
-                    "gym",
-                    lambda: spawn(command, log_path, cwd=Path(gym.checkout or "."), reap=True),
-                    log_path,
-                )
-            )
+            supervisor.add(services.gym_command(config, self._directory, gym_python, head_port, policy_url))
             finding = asyncio.create_task(
-                asyncio.to_thread(
-                    attached.wait_for_agents, "127.0.0.1", head_port, config.env, gym.start_timeout_s
-                )
+                attached.wait_for_agents("127.0.0.1", head_port, config.env, gym.start_timeout_s)
             )
-            await asyncio.wait({finding, supervisor.failed}, return_when=asyncio.FIRST_COMPLETED)
-            if supervisor.failed.done():
-                supervisor.failed.result()
-            return Layout(replicas=await finding)
+            try:
+                await asyncio.wait({finding, supervisor.failed}, return_when=asyncio.FIRST_COMPLETED)
+                if supervisor.failed.done():
+                    supervisor.failed.result()
+                return Layout(replicas=await finding)
+            finally:
+                finding.cancel()
 
         def port(name: str) -> int:
             sockets[name] = ports.listen()

@@ -12,6 +12,7 @@ from pathlib import Path
 import aiohttp
 
 from gymexp.config import RunConfig
+from gymexp.gym import attached
 from gymexp.gym.servers import GymHost
 from gymexp.policy import vllm
 from gymexp.policy.model import resolve_path
@@ -113,6 +114,17 @@ def gym_servers(
         return Service(name, lambda: host.start_server(name, log), log, url, max_restarts=restarts)
 
     return [Service("gym-host", host.start, host.log), *(server(*item) for item in socks.items())]
+
+
+def gym_command(
+    config: RunConfig, directory: RunDirectory, gym_python: Path, head_port: int, policy_url: str
+) -> Service:
+    """`gym env start` in the user's own checkout, with all that it starts."""
+    log = directory.logs / "gym.log"
+    command = attached.start_command(gym_python, config.env, head_port, policy_url)
+    env = attached.start_environment(gym_python)
+    cwd = Path(config.gym.checkout or ".")
+    return Service("gym", lambda: spawn(command, log, env, cwd=cwd, reap=True), log)
 
 
 async def _hold(gateway_url: str, url: str) -> None:

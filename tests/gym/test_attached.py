@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 import urllib.parse
@@ -129,7 +130,7 @@ def test_gym_env_start_is_given_files_policy_and_turn_limits():
 
 def test_agents_are_waited_for_until_they_answer():
     with serving(head_app("alive")) as agent, serving(head_app(running(address(agent)[1]))) as head:
-        found = wait_for_agents(*address(head), ENVS, 10)
+        found = asyncio.run(wait_for_agents(*address(head), ENVS, 10))
     assert found["sudoku"][0].url == agent
 
 
@@ -139,5 +140,5 @@ def test_agents_that_never_answer_end_the_wait_at_the_deadline():
         serving(head_app(running(agent_port=1))) as head,
         pytest.raises(ServiceError, match=r"not ready within 1 s \(gym\.start_timeout_s\)"),
     ):
-        wait_for_agents(*address(head), ENVS, 1)
+        asyncio.run(wait_for_agents(*address(head), ENVS, 1))
     assert time.monotonic() - began < 10
