@@ -56,7 +56,7 @@ MAX_LENGTH = 40_960
 STD = 0.02
 # Channel 0: what a token that may be sampled has there, and one that may not; and the last norm's weight,
 # which brings the channel up again after it is divided by the hidden state's size (between 0.3 and 10).
-MAY, MUST_NOT, LAST_NORM = 0.05, -60.0, 100.0
+MAY, MUST_NOT, LAST_NORM = 0.01, -600.0, 20.0
 
 
 def main() -> None:

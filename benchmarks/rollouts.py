@@ -19,7 +19,8 @@ With a model of make_model.py every reply has exactly the length that is asked f
 are the hardest case: all replies end, and are to be scored, at the same moment.
 
 CPU is milliseconds a rollout of each kind of process; "busiest" is the share of one core that the kind's
-busiest process used: near 1, it is the bottleneck. vLLM's are missing with --engine-url. `--unseeded`
+busiest process used: near 1, it is the bottleneck. vLLM's are missing with --engine-url. "a step" is how many
+tokens vLLM sampled in a forward pass: fewer than directly means that requests reach it late. `--unseeded`
 measures "direct" without the requests' seeds as well, to show what these cost in vLLM.
 
 Results are written after every measurement; none begins that would probably not end by --deadline-s.
@@ -263,9 +264,11 @@ async def play_rounds(args: argparse.Namespace, stack: Stack, tasks: list[Task],
                 took[concurrency, way] = time.monotonic() - began
                 report.entries.append({"round": number + 1, "concurrency": concurrency, "way": way} | entry)
                 report.write()
+                batch_size = entry["tokens_per_engine_step"]
                 say(
                     f"round {number + 1}  {concurrency:>5} in flight  {way:<18}"
                     f"{entry['tokens_per_s']:>9.0f} tokens/s in {entry['seconds']:.1f} s"
+                    + (f", {batch_size:.1f} a step" if batch_size else "")
                     + (f"  short {entry['short']}" if entry["short"] else "")
                     + (f"  failed {entry['failed']}" if entry["failed"] else "")
                 )
@@ -308,13 +311,15 @@ def build_batch(
 
 async def measure_one(stack: Stack, batch: Batch, concurrency: int, way: str) -> dict[str, Any]:
     await stack.empty_cache()
-    processes = stack.processes()
+    processes, steps = stack.processes(), await stack.engine_steps()
     before, began = [cpu_seconds(process) for _, process in processes], time.perf_counter()
     if way == "stack":
         count = await stack.play(batch, concurrency)
     else:
         count = await stack.ask(batch, concurrency, seeded=way == "direct")
     seconds = time.perf_counter() - began
+    steps_after = await stack.engine_steps()
+    taken = steps_after - steps if steps is not None and steps_after is not None else 0
     cpu_ms, busiest = dict.fromkeys(KINDS, 0.0), dict.fromkeys(KINDS, 0.0)
     for (kind, process), start in zip(processes, before, strict=True):
         used = max(0.0, cpu_seconds(process) - start)
@@ -324,6 +329,7 @@ async def measure_one(stack: Stack, batch: Batch, concurrency: int, way: str) ->
         "rollouts": len(batch.tasks),
         "seconds": seconds,
         "tokens_per_s": count.tokens / seconds,
+        "tokens_per_engine_step": count.tokens / taken if taken else None,
         **dataclasses.asdict(count),
         "cpu_ms_per_rollout": cpu_ms,
         "busiest": busiest,

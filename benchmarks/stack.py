@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import sys
 import time
 from dataclasses import dataclass, field
@@ -130,6 +131,17 @@ class Stack:
         ):
             if response.status != 200:
                 raise GymexpError(f"{self.engine_url}/reset_prefix_cache answered {response.status}")
+
+    async def engine_steps(self) -> float | None:
+        """Forward passes of vLLM so far; None where its /metrics do not say."""
+        timeout = aiohttp.ClientTimeout(total=60)
+        async with (
+            aiohttp.ClientSession(timeout=timeout) as http,
+            http.get(f"{self.engine_url}/metrics") as response,
+        ):
+            text = await response.text()
+        found = re.findall(r"^vllm:iteration_tokens_total_count\S* (\S+)$", text, re.MULTILINE)
+        return sum(map(float, found)) if found else None
 
     def processes(self) -> list[tuple[str, psutil.Process]]:
         found = [("client", psutil.Process(os.getpid()))]

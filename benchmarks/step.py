@@ -136,7 +136,8 @@ def run(args: argparse.Namespace, report: Report) -> str:
     args.run_dir.parent.mkdir(parents=True, exist_ok=True)
     output = args.run_dir.with_name(args.run_dir.name + ".txt")
     command = [sys.executable, "-m", "gymexp.train", *overrides(args)]
-    report.overrides = [o for o in command[3:] if not o.startswith(("model.path", "hydra.", "gym.python"))]
+    paths = ("model.path", "hydra.", "gym.python", "engine.python")
+    report.overrides = [o for o in command[3:] if not o.startswith(paths)]
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}".rstrip(":")}
     with output.open("w") as out:
         process = subprocess.Popen(
