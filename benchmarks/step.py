@@ -1,0 +1,319 @@
+"""Where a training step's seconds go: a short run of gymexp as it is, its steps split into their parts.
+
+    python benchmarks/make_model.py outputs/model_4b --size 4b
+    python benchmarks/step.py --model outputs/model_4b [--train-gpus 1] [-- engine.args.max_num_seqs=256 …]
+
+Runs `python -m gymexp.train engine=vllm` with this model, reads metrics.jsonl (`time/*`) and the rollouts,
+and ends the run after the last step that is wanted, without a checkpoint. The first `--warm-up` steps are
+left out: vLLM and the trainer meet every shape for the first time there, and weights are first sent before
+the second step. What stands behind `--` are overrides of the run, after this script's own.
+
+With a model of make_model.py every reply has `--tokens` tokens and calls no tool; rewards are all alike, so
+that the gradient is nothing, but the work is the same.
+
+MFU, model FLOP/s utilization (PaLM, https://arxiv.org/abs/2204.02311, appendix B), is the floating-point
+operations that the update needs, a second, over what the training GPUs can do:
+
+    6 * N * tokens                                  the weights, forward and backward
+    12 * layers * heads * head_dim * sum(length^2)  attention: 12 * layers * heads * head_dim * length a token
+
+N: parameters, with the embedding only as the output head. heads * head_dim is the hidden size in most models,
+not in Qwen3-4B. length: prompt and generation of a rollout; tokens: sum(length), without padding. What
+gradient checkpointing computes again is not counted, and causality is not deducted. `mfu` divides by
+time/update and time/other: work on a GPU is asynchronous, and the end of the last backward pass, the clipping
+and the optimizer's step are waited for in `other`. `mfu_update` divides by time/update alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import facts
+import orjson
+import zstandard
+
+ROOT = Path(__file__).resolve().parent.parent
+PARTS = ("rollout", "sync", "logprobs", "update", "other")
+PEAK_FLOPS = 989e12  # H100 and H200, bfloat16, dense
+PACKAGES = ("torch", "transformers", "trl", "vllm", "accelerate")
+POLL_S = 0.5
+
+
+def main() -> None:
+    args = parse()
+    if not (args.model / "config.json").exists():
+        sys.exit(f"error: --model must be a model directory, {args.model} has no config.json")
+    with ExitStack() as stack:
+        if args.run_dir is None:
+            args.run_dir = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "run"
+        report = Report(args)
+        report.error = run(args, report)
+        report.write()
+    report.show()
+    sys.exit(1 if report.error else 0)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--model", type=Path, required=True, help="a directory, as make_model.py makes it")
+    parser.add_argument("--env", nargs="+", default=["sudoku", "workplace"])
+    parser.add_argument("--steps", type=int, default=3, help="that are measured")
+    parser.add_argument("--warm-up", type=int, default=1, help="steps before these")
+    parser.add_argument("--rollouts", type=int, default=64, help="a step")
+    parser.add_argument("--group", type=int, default=16, help="rollouts of one task")
+    parser.add_argument("--micro-batch", type=int, default=4, help="rollouts on a GPU in one pass")
+    parser.add_argument("--tokens", type=int, default=1024, help="of a reply")
+    parser.add_argument("--max-model-len", type=int, default=16_384)
+    parser.add_argument("--train-gpus", type=int, default=1)
+    parser.add_argument("--gym-python", help="an interpreter that has nemo_gym; else gymexp's own venv")
+    parser.add_argument("--engine-python", help="an interpreter that has vLLM; else this one")
+    parser.add_argument("--peak-flops", type=float, help=f"of a GPU, a second; with GPUs {PEAK_FLOPS:g}")
+    parser.add_argument("--deadline-s", type=float, default=540.0)
+    parser.add_argument("--run-dir", type=Path, help="keep the run here; else it is thrown away")
+    parser.add_argument("--output", type=Path, default=facts.RESULTS / "step.json")
+    parser.add_argument("overrides", nargs="*", help="of the run, behind --")
+    args = parser.parse_args()
+    if args.rollouts % (args.micro_batch * args.train_gpus) or args.rollouts % args.group:
+        parser.error("--rollouts must be a multiple of --group, and of --micro-batch times --train-gpus")
+    args.until = time.monotonic() + args.deadline_s
+    if args.peak_flops is None and facts.gpus():
+        args.peak_flops = PEAK_FLOPS
+    return args
+
+
+def overrides(args: argparse.Namespace) -> list[str]:
+    said = [
+        f"env=[{','.join(args.env)}]",
+        "engine=vllm",
+        "model=qwen3_4b",
+        "model.name=benchmark",
+        f"model.path='{args.model.resolve()}'",
+        f"model.max_model_len={args.max_model_len}",
+        f"hydra.run.dir='{args.run_dir.resolve()}'",
+        "evaluation.before=false",
+        "evaluation.after=false",
+        "rollout.max_drift=1.0",  # random weights of many layers round to other logits than a trained model's
+        "trainer.learning_rate=1e-6",
+        f"trainer.max_steps={args.warm_up + args.steps}",
+        f"trainer.num_generations={args.group}",
+        f"trainer.per_device_train_batch_size={args.micro_batch}",
+        f"trainer.gradient_accumulation_steps={args.rollouts // (args.micro_batch * args.train_gpus)}",
+        f"engine.start_timeout_s={args.deadline_s:.0f}",
+        f"gym.start_timeout_s={args.deadline_s:.0f}",
+    ]
+    num_tasks = args.rollouts // args.group * (args.warm_up + args.steps)
+    for name in args.env:
+        said += [
+            f"env.{name}.max_output_tokens={args.tokens}",
+            f"env.{name}.max_concurrency={args.rollouts}",
+            f"env.{name}.data.source=generate",
+            f"env.{name}.data.train_size={max(num_tasks, 8)}",
+            f"env.{name}.data.validation_size=1",
+        ]
+    if facts.gpus():
+        said.append(f"placement.train_gpus={args.train_gpus}")
+    for key, python in (("gym.python", args.gym_python), ("engine.python", args.engine_python)):
+        if python:
+            said.append(f"{key}='{python}'")
+    return said + args.overrides
+
+
+def run(args: argparse.Namespace, report: Report) -> str:
+    """Train until the last wanted step is logged; returns what went wrong, or nothing."""
+    args.run_dir.parent.mkdir(parents=True, exist_ok=True)
+    output = args.run_dir.with_name(args.run_dir.name + ".txt")
+    command = [sys.executable, "-m", "gymexp.train", *overrides(args)]
+    paths = ("model.path", "hydra.", "gym.python", "engine.python")
+    report.overrides = [o for o in command[3:] if not o.startswith(paths)]
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}".rstrip(":")}
+    with output.open("w") as out:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=out,
+            cwd=ROOT,
+            env=environment,
+            start_new_session=True,
+        )
+    phase, began = "", time.monotonic()
+    try:
+        while True:
+            ended = process.poll() is not None
+            if (now := phase_of(args.run_dir)) != phase:
+                phase = now
+                print(f"{time.monotonic() - began:4.0f} s: {phase}", flush=True)
+            report.read(args.run_dir)
+            if len(report.steps) == args.warm_up + args.steps:
+                return ""
+            if ended:
+                return f"the run ended with {process.returncode}:\n{output.read_text()[-3000:]}"
+            if time.monotonic() > args.until:
+                return (
+                    f"{len(report.steps)} of {args.warm_up + args.steps} steps within "
+                    f"{args.deadline_s:.0f} s (--deadline-s). The run said:\n{output.read_text()[-1500:]}"
+                )
+            time.sleep(POLL_S)
+    finally:
+        end(process)
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """At once and without a checkpoint: the second signal says so. What the run started ends with it."""
+    for _ in range(2):
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            time.sleep(1.0)
+    try:
+        process.wait(30)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def phase_of(run_dir: Path) -> str:
+    try:
+        said = json.loads((run_dir / "status.json").read_text())
+    except (OSError, ValueError):
+        return "prepare"
+    starting = [n for n, state in said.get("services", {}).items() if state == "starting"]
+    return f"{said.get('phase')}" + (f" (starting: {' '.join(starting)})" if starting else "")
+
+
+class Report:
+    """What the steps said so far, as JSON and as a table."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.model = facts.model(args.model)
+        self.machine = facts.machine()
+        self.steps: list[dict[str, Any]] = []
+        self.overrides: list[str] = []
+        self.error = ""
+        self.versions = facts.versions(sys.executable, PACKAGES)
+        if args.engine_python:
+            self.versions |= facts.versions(args.engine_python, ("vllm",))
+
+    def read(self, run_dir: Path) -> None:
+        """The steps that were logged since the last time."""
+        path = run_dir / "metrics.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        logged = [json.loads(line) for line in lines if line.endswith("\n")]
+        for entry in [e for e in logged if "loss" in e][len(self.steps) :]:
+            lengths, sampled = read_lengths(run_dir / "rollouts" / f"step-{entry['step']:06d}.jsonl.zst")
+            step = self.split(entry, lengths, sampled)
+            self.steps.append(step)
+            parts = ", ".join(f"{part} {step['seconds'][part]:.2f}" for part in PARTS)
+            mfu = f", MFU {step['mfu']:.3f}" if step["mfu"] else ""
+            rate = step["rollout_tokens_per_s"]
+            print(
+                f"step {entry['step']}: {step['seconds']['step']:.2f} s ({parts}), {rate:.0f} tokens/s{mfu}"
+            )
+            self.write()
+
+    def split(self, entry: dict[str, Any], lengths: list[int], sampled: int) -> dict[str, Any]:
+        """entry: of metrics.jsonl. lengths: of the step's rollouts. sampled: the policy's tokens in them."""
+        seconds = {part: entry[f"time/{part}"] for part in ("step", *PARTS)}
+        flops = self.update_flops(lengths)
+        peak = (self.args.peak_flops or 0.0) * self.args.train_gpus
+        updating = seconds["update"] + seconds["other"]
+        return {
+            "step": entry["step"],
+            "warm_up": len(self.steps) < self.args.warm_up,
+            "seconds": seconds,
+            "rollouts": len(lengths),
+            "sampled_tokens": sampled,
+            "trained_tokens": sum(lengths),
+            "longest": max(lengths, default=0),
+            "rollout_tokens_per_s": sampled / seconds["rollout"],
+            "update_tokens_per_s": sum(lengths) / updating,
+            "mfu": flops / updating / peak if peak else None,
+            "mfu_update": flops / seconds["update"] / peak if peak else None,
+            "failed": {name: entry.get(f"{name}/failed") for name in self.args.env},
+            "drift": entry.get("drift"),
+        }
+
+    def update_flops(self, lengths: list[int]) -> float:
+        """As the module's docstring says."""
+        m = self.model
+        num = m["parameters"]
+        if not m.get("tie_word_embeddings"):
+            num -= m["vocab_size"] * m["hidden_size"]
+        head_dim = m.get("head_dim") or m["hidden_size"] // m["num_attention_heads"]
+        width = m["num_attention_heads"] * head_dim
+        squares = sum(length**2 for length in lengths)
+        return 6.0 * num * sum(lengths) + 12.0 * m["num_hidden_layers"] * width * squares
+
+    def summary(self) -> dict[str, Any]:
+        """Medians over the steps that are measured."""
+        steps = [step for step in self.steps if not step["warm_up"]]
+        if not steps:
+            return {}
+
+        def median(name: str) -> float | None:
+            values = [step[name] for step in steps if step[name] is not None]
+            return statistics.median(values) if values else None
+
+        names = ("rollout_tokens_per_s", "update_tokens_per_s", "trained_tokens", "mfu", "mfu_update")
+        parts = ("step", *PARTS)
+        seconds = {part: statistics.median(step["seconds"][part] for step in steps) for part in parts}
+        return {"steps": len(steps), "seconds": seconds} | {name: median(name) for name in names}
+
+    def write(self) -> None:
+        left_out = ("until", "model", "output", "run_dir", "gym_python", "engine_python", "overrides")
+        said = {name: value for name, value in vars(self.args).items() if name not in left_out}
+        results = {
+            "machine": self.machine,
+            "versions": self.versions,
+            "model": self.model,
+            "arguments": said,
+            "overrides": self.overrides,
+            "error": self.error or None,
+            "results": self.summary(),
+            "steps": self.steps,
+        }
+        facts.write(self.args.output, results)
+
+    def show(self) -> None:
+        if found := self.summary():
+            print(f"\nmedian of {found['steps']} steps, {found['trained_tokens']:.0f} tokens trained in each")
+            whole = found["seconds"]["step"]
+            for part in PARTS:
+                seconds = found["seconds"][part]
+                print(f"  {part:<10}{seconds:>8.2f} s {seconds / whole:>6.1%}")
+            print(f"  {'step':<10}{whole:>8.2f} s")
+            print(f"rollouts: {found['rollout_tokens_per_s']:.0f} tokens/s sampled")
+            print(f"update: {found['update_tokens_per_s']:.0f} tokens/s", end="")
+            if found["mfu"]:
+                print(f", MFU {found['mfu']:.3f} ({found['mfu_update']:.3f} of time/update alone)", end="")
+            print()
+        if self.error:
+            print(f"error: {self.error}", file=sys.stderr)
+        print(self.args.output)
+
+
+def read_lengths(path: Path) -> tuple[list[int], int]:
+    """Tokens of prompt and generation of each rollout that did not fail; and what was sampled in all."""
+    lengths, sampled = [], 0
+    for line in zstandard.decompress(path.read_bytes()).splitlines():
+        if turns := (orjson.loads(line).get("rollout") or {}).get("turns"):
+            lengths.append(len(turns[-1]["prompt_ids"]) + len(turns[-1]["completion_ids"]))
+            sampled += sum(len(turn["completion_ids"]) for turn in turns)
+    return lengths, sampled
+
+
+if __name__ == "__main__":
+    main()
