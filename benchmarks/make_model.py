@@ -80,8 +80,24 @@ def make(
     directory: Path, size: str, dtype: str = "bfloat16", short_prompts: bool = False, seed: int = 0
 ) -> int:
     """Write the directory; returns the number of parameters."""
-    import torch
     from safetensors.torch import save_file
+
+    tensors = make_tensors(directory, size, dtype, short_prompts, seed)
+    on_cpu = {name: tensor.cpu() for name, tensor in tensors.items()}
+    save_file(on_cpu, directory / "model.safetensors", metadata={"format": "pt"})
+    return sum(tensor.numel() for tensor in tensors.values())
+
+
+def make_tensors(
+    directory: Path,
+    size: str,
+    dtype: str = "bfloat16",
+    short_prompts: bool = False,
+    seed: int = 0,
+    device: Any = None,
+) -> dict[str, Any]:
+    """Write the directory but for the weights, which are returned; on the first GPU if there is one."""
+    import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     directory.mkdir(parents=True, exist_ok=True)
@@ -104,7 +120,7 @@ def make(
     (directory / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in Qwen3ForCausalLM(config).named_parameters()}
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     generator = torch.Generator(device).manual_seed(seed)
     allowed = sorted(set(tokenizer.get_vocab().values()) - set(tokenizer.added_tokens_decoder))
     assert tokenizer.encode("assistant\n", add_special_tokens=False)[-1] in allowed, "a prompt's last token"
@@ -112,9 +128,8 @@ def make(
     for name, shape in shapes.items():  # tied: the head is not among them
         tensor = torch.empty(shape, dtype=getattr(torch, dtype), device=device)
         fill(name, tensor, config.num_hidden_layers, allowed, generator)
-        tensors[name] = tensor.cpu()
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    return sum(tensor.numel() for tensor in tensors.values())
+        tensors[name] = tensor
+    return tensors
 
 
 def fill(name: str, tensor: Any, num_layers: int, allowed: list[int], generator: Any) -> None:

@@ -1,0 +1,248 @@
+"""Seconds and GB/s of a weight update, trainer to vLLM: gymexp's way beside TRL's own client, in one run.
+
+    python benchmarks/weights.py                    one vLLM on the first GPU, the trainer on the second
+    python benchmarks/weights.py --replicas 2       two vLLM, on the first two GPUs, the trainer on the third
+    python benchmarks/weights.py --way ipc          both on one GPU
+
+vLLM serves a model of that shape (benchmarks/make_model.py) with dummy weights, and is sent random ones from
+the trainer's GPU as the trainer sends them: `WeightSync.update`, from the request to pause to the one to
+resume. "phases" are the HTTP requests within; "pause" is what a client sees that samples token after token:
+the longest of its requests meanwhile, less a usual one. TRL's client (`VLLMClient.update_model_params`)
+then sends the same tensors to the same server, which it does not pause. The first update of each joins NCCL's
+group and is left out; figures are medians of the others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import facts
+import torch
+from aiohttp import web
+from make_model import SIZES, make, make_tensors
+
+from gymexp.config import EngineConfig, ModelConfig
+from gymexp.errors import ServiceError
+from gymexp.policy import vllm
+from gymexp.policy.transfer import DiskTransfer, IpcTransfer, NcclTransfer
+from gymexp.policy.weights import Replicas, WeightSync
+from gymexp.run import lifeline, ports
+
+START_S = 600
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["0.5b", "4b"])
+    parser.add_argument("--replicas", type=int, default=1)
+    parser.add_argument("--way", choices=("nccl", "ipc", "disk"), default="nccl")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--engine-python", default=sys.executable)
+    parser.add_argument("--output", type=Path, default=facts.RESULTS / "weights.json")
+    args = parser.parse_args()
+    needed = args.replicas + (args.way == "nccl")
+    if args.way != "disk" and torch.cuda.device_count() < needed:
+        parser.error(f"--way {args.way} with {args.replicas} replicas needs {needed} GPUs")
+    results: dict[str, Any] = {
+        "machine": facts.machine(),
+        "versions": facts.versions(args.engine_python, ("vllm", "trl", "torch", "transformers")),
+        "arguments": {name: str(value) for name, value in vars(args).items()},
+        "sizes": {},
+    }
+    for size in args.sizes:
+        results["sizes"][size] = measure(size, args)
+        facts.write(args.output, results)
+    print(f"written to {args.output}")
+
+
+def measure(size: str, args: argparse.Namespace) -> dict[str, Any]:
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", args.replicas if args.way == "nccl" else 0)
+        torch.cuda.set_device(device)
+    with ExitStack() as stack:
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        if args.way == "disk":
+            make(directory / "model", size)  # vLLM reloads only what it has loaded
+        named = make_tensors(directory / "model", size, device=device)
+        num_bytes = sum(tensor.nbytes for tensor in named.values())
+        print(f"{size}: {len(named)} tensors, {num_bytes / 1e9:.2f} GB", flush=True)
+        urls = [serve(directory, index, args, stack) for index in range(args.replicas)]
+        replicas = Timed(urls)
+        replicas.wait_healthy(START_S, threading.Event())
+        gateway_url = stack.enter_context(pretended_gateway())
+        transfer = open_transfer(args.way, device, directory)
+        sync = WeightSync(replicas, transfer, gateway_url, directory / "again")
+        specs = [(name, tensor.dtype, list(tensor.shape)) for name, tensor in named.items()]
+        seconds, pauses = [], []
+        for number in range(args.rounds + 1):
+            replicas.phases.clear()
+            with longest_wait(urls[0]) as pause:
+                began = time.monotonic()
+                sync.update(number, specs, iter(named.items()))
+                seconds.append(time.monotonic() - began)
+            pauses.append(pause())
+            phases = {name: round(sum(took), 4) for name, took in replicas.phases.items()}
+            print(f"  gymexp {rate(num_bytes, seconds[-1])}, pause {pauses[-1]:.3f} s, {phases}", flush=True)
+        found: dict[str, Any] = {"bytes": num_bytes, "gymexp_s": seconds[1:], "pause_s": pauses[1:]}
+        found |= {"phases_s": phases, "gymexp_GB_per_s": num_bytes / statistics.median(seconds[1:]) / 1e9}
+        transfer.close()
+        if args.way == "nccl" and args.replicas == 1:
+            trl = time_trl(urls[0], device, named, args.rounds)
+            found |= {"trl_s": trl, "trl_GB_per_s": num_bytes / statistics.median(trl) / 1e9}
+            found["times_trl"] = statistics.median(trl) / statistics.median(seconds[1:])
+            print(f"  {found['times_trl']:.2f} times as fast as TRL's client")
+        return found
+
+
+def rate(num_bytes: int, seconds: float) -> str:
+    return f"{seconds:.3f} s, {num_bytes / seconds / 1e9:.1f} GB/s"
+
+
+class Timed(Replicas):
+    """Says how long each kind of request took."""
+
+    def __init__(self, urls: Any, timeout_s: float = 120.0) -> None:
+        super().__init__(urls, timeout_s)
+        self.phases: dict[str, list[float]] = defaultdict(list)
+
+    def only(self, urls: Any) -> Replicas:
+        some = Timed(urls, self.timeout_s)
+        some.phases = self.phases
+        return some
+
+    def _ask(self, url: str, path: str, body: bytes | None) -> Any:
+        began = time.monotonic()
+        try:
+            return super()._ask(url, path, body)
+        finally:
+            self.phases[path.split("?")[0].strip("/")].append(time.monotonic() - began)
+
+
+def serve(directory: Path, index: int, args: argparse.Namespace, stack: ExitStack) -> str:
+    """A replica with dummy weights, on its own GPU."""
+    sock = stack.enter_context(ports.reserve())
+    shared = args.way == "ipc"
+    model = ModelConfig(name="dummy", path=str(directory / "model"), max_model_len=4096)
+    flags: dict[str, Any] = {"enforce_eager": True, "max_num_seqs": 64}
+    flags |= {"load_format": "dummy"} if args.way != "disk" else {}
+    flags |= {"gpu_memory_utilization": 0.4} if torch.cuda.is_available() else {}
+    engine = EngineConfig(python=args.engine_python, args=flags)
+    version = vllm.read_version(engine)
+    command = vllm.serve_command(model, engine, sock.getsockname()[1], version, args.way, shared)
+    log = directory / f"vllm-{index}.log"
+    reaper = [sys.executable, "-S", lifeline.__file__, str(os.getpid()), "--reap"]
+    env = os.environ | vllm.ENVIRONMENT
+    if torch.cuda.is_available():
+        env |= {"CUDA_VISIBLE_DEVICES": str(index)}
+    with log.open("w") as out:
+        process = subprocess.Popen([*reaper, *command], stdout=out, stderr=out, env=env)
+
+    def end() -> None:
+        process.terminate()
+        process.wait(60)
+
+    stack.callback(end)
+    threading.Thread(target=lambda: process.wait() and print(log.read_text()[-3000:]), daemon=True).start()
+    return ports.url_of(sock)
+
+
+def open_transfer(way: str, device: torch.device, directory: Path) -> Any:
+    def give_up(error: ServiceError) -> None:
+        print(f"given up: {error}", flush=True)
+        os._exit(1)
+
+    if way == "nccl":
+        return NcclTransfer(device, give_up)
+    if way == "ipc":
+        return IpcTransfer(lambda value: [value], is_first_rank=True)
+    return DiskTransfer(directory / "weights")
+
+
+@contextmanager
+def pretended_gateway() -> Iterator[str]:
+    """All that an update asks of the gateway: whether a replica is held."""
+
+    async def stats(_: web.Request) -> web.Response:
+        return web.json_response({"held": []})
+
+    loop = asyncio.new_event_loop()
+    app = web.Application()
+    app.add_routes([web.get("/stats", stats), web.post("/engine", stats)])
+    runner = web.AppRunner(app)
+    sock = ports.listen()
+    loop.run_until_complete(runner.setup())
+    loop.run_until_complete(web.SockSite(runner, sock).start())
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+    yield ports.url_of(sock)
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+
+
+@contextmanager
+def longest_wait(url: str) -> Iterator[Callable[[], float]]:
+    """Samples a token at a time within the block; then says the longest wait for one, less a usual one."""
+    params = {"max_tokens": 1, "temperature": 1.0, "logprobs": 0}
+    body = json.dumps({"token_ids": [5, 6, 7], "sampling_params": params}).encode()
+    waits: list[float] = []
+    ended = threading.Event()
+
+    def sample() -> None:
+        while not ended.is_set():
+            began = time.monotonic()
+            headers = {"Content-Type": "application/json"}
+            request = urllib.request.Request(f"{url}/inference/v1/generate", body, headers)
+            urllib.request.urlopen(request, timeout=120).close()
+            waits.append(time.monotonic() - began)
+
+    thread = threading.Thread(target=sample, daemon=True)
+    thread.start()
+    while len(waits) < 10:
+        time.sleep(0.01)
+    yield lambda: max(waits) - statistics.median(waits)
+    time.sleep(0.2)
+    ended.set()
+    thread.join()
+
+
+def time_trl(url: str, device: torch.device, named: dict[str, torch.Tensor], rounds: int) -> list[float]:
+    from trl.generation.vllm_client import VLLMClient
+
+    class Model(torch.nn.Module):
+        def named_parameters(self, *_: Any, **__: Any) -> Iterator[tuple[str, Any]]:
+            return iter(named.items())
+
+    client = VLLMClient(base_url=url, connection_timeout=60.0)
+    client.init_communicator(device)
+    seconds = []
+    for _ in range(rounds + 1):
+        torch.cuda.synchronize(device)
+        began = time.monotonic()
+        client.update_model_params(Model())
+        torch.cuda.synchronize(device)
+        seconds.append(time.monotonic() - began)
+        num_bytes = sum(tensor.nbytes for tensor in named.values())
+        print(f"  TRL    {rate(num_bytes, seconds[-1])}", flush=True)
+    return seconds[1:]
+
+
+if __name__ == "__main__":
+    main()
