@@ -203,6 +203,11 @@ def test_an_adapter_is_trained_goes_on_after_an_interruption_and_ends_in_the_wei
     for one in (adapted, last):
         assert logprobs_of(model, turn) == pytest.approx(logprobs_of(one, turn), abs=1e-4)
     assert logprobs_of(model, turn) != pytest.approx(resumed, abs=1e-2), "trained on after the interruption"
+    optimizer = torch.load(run.directory / "checkpoints" / f"checkpoint-{STEPS}" / "optimizer.pt")["state"]
+    assert {int(state["step"]) for state in optimizer.values()} == {STEPS}, (
+        "it went on, and did not begin again"
+    )
+    assert len(optimizer) == sum("lora_" in name for name, _ in last.named_parameters())
 
 
 def logprobs_of(model, turn: dict) -> list[float]:
