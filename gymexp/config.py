@@ -26,6 +26,18 @@ CONF_DIR = next(d for d in (_PACKAGE.parent / "conf", _PACKAGE / "conf") if (d /
 
 
 @dataclass
+class LoraConfig:
+    """An adapter that is trained in place of the model's own weights. Names are those of peft.LoraConfig."""
+
+    r: int | None = None  # rank; None: no adapter, all weights are trained
+    lora_alpha: int = 32  # the adapter's output counts lora_alpha / r times
+    lora_dropout: float = (
+        0.0  # the engine samples without it: above 0 the ratios of trainer to engine are noisy
+    )
+    target_modules: Any = "all-linear"  # all but the output head; or names, e.g. [q_proj,v_proj]; or a regex
+
+
+@dataclass
 class ModelConfig:
     """The policy: any transformers causal language model whose tokenizer has a chat template."""
 
@@ -36,6 +48,7 @@ class ModelConfig:
     attn_implementation: str = "sdpa"
     max_model_len: int = 4096  # tokens of prompt and generation together, over all turns of a rollout
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)  # e.g. {enable_thinking: false}
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
 
 @dataclass

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from typing import Any
 
-from gymexp.config import DataConfig, EngineConfig, RunConfig, nearest, options
+from gymexp.config import DataConfig, EngineConfig, LoraConfig, RunConfig, nearest, options
 
 
 def _one_of(key: str, value: Any, allowed: tuple[str | None, ...]) -> Iterator[str]:
@@ -53,6 +54,12 @@ def problems_of(config: RunConfig) -> Iterator[str]:
     yield from _at_least("placement.train_gpus", config.placement.train_gpus, 1)
     yield from _one_of("model.dtype", config.model.dtype, ("float32", "bfloat16", "float16"))
     yield from _at_least("model.max_model_len", config.model.max_model_len, 8)
+    yield from _lora_problems(config.model.lora)
+    if config.model.lora.r is not None and config.trainer.get("sync_ref_model"):
+        yield (
+            "trainer.sync_ref_model must be false with model.lora, whose reference is the model without its "
+            f"adapter, got {config.trainer['sync_ref_model']!r}"
+        )
     yield from _one_of("gym.runtime", config.gym.runtime, ("managed", "cli", "attach"))
     if config.gym.runtime == "cli" and not config.gym.checkout:
         yield "gym.checkout must name your NeMo Gym checkout when gym.runtime=cli, got None"
@@ -76,6 +83,29 @@ def problems_of(config: RunConfig) -> Iterator[str]:
     yield from _at_least("evaluation.temperature", config.evaluation.temperature, 0)
     yield from _one_of("tracker.kind", config.tracker.kind, ("none", "wandb", "trackio", "tensorboard"))
     yield from _one_of("tracker.mode", config.tracker.mode, (None, "online", "offline", "disabled"))
+
+
+def _lora_problems(lora: LoraConfig) -> Iterator[str]:
+    if lora.r is None and lora != LoraConfig():
+        yield "model.lora.r must be the adapter's rank where other keys of model.lora are set, got None"
+    yield from _at_least("model.lora.r", lora.r, 1)
+    yield from _at_least("model.lora.lora_alpha", lora.lora_alpha, 1)
+    if not 0 <= lora.lora_dropout < 1:
+        yield f"model.lora.lora_dropout must be >= 0 and below 1, got {lora.lora_dropout!r}"
+    if not _may_name_modules(lora.target_modules):
+        yield (
+            "model.lora.target_modules must be all-linear, a list of module names, or a regular expression, "
+            f"got {lora.target_modules!r}"
+        )
+
+
+def _may_name_modules(value: Any) -> bool:
+    if isinstance(value, list):
+        return bool(value) and all(isinstance(name, str) and name for name in value)
+    try:
+        return isinstance(value, str) and value != "" and bool(re.compile(value))
+    except re.error:
+        return False
 
 
 # Flags of `vllm serve` that other keys set, or that the token contract rests on.

@@ -60,6 +60,32 @@ def test_what_other_programs_take_needs_no_plus():
     assert config.model.chat_template_kwargs == {"enable_thinking": True}
 
 
+def test_lora_is_switched_on_by_its_rank_and_off_by_none(tmp_path):
+    config = load(composed("model.lora.r=8", "model.lora.target_modules=[q_proj]"))
+    assert (config.model.lora.r, config.model.lora.target_modules) == (8, ["q_proj"])
+    (tmp_path / "config.yaml").write_text(configuration.to_yaml(config))
+    assert configuration.from_yaml(tmp_path / "config.yaml") == config
+    assert load(composed()).model.lora.r is None
+    recipe = "experiment=sudoku_qwen2_5_1_5b_lora"
+    assert load(composed(recipe)).model.lora.r == 32
+    assert load(composed(recipe, "model.lora.r=null")).model.lora.r is None
+
+
+def test_lora_and_a_reference_that_follows_the_policy_exclude_each_other():
+    with pytest.raises(ConfigError, match=r"trainer\.sync_ref_model must be false with model\.lora"):
+        load(composed("model.lora.r=8", "trainer.beta=0.1", "trainer.sync_ref_model=true"))
+    assert load(composed("trainer.beta=0.1", "trainer.sync_ref_model=true"))
+
+
+def test_a_lora_recipe_is_the_full_one_but_for_what_its_file_says():
+    for name in ("sudoku_qwen2_5_1_5b", "workplace_sudoku_qwen3_4b"):
+        full, lora = (load(composed(f"experiment={name}{end}")) for end in ("", "_lora"))
+        assert (lora.name, lora.model.lora.r, lora.trainer["learning_rate"]) == (f"{name}_lora", 32, 1e-4)
+        lora.name, lora.model.lora, lora.engine.args = full.name, full.model.lora, full.engine.args
+        lora.trainer["learning_rate"] = full.trainer["learning_rate"]
+        assert lora == full
+
+
 @pytest.mark.parametrize(
     ("override", "said"),
     [
@@ -93,6 +119,7 @@ def test_a_mistake_about_vllm_is_answered_before_anything_starts(override, said)
         ("env=[sudoku] model=qwen3_1", "qwen3_1_7b"),
         ("env.sudoku.max_st", "env.sudoku.max_steps="),
         ("engine.tensor_par", "engine.tensor_parallel_size="),
+        ("model.lora.lora_a", "model.lora.lora_alpha="),
     ],
 )
 def test_tab_completes_options_and_keys_after_the_readmes_command(typed, completed):
@@ -147,6 +174,15 @@ def test_every_sweep_composes_and_every_point_of_it_loads(name):
         ("rollout.max_failed_share=2", r"rollout\.max_failed_share must be between 0 and 1, got 2\.0"),
         ("env.sudoku.data.source=s3", r"env\.sudoku\.data\.source must be one of .*got 's3'"),
         ("gym.runtime=cli", r"gym\.checkout must name"),
+        ("model.lora.r=0", r"model\.lora\.r must be >= 1, got 0"),
+        ("model.lora.lora_dropout=1", r"model\.lora\.lora_dropout must be >= 0 and below 1, got 1\.0"),
+        (
+            "model.lora.target_modules='q_proj('",
+            r"model\.lora\.target_modules must be all-linear.*got 'q_proj\('",
+        ),
+        ("model.lora.target_modules=[]", r"model\.lora\.target_modules must be all-linear.*got \[\]"),
+        ("model.lora.lora_alpha=64", r"model\.lora\.r must be the adapter's rank .* got None"),
+        ("+model.lora.alpha=64", r"did you mean model\.lora\.lora_alpha\?"),
         ("gym.runtime=attach", r"gym\.policy_port must be"),
     ],
 )
@@ -200,6 +236,10 @@ def said_of(result: subprocess.CompletedProcess[str]) -> str:
         (
             ["env.sudoku.wieght=2"],
             r"env\.sudoku\.wieght is not a known key; did you mean env\.sudoku\.weight\?",
+        ),
+        (
+            ["model.lora.alpha=64"],
+            r"model\.lora\.alpha is not a known key; did you mean model\.lora\.lora_alpha\?",
         ),
         (["env=[]"], r"env must name at least one environment"),
         (["trainr.learning_rate=1"], r"did you mean trainer\?"),

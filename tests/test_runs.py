@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from whole_run import BATCH, OVERRIDES, PATIENCE_S, ROOT, STEPS, TINY, Run, alive
 
@@ -156,6 +158,64 @@ def test_an_interrupted_run_goes_on_to_the_same_end_with_the_same_tasks(pair, st
         assert run.task_keys(step) == undisturbed.task_keys(step)
     assert "workplace" in last.said.split("held-out reward")[-1], "before, from the first start, and after"
     assert not (run.directory.parent / "hydra").exists(), "resuming leaves no second run directory"
+
+
+def test_an_adapter_is_trained_goes_on_after_an_interruption_and_ends_in_the_weights(started, gym_python):
+    changes = [
+        "model.lora.r=4",
+        "model.lora.lora_dropout=0.2",
+        "trainer.learning_rate=5e-3",
+        "trainer.beta=0.05",
+    ]
+    changes += ["trainer.warmup_steps=0", "trainer.save_steps=1", "rollout.drift_every=1"]
+    run = started("lora", *changes, "evaluation.before=false", "evaluation.every_steps=0")
+    run.wait_for_step(1)
+    os.kill(run.process.pid, signal.SIGTERM)
+    assert run.ended() == 128 + signal.SIGTERM, run.said
+    middle = checkpoints.latest(run.directory / "checkpoints")
+    assert middle is not None and (middle / "optimizer.pt").exists()
+    assert (middle / "adapter_model.safetensors").exists() and not (middle / "model.safetensors").exists()
+
+    again = started("lora", resume=True)
+    assert again.ended() == 0, again.said
+    assert run.steps() == list(range(1, STEPS + 1))
+    drifts = [entry["drift"] for entry in run.metrics() if "drift" in entry]
+    assert len(drifts) == STEPS and max(drifts) <= 1e-5, drifts
+    distances = [entry["kl"] for entry in run.metrics() if "loss" in entry]
+    assert distances[0] == pytest.approx(0, abs=1e-7) and min(distances[1:]) > 1e-7, (
+        "from the model without adapter"
+    )
+
+    # The first rollouts after the interruption were sampled with the checkpoint's adapter.
+    record = run.rollouts(f"step-{checkpoints.step_of(middle) + 1:06d}")[0]
+    turn = record["rollout"]["turns"][0]
+    base = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
+    before = logprobs_of(base, turn)
+    resumed = logprobs_of(PeftModel.from_pretrained(base, middle), turn)
+    assert resumed == pytest.approx(turn["logprobs"], abs=1e-4)
+    assert before != pytest.approx(turn["logprobs"], abs=1e-2)
+
+    model = AutoModelForCausalLM.from_pretrained(run.directory / "model", dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
+    adapted = PeftModel.from_pretrained(base, run.directory / "adapter")
+    last = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
+    last = PeftModel.from_pretrained(last, run.directory / "checkpoints" / f"checkpoint-{STEPS}")
+    for one in (adapted, last):
+        assert logprobs_of(model, turn) == pytest.approx(logprobs_of(one, turn), abs=1e-4)
+    assert logprobs_of(model, turn) != pytest.approx(resumed, abs=1e-2), "trained on after the interruption"
+    optimizer = torch.load(run.directory / "checkpoints" / f"checkpoint-{STEPS}" / "optimizer.pt")["state"]
+    assert {int(state["step"]) for state in optimizer.values()} == {STEPS}, (
+        "it went on, and did not begin again"
+    )
+    assert len(optimizer) == sum("lora_" in name for name, _ in last.named_parameters())
+
+
+def logprobs_of(model, turn: dict) -> list[float]:
+    """A model's log-probabilities of a turn's completion."""
+    ids = torch.tensor([turn["prompt_ids"] + turn["completion_ids"]])
+    with torch.no_grad():
+        logits = model.eval()(ids).logits[0, len(turn["prompt_ids"]) - 1 : -1]
+    return logits.log_softmax(-1).gather(-1, ids[0, len(turn["prompt_ids"]) :, None])[:, 0].tolist()
 
 
 def test_a_killed_server_and_a_hanging_one_cost_no_rollout(started):

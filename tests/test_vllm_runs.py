@@ -33,11 +33,13 @@ def vllm(vllm_python, monkeypatch) -> list[str]:
     return ["engine=vllm", f"engine.python='{vllm_python}'", "engine.args.enforce_eager=true"]
 
 
-def test_a_run_samples_from_vllm_with_the_trainers_weights_of_each_step(started, gym_python, vllm):
+@pytest.mark.parametrize("trained", ["all", "adapter"])
+def test_a_run_samples_from_vllm_with_the_trainers_weights_of_each_step(started, gym_python, vllm, trained):
+    lora = ["model.lora.r=4", "trainer.learning_rate=1e-2"] if trained == "adapter" else []
     changes = ["rollout.drift_every=1", "rollout.max_drift=1e-3", "trainer.max_steps=3"]
     changes += ["trainer.warmup_steps=0", "evaluation.num_tasks=2", "evaluation.every_steps=0"]
     changes += ["evaluation.before=false"]
-    run = started("vllm", *vllm, *changes)
+    run = started(f"vllm_{trained}", *vllm, *changes, *lora)
     assert run.ended() == 0, run.said
     drifts = [entry["drift"] for entry in run.metrics() if "drift" in entry]
     assert len(drifts) == 3, "before the first update and after each"

@@ -104,6 +104,11 @@ def load(cfg: DictConfig) -> ColdstartConfig:
         )
         if value is not None and value < 1
     ]
+    if config.model.lora.r is not None:
+        problems.append(
+            f"model.lora.r must be null, got {config.model.lora.r}: a cold start trains all weights; "
+            "LoRA is gymexp.train's"
+        )
     if config.sft.learning_rate <= 0:
         problems.append(f"sft.learning_rate must be > 0, got {config.sft.learning_rate}")
     if problems:

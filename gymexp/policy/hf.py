@@ -59,11 +59,11 @@ class Generation:
 class HFEngine:
     """Samples token ids for token ids; see the module's docstring for what it shares with the trainer.
 
-    model: a causal LM with full attention, not wrapped (no DDP, FSDP or ZeRO-3). eos_token_ids end every
-    request. max_batch_size: rows of a token step; further requests wait. max_model_len: prompt and generation
-    together; None is the model's own. kept_tokens: how many tokens of finished rows to keep keys and values
-    of, 0 for none. tokenizer: only for requests with `stop`. weights_version: the trainer sets it, inside
-    `paused()`, whenever it changed the weights.
+    model: a causal LM with full attention, not wrapped (no DDP, FSDP or ZeRO-3); LoRA's layers may be inside
+    it. eos_token_ids end every request. max_batch_size: rows of a token step; further requests wait.
+    max_model_len: prompt and generation together; None is the model's own. kept_tokens: how many tokens of
+    finished rows to keep keys and values of, 0 for none. tokenizer: only for requests with `stop`.
+    weights_version: the trainer sets it, inside `paused()`, whenever it changed the weights.
 
     An error in a token step fails the requests of the batch, with the cause, and drops everything computed;
     the engine then goes on with the requests that wait. So a passing fault costs one batch, and with a

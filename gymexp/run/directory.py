@@ -23,7 +23,17 @@ import gymexp
 from gymexp.config import CONF_DIR, RunConfig, to_yaml
 from gymexp.errors import RunDirectoryError
 
-_VERSIONED = ("torch", "transformers", "trl", "accelerate", "vllm", "hydra-core", "omegaconf", "datasets")
+_VERSIONED = (
+    "torch",
+    "transformers",
+    "peft",
+    "trl",
+    "accelerate",
+    "vllm",
+    "hydra-core",
+    "omegaconf",
+    "datasets",
+)
 
 
 def cache_dir() -> Path:

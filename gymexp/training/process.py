@@ -137,7 +137,7 @@ def work(run: RunDirectory, config: RunConfig, asked: threading.Event) -> dict[s
         teller.tell(phase="save")
         trainer.save_now()
         if not stopped:
-            trainer.save_model(str(run.path / "model"))
+            trainer.save_policy(run.path)
         return {"step": trainer.state.global_step, "stopped": stopped, "held_out": summary(before, after)}
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from trl.trainer.utils import pad
 from gymexp.config import RunConfig
 from gymexp.data.prepare import Prepared
 from gymexp.errors import DriftError
+from gymexp.policy import lora
 from gymexp.policy.weights import NamedTensors, TensorSpecs
 from gymexp.rollout.batch import Batch
 from gymexp.training import arguments, checkpoints, padding
@@ -38,6 +40,17 @@ class _NoSilentFailures(logging.Filter):
 def reward(reward: list[float | None], **_: Any) -> list[float | None]:
     """The environment's rewards, as `rollout_func` returned them; None where a rollout has none."""
     return reward
+
+
+@contextmanager
+def without_dropout(model: torch.nn.Module) -> Iterator[None]:
+    """As the engine samples; afterwards the model trains or rests as before."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 class PolicyTrainer(GRPOTrainer):
@@ -68,6 +81,7 @@ class PolicyTrainer(GRPOTrainer):
             train_dataset=Dataset.from_dict({"prompt": [task.key for task in prepared.train]}),
             processing_class=tokenizer,
             rollout_func=rollouts,  # pyright: ignore[reportArgumentType]
+            peft_config=lora.build_peft_config(config.model.lora, model) if config.model.lora.r else None,
         )
         self.remove_callback(PrinterCallback)  # metrics.jsonl has the numbers, and the live view shows them
 
@@ -114,10 +128,15 @@ class PolicyTrainer(GRPOTrainer):
         self._seconds["sync"] += time.monotonic() - began
 
     def named_weights(self) -> NamedTensors:
-        """The policy as its checkpoint has it: gathered where it is sharded, merged where it is adapted."""
-        source = VLLMGeneration.__new__(VLLMGeneration)
-        source.model, source.accelerator, source._dist = self.model, self.accelerator, self._dist
-        return source._iter_named_params()
+        """The policy's parameters under the names of its checkpoint; with LoRA, the adapter is in them."""
+        model: Any = self.model
+        if self._config.model.lora.r and not self._dist.is_fsdp:
+            with self._dist.gather_params(list(model.parameters())):
+                yield from lora.merged_parameters(model)
+            return
+        source = VLLMGeneration.__new__(VLLMGeneration)  # for its walk over sharded parameters
+        source.model, source.accelerator, source._dist = model, self.accelerator, self._dist
+        yield from source._iter_named_params()
 
     def check_drift(self, batch: Batch) -> None:
         """Compare the engine's log-probabilities with the trainer's own, on the first batch and then now and
@@ -164,9 +183,10 @@ class PolicyTrainer(GRPOTrainer):
 
         prompt_ids, prompt_mask = padded(prompts, "left")
         completion_ids, completion_mask = padded(completions, "right")
-        with torch.no_grad():
+        model: Any = self.model
+        with torch.no_grad(), without_dropout(model):
             logprobs = self._get_per_token_logps_and_entropies(
-                self.model,
+                model,
                 torch.cat([prompt_ids, completion_ids], dim=1),
                 torch.cat([prompt_mask, completion_mask], dim=1),
                 completion_ids.size(1),
@@ -227,6 +247,18 @@ class PolicyTrainer(GRPOTrainer):
             return super()._save_checkpoint(model, trial)
         with checkpoints.writing(target):
             super()._save_checkpoint(model, trial)
+
+    def save_policy(self, run: Path) -> None:
+        """The final weights, in `<run>/model`; with LoRA merged there, and the adapter in `<run>/adapter`.
+
+        Nothing may be trained or sampled after it.
+        """
+        if not self._config.model.lora.r:
+            self.save_model(str(run / "model"))
+            return
+        self.save_model(str(run / "adapter"))
+        if self.accelerator.is_main_process:
+            lora.save_merged(self.model, self.processing_class, run / "model")  # pyright: ignore
 
     def save_now(self) -> None:
         """A checkpoint of the last finished step, unless it is there already."""

@@ -81,6 +81,8 @@ def test_the_configuration_composes_and_its_mistakes_are_named():
     assert (config.sft.max_steps, config.env["workplace"].weight, config.model.name) == (7, 3, "tiny")
     with pytest.raises(ConfigError, match=r"sft\.max_steps must be >= 1, got 0"):
         load("output=o", "sft.max_steps=0")
+    with pytest.raises(ConfigError, match=r"model\.lora\.r must be null, got 4"):
+        load("output=o", "model.lora.r=4")
     with pytest.raises(ConfigError, match="output"):
         load()
     with pytest.raises(ConfigError, match=r"env\.sudoku\.weight"):

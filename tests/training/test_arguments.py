@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
 
-from gymexp.config import EnvConfig, ModelConfig, RunConfig
+from gymexp import config as configuration
+from gymexp.config import CONF_DIR, EnvConfig, ModelConfig, RunConfig, options
 from gymexp.errors import ConfigError
 from gymexp.training import arguments
 
@@ -148,3 +150,14 @@ def test_trl_itself_takes_the_good_and_refuses_the_bad():
     }
     for line, start in zip(construct(list(said.values())), said, strict=True):
         assert start in line
+
+
+def test_trl_takes_every_experiment(tmp_path, constructed_by):
+    configuration.register()
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        composed = [compose("train", [f"experiment={name}"]) for name in options("experiment")]
+    configs = [configuration.load(cfg) for cfg in composed]
+    assert construct([one.trainer for one in configs]) == ["taken"] * len(configs)
+    constructed_by(0)
+    for one in configs:
+        arguments.check(one, tmp_path)  # names, and whole groups
