@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 TINY = Path(__file__).resolve().parent.parent / "gymexp" / "assets" / "tiny"
-SIZES: dict[str, dict[str, int]] = {
+SIZES: dict[str, dict[str, Any]] = {
     "tiny": {
         "hidden_size": 192,
         "num_hidden_layers": 4,

@@ -217,10 +217,13 @@ async def measure(args: argparse.Namespace, report: Report, logs: Path) -> None:
                 await asyncio.wait(
                     {playing, supervisor.failed}, timeout=left, return_when=asyncio.FIRST_COMPLETED
                 )
+                if playing.done() and playing.exception():  # a server's end, perhaps: that says more
+                    await asyncio.wait({supervisor.failed}, timeout=5.0)
+                if supervisor.failed.done():
+                    playing.cancel()
+                    supervisor.failed.result()
                 if not playing.done():
                     playing.cancel()
-                    if supervisor.failed.done():
-                        supervisor.failed.result()
                     raise TimeoutError(f"not done within {args.deadline_s:.0f} s (--deadline-s)")
                 playing.result()
             finally:
@@ -254,11 +257,11 @@ async def play_rounds(args: argparse.Namespace, stack: Stack, tasks: list[Task],
         for concurrency in args.concurrency:
             batch = build_batch(args, concurrency, number, tasks, prompts)
             turn = number % len(ways)  # each is first once in a while
+            needed = sum(took.get((concurrency, way), 0.0) for way in ways)
+            if needed * 1.2 + 5.0 > args.until - time.monotonic():
+                report.left_out.append(f"round {number + 1} with {concurrency} in flight")
+                continue
             for way in ways[turn:] + ways[:turn]:
-                left = args.until - time.monotonic()
-                if took.get((concurrency, way), 0.0) * 1.2 + 5.0 > left:
-                    say(f"left out for lack of time: round {number + 1}, {concurrency} in flight, {way}")
-                    continue
                 began = time.monotonic()
                 entry = await measure_one(stack, batch, concurrency, way)
                 took[concurrency, way] = time.monotonic() - began
@@ -351,6 +354,7 @@ class Report:
         self.versions: dict[str, str] = {}
         self.prompt_tokens = 0.0
         self.error = ""
+        self.left_out: list[str] = []  # for lack of time
 
     def of(self, concurrency: int, way: str) -> dict[int, dict[str, Any]]:
         """By round."""
@@ -395,6 +399,7 @@ class Report:
             "arguments": said,
             "prompt_tokens": self.prompt_tokens,
             "error": self.error or None,
+            "left_out": self.left_out,
             "results": self.summary(),
             "measurements": self.entries,
         }
@@ -422,6 +427,8 @@ class Report:
                 f"{line['concurrency']:>9}  {line['way']:<18}{line['tokens_per_s']:>9.0f}{ratio:>7}"
                 f"{target:>7}   {cpu}"
             )
+        if self.left_out:
+            print(f"left out for lack of time (--deadline-s): {', '.join(self.left_out)}")
         short = sum(e["short"] for e in self.entries)
         if short:
             print(f"{short} replies did not have the length asked for: the ways did not do the same work")

@@ -99,7 +99,8 @@ class Stack:
                         answer = await response.read()
                     if response.status != 200:
                         count.failed += 1
-                        print(f"  failed: {response.status}: {answer[:300]!r}", file=sys.stderr)
+                        if count.failed <= 2:
+                            print(f"  failed: {response.status}: {answer[:300]!r}", file=sys.stderr)
                         continue
                     choice = orjson.loads(answer)["choices"][0]
                     num = len([entry["logprob"] for entry in choice["logprobs"]["content"]])

@@ -43,6 +43,8 @@ import facts
 import orjson
 import zstandard
 
+from gymexp.run.placement import visible_gpus
+
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = ("rollout", "sync", "logprobs", "update", "other")
 PEAK_FLOPS = 989e12  # H100 and H200, bfloat16, dense
@@ -89,7 +91,7 @@ def parse() -> argparse.Namespace:
     if args.rollouts % (args.micro_batch * args.train_gpus) or args.rollouts % args.group:
         parser.error("--rollouts must be a multiple of --group, and of --micro-batch times --train-gpus")
     args.until = time.monotonic() + args.deadline_s
-    if args.peak_flops is None and facts.gpus():
+    if args.peak_flops is None and visible_gpus():
         args.peak_flops = PEAK_FLOPS
     return args
 
@@ -123,7 +125,7 @@ def overrides(args: argparse.Namespace) -> list[str]:
             f"env.{name}.data.train_size={max(num_tasks, 8)}",
             f"env.{name}.data.validation_size=1",
         ]
-    if facts.gpus():
+    if len(visible_gpus()) > args.train_gpus:  # with no more than these, they sample as well
         said.append(f"placement.train_gpus={args.train_gpus}")
     for key, python in (("gym.python", args.gym_python), ("engine.python", args.engine_python)):
         if python:
