@@ -63,16 +63,17 @@ def main() -> None:
     results: dict[str, Any] = {
         "machine": facts.machine(),
         "versions": facts.versions(args.engine_python, ("vllm", "trl", "torch", "transformers")),
-        "arguments": {name: str(value) for name, value in vars(args).items()},
+        "arguments": {"replicas": args.replicas, "way": args.way, "rounds": args.rounds},
         "sizes": {},
     }
     for size in args.sizes:
-        results["sizes"][size] = measure(size, args)
-        facts.write(args.output, results)
+        found = results["sizes"][size] = {}
+        measure(size, args, found, lambda: facts.write(args.output, results))
     print(f"written to {args.output}")
 
 
-def measure(size: str, args: argparse.Namespace) -> dict[str, Any]:
+def measure(size: str, args: argparse.Namespace, found: dict[str, Any], write: Callable[[], None]) -> None:
+    """Fills `found`, and writes what there is after each way."""
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", args.replicas if args.way == "nccl" else 0)
@@ -101,15 +102,16 @@ def measure(size: str, args: argparse.Namespace) -> dict[str, Any]:
             pauses.append(pause())
             phases = {name: round(sum(took), 4) for name, took in replicas.phases.items()}
             print(f"  gymexp {rate(num_bytes, seconds[-1])}, pause {pauses[-1]:.3f} s, {phases}", flush=True)
-        found: dict[str, Any] = {"bytes": num_bytes, "gymexp_s": seconds[1:], "pause_s": pauses[1:]}
+        found |= {"bytes": num_bytes, "gymexp_s": seconds[1:], "pause_s": pauses[1:]}
         found |= {"phases_s": phases, "gymexp_GB_per_s": num_bytes / statistics.median(seconds[1:]) / 1e9}
+        write()
         transfer.close()
         if args.way == "nccl" and args.replicas == 1:
             trl = time_trl(urls[0], device, named, args.rounds)
             found |= {"trl_s": trl, "trl_GB_per_s": num_bytes / statistics.median(trl) / 1e9}
             found["times_trl"] = statistics.median(trl) / statistics.median(seconds[1:])
             print(f"  {found['times_trl']:.2f} times as fast as TRL's client")
-        return found
+            write()
 
 
 def rate(num_bytes: int, seconds: float) -> str:
@@ -230,7 +232,9 @@ def time_trl(url: str, device: torch.device, named: dict[str, torch.Tensor], rou
         def named_parameters(self, *_: Any, **__: Any) -> Iterator[tuple[str, Any]]:
             return iter(named.items())
 
-    client = VLLMClient(base_url=url, connection_timeout=60.0)
+    with ports.listen() as free:  # not its default: the last size's group may still hold that one
+        port = free.getsockname()[1]
+    client = VLLMClient(base_url=url, group_port=port, connection_timeout=60.0)
     client.init_communicator(device)
     seconds = []
     for _ in range(rounds + 1):

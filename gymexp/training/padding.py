@@ -1,13 +1,12 @@
-"""Less padding in the update, the same loss: rows of like length share a micro-batch, which is cut to its
-longest row.
+"""Less padding, the same numbers: rows of like length share a micro-batch, which is cut to its longest row.
 
 A generation batch is padded to its longest rollout; with single-turn and multi-turn environments in one batch
-most of it is padding, and on a CPU, or with long contexts, most of the update's time goes there.
+most of it is padding, and on a CPU, or with long contexts, most of the trainer's time goes there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -55,3 +54,30 @@ def group_by_length(batches: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     }
     parts = {name: value.split(rows) for name, value in joined.items()}
     return [batch | {name: part[i] for name, part in parts.items()} for i, batch in enumerate(batches)]
+
+
+def score_by_length(
+    score: Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor],
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    num_completion: int,
+    batch_size: int,
+) -> torch.Tensor:
+    """`score` of the last num_completion columns of every row, (B, num_completion); 0 where all is padding.
+
+    input_ids and attention_mask: (B, P + num_completion), prompts left-padded and completions right-padded.
+    score: of at most batch_size rows at once, given their ids, their mask and how many columns to score.
+    """
+    num_prompt = input_ids.size(1) - num_completion
+    scores: torch.Tensor | None = None
+    for rows in torch.argsort(attention_mask.sum(1), stable=True).split(batch_size):
+        mask = attention_mask[rows]
+        prompt = max(1, int(mask[:, :num_prompt].sum(1).max()))
+        completion = max(1, int(mask[:, num_prompt:].sum(1).max()))
+        columns = slice(num_prompt - prompt, num_prompt + completion)
+        part = score(input_ids[rows, columns], mask[:, columns], completion)
+        if scores is None:
+            scores = part.new_zeros(input_ids.size(0), num_completion)
+        scores[rows, :completion] = part
+    assert scores is not None, "no rows"
+    return scores

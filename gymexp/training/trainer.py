@@ -211,6 +211,29 @@ class PolicyTrainer(GRPOTrainer):
             inputs = self._buffered_inputs[self._step % len(self._buffered_inputs)]
         return inputs
 
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: Any,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        compute_entropy: bool = False,
+        **others: Any,
+    ) -> Any:
+        whole = super()._get_per_token_logps_and_entropies
+        with_images = any(value is not None and value is not False for value in others.values())
+        if batch_size is None or compute_entropy or torch.is_grad_enabled() or with_images:
+            return whole(
+                model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, **others
+            )
+
+        def score(ids: torch.Tensor, mask: torch.Tensor, num_completion: int) -> torch.Tensor:
+            return whole(model, ids, mask, num_completion)[0]
+
+        scores = padding.score_by_length(score, input_ids, attention_mask, logits_to_keep, batch_size)
+        return scores, None, None
+
     def _compute_loss(self, model: Any, inputs: Any) -> torch.Tensor:
         return super()._compute_loss(model, padding.trim(inputs))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gymexp.training.padding import group_by_length, trim
+from gymexp.training.padding import group_by_length, score_by_length, trim
 
 
 def batch(rows: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
@@ -65,3 +65,24 @@ def test_grouping_keeps_every_row_whole_and_sorts_by_length(seed):
     lengths = [int(n) for b in grouped for n in b["prompt_mask"].sum(1) + b["completion_mask"].sum(1)]
     assert lengths == sorted(lengths)
     assert [b["num_items_in_batch"] for b in grouped] == [b["num_items_in_batch"] for b in batches]
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_scores_are_each_tokens_own_whatever_its_row_is_scored_with(seed):
+    inputs = batch(7, torch.Generator().manual_seed(seed))
+    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+    mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
+    areas = []
+
+    def score(ids, mask, num_completion):
+        assert mask.any(0).all(), "a column of padding is left"
+        areas.append(ids.numel())
+        seen = torch.cumsum(ids * mask, 1).float()  # of a token and all before it
+        return seen[:, -num_completion:]
+
+    scores = score_by_length(score, ids, mask, 12, batch_size=2)
+    wanted = torch.cumsum(ids * mask, 1)[:, -12:].float()
+    there = inputs["completion_mask"].bool()
+    assert torch.equal(scores[there], wanted[there])
+    assert scores.shape == (7, 12) and len(areas) == 4
+    assert sum(areas) < ids.numel()
