@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from gymexp.policy.weights import NamedTensors, TensorSpecs
 from gymexp.rollout.batch import Batch
 from gymexp.training import arguments, checkpoints, padding
 from gymexp.training.engine import VLLMSampling
-from gymexp.training.rollouts import Rollouts
+from gymexp.training.rollouts import Rollouts, on_main_rank
 
 log = logging.getLogger(__name__)
 _DRIFT_ROWS = 8
@@ -266,10 +266,9 @@ class PolicyTrainer(GRPOTrainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         target = self._directory / f"checkpoint-{self.state.global_step}"
-        if not self.accelerator.is_main_process:
-            return super()._save_checkpoint(model, trial)
-        with checkpoints.writing(target):
+        with checkpoints.writing(target) if self.accelerator.is_main_process else nullcontext():
             super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()  # every rank writes a part of what is sealed
 
     def save_policy(self, run: Path) -> None:
         """The final weights, in `<run>/model`; with LoRA merged there, and the adapter in `<run>/adapter`.
@@ -286,5 +285,6 @@ class PolicyTrainer(GRPOTrainer):
     def save_now(self) -> None:
         """A checkpoint of the last finished step, unless it is there already."""
         target = self._directory / f"checkpoint-{self.state.global_step}"
-        if self.state.global_step and not checkpoints.whole(target):
+        there = on_main_rank(self.accelerator, lambda: checkpoints.whole(target))
+        if self.state.global_step and not there:
             self._save_checkpoint(self.model, None)
