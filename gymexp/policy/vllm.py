@@ -98,10 +98,11 @@ def serve_command(
     version: tuple[int, int],
     transfer: str,
     shared: bool = False,
+    num_api_servers: int = 1,
 ) -> list[str]:
     """`vllm serve` for one replica on loopback. transfer: how weights reach it, nccl, ipc or disk.
 
-    shared: its GPU trains as well.
+    shared: its GPU trains as well. num_api_servers: processes that take requests, see `count_api_servers`.
     """
     flags: dict[str, Any] = {
         "host": "127.0.0.1",
@@ -121,6 +122,8 @@ def serve_command(
         flags["enable_scale_out"] = True
     if transfer != "disk":
         flags["weight_transfer_config"] = {"backend": transfer}
+    if num_api_servers > 1:
+        flags["api_server_count"] = num_api_servers
     if shared:
         flags |= {"enable_sleep_mode": True, "gpu_memory_utilization": SHARED_GPU_MEMORY}
     command = [engine.python or sys.executable, "-m", "vllm.entrypoints.cli.main", "serve"]
@@ -132,6 +135,11 @@ def serve_command(
         elif value is not None:
             command += [f"--{flag}", json.dumps(value) if isinstance(value, dict | list) else str(value)]
     return command
+
+
+def count_api_servers(num_cores: int, num_replicas: int) -> int:
+    """For each replica. One process is vLLM's bottleneck above some 100 requests at once; each takes a core."""
+    return max(1, min(4, num_cores // (8 * num_replicas)))
 
 
 def transfer_of(config: RunConfig, placement: Placement) -> str:

@@ -75,11 +75,14 @@ def vllm_replicas(
         return []
     version = vllm.read_version(config.engine)
     transfer = vllm.transfer_of(config, placement)
+    num_api_servers = vllm.count_api_servers(os.cpu_count() or 1, len(socks))
 
     def replica(index: int, sock: socket.socket, gpus: list[str]) -> Service:
         url, log = ports.url_of(sock), directory.logs / f"vllm-{index}.log"
         port = sock.getsockname()[1]
-        command = vllm.serve_command(config.model, config.engine, port, version, transfer, placement.shared)
+        command = vllm.serve_command(
+            config.model, config.engine, port, version, transfer, placement.shared, num_api_servers
+        )
         env = vllm.ENVIRONMENT | ({"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {})
 
         async def start() -> Child:

@@ -7,7 +7,7 @@ import pytest
 
 from gymexp.config import EngineConfig, ModelConfig, RunConfig
 from gymexp.errors import ConfigError
-from gymexp.policy.vllm import explain, read_version, serve_command, transfer_of
+from gymexp.policy.vllm import count_api_servers, explain, read_version, serve_command, transfer_of
 from gymexp.run.placement import Placement
 
 MODEL = ModelConfig(name="tiny", path="gymexp/assets/tiny", dtype="float32", max_model_len=2048)
@@ -37,6 +37,16 @@ def test_on_a_gpu_that_trains_too_a_replica_takes_a_part_of_its_memory_and_can_s
     said = flags(serve_command(MODEL, EngineConfig(), 4000, (0, 26), "ipc", shared=True))
     assert "--enable-sleep-mode" in said and float(said["--gpu-memory-utilization"] or 1) < 1
     assert json.loads(said["--weight-transfer-config"] or "") == {"backend": "ipc"}
+
+
+def test_a_large_machine_has_several_processes_take_requests():
+    counts = [
+        count_api_servers(cores, replicas) for cores, replicas in ((2, 1), (16, 1), (32, 1), (32, 2), (4, 8))
+    ]
+    assert counts == [1, 2, 4, 2, 1]
+    said = flags(serve_command(MODEL, EngineConfig(), 4000, (0, 26), "nccl", num_api_servers=4))
+    assert said["--api-server-count"] == "4"
+    assert "--api-server-count" not in serve_command(MODEL, EngineConfig(), 4000, (0, 26), "nccl")
 
 
 def test_the_newer_ones_are_told_to_open_the_token_routes():
