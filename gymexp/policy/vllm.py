@@ -138,7 +138,7 @@ def serve_command(
 
 
 def count_api_servers(num_cores: int, num_replicas: int) -> int:
-    """For each replica. One process is vLLM's bottleneck above some 100 requests at once; each takes a core."""
+    """For each replica. With hundreds of requests in flight a single process is vLLM's bottleneck."""
     return max(1, min(4, num_cores // (8 * num_replicas)))
 
 
