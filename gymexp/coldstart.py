@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 coldstart.register()
 
 
-@hydra_main(config_name="coldstart")
+@hydra_main(config_name="coldstart", schema=coldstart.ColdstartConfig)
 def main(cfg: DictConfig) -> None:
     config = coldstart.load(cfg)
     start = time.perf_counter()
@@ -34,7 +34,7 @@ def main(cfg: DictConfig) -> None:
         from gymexp.policy.tiny import build_model, build_tokenizer, render
 
         tokenizer = build_tokenizer([render(c["messages"], c["tools"]) for c in conversations[:2000]])
-        model = build_model(tokenizer, seed=config.sft.seed)
+        model = build_model(tokenizer, config.sft.seed, config.shape)
     else:
         from gymexp.policy.model import load_model, load_tokenizer
 

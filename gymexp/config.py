@@ -265,10 +265,10 @@ def _explain(error: OmegaConfBaseException) -> str:
     return f"{key} is not a known key{nearest(name, known, prefix)}. Known keys here: {', '.join(known)}"
 
 
-def explain_key(key: str) -> str | None:
+def explain_key(key: str, schema: type = RunConfig) -> str | None:
     """What is wrong with the key of an override, e.g. `env.sudoku.wieght`; None if it is a key of the
     schema."""
-    place: Any = RunConfig
+    place: Any = schema
     done: list[str] = []
     for name in key.split("."):
         if not dataclasses.is_dataclass(place):

@@ -52,7 +52,8 @@ def main(cfg: DictConfig) -> Any:
         write_prepared(prepared, held.data)
     with view:
         result = controller.run(config, held, python, site, placement, view)
-    view.say(held_out_table(result))
+    if result["held_out"]:
+        view.say(held_out_table(result))
     view.say(f"run directory: {held.path}")
     return result
 

@@ -20,7 +20,7 @@ import pytest
 import torch
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from whole_run import BATCH, OVERRIDES, PATIENCE_S, ROOT, STEPS, TINY, Run, alive
+from whole_run import BATCH, OVERRIDES, PATIENCE_S, ROOT, SIZES, STEPS, TINY, Run, alive
 
 from gymexp.training import checkpoints
 
@@ -243,6 +243,27 @@ def test_a_policy_that_answers_nonsense_trains_on_without_a_failure(started, fol
     assert entry["workplace/success"] == 0
     texts = [json.dumps(record["rollout"]["items"]) for record in run.rollouts("step-000001")]
     assert len(set(texts)) == BATCH, "noise, each another"
+
+
+def test_a_cold_start_from_scratch_writes_a_policy_that_transformers_loads(gym_python, folder):
+    output = folder / "cold"
+    envs = ("sudoku", "workplace")
+    data = [f"env.{env}.data.{split}={size}" for env in envs for split, size in SIZES.items()]
+    changes = ["env=[sudoku,workplace]", "env.workplace.data.source=generate", "from_scratch=true"]
+    changes += ["shape.hidden_size=64", "shape.num_hidden_layers=2", "sft.max_steps=2"]
+    done = subprocess.run(
+        [sys.executable, "-m", "gymexp.coldstart", *changes, *data, f"output='{output}'"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+        timeout=PATIENCE_S,
+    )
+    assert done.returncode == 0, done.stderr
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(output), AutoTokenizer.from_pretrained(output)
+    assert model.config.hidden_size == 64 and model.config.vocab_size == len(tokenizer)
+    asked = tokenizer.apply_chat_template([{"role": "user", "content": "hello"}], tokenize=False)
+    assert "hello" in asked
 
 
 def test_servers_above_their_memory_budget_are_restarted_again_and_again_and_no_rollout_is_lost(started):

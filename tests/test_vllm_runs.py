@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from vllm_cpu import ensure_vllm
+from whole_run import BATCH, STEPS
 
 from gymexp.run.directory import cache_dir
 
@@ -36,14 +40,14 @@ def vllm(vllm_python, monkeypatch) -> list[str]:
 @pytest.mark.parametrize("trained", ["all", "adapter"])
 def test_a_run_samples_from_vllm_with_the_trainers_weights_of_each_step(started, gym_python, vllm, trained):
     lora = ["model.lora.r=4", "trainer.learning_rate=1e-2"] if trained == "adapter" else []
-    changes = ["rollout.drift_every=1", "rollout.max_drift=1e-3", "trainer.max_steps=3"]
+    changes = ["rollout.drift_every=1", "rollout.max_drift=3e-4", "trainer.max_steps=3"]
     changes += ["trainer.warmup_steps=0", "evaluation.num_tasks=2", "evaluation.every_steps=0"]
     changes += ["evaluation.before=false"]
     run = started(f"vllm_{trained}", *vllm, *changes, *lora)
     assert run.ended() == 0, run.said
     drifts = [entry["drift"] for entry in run.metrics() if "drift" in entry]
     assert len(drifts) == 3, "before the first update and after each"
-    assert max(drifts) < 1e-3
+    assert max(drifts) < 3e-4
     for entry in run.metrics():
         if "loss" in entry:
             assert entry["sudoku/failed"] == entry["workplace/failed"] == 0
@@ -57,7 +61,7 @@ def test_a_run_samples_from_vllm_with_the_trainers_weights_of_each_step(started,
 def test_a_vllm_that_dies_while_it_samples_comes_back_with_the_policys_weights_and_no_rollout_is_lost(
     started, gym_python, vllm
 ):
-    changes = ["rollout.drift_every=1", "rollout.max_drift=1e-3", "trainer.max_steps=3"]
+    changes = ["rollout.drift_every=1", "rollout.max_drift=3e-4", "trainer.max_steps=3"]
     changes += ["trainer.warmup_steps=0", "evaluation.before=false", "evaluation.after=false"]
     run = started("vllm_killed", *vllm, *changes)
     run.wait_for(lambda: 1 in run.steps() and run.status().get("in_flight"))
@@ -70,7 +74,42 @@ def test_a_vllm_that_dies_while_it_samples_comes_back_with_the_policys_weights_a
     assert len(entries) == 3
     for entry in entries:
         assert entry["sudoku/failed"] == entry["workplace/failed"] == 0
-        assert entry["drift"] < 1e-3, "what was sampled after the restart is of the trained weights"
+        assert entry["drift"] < 3e-4, "what was sampled after the restart is of the trained weights"
+    assert run.left() == []
+
+
+@pytest.fixture
+def two_ranks(vllm, monkeypatch) -> list[str]:
+    """The placement takes these names for GPUs; torch and vLLM, which are for CPUs here, know of none."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
+    changes = ["placement.rollout_gpus=1", "placement.train_gpus=2", "engine.weights=disk"]
+    changes += ["rollout.drift_every=1", "rollout.max_drift=3e-4", "trainer.warmup_steps=0"]
+    return [*vllm, *changes, "evaluation.before=false", "evaluation.after=false"]
+
+
+def test_two_ranks_train_as_one_end_with_a_checkpoint_when_asked_and_go_on(started, gym_python, two_ranks):
+    run = started("ranks", *two_ranks)
+    run.wait_for_step(1)
+    os.kill(run.process.pid, signal.SIGTERM)
+    assert run.ended() == 128 + signal.SIGTERM, run.said
+    assert "go on with: python -m gymexp.train" in run.said and run.left() == []
+    resumed = started("ranks", resume=True)
+    assert resumed.ended() == 0, resumed.said
+    assert resumed.steps() == list(range(1, STEPS + 1)), "none twice"
+    assert len(resumed.task_keys(1)) == 2 * BATCH
+    drifts = [entry["drift"] for entry in resumed.metrics() if "drift" in entry]
+    assert len(drifts) == STEPS and max(drifts) < 3e-4
+    assert resumed.left() == []
+
+
+def test_a_rank_that_dies_ends_the_run_with_its_name(started, gym_python, two_ranks):
+    run = started("dead_rank", *two_ranks, "trainer.max_steps=100")
+    run.wait_for_step(1)
+    began = time.monotonic()
+    run.server("trainer-1").kill()
+    assert run.ended() == 1
+    assert time.monotonic() - began < 60
+    assert "trainer-1 was ended by SIGKILL. The end of" in run.said
     assert run.left() == []
 
 

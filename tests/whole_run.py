@@ -20,6 +20,7 @@ ROOT = Path(__file__).parent.parent
 TINY = ROOT / "gymexp" / "assets" / "tiny"
 STEPS = 4
 BATCH = 16
+SIZES = {"train_size": 64, "validation_size": 8}
 OVERRIDES = [
     "experiment=quickstart",
     f"trainer.max_steps={STEPS}",
@@ -29,11 +30,7 @@ OVERRIDES = [
     "trainer.num_generations=4",
     "evaluation.num_tasks=4",
     "evaluation.every_steps=2",
-    *(
-        f"env.{env}.data.{split}={size}"
-        for env in ("sudoku", "workplace")
-        for split, size in (("train_size", 64), ("validation_size", 8))
-    ),
+    *(f"env.{env}.data.{split}={size}" for env in ("sudoku", "workplace") for split, size in SIZES.items()),
 ]
 PATIENCE_S = 300
 

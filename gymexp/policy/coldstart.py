@@ -7,6 +7,7 @@ is context.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import shutil
@@ -22,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from gymexp import config as run_config
 from gymexp.config import EnvConfig, GymConfig, ModelConfig
 from gymexp.errors import ConfigError, DataError
+from gymexp.policy.tiny import Shape
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -56,7 +58,8 @@ class ColdstartConfig:
     here too."""
 
     output: str = MISSING  # directory of the trained policy; steps saved on the way are <output>-step<N>
-    from_scratch: bool = False  # build tokenizer and weights of the tiny model anew, from the demonstrations
+    from_scratch: bool = False  # build tokenizer and weights anew, from the demonstrations
+    shape: Shape = field(default_factory=Shape)  # of the model from scratch; the tiny policy's, if left
     num_demonstrations: int | None = None  # in all; None: as many as the weights allow without repeating one
     sft: SFTOptions = field(default_factory=SFTOptions)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -109,6 +112,10 @@ def load(cfg: DictConfig) -> ColdstartConfig:
             f"model.lora.r must be null, got {config.model.lora.r}: a cold start trains all weights; "
             "LoRA is gymexp.train's"
         )
+    sizes = dataclasses.asdict(config.shape)
+    problems += [f"shape.{key} must be >= 1, got {value}" for key, value in sizes.items() if value < 1]
+    if config.shape != Shape() and not config.from_scratch:
+        problems.append("shape.* is for from_scratch=true: a model that is there has its own")
     if config.sft.learning_rate <= 0:
         problems.append(f"sft.learning_rate must be > 0, got {config.sft.learning_rate}")
     if problems:

@@ -11,9 +11,11 @@ never depends on what came before it.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from itertools import chain, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -151,21 +153,27 @@ def render(messages: list[dict[str, Any]], tools: list[Any] | None = None) -> st
     return rendered[0]
 
 
-def build_model(tokenizer: PreTrainedTokenizerBase, seed: int = 0, **shape: Any) -> Qwen3ForCausalLM:
-    """The tiny policy untrained, in float32. `shape` overrides Qwen3Config's fields."""
+@dataclass
+class Shape:
+    """Qwen3Config's own fields; the defaults are the tiny policy's."""
+
+    hidden_size: int = 192
+    intermediate_size: int = 512
+    num_hidden_layers: int = 6
+    num_attention_heads: int = 6
+    num_key_value_heads: int = 2
+    head_dim: int = 32
+
+
+def build_model(
+    tokenizer: PreTrainedTokenizerBase, seed: int = 0, shape: Shape | None = None
+) -> Qwen3ForCausalLM:
+    """The tiny policy untrained, in float32, or a larger one of its kind."""
     import torch
     from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
     pad: Any = tokenizer.pad_token_id
     end: Any = tokenizer.eos_token_id
-    sizes: dict[str, Any] = {
-        "hidden_size": 192,
-        "intermediate_size": 512,
-        "num_hidden_layers": 6,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 2,
-        "head_dim": 32,
-    } | shape
     config = Qwen3Config(
         vocab_size=len(tokenizer),
         max_position_embeddings=4096,
@@ -174,7 +182,7 @@ def build_model(tokenizer: PreTrainedTokenizerBase, seed: int = 0, **shape: Any)
         eos_token_id=end,
         bos_token_id=None,
         rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
-        **sizes,
+        **dataclasses.asdict(shape or Shape()),
     )
     torch.manual_seed(seed)
     model = Qwen3ForCausalLM(config)

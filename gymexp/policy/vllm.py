@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from gymexp.config import EngineConfig, ModelConfig, RunConfig
 from gymexp.errors import ConfigError
 from gymexp.policy.model import resolve_path
 from gymexp.run.placement import Placement
 
+IN_VLLM = Path(__file__).resolve().parent / "in_vllm"
 OLDEST, NEWEST = (0, 26), (0, 31)  # what TRL 1.16 takes, from the first with these routes
 SHARED_GPU_MEMORY = 0.5  # of a GPU that trains as well; vLLM gives it back while it sleeps
 ENVIRONMENT = {
@@ -26,6 +28,7 @@ ENVIRONMENT = {
     "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # the trainer's IPC handles come pickled; loopback alone asks
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
+    "PYTHONPATH": os.pathsep.join(filter(None, (str(IN_VLLM), os.environ.get("PYTHONPATH")))),
 }
 
 # What a log says, and what to do about it; the first that is found is told.
@@ -67,9 +70,14 @@ _CAUSES = (
 )
 
 
-def read_version(engine: EngineConfig) -> tuple[int, int]:
-    """The (major, minor) of the interpreter's vLLM. Raises ConfigError if it has none, or one that does not
-    fit."""
+class Version(NamedTuple):
+    major: int
+    minor: int
+    is_cpu: bool = False  # a build without CUDA
+
+
+def read_version(engine: EngineConfig) -> Version:
+    """Of the interpreter's vLLM. Raises ConfigError if it has none, or one that does not fit."""
     python = engine.python or sys.executable
     code = "import importlib.metadata as m; print(m.version('vllm'))"
     try:
@@ -82,8 +90,8 @@ def read_version(engine: EngineConfig) -> tuple[int, int]:
             f"engine=vllm needs vLLM, and {python} has none: install it there (in a checkout of gymexp: "
             "pip install -e '.[vllm]'), or name an interpreter that has it in engine.python"
         )
-    version = (int(found[1]), int(found[2]))
-    if not OLDEST <= version <= NEWEST:
+    version = Version(int(found[1]), int(found[2]), "+cpu" in shown.stdout)
+    if not OLDEST <= version[:2] <= NEWEST:
         raise ConfigError(
             f"engine=vllm needs vLLM {OLDEST[0]}.{OLDEST[1]} to {NEWEST[0]}.{NEWEST[1]}, {python} has "
             f"{shown.stdout.strip()}"
@@ -95,7 +103,7 @@ def serve_command(
     model: ModelConfig,
     engine: EngineConfig,
     port: int,
-    version: tuple[int, int],
+    version: Version,
     transfer: str,
     shared: bool = False,
     num_api_servers: int = 1,
@@ -122,6 +130,8 @@ def serve_command(
         flags["enable_scale_out"] = True
     if transfer != "disk":
         flags["weight_transfer_config"] = {"backend": transfer}
+    if version.is_cpu:
+        flags["worker_extension_cls"] = "gymexp_worker.PacksTiedHead"
     if num_api_servers > 1:
         flags["api_server_count"] = num_api_servers
     if shared:

@@ -34,16 +34,18 @@ _HEALTH_TIMEOUT_S = 10.0
 
 
 class Replicas:
-    """The vLLM servers, asked together."""
+    """The vLLM servers, asked together. on_cpu: they run without a GPU and have the worker's extension of
+    `policy/in_vllm`."""
 
-    def __init__(self, urls: Sequence[str], timeout_s: float = PHASE_TIMEOUT_S) -> None:
+    def __init__(self, urls: Sequence[str], timeout_s: float = PHASE_TIMEOUT_S, on_cpu: bool = False) -> None:
         self.urls = [url.rstrip("/") for url in urls]
         self.timeout_s = timeout_s
+        self.on_cpu = on_cpu
         self._pool = ThreadPoolExecutor(max(1, len(self.urls)), thread_name_prefix="replicas")
 
     def only(self, urls: Sequence[str]) -> Replicas:
         """Some of them."""
-        return Replicas(urls, self.timeout_s)
+        return Replicas(urls, self.timeout_s, self.on_cpu)
 
     def post(self, path: str, bodies: Sequence[dict[str, Any]] | dict[str, Any] | None = None) -> list[Any]:
         """POST to all at once and wait for all. `bodies`: one for each, or one for all."""
@@ -206,6 +208,8 @@ def write_weights(directory: Path, weights: NamedTensors) -> None:
 def reload_weights(replicas: Replicas, directory: Path) -> None:
     body = {"method": "reload_weights", "kwargs": {"weights_path": str(directory)}}
     replicas.post("/collective_rpc", body)
+    if replicas.on_cpu:
+        replicas.post("/collective_rpc", {"method": "pack_tied_head"})
 
 
 def _health(url: str) -> str:

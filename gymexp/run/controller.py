@@ -36,11 +36,12 @@ from gymexp.run import ports, services
 from gymexp.run.control import Control
 from gymexp.run.directory import RunDirectory, append_line, replace_file
 from gymexp.run.placement import Placement
-from gymexp.run.supervisor import Service, Supervisor, last_lines
+from gymexp.run.supervisor import Service, Supervisor, ended, last_lines
 from gymexp.view.progress import View
 
 log = logging.getLogger(__name__)
 _STATUS_S = 1.0
+_LAST_WORDS_S = 5.0  # for the first rank to say why it ends, once another one has failed
 
 
 class Interrupted(GymexpError):
@@ -76,6 +77,7 @@ class Controller:
         self._stopping = False
         self._handlers: dict[int, Any] = {}  # those from before the run
         self._outcome: str | None = None  # of the run, once it has ended
+        self._ranks: list[Service] = []  # the trainer's processes
         self._played = False
 
     async def run(self, gym_python: Path, site: Path) -> dict[str, Any]:
@@ -92,6 +94,7 @@ class Controller:
         # The trainer's own engine listens here; vLLM opens its sockets itself, on ports kept for it.
         hf = self._placement.engine == "hf"
         engine_socks = [ports.listen()] if hf else [ports.reserve() for _ in self._placement.replica_gpus]
+        master_sock = ports.reserve()
         writing = asyncio.create_task(self._keep_status(supervisor))
         async with control:
             try:
@@ -99,7 +102,8 @@ class Controller:
                 self._catch_signals(supervisor)
                 layout = await self._layout(supervisor, site, ports.url_of(gateway_sock), sockets, gym_python)
                 self._write_services(layout, control.url, ports.url_of(gateway_sock), engine_socks)
-                self._start(supervisor, layout, sockets, gateway_sock, engine_socks, gym_python)
+                master_port = master_sock.getsockname()[1]
+                self._start(supervisor, layout, sockets, gateway_sock, engine_socks, master_port, gym_python)
                 result = await self._until_trained(supervisor)
                 self._outcome = "finished"
                 return result
@@ -115,14 +119,14 @@ class Controller:
             finally:
                 self._stopping = True
                 self._facts["phase"] = "stop"
-                await supervisor.close(first=["trainer", "gateway"])
+                await supervisor.close(first=[*(rank.name for rank in self._ranks), "gateway"])
                 writing.cancel()
                 self._write_status(supervisor)
                 self._mark("end")
                 if self._asked is None:
                     for number, handler in self._handlers.items():
                         signal.signal(number, handler)
-                for sock in (gateway_sock, *engine_socks, *sockets.values()):
+                for sock in (gateway_sock, master_sock, *engine_socks, *sockets.values()):
                     sock.close()
 
     def _start(
@@ -132,6 +136,7 @@ class Controller:
         sockets: dict[str, socket.socket],
         gateway_sock: socket.socket,
         engine_socks: list[socket.socket],
+        master_port: int,
         gym_python: Path,
     ) -> None:
         config, placement, directory = self._config, self._placement, self._directory
@@ -144,7 +149,9 @@ class Controller:
             for service in services.vllm_replicas(config, placement, directory, engine_socks, gateway_url):
                 supervisor.add(service)
         fds = [sock.fileno() for sock in engine_socks] if placement.engine == "hf" else []
-        supervisor.add(services.trainer(placement, directory, fds))
+        self._ranks = services.trainers(placement, directory, fds, master_port)
+        for service in self._ranks:
+            supervisor.add(service)
         urls = self._engine_urls(engine_socks)
         supervisor.add(services.gateway(config, placement, directory, gateway_sock, urls))
         names, patience = [*sockets, "gateway"], config.gym.start_timeout_s
@@ -192,21 +199,21 @@ class Controller:
 
     async def _until_trained(self, supervisor: Supervisor) -> dict[str, Any]:
         """Wait for the trainer's end, a failure, or a failed start, whichever is first."""
-        trainer = supervisor.services["trainer"]
-        ended = asyncio.create_task(self._trainer_ended(trainer))
+        trained = asyncio.create_task(self._trained())
         try:
-            waiting: set[asyncio.Future[Any]] = {ended, supervisor.failed, self._ready}
-            while not ended.done():
+            waiting: set[asyncio.Future[Any]] = {trained, supervisor.failed, self._ready}
+            while not trained.done():
                 done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
                 for one in done:
-                    if one is not ended and (error := one.exception()):
-                        raise await self._cause(supervisor, error)
+                    if one is not trained and (error := one.exception()):
+                        raise await self._cause(error)
+            trained.result()
         finally:
-            ended.cancel()
+            trained.cancel()
             self._ready.cancel()
         result = self._result()
-        if "error" in result:
-            raise ServiceError(result["error"])
+        if "step" not in result:
+            raise ServiceError(result.get("error", "the trainer ended without a result"))
         if result["stopped"]:
             raise self._interrupted(f"after step {result['step']}")
         return result
@@ -219,29 +226,49 @@ class Controller:
             f"go on with: python -m gymexp.train {shlex.quote(f'resume={self._directory.path}')}",
         )
 
-    async def _trainer_ended(self, trainer: Service) -> None:
-        while trainer.epoch == 0:
+    async def _trained(self) -> None:
+        """Wait for the first rank's end, or another one's failure, which the first would wait for in vain.
+
+        Raises ServiceError for the rank that failed first, unless the first rank has said what was wrong.
+        """
+        first = self._ranks[0]
+        while first.epoch == 0 and not any(rank.exit_code for rank in self._ranks):
+            await asyncio.sleep(0.05)
+        until = time.monotonic() + _LAST_WORDS_S
+        while any(rank.exit_code for rank in self._ranks) and time.monotonic() < until:
+            if all(rank.epoch for rank in self._ranks):
+                break
+            await asyncio.sleep(0.05)
+        failed = [rank for rank in self._ranks if rank.exit_code]
+        if failed and not self._result_path.exists():
+            rank = min(failed, key=lambda rank: rank.ended_at)
+            raise ServiceError(
+                f"{rank.name} {ended(rank.exit_code or 0)}. The end of {rank.log}:\n{last_lines(rank.log)}"
+            )
+
+    async def _first_ended(self) -> None:
+        while self._ranks[0].epoch == 0:
             await asyncio.sleep(0.05)
 
-    async def _cause(self, supervisor: Supervisor, error: BaseException) -> BaseException:
+    async def _cause(self, error: BaseException) -> BaseException:
         """A trainer that still runs gets to save a checkpoint; one that failed may have said why."""
-        trainer = supervisor.services.get("trainer")
-        if trainer and trainer.pid:
+        pid = self._ranks[0].pid if self._ranks else None
+        if pid:
             self._view.say("a service failed: saving a checkpoint before the end")
             with contextlib.suppress(ProcessLookupError):
-                os.kill(trainer.pid, signal.SIGTERM)
+                os.kill(pid, signal.SIGTERM)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._trainer_ended(trainer), 120)
+                await asyncio.wait_for(self._first_ended(), 120)
             return error
         said = self._result().get("error")
         return ServiceError(said) if said else error
 
+    @property
+    def _result_path(self) -> Path:
+        return self._directory.path / "result.json"
+
     def _result(self) -> dict[str, Any]:
-        path = self._directory.path / "result.json"
-        if not path.exists():
-            log_path = self._directory.logs / "trainer.log"
-            return {"error": f"the trainer left no result. The end of {log_path}:\n{last_lines(log_path)}"}
-        return json.loads(path.read_text())
+        return json.loads(self._result_path.read_text()) if self._result_path.exists() else {}
 
     def _catch_signals(self, supervisor: Supervisor) -> None:
         """The first signal asks the trainer to save and end; a second one ends everything at once."""
@@ -253,7 +280,7 @@ class Controller:
             if self._stopping:
                 supervisor.hurry()
                 return
-            pid = supervisor.services["trainer"].pid if "trainer" in supervisor.services else None
+            pid = self._ranks[0].pid if self._ranks else None
             again, self._asked = self._asked is not None, number
             if again or pid is None:
                 supervisor.hurry()
@@ -284,7 +311,7 @@ class Controller:
             said["shared"] = self._placement.shared
             said["transfer"] = vllm.transfer_of(self._config, self._placement)
         replace_file(self._directory.path / "services.json", json.dumps(said, indent=1))
-        (self._directory.path / "result.json").unlink(missing_ok=True)
+        self._result_path.unlink(missing_ok=True)
 
     def _mark(self, event: str) -> None:
         """A line of timeline.jsonl; `seconds` since this process started, which is when the command was

@@ -20,12 +20,14 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from gymexp.config import CONF_DIR, explain_key, nearest, options, register
+from gymexp.config import CONF_DIR, RunConfig, explain_key, nearest, options, register
 from gymexp.errors import GymexpError
 from gymexp.run import completion
 
+Job = Callable[[DictConfig], Any]
 
-def guarded(main: Callable[..., Any]) -> Callable[..., Any]:
+
+def guarded(main: Callable[..., Any], schema: type) -> Callable[..., Any]:
     """Print a GymexpError as its text, without a traceback, and exit with 1."""
 
     @functools.wraps(main)
@@ -35,7 +37,7 @@ def guarded(main: Callable[..., Any]) -> Callable[..., Any]:
         except GymexpError as error:
             _end(error)
         except HydraException as error:
-            print(f"error: {explain(error)}", file=sys.stderr)
+            print(f"error: {explain(error, schema)}", file=sys.stderr)
             sys.exit(1)
 
     return wrapped
@@ -57,24 +59,24 @@ def log_to_terminal() -> None:
     logging.getLogger("filelock").setLevel(logging.WARNING)
 
 
-def explain(error: HydraException) -> str:
-    """Hydra's own complaint, with the nearest option or key where one is unknown."""
+def explain(error: HydraException, schema: type) -> str:
+    """Hydra's own complaint, with the nearest option or key of the schema where one is unknown."""
     text = str(error)
     if found := re.search(r"[Cc]ould not (?:find|load) '(\w+)/([^']+)'", text):
         group, name = found.groups()
         known = options(group)
         return f"{group}={name} is not known{nearest(name, known, f'{group}=')}. Known: {', '.join(known)}"
     if found := re.search(r"[Cc]ould not override '([\w.@/]+)'", text):
-        return explain_key(found.group(1)) or text
+        return explain_key(found.group(1), schema) or text
     cause = error.__cause__ or error.__context__
     return f"{text}: {str(cause).splitlines()[0]}" if cause else text
 
 
-def hydra_main(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], Any]]:
+def hydra_main(config_name: str, schema: type = RunConfig) -> Callable[[Job], Callable[[], Any]]:
     """`hydra.main` over gymexp's configuration; every mistake is printed as text, with what to do about
     it."""
 
-    def decorate(main: Callable[[DictConfig], Any]) -> Callable[[], Any]:
+    def decorate(main: Job) -> Callable[[], Any]:
         if completion.asks_for_it(sys.argv[1:]):
             return lambda: print(completion.script())
         register()
@@ -82,12 +84,12 @@ def hydra_main(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Call
         os.environ.setdefault("HYDRA_FULL_ERROR", "1")
         log_to_terminal()
         job = hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=config_name)
-        return guarded(job(_in_job(main)))
+        return guarded(job(_in_job(main)), schema)
 
     return decorate
 
 
-def _in_job(main: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
+def _in_job(main: Job) -> Job:
     """Hydra makes the run directory before `main`: take it back when nothing was written to it, as after a
     mistake, or a resumed run, which goes on in its own.
 

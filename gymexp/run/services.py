@@ -46,16 +46,27 @@ def gateway(
     )
 
 
-def trainer(placement: Placement, directory: RunDirectory, fds: Sequence[int]) -> Service:
-    """fds: of the socket that the hf engine serves on."""
+def trainers(
+    placement: Placement, directory: RunDirectory, fds: Sequence[int], master_port: int
+) -> list[Service]:
+    """One process a training GPU, else one; the first is named `trainer`, plays for all, and alone is asked
+    to end. fds: of the socket that the hf engine serves on. master_port: where torch's ranks meet."""
     gpus = placement.train_gpus
-    command: list[str | os.PathLike[str]] = [sys.executable, "-m"]
-    if len(gpus) > 1:
-        command += ["torch.distributed.run", "--standalone", f"--nproc-per-node={len(gpus)}", "-m"]
-    command += ["gymexp.training.process", directory.path]
-    env = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}
-    log = directory.logs / "trainer.log"
-    return Service("trainer", lambda: spawn(command, log, env, fds, reap=len(gpus) > 1), log, job=True)
+    num_ranks = max(1, len(gpus))
+    common = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}
+    if num_ranks > 1:
+        common |= {"WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks)}
+        common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(master_port)}
+        common |= {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // num_ranks))}
+
+    def rank(number: int) -> Service:
+        name = f"trainer-{number}" if number else "trainer"
+        log = directory.logs / f"{name}.log"
+        command = [sys.executable, "-m", "gymexp.training.process", directory.path]
+        env = common | ({"RANK": str(number), "LOCAL_RANK": str(number)} if num_ranks > 1 else {})
+        return Service(name, lambda: spawn(command, log, env, () if number else fds), log, job=True)
+
+    return [rank(number) for number in range(num_ranks)]
 
 
 def vllm_replicas(

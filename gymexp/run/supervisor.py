@@ -59,6 +59,8 @@ class Service:
     retry_start: bool = True  # one that ends before it was ever ready may do better the next time
     state: str = "new"  # new, starting, ready, restarting, down, stopped
     epoch: int = 0
+    exit_code: int | None = None  # of its last end; negative: a signal's number
+    ended_at: float = 0.0
     failures: int = 0
     pid: int | None = None
     rss_mb: float = 0.0
@@ -217,7 +219,8 @@ class Supervisor:
                     service.pid = None
                 asked = service.state == "restarting"
                 hopeless = service.state == "starting" and not service.retry_start
-                service.epoch += 1
+                service.epoch, service.exit_code = service.epoch + 1, code
+                service.ended_at = time.monotonic()
                 self._set(service, "down")
                 if self._closing or service.job:
                     return
@@ -225,10 +228,10 @@ class Supervisor:
                     service.failures += 1
                     last = hopeless or service.failures > service.max_restarts
                     again = "" if last else "; starting it again"
-                    log.warning("%s %s%s (log: %s)", service.name, _ended(code), again, service.log)
+                    log.warning("%s %s%s (log: %s)", service.name, ended(code), again, service.log)
                     if last:
                         raise ServiceError(
-                            f"{service.name} {_ended(code)}"
+                            f"{service.name} {ended(code)}"
                             + (
                                 f" (failure {service.failures}, gym.max_restarts={service.max_restarts})"
                                 if service.failures > 1
@@ -296,7 +299,7 @@ def _advice(service: Service) -> str:
     return f": {advice}" if advice else ""
 
 
-def _ended(code: int) -> str:
+def ended(code: int) -> str:
     if code >= 0:
         return f"exited with code {code}"
     try:

@@ -126,7 +126,8 @@ def join_vllm(
         return VLLMSampling(transfer and IpcPeer(transfer), services["shared"])
     if transfer is None:
         transfer = NcclTransfer(device, give_up) if kind == "nccl" else DiskTransfer(run.path / "weights")
-    replicas = Replicas(services["engine_urls"])
+    # Where this process sees no GPU, the vLLM that gymexp starts sees none either.
+    replicas = Replicas(services["engine_urls"], on_cpu=device.type == "cpu" and not config.engine.urls)
     replicas.wait_healthy(config.engine.start_timeout_s, asked)
     sync = WeightSync(
         replicas, transfer, services["gateway_url"], run.path / "weights-again", services["shared"]

@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def _rank(name: str = "RANK") -> int:
-    """This process's number among the trainer's; torchrun gives it."""
+    """This process's number among the trainer's, as torch's launchers give it."""
     return int(os.environ.get(name, "0"))
 
 

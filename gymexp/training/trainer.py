@@ -18,7 +18,7 @@ from trl.trainer.utils import pad
 
 from gymexp.config import RunConfig
 from gymexp.data.prepare import Prepared
-from gymexp.errors import DriftError
+from gymexp.errors import DriftError, ServiceError
 from gymexp.policy import lora
 from gymexp.policy.weights import NamedTensors, TensorSpecs
 from gymexp.rollout.batch import Batch
@@ -99,7 +99,7 @@ class PolicyTrainer(GRPOTrainer):
         """Keep vLLM's weights up to date from now on. version: of what it holds; None: unknown."""
         self._engine = engine
         self._engine_version = version
-        engine.named_weights = self.named_weights
+        engine.named_weights = self._weights_of_one_rank
         self._tensor_specs: TensorSpecs | None = None
         # Not TRL's own client, which knows one server. What these switch on: `sync_weights` before the
         # rollouts of each new step, and the importance-sampling correction.
@@ -138,6 +138,15 @@ class PolicyTrainer(GRPOTrainer):
         source.model, source.accelerator, source._dist = model, self.accelerator, self._dist
         yield from source._iter_named_params()
 
+    def _weights_of_one_rank(self) -> NamedTensors:
+        """The same, asked for on the first rank alone. Raises ServiceError where the others have a part."""
+        if self.accelerator.num_processes > 1 and (self._dist.is_fsdp or self._dist.is_zero3):
+            raise ServiceError(
+                "a vLLM replica was lost and is back, and the policy's weights, which are sharded, cannot be "
+                "sent to it before the next step: resume the run"
+            )
+        return self.named_weights()
+
     def check_drift(self, batch: Batch) -> None:
         """Compare the engine's log-probabilities with the trainer's own, on the first batch and then now and
         again.
@@ -148,9 +157,8 @@ class PolicyTrainer(GRPOTrainer):
         step = self.state.global_step
         if self.grpo.top_p != 1.0 or (step % self._config.rollout.drift_every and step != self._first_step):
             return
-        rows = [i for i, mask in enumerate(batch.env_mask) if any(mask)][:_DRIFT_ROWS]
-        if not rows:
-            return
+        # As many rows on every rank, whatever has failed: a pass through a sharded model is all ranks' work.
+        rows = sorted(range(len(batch.env_mask)), key=lambda i: not any(batch.env_mask[i]))[:_DRIFT_ROWS]
         engine = [torch.tensor(batch.logprobs[i]) for i in rows]
         trainer = self._own_logprobs(
             [batch.prompt_ids[i] for i in rows], [batch.completion_ids[i] for i in rows]
@@ -158,6 +166,8 @@ class PolicyTrainer(GRPOTrainer):
         masks = [torch.tensor(batch.env_mask[i], dtype=torch.bool) for i in rows]
         ours = torch.cat([t[m] for t, m in zip(trainer, masks, strict=True)])
         theirs = torch.cat([e[m] for e, m in zip(engine, masks, strict=True)])
+        if not len(theirs):
+            return
         drift = (ours - theirs).abs().mean().item()
         self.add_metrics({"drift": drift})
         if not drift <= self._config.rollout.max_drift:
@@ -196,6 +206,10 @@ class PolicyTrainer(GRPOTrainer):
 
     def go_on_from(self, checkpoint: Path | None) -> None:
         """Train to the end, from a checkpoint or from the start."""
+        # Without GPUs accelerate names the ranks' devices cpu:0, cpu:1, …; torch.load knows cpu alone.
+        torch.serialization.register_package(
+            50, lambda _: None, lambda storage, place: storage if place.startswith("cpu:") else None
+        )
         self._first_step = checkpoints.step_of(checkpoint) if checkpoint else 0
         self._step_began = time.monotonic()
         self._seconds = dict.fromkeys(self._seconds, 0.0)

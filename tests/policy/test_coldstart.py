@@ -8,12 +8,12 @@ import random
 import pytest
 from hydra import compose, initialize_config_dir
 
-from gymexp.config import CONF_DIR, ModelConfig
+from gymexp.config import CONF_DIR, ModelConfig, explain_key
 from gymexp.errors import ConfigError, DataError
 from gymexp.policy import coldstart
 from gymexp.policy.coldstart import IGNORED, SFTOptions, tokenize, train
 from gymexp.policy.model import load_model, load_tokenizer
-from gymexp.policy.tiny import build_model, build_tokenizer, render
+from gymexp.policy.tiny import Shape, build_model, build_tokenizer, render
 
 
 def demonstrations(n: int) -> list[dict]:
@@ -53,7 +53,7 @@ def test_demonstrations_that_are_too_long_are_left_out_and_none_left_is_an_error
 
 
 def test_a_few_steps_lower_the_loss_and_the_policy_can_be_loaded(tokenizer, tmp_path):
-    model = build_model(tokenizer, hidden_size=64, intermediate_size=128, num_hidden_layers=2)
+    model = build_model(tokenizer, shape=Shape(hidden_size=64, intermediate_size=128, num_hidden_layers=2))
     examples = tokenize(demonstrations(64), tokenizer, 100)
     options = SFTOptions(
         max_steps=20,
@@ -83,7 +83,13 @@ def test_the_configuration_composes_and_its_mistakes_are_named():
         load("output=o", "sft.max_steps=0")
     with pytest.raises(ConfigError, match=r"model\.lora\.r must be null, got 4"):
         load("output=o", "model.lora.r=4")
+    with pytest.raises(ConfigError, match=r"shape\.\* is for from_scratch=true"):
+        load("output=o", "shape.hidden_size=64")
+    with pytest.raises(ConfigError, match=r"shape\.head_dim must be >= 1, got 0"):
+        load("output=o", "from_scratch=true", "shape.head_dim=0")
     with pytest.raises(ConfigError, match="output"):
         load()
     with pytest.raises(ConfigError, match=r"env\.sudoku\.weight"):
         load("output=o", "env.sudoku.weight=-1")
+    said = explain_key("sft.max_step", coldstart.ColdstartConfig) or ""
+    assert "did you mean sft.max_steps?" in said, "of its own keys, not a run's"

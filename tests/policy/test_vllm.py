@@ -7,7 +7,7 @@ import pytest
 
 from gymexp.config import EngineConfig, ModelConfig, RunConfig
 from gymexp.errors import ConfigError
-from gymexp.policy.vllm import count_api_servers, explain, read_version, serve_command, transfer_of
+from gymexp.policy.vllm import Version, count_api_servers, explain, read_version, serve_command, transfer_of
 from gymexp.run.placement import Placement
 
 MODEL = ModelConfig(name="tiny", path="gymexp/assets/tiny", dtype="float32", max_model_len=2048)
@@ -22,7 +22,7 @@ def flags(command: list[str]) -> dict[str, str | None]:
 
 
 def test_a_replica_serves_the_policy_on_loopback_with_the_log_probabilities_of_what_was_sampled():
-    command = serve_command(MODEL, EngineConfig(tensor_parallel_size=2), 4000, (0, 26), "nccl")
+    command = serve_command(MODEL, EngineConfig(tensor_parallel_size=2), 4000, Version(0, 26), "nccl")
     assert command[1:4] == ["-m", "vllm.entrypoints.cli.main", "serve"]
     assert command[4].endswith("gymexp/assets/tiny")
     said = flags(command)
@@ -34,7 +34,7 @@ def test_a_replica_serves_the_policy_on_loopback_with_the_log_probabilities_of_w
 
 
 def test_on_a_gpu_that_trains_too_a_replica_takes_a_part_of_its_memory_and_can_sleep():
-    said = flags(serve_command(MODEL, EngineConfig(), 4000, (0, 26), "ipc", shared=True))
+    said = flags(serve_command(MODEL, EngineConfig(), 4000, Version(0, 26), "ipc", shared=True))
     assert "--enable-sleep-mode" in said and float(said["--gpu-memory-utilization"] or 1) < 1
     assert json.loads(said["--weight-transfer-config"] or "") == {"backend": "ipc"}
 
@@ -44,13 +44,13 @@ def test_a_large_machine_has_several_processes_take_requests():
         count_api_servers(cores, replicas) for cores, replicas in ((2, 1), (16, 1), (32, 1), (32, 2), (4, 8))
     ]
     assert counts == [1, 2, 4, 2, 1]
-    said = flags(serve_command(MODEL, EngineConfig(), 4000, (0, 26), "nccl", num_api_servers=4))
+    said = flags(serve_command(MODEL, EngineConfig(), 4000, Version(0, 26), "nccl", num_api_servers=4))
     assert said["--api-server-count"] == "4"
-    assert "--api-server-count" not in serve_command(MODEL, EngineConfig(), 4000, (0, 26), "nccl")
+    assert "--api-server-count" not in serve_command(MODEL, EngineConfig(), 4000, Version(0, 26), "nccl")
 
 
 def test_the_newer_ones_are_told_to_open_the_token_routes():
-    command = serve_command(MODEL, EngineConfig(), 4000, (0, 31), "disk")
+    command = serve_command(MODEL, EngineConfig(), 4000, Version(0, 31), "disk")
     assert "--enable-scale-out" in command and "--weight-transfer-config" not in command
 
 
@@ -64,7 +64,7 @@ def test_further_flags_go_through_and_win():
             "max_num_seqs": None,
         }
     )
-    said = flags(serve_command(MODEL, engine, 1, (0, 31), "disk"))
+    said = flags(serve_command(MODEL, engine, 1, Version(0, 31), "disk"))
     assert said["--gpu-memory-utilization"] == "0.4" and said["--enforce-eager"] is None
     assert "--no-enable-prefix-caching" in said and "--max-num-seqs" not in said
     assert said["--compilation-config"] == '{"level": 0}'
@@ -107,7 +107,7 @@ def python_that_says(tmp_path, text: str, code: int = 0) -> EngineConfig:
 
 
 def test_the_version_that_an_interpreter_has_is_checked(tmp_path):
-    assert read_version(python_that_says(tmp_path, "0.31.0+cpu")) == (0, 31)
+    assert read_version(python_that_says(tmp_path, "0.31.0+cpu")) == (0, 31, True)
     with pytest.raises(ConfigError, match=r"needs vLLM 0\.26 to 0\.31, .* has 0\.9\.1"):
         read_version(python_that_says(tmp_path, "0.9.1"))
     with pytest.raises(ConfigError, match=r"has none: install it there"):
