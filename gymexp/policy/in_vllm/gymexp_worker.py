@@ -2,8 +2,8 @@
 gymexp.
 
 vLLM packs the output head's weights for the CPU once, when it loads a model. A head that is tied to the
-embedding gets the new weights when these are reloaded, and goes on with the packed copy of the old ones (seen
-in vLLM 0.31, `model_loader/reload/layerwise.py`: a layer for which nothing was loaded is not processed again).
+embedding gets the new weights when these are reloaded, and goes on with the packed copy of the old ones: a
+layer for which nothing was loaded is not processed again (vLLM 0.31, `model_loader/reload/layerwise.py`).
 """
 
 from __future__ import annotations
