@@ -41,7 +41,8 @@ def main(cfg: DictConfig) -> None:
         tokenizer, model = load_tokenizer(config.model), load_model(config.model)
     examples = coldstart.tokenize(conversations, tokenizer, config.sft.max_length)
     losses = coldstart.train(model, tokenizer, examples, config.sft, Path(config.output))
-    log.info("loss %.3f -> %.3f", losses[0]["loss"], losses[-1]["loss"])
+    if losses:  # fewer steps than sft.logging_steps leave none
+        log.info("loss %.3f -> %.3f", losses[0]["loss"], losses[-1]["loss"])
     log.info("%s written in %.0f s", config.output, time.perf_counter() - start)
 
 
