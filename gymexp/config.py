@@ -44,7 +44,7 @@ class ModelConfig:
     name: str = MISSING  # how reports and run directories call it
     path: str = MISSING  # a hub id, or a directory; relative directories are seen from the project's root
     revision: str | None = None
-    dtype: str = "bfloat16"  # float32, bfloat16 or float16
+    dtype: str = "bfloat16"  # of the arithmetic and of what the engine holds: float32, bfloat16 or float16
     attn_implementation: str = "sdpa"
     max_model_len: int = 4096  # tokens of prompt and generation together, over all turns of a rollout
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)  # e.g. {enable_thinking: false}

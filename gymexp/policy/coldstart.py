@@ -8,7 +8,6 @@ is context.
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import shutil
 from collections.abc import Iterable, Sequence
@@ -245,11 +244,7 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, output: Pat
     template."""
     import torch
 
+    from gymexp.policy.model import save_policy
+
     weights = {name: tensor.detach().to("cpu", torch.float16) for name, tensor in model.state_dict().items()}
-    model.save_pretrained(output, state_dict=weights)
-    tokenizer.save_pretrained(output)
-    # save_pretrained describes the model in training: its float32, and no cache.
-    path = output / "config.json"
-    path.write_text(
-        json.dumps(json.loads(path.read_text()) | {"dtype": "float16", "use_cache": True}, indent=2) + "\n"
-    )
+    save_policy(model, weights, tokenizer, output)

@@ -62,7 +62,8 @@ class HFEngine:
     model: a causal LM with full attention, not wrapped (no DDP, FSDP or ZeRO-3); LoRA's layers may be inside
     it. eos_token_ids end every request. max_batch_size: rows of a token step; further requests wait.
     max_model_len: prompt and generation together; None is the model's own. kept_tokens: how many tokens of
-    finished rows to keep keys and values of, 0 for none. tokenizer: only for requests with `stop`.
+    finished rows to keep keys and values of, 0 for none. tokenizer: only for requests with `stop`. dtype: of
+    the arithmetic, where it is not that of the weights.
     weights_version: the trainer sets it, inside `paused()`, whenever it changed the weights.
 
     An error in a token step fails the requests of the batch, with the cause, and drops everything computed;
@@ -80,13 +81,14 @@ class HFEngine:
         max_model_len: int | None = None,
         kept_tokens: int = 65_536,
         tokenizer: Any = None,
+        dtype: torch.dtype = torch.float32,
     ):
         if max_batch_size < 1:
             raise ValueError(f"max_batch_size must be >= 1, got {max_batch_size}")
         config = model.config.get_text_config()
         self.max_model_len: int = max_model_len or config.max_position_embeddings
         self.weights_version = 0
-        self._batch = Batch(model, max_batch_size, kept_tokens, pad_token_id, tokenizer)
+        self._batch = Batch(model, max_batch_size, kept_tokens, pad_token_id, tokenizer, dtype)
         self._device = model.device
         self._vocab_size: int = config.vocab_size
         self._eos_token_ids = frozenset(eos_token_ids)

@@ -27,7 +27,13 @@ class Batch:
     """Rows with their keys and values; row i lies in slot i. Only the engine's thread touches it."""
 
     def __init__(
-        self, model: PreTrainedModel, max_rows: int, kept_tokens: int, pad_token_id: int, tokenizer: Any
+        self,
+        model: PreTrainedModel,
+        max_rows: int,
+        kept_tokens: int,
+        pad_token_id: int,
+        tokenizer: Any,
+        dtype: torch.dtype,
     ):
         config = model.config.get_text_config()
         check_supported(config, type(model).__name__)
@@ -36,6 +42,7 @@ class Batch:
         self.tokens = self.prompt_tokens = self.reused_prompt_tokens = 0
         self._taken: list[Row] = []  # out of the queue and not yet in `rows`
         self._model = model
+        self._dtype = dtype
         self._pad_token_id = pad_token_id
         self._tokenizer = tokenizer
         self._cache = SlotCache(config.num_hidden_layers, max_rows)
@@ -50,7 +57,7 @@ class Batch:
         self._leave([row for row in self.rows if row.future.cancelled()])
         self._prefixes.use_version(version)
         # no_grad, not inference_mode: a tensor that is made here may end up in one of the model's buffers.
-        with torch.no_grad(), _sampling_mode(self._model):
+        with torch.no_grad(), self._arithmetic(), _sampling_mode(self._model):
             while wave := self._take_wave(waiting):
                 self._prefill(wave, version)
             if not self.rows:
@@ -69,6 +76,10 @@ class Batch:
                 ended.append((row, reason))
         self._leave([row for row, _ in ended])
         return ended
+
+    def _arithmetic(self) -> torch.autocast:
+        enabled = self._dtype is not torch.float32
+        return torch.autocast(self._model.device.type, self._dtype if enabled else None, enabled)
 
     def clear(self) -> list[Row]:
         """Drop and return all rows, and drop what was computed: after an error it may be half written."""

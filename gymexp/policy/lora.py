@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +17,7 @@ from gymexp.errors import ConfigError
 
 if TYPE_CHECKING:
     import peft
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 
 def build_peft_config(config: LoraConfig, model: PreTrainedModel) -> peft.LoraConfig:
@@ -87,11 +86,3 @@ def merged_parameters(model: peft.PeftModel) -> Iterator[tuple[str, torch.Tensor
 def _merged_weight(layer: Any, weight: torch.Tensor) -> torch.Tensor:
     delta = sum(layer.get_delta_weight(adapter) for adapter in layer.active_adapters)
     return (weight + delta).to(weight.dtype)
-
-
-def save_merged(model: peft.PeftModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
-    """The policy with the adapter in its weights, as transformers alone loads it. `model` is merged for
-    good."""
-    merged: Any = model.merge_and_unload()
-    merged.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)

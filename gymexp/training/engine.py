@@ -79,6 +79,8 @@ class VLLMSampling:
 
 def serve_hf(config: RunConfig, model: Any, tokenizer: Any, fd: int, stack: ExitStack) -> HFSampling:
     """The hf engine on the socket that the controller handed down; samples from `model` itself."""
+    import torch
+
     from gymexp.policy.hf import HFEngine
     from gymexp.policy.hf_server import serve
     from gymexp.policy.model import end_token_ids
@@ -90,6 +92,7 @@ def serve_hf(config: RunConfig, model: Any, tokenizer: Any, fd: int, stack: Exit
         max_batch_size=config.engine.max_batch_size,
         max_model_len=config.model.max_model_len,
         tokenizer=tokenizer,
+        dtype=getattr(torch, config.model.dtype),
     )
     sampling = HFSampling(engine)
     stack.callback(engine.close)

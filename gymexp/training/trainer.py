@@ -20,6 +20,7 @@ from gymexp.config import RunConfig
 from gymexp.data.prepare import Prepared
 from gymexp.errors import DriftError, ServiceError
 from gymexp.policy import lora
+from gymexp.policy.model import save_policy
 from gymexp.policy.weights import NamedTensors, TensorSpecs
 from gymexp.rollout.batch import Batch
 from gymexp.training import arguments, checkpoints, padding
@@ -73,6 +74,7 @@ class PolicyTrainer(GRPOTrainer):
         self.pad_token_id: int = tokenizer.pad_token_id  # pyright: ignore[reportAttributeAccessIssue]
         self.grpo = arguments.build(config, directory, f"{config.name} {directory.parent.name}")
         self._directory = directory
+        self._tokenizer = tokenizer
         self.stopped = False  # asked to end before its last step
         super().__init__(
             model=model,
@@ -128,7 +130,13 @@ class PolicyTrainer(GRPOTrainer):
         self._seconds["sync"] += time.monotonic() - began
 
     def named_weights(self) -> NamedTensors:
-        """The policy's parameters under the names of its checkpoint; with LoRA, the adapter is in them."""
+        """The policy's parameters in `model.dtype`, under the names of its checkpoint; with LoRA, the adapter
+        is in them. Every rank must walk over them."""
+        dtype = getattr(torch, self._config.model.dtype)
+        for name, tensor in self._parameters():
+            yield name, tensor.to(dtype)
+
+    def _parameters(self) -> NamedTensors:
         model: Any = self.model
         if self._config.model.lora.r and not self._dist.is_fsdp:
             with self._dist.gather_params(list(model.parameters())):
@@ -289,12 +297,15 @@ class PolicyTrainer(GRPOTrainer):
 
         Nothing may be trained or sampled after it.
         """
-        if not self._config.model.lora.r:
-            self.save_model(str(run / "model"))
-            return
-        self.save_model(str(run / "adapter"))
-        if self.accelerator.is_main_process:
-            lora.save_merged(self.model, self.processing_class, run / "model")  # pyright: ignore
+        if self._config.model.lora.r:
+            self.save_model(str(run / "adapter"))
+        main = self.accelerator.is_main_process
+        weights = {name: tensor.cpu() for name, tensor in self.named_weights() if main}
+        if main:
+            policy: Any = self.accelerator.unwrap_model(self.model)
+            if self._config.model.lora.r:
+                policy = policy.unload()
+            save_policy(policy, weights, self._tokenizer, run / "model")
 
     def save_now(self) -> None:
         """A checkpoint of the last finished step, unless it is there already."""

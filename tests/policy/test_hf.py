@@ -192,6 +192,22 @@ def test_same_seed_gives_same_ids_alone_and_in_a_crowd(model, start):
     assert alone == crowded != other_seed
 
 
+def test_arithmetic_of_less_precision_than_the_weights_is_that_of_autocast(model, start):
+    prompts = random_prompts(5, 40)
+    engine = start(model, dtype=torch.bfloat16)
+    futures = [engine.submit(p, SamplingParams(max_tokens=12, seed=1)) for p in prompts]
+    for prompt, future in zip(prompts, futures, strict=True):
+        generation = future.result()
+        sampled = torch.tensor(generation.token_ids)[:, None]
+        exact = compute_logprobs(model, prompt, generation).gather(1, sampled)[:, 0]
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = compute_logprobs(model, prompt, generation).float().gather(1, sampled)[:, 0]
+        said = torch.tensor(generation.logprobs)
+        assert 0 < (said - exact).abs().mean() < 0.05
+        assert (said - rounded).abs().mean() < 0.05
+    assert model.dtype is torch.float32
+
+
 @pytest.mark.parametrize("temperature", [0.3, 1.0])
 def test_tokens_follow_the_softmax(model, start, temperature):
     engine = start(model)

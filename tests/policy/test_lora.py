@@ -4,6 +4,7 @@ with it."""
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import peft
 import pytest
@@ -18,7 +19,8 @@ from whole_run import TINY
 from gymexp.config import LoraConfig
 from gymexp.errors import ConfigError
 from gymexp.policy.hf import HFEngine, SamplingParams
-from gymexp.policy.lora import build_peft_config, merged_parameters, save_merged
+from gymexp.policy.lora import build_peft_config, merged_parameters
+from gymexp.policy.model import save_policy
 
 
 def base_model(dtype: torch.dtype = torch.float32) -> Qwen2ForCausalLM:
@@ -59,12 +61,14 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_is_sent_out_is_the_merged_checkpoint_name_by_name_and_bit_by_bit(tmp_path, dtype):
+def test_what_is_sent_out_and_saved_is_what_peft_merges_name_by_name_and_bit_by_bit(tmp_path, dtype):
     adapted = with_adapter(base_model(dtype))
     sent = dict(merged_parameters(adapted))
-    save_merged(adapted, AutoTokenizer.from_pretrained(TINY), tmp_path)
-    saved = load_file(tmp_path / "model.safetensors")
-    assert same(sent, saved)
+    policy: Any = adapted.merge_and_unload()
+    assert same(sent, dict(policy.named_parameters()))
+    save_policy(policy, sent, AutoTokenizer.from_pretrained(TINY), tmp_path)
+    assert same(sent, load_file(tmp_path / "model.safetensors"))
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).dtype == dtype
     assert sent.keys() == dict(base_model().named_parameters()).keys()
     assert all(tensor.dtype == dtype for tensor in sent.values())
     changed = {
@@ -98,7 +102,9 @@ def test_a_saved_policy_is_loaded_by_transformers_alone_and_says_the_same(tmp_pa
     with torch.no_grad():
         said = adapted(ids).logits
         without = base_model()(ids).logits
-    save_merged(adapted, AutoTokenizer.from_pretrained(TINY), tmp_path)
+    merged = dict(merged_parameters(adapted))
+    policy: Any = adapted.unload()
+    save_policy(policy, merged, AutoTokenizer.from_pretrained(TINY), tmp_path)
     assert not list(tmp_path.glob("adapter*"))
     again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     with torch.no_grad():

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
+from whole_run import TINY
 
-from gymexp.config import ModelConfig
+from gymexp.config import LoraConfig, ModelConfig
 from gymexp.errors import ConfigError
-from gymexp.policy.model import end_token_ids, load_tokenizer, resolve_path
+from gymexp.policy.model import end_token_ids, load_model, load_tokenizer, resolve_path
 
 
 def config(path) -> ModelConfig:
@@ -70,3 +72,20 @@ def test_end_tokens_come_from_tokenizer_and_generation_config(tmp_path):
     assert end_token_ids(tokenizer, config(tmp_path)) == [1]
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 0]}))
     assert end_token_ids(tokenizer, config(tmp_path)) == [1, 0]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_a_small_step_moves_every_weight_that_is_trained_whatever_the_arithmetic(dtype):
+    model = load_model(ModelConfig(name="tiny", path=str(TINY), dtype=dtype))
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.0)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    moved = [(new != old).float().mean() for new, old in zip(model.parameters(), before, strict=True)]
+    assert min(moved) > 0.5, "all but those of an RMSNorm, near 1, where float32 is coarse too"
+
+
+def test_weights_that_an_adapter_leaves_alone_take_no_more_room_than_the_arithmetic_needs():
+    config = ModelConfig(name="tiny", path=str(TINY), dtype="bfloat16", lora=LoraConfig(r=4))
+    assert load_model(config).dtype is torch.bfloat16
