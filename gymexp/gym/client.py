@@ -59,8 +59,7 @@ async def play(
         raise RolloutFailure("environment", f"{url}/run: {type(error).__name__}: {error}") from None
     if response.status != 200:
         text = body.decode(errors="replace")[:2000]
-        cause: Cause = "engine" if b"engine_error" in body else "environment"
-        raise RolloutFailure(cause, f"{url}/run answered {response.status}: {text}")
+        raise RolloutFailure(_cause_in(body), f"{url}/run answered {response.status}: {text}")
     try:
         reply = orjson.loads(body)
         return read_reply(task, reply, vocab_size, time.monotonic() - began, sampling.weights_version)
@@ -68,6 +67,13 @@ async def play(
         raise RolloutFailure("token_mismatch", str(error)) from None
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise RolloutFailure("environment", f"{url}/run answered what is not a rollout: {error!r}") from None
+
+
+def _cause_in(body: bytes) -> Cause:
+    """The gateway's word for what failed, which agents pass on."""
+    if b"token_mismatch" in body:
+        return "token_mismatch"
+    return "engine" if b"engine_error" in body else "environment"
 
 
 def request_body(task: Task, sampling: Sampling) -> bytes:

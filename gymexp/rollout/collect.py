@@ -15,7 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import aiohttp
@@ -250,12 +250,13 @@ class Collector:
                 if outcome is not None:
                     progress.done += 1
                     progress.tokens += sum(len(turn.completion_ids) for turn in outcome.rollout.turns)
-                    return outcome
+                    return replace(outcome, failures=[failure.cause for failure in failures])
                 if len(failures) > self._rollout.max_retries:
                     progress.done += 1
                     progress.failed += 1
                     last = failures[-1]
-                    return Failed(task, last.cause, last.detail, self._log_for(seat, last))
+                    causes = [failure.cause for failure in failures]
+                    return Failed(task, last.cause, last.detail, self._log_for(seat, last), causes)
                 progress.retried += 1
                 await asyncio.sleep(_AFTER_FAILURE_S)
 

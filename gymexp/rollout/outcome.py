@@ -52,9 +52,10 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Completed:
-    """The episode ended by itself and was scored."""
+    """The episode ended by itself and was scored. failures: why earlier attempts at it failed."""
 
     rollout: Rollout
+    failures: list[Cause] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -63,16 +64,19 @@ class Truncated:
 
     rollout: Rollout
     limit: Limit
+    failures: list[Cause] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Failed:
-    """No reward: after the allowed retries the episode could not be played. `log` is where to look."""
+    """No reward: after the allowed retries the episode could not be played. cause and detail: of the last
+    attempt, failures: of all. `log` is where to look."""
 
     task: Task
     cause: Cause
     detail: str
     log: str = ""
+    failures: list[Cause] = field(default_factory=list)
 
 
 Played = Completed | Truncated

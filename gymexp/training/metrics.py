@@ -15,7 +15,8 @@ def rollout_metrics(outcomes: Sequence[Outcome], envs: Mapping[str, EnvConfig]) 
     """`<env>/reward` and so on. Rewards, turns, tokens and seconds are means over the rollouts that did not
     fail.
 
-    tokens: sampled by the policy in a rollout. seconds: of the attempt that counted.
+    tokens: sampled by the policy in a rollout. seconds: of the attempt that counted. retried: attempts that
+    failed and were made again, a rollout. token_mismatches: attempts, of all, whose tokens were not exact.
     """
     by_env: dict[str, list[Outcome]] = defaultdict(list)
     for outcome in outcomes:
@@ -26,6 +27,8 @@ def rollout_metrics(outcomes: Sequence[Outcome], envs: Mapping[str, EnvConfig]) 
         metrics[f"{env}/rollouts"] = len(some)
         metrics[f"{env}/failed"] = 1 - len(played) / len(some)
         metrics[f"{env}/truncated"] = sum(isinstance(o, Truncated) for o in some) / len(some)
+        metrics[f"{env}/retried"] = sum(len(o.failures) - isinstance(o, Failed) for o in some) / len(some)
+        metrics[f"{env}/token_mismatches"] = sum(o.failures.count("token_mismatch") for o in some)
         if not played:
             continue
         rewards = [r.reward for r in played]

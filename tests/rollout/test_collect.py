@@ -247,6 +247,17 @@ def test_a_rollout_that_keeps_failing_is_a_failure_with_its_cause_and_the_server
     assert outcome.detail.endswith("/run answered 500: the table is gone")
     assert outcome.log == "logs/server.log"
     assert agent.attempts[outcome.task.key] == 3, "max_retries=2: three attempts"
+    assert outcome.failures == ["environment"] * 3
+
+
+def test_tokens_that_the_gateway_refused_are_a_mismatch_and_the_rollout_that_followed_remembers_it():
+    async def behave(key: str, attempt: int) -> Answer:
+        return (500, '{"error": {"type": "token_mismatch"}}') if attempt == 1 else reply(turn([1], [2]))
+
+    with playing(behave) as (collector, _):
+        outcome = only(collector)
+    assert isinstance(outcome, Completed)
+    assert outcome.failures == ["token_mismatch"]
 
 
 @pytest.mark.parametrize("padding", [0, 5000])

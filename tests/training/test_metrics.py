@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from gymexp.config import EnvConfig
-from gymexp.rollout.outcome import Completed, Failed, Outcome, Rollout, Task, Truncated, Turn
+from gymexp.rollout.outcome import Cause, Completed, Failed, Outcome, Rollout, Task, Truncated, Turn
 from gymexp.training.metrics import flat_groups, mean_reward, rollout_metrics
 
 ENVS = {
@@ -22,24 +23,39 @@ def task(env: str, number: int = 0) -> Task:
     return Task(f"{env}/train/{number:06d}", env, "x", {})
 
 
-def played(env: str, reward: float, turns: int = 1, number: int = 0, cut: bool = False) -> Outcome:
+def played(
+    env: str,
+    reward: float,
+    turns: int = 1,
+    number: int = 0,
+    cut: bool = False,
+    failures: Sequence[Cause] = (),
+) -> Outcome:
     sampled = [Turn([1], [2, 3], [-0.1, -0.2])] * turns
     rollout = Rollout(task(env, number), sampled, reward, [], seconds={"total": 2.0})
-    return Truncated(rollout, "turns") if cut else Completed(rollout)
+    return Truncated(rollout, "turns", list(failures)) if cut else Completed(rollout, failures=list(failures))
 
 
 def failed(env: str, number: int = 0) -> Failed:
-    return Failed(task(env, number), "engine", "gone")
+    return Failed(task(env, number), "engine", "gone", failures=["token_mismatch", "engine", "engine"])
 
 
 def test_each_environment_has_its_own_numbers():
     metrics = rollout_metrics(
-        [played("a", 1.0), played("a", 0.0, turns=3, cut=True), played("b", 0.5), failed("b")], ENVS
+        [
+            played("a", 1.0, failures=["token_mismatch"]),
+            played("a", 0.0, turns=3, cut=True),
+            played("b", 0.5),
+            failed("b"),
+        ],
+        ENVS,
     )
     assert metrics == {
         "a/rollouts": 2,
         "a/failed": 0,
         "a/truncated": 0.5,
+        "a/retried": 0.5,
+        "a/token_mismatches": 1,
         "a/reward": 0.5,
         "a/reward_std": 0.5,
         "a/success": 0.5,
@@ -49,6 +65,8 @@ def test_each_environment_has_its_own_numbers():
         "b/rollouts": 2,
         "b/failed": 0.5,
         "b/truncated": 0,
+        "b/retried": 1,
+        "b/token_mismatches": 1,
         "b/reward": 0.5,
         "b/reward_std": 0,
         "b/success": 1,
@@ -59,7 +77,13 @@ def test_each_environment_has_its_own_numbers():
 
 
 def test_an_environment_that_only_failed_has_no_reward_to_show():
-    assert rollout_metrics([failed("a")] * 3, ENVS) == {"a/rollouts": 3, "a/failed": 1, "a/truncated": 0}
+    assert rollout_metrics([failed("a")] * 3, ENVS) == {
+        "a/rollouts": 3,
+        "a/failed": 1,
+        "a/truncated": 0,
+        "a/retried": 2,
+        "a/token_mismatches": 3,
+    }
 
 
 @given(st.lists(st.floats(-1, 1) | st.none(), min_size=1), st.randoms())
