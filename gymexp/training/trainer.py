@@ -56,6 +56,14 @@ def without_dropout(model: torch.nn.Module) -> Iterator[None]:
         model.train(training)
 
 
+def gather_head(model: Any, *_: Any) -> None:
+    """Before a pass: TRL takes the output head's weight without calling the head, which FSDP2 would gather it
+    for. Where the head is sharded by itself (beside an adapter), its gradients' turn fails without this."""
+    head = model.get_output_embeddings()
+    if isinstance(head, FSDPModule):
+        head.unshard()
+
+
 class PolicyTrainer(GRPOTrainer):
     """Trains the policy on rollouts. Every log entry says where the step's seconds went (`time/*`)."""
 
@@ -89,6 +97,8 @@ class PolicyTrainer(GRPOTrainer):
             rollout_func=rollouts,  # pyright: ignore[reportArgumentType]
             peft_config=lora.build_peft_config(config.model.lora, model) if config.model.lora.r else None,
         )
+        if self.is_fsdp_enabled:
+            self.model.register_forward_pre_hook(gather_head)  # pyright: ignore[reportOptionalMemberAccess]
         self.remove_callback(PrinterCallback)  # metrics.jsonl has the numbers, and the live view shows them
 
     def add_metrics(self, metrics: Mapping[str, float]) -> None:

@@ -82,7 +82,8 @@ def main() -> None:
 
         deepspeed.init_distributed("gloo", auto_mpi_discovery=False)  # accelerate's work where there are GPUs
     lora = LoraConfig(r=asked.get("lora"))
-    model_config = ModelConfig("tiny", "gymexp/assets/tiny", dtype=asked.get("dtype", "float32"), lora=lora)
+    path = asked.get("path", "gymexp/assets/tiny")
+    model_config = ModelConfig("tiny", path, dtype=asked.get("dtype", "float32"), lora=lora)
     config = RunConfig(model=model_config, env={"e": EnvConfig("c", "a")}, trainer=asked["trainer"])
     saved = directory / "checkpoints"
     args = arguments.build(config, saved, "sharded")

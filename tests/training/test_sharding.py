@@ -14,13 +14,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from whole_run import ROOT, TINY
 
 from gymexp.config import EnvConfig, RunConfig
 from gymexp.errors import ConfigError
 from gymexp.run.placement import Placement
 from gymexp.training import sharding
 
-ROOT = Path(__file__).parent.parent.parent
 PATIENCE_S = 200
 TRAINER = {
     "logging_steps": 1,
@@ -72,15 +73,27 @@ def train(directory: Path, until: int, trainer: dict, **more: object) -> None:
 
 
 @pytest.fixture(scope="session")
-def whole(tmp_path_factory) -> Callable[[bool], Path]:
+def adapter(tmp_path_factory) -> dict:
+    """An adapter of a model whose head is not its embedding, and is sharded by itself."""
+    model = AutoModelForCausalLM.from_pretrained(TINY)
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach() * 1.01)
+    path = tmp_path_factory.mktemp("untied")
+    model.save_pretrained(path)
+    AutoTokenizer.from_pretrained(TINY).save_pretrained(path)
+    return {"lora": 4, "path": str(path)}
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory) -> Callable[[dict], Path]:
     """What two ranks that each hold everything come to."""
     made: dict[bool, Path] = {}
 
-    def make(lora: bool) -> Path:
-        if lora not in made:
-            made[lora] = tmp_path_factory.mktemp("whole")
-            train(made[lora], 2, {}, lora=4 if lora else None)
-        return made[lora]
+    def make(more: dict) -> Path:
+        if (key := "lora" in more) not in made:
+            made[key] = tmp_path_factory.mktemp("whole")
+            train(made[key], 2, {}, **more)
+        return made[key]
 
     return make
 
@@ -96,15 +109,17 @@ def differ(one: Path, other: Path) -> float:
 @pytest.mark.parametrize(
     "trainer", [{"fsdp": True}, pytest.param(ZERO_3, marks=with_deepspeed)], ids=["fsdp", "zero3"]
 )
-def test_shards_train_go_on_from_a_checkpoint_and_end_as_a_whole_policy_does(tmp_path, whole, trainer, lora):
-    expected = whole(lora)
-    rank = 4 if lora else None
-    train(tmp_path, 1, trainer, lora=rank)
+def test_shards_train_go_on_from_a_checkpoint_and_end_as_a_whole_policy_does(
+    tmp_path, whole, adapter, trainer, lora
+):
+    more = adapter if lora else {}
+    expected = whole(more)
+    train(tmp_path, 1, trainer, **more)
     checkpoint = tmp_path / "checkpoints" / "checkpoint-1"
     assert not (checkpoint / "model.safetensors").exists(), "the shards are enough"
     sealed = json.loads((checkpoint / "complete.json").read_text())
     assert any("0" in name and "model" in name for name in sealed) and any("optim" in name for name in sealed)
-    train(tmp_path, 2, trainer, lora=rank)
+    train(tmp_path, 2, trainer, **more)
     assert differ(tmp_path / "sent-0.safetensors", expected / "sent-0.safetensors") == 0
     assert differ(tmp_path / "sent-0.safetensors", tmp_path / "sent-2.safetensors") > 1e-3
     for name in ("sent-2.safetensors", "model/model.safetensors"):
