@@ -64,7 +64,7 @@ def test_one_gpu_samples_and_trains_in_turn_and_weights_go_by_cuda_ipc(vllm_run,
 def test_an_adapter_is_trained_in_float32_and_both_sides_agree_after_every_update(vllm_run, one_gpu):
     changes = ["model.dtype=float32", "model.lora.r=8", "trainer.learning_rate=1e-2"]
     run = vllm_run("float32", *changes, "engine.weights=ipc", "engine.args.gpu_memory_utilization=0.3")
-    check(run, max_drift=3e-4)
+    check(run, max_drift=1e-3)
     assert (run.directory / "adapter" / "adapter_model.safetensors").exists()
 
 
