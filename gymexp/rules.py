@@ -60,6 +60,7 @@ def problems_of(config: RunConfig) -> Iterator[str]:
             "trainer.sync_ref_model must be false with model.lora, whose reference is the model without its "
             f"adapter, got {config.trainer['sync_ref_model']!r}"
         )
+    yield from _sharding_problems(config.trainer)
     yield from _one_of("gym.runtime", config.gym.runtime, ("managed", "cli", "attach"))
     if config.gym.runtime == "cli" and not config.gym.checkout:
         yield "gym.checkout must name your NeMo Gym checkout when gym.runtime=cli, got None"
@@ -96,6 +97,27 @@ def _lora_problems(lora: LoraConfig) -> Iterator[str]:
         yield (
             "model.lora.target_modules must be all-linear, a list of module names, or a regular expression, "
             f"got {lora.target_modules!r}"
+        )
+
+
+def _sharding_problems(trainer: dict[str, Any]) -> Iterator[str]:
+    if trainer.get("fsdp") and trainer.get("deepspeed"):
+        yield "trainer.fsdp and trainer.deepspeed do the same work: leave one of them out"
+    if isinstance(deepspeed := trainer.get("deepspeed"), dict):
+        zero = deepspeed.get("zero_optimization")
+        stage = zero.get("stage") if isinstance(zero, dict) else zero
+        if stage not in (1, 2, 3):
+            yield f"trainer.deepspeed.zero_optimization.stage must be 1, 2 or 3, got {stage!r}"
+    fsdp = trainer.get("fsdp_config")
+    if not trainer.get("fsdp") or not isinstance(fsdp, dict):
+        return
+    version = fsdp.get("version", fsdp.get("fsdp_version", 2))
+    if str(version) != "2":
+        yield f"trainer.fsdp_config.version must be 2, got {version!r}: transformers gives the first one up"
+    if fsdp.get("activation_checkpointing") and trainer.get("gradient_checkpointing", True):
+        yield (
+            "trainer.gradient_checkpointing must be false with trainer.fsdp_config.activation_checkpointing, "
+            "which does the same, got " + repr(trainer.get("gradient_checkpointing", True))
         )
 
 

@@ -27,7 +27,7 @@ def main(cfg: DictConfig) -> Any:
     from gymexp.run import controller
     from gymexp.run.directory import RunDirectory, cache_dir
     from gymexp.run.placement import place, visible_gpus
-    from gymexp.training import arguments
+    from gymexp.training import arguments, sharding
     from gymexp.view.progress import View
     from gymexp.view.table import held_out_table
 
@@ -41,6 +41,7 @@ def main(cfg: DictConfig) -> Any:
         load_prepared(held.data)
     arguments.check(config, cache_dir())
     placement = place(config, visible_gpus())
+    sharding.check(config, placement)
     if placement.engine == "vllm" and not config.engine.urls:
         vllm.read_version(config.engine)
     python = ensure_python(config.gym, [e.config_path for e in config.env.values()], cache_dir(), view.say)

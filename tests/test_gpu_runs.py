@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shlex
+import signal
 import sys
 
 import pytest
@@ -22,6 +24,7 @@ pytestmark = [
     pytest.mark.skipif(sys.platform != "linux" or not GPUS, reason="needs NVIDIA GPUs"),
 ]
 two_gpus = pytest.mark.skipif(GPUS < 2, reason="needs two GPUs")
+with_deepspeed = pytest.mark.skipif(not importlib.util.find_spec("deepspeed"), reason="needs deepspeed")
 
 
 @pytest.fixture
@@ -81,3 +84,49 @@ def test_a_vllm_that_dies_comes_back_into_the_nccl_group(vllm_run):
     next(p for p in run.left() if "EngineCore" in "".join(p.cmdline())).kill()
     check(run)
     assert "starting it again" in run.said
+
+
+@pytest.fixture
+def sharded_run(vllm_run):
+    """Both GPUs sample and train, and the policy is spread over them."""
+    changes = ["engine.colocate=true", "engine.args.gpu_memory_utilization=0.3"]
+    return lambda name, *overrides: vllm_run(name, *changes, *overrides)
+
+
+@two_gpus
+def test_fsdp_trains_ends_with_a_checkpoint_of_shards_when_asked_and_goes_on(sharded_run, started):
+    run = sharded_run("fsdp", "trainer.fsdp=true", "evaluation.after=false")
+    run.wait_for_step(1)
+    os.kill(run.process.pid, signal.SIGTERM)
+    assert run.ended() == 128 + signal.SIGTERM, run.said
+    assert list((run.directory / "checkpoints").glob("checkpoint-*/pytorch_model_fsdp_0/*.distcp"))
+    check(started("fsdp", resume=True))
+    assert (run.directory / "model" / "model.safetensors").exists()
+
+
+@two_gpus
+def test_an_adapter_is_trained_with_fsdp_and_one_replica_has_both_gpus(sharded_run):
+    changes = ["model.dtype=float32", "model.lora.r=8", "trainer.learning_rate=1e-2", "trainer.fsdp=true"]
+    run = sharded_run("fsdp_lora", *changes, "engine.tensor_parallel_size=2", "evaluation.before=false")
+    check(run, max_drift=3e-4)
+    assert (run.directory / "adapter" / "adapter_model.safetensors").exists()
+
+
+@two_gpus
+@with_deepspeed
+def test_zero_2_trains(sharded_run):
+    changes = ["trainer.deepspeed.zero_optimization.stage=2", "trainer.save_steps=3"]
+    run = sharded_run("zero2", *changes, "evaluation.before=false", "evaluation.after=false")
+    check(run)
+
+
+@two_gpus
+@with_deepspeed
+def test_zero_3_trains_beside_a_reference_ends_with_a_checkpoint_when_asked_and_goes_on(sharded_run, started):
+    changes = ["trainer.deepspeed.zero_optimization.stage=3", "trainer.beta=0.01"]
+    run = sharded_run("zero3", *changes, "evaluation.after=false")
+    run.wait_for_step(1)
+    os.kill(run.process.pid, signal.SIGTERM)
+    assert run.ended() == 128 + signal.SIGTERM, run.said
+    check(started("zero3", resume=True))
+    assert (run.directory / "model" / "model.safetensors").exists()

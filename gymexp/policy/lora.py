@@ -7,7 +7,8 @@ engine does, samples with the adapter from then on.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -67,8 +68,12 @@ def _linear_modules(model: PreTrainedModel) -> list[str]:
     ]
 
 
-def merged_parameters(model: peft.PeftModel) -> Iterator[tuple[str, torch.Tensor]]:
+def merged_parameters(
+    model: peft.PeftModel, gathered: Callable[[list[torch.nn.Parameter]], AbstractContextManager[Any]]
+) -> Iterator[tuple[str, torch.Tensor]]:
     """The parameters as a checkpoint of the merged model has them: name and tensor.
+
+    gathered: a block in which parameters that are sharded are whole.
 
     The model itself is not touched. Merging into it and taking the adapter out again, as peft and TRL do,
     would round frozen bfloat16 weights a little at every step, and what was kept of them would change back.
@@ -77,9 +82,12 @@ def merged_parameters(model: peft.PeftModel) -> Iterator[tuple[str, torch.Tensor
     for name, parameter in base.named_parameters():
         if name.endswith(".base_layer.weight"):
             layer = name.removesuffix(".base_layer.weight")
-            yield f"{layer}.weight", _merged_weight(base.get_submodule(layer), parameter)
+            module = base.get_submodule(layer)
+            with gathered(list(module.parameters())):
+                yield f"{layer}.weight", _merged_weight(module, parameter)
         elif model.prefix not in name:  # the adapter's own
-            yield name.replace(".base_layer.", "."), parameter.data
+            with gathered([parameter]):
+                yield name.replace(".base_layer.", "."), parameter.data
 
 
 @torch.no_grad()

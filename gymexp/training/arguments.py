@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from gymexp.config import RunConfig, nearest
 from gymexp.errors import ConfigError
+from gymexp.training import sharding
 
 if TYPE_CHECKING:
     from trl.trainer.grpo_config import GRPOConfig
@@ -69,6 +70,15 @@ def check(config: RunConfig, cache: Path) -> None:
                 f"trainer.{name} is not an argument of trl.GRPOConfig"
                 f"{nearest(name, sorted(known), 'trainer.')}"
             )
+    if config.trainer.get("deepspeed") and not importlib.util.find_spec("deepspeed"):
+        problems.append(
+            "trainer.deepspeed needs a package that is not installed: pip install 'gymexp[deepspeed]'"
+        )
+    if isinstance(file := config.trainer.get("deepspeed"), str) and not Path(file).is_file():
+        problems.append(
+            "trainer.deepspeed must be DeepSpeed's configuration, as keys "
+            f"(trainer.deepspeed.zero_optimization.stage=3) or in a JSON file, got {file!r}"
+        )
     if (kind := config.tracker.kind) != "none" and not importlib.util.find_spec(kind):
         problems.append(f"tracker.kind={kind} needs a package that is not installed: pip install {kind}")
     if problems:
@@ -119,8 +129,8 @@ def _construct(trainer: dict[str, Any], dtype: str, **more: Any) -> GRPOConfig:
     import torch
     from trl.trainer.grpo_config import GRPOConfig
 
-    return GRPOConfig(
-        **trainer,
+    args = GRPOConfig(
+        **sharding.complete(trainer),
         **more,
         bf16=dtype == "bfloat16",
         fp16=dtype == "float16",
@@ -129,6 +139,8 @@ def _construct(trainer: dict[str, Any], dtype: str, **more: Any) -> GRPOConfig:
         shuffle_dataset=False,
         eval_strategy="no",
     )
+    sharding.keep_precision(args)
+    return args
 
 
 def _check_groups(trainer: dict[str, Any]) -> None:

@@ -68,7 +68,7 @@ def work(run: RunDirectory, config: RunConfig, asked: threading.Event) -> dict[s
     from gymexp.gym.servers import Replica
     from gymexp.policy.model import load_model, load_tokenizer
     from gymexp.rollout.collect import Collector, Stopped
-    from gymexp.training import checkpoints
+    from gymexp.training import arguments, checkpoints
     from gymexp.training.callbacks import EndWhenAsked, Evaluation, MetricsFile, Steps, Teller, summary
     from gymexp.training.engine import VLLMSampling, join_vllm, serve_hf
     from gymexp.training.rollouts import Rollouts
@@ -78,15 +78,16 @@ def work(run: RunDirectory, config: RunConfig, asked: threading.Event) -> dict[s
     teller.tell(phase="load model")
     prepared = load_prepared(run.data)
     tokenizer = load_tokenizer(config.model)
+    # Before the model: with ZeRO-3, transformers loads each rank's part alone.
+    args = arguments.build(config, run.checkpoints, f"{config.name} {run.path.name}")
     model = load_model(config.model)
-    # Before the engine looks where it is.
     device = torch.device("cuda", _rank("LOCAL_RANK")) if torch.cuda.is_available() else torch.device("cpu")
-    torch.nn.Module.to(model, device)
     with ExitStack() as stack:
         if main_rank:
             _open_tracker(config, run, stack)
         collector = None
         if services["engine"] == "hf":
+            torch.nn.Module.to(model, device)  # else the trainer moves it, or shards it from where it is
             engine = serve_hf(config, model, tokenizer, services["engine_fd"], stack)
         else:
             teller.tell(phase="load vLLM")
@@ -97,7 +98,7 @@ def work(run: RunDirectory, config: RunConfig, asked: threading.Event) -> dict[s
                 replicas,
                 config.env,
                 config.rollout,
-                model.get_input_embeddings().weight.shape[0],  # pyright: ignore
+                model.get_input_embeddings().num_embeddings,  # pyright: ignore
                 services["control_url"],
                 teller.progress,
             )
@@ -106,7 +107,7 @@ def work(run: RunDirectory, config: RunConfig, asked: threading.Event) -> dict[s
 
         tasks = {t.key: t for some in (prepared.train, *prepared.validation.values()) for t in some}
         rollouts = Rollouts(config, collector, tasks, run.rollouts, engine)
-        trainer = PolicyTrainer(config, model, tokenizer, prepared, rollouts, run.checkpoints)
+        trainer = PolicyTrainer(config, args, model, tokenizer, prepared, rollouts, run.checkpoints)
         if isinstance(engine, VLLMSampling):
             # A server that gymexp did not start may hold any weights.
             trainer.sample_with_vllm(engine, version=None if config.engine.urls else 0)

@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer
-from trl.generation.vllm_generation import VLLMGeneration
+from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.utils import pad
 
@@ -23,7 +25,7 @@ from gymexp.policy import lora
 from gymexp.policy.model import save_policy
 from gymexp.policy.weights import NamedTensors, TensorSpecs
 from gymexp.rollout.batch import Batch
-from gymexp.training import arguments, checkpoints, padding
+from gymexp.training import checkpoints, padding
 from gymexp.training.engine import VLLMSampling
 from gymexp.training.rollouts import Rollouts, on_main_rank
 
@@ -60,19 +62,21 @@ class PolicyTrainer(GRPOTrainer):
     def __init__(
         self,
         config: RunConfig,
+        args: GRPOConfig,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         prepared: Prepared,
         rollouts: Rollouts,
         directory: Path,
     ) -> None:
+        """args: TRL's, from before the model was loaded (`arguments.build`)."""
         logging.getLogger("trl.trainer.grpo_trainer").addFilter(_NoSilentFailures())
         self._config = config
         self._rollouts = rollouts
         self._seconds = dict.fromkeys(("rollout", "sync", "logprobs", "update", "evaluation"), 0.0)
         self._step_began = time.monotonic()
         self.pad_token_id: int = tokenizer.pad_token_id  # pyright: ignore[reportAttributeAccessIssue]
-        self.grpo = arguments.build(config, directory, f"{config.name} {directory.parent.name}")
+        self.grpo = args
         self._directory = directory
         self._tokenizer = tokenizer
         self.stopped = False  # asked to end before its last step
@@ -133,18 +137,29 @@ class PolicyTrainer(GRPOTrainer):
         """The policy's parameters in `model.dtype`, under the names of its checkpoint; with LoRA, the adapter
         is in them. Every rank must walk over them."""
         dtype = getattr(torch, self._config.model.dtype)
-        for name, tensor in self._parameters():
+        model: Any = self.model
+        merged = self._config.model.lora.r is not None
+        held = lora.merged_parameters(model, self._dist.gather_params) if merged else self._held_parameters()
+        for name, tensor in self._whole(held):
             yield name, tensor.to(dtype)
 
-    def _parameters(self) -> NamedTensors:
-        model: Any = self.model
-        if self._config.model.lora.r and not self._dist.is_fsdp:
-            with self._dist.gather_params(list(model.parameters())):
-                yield from lora.merged_parameters(model)
-            return
-        source = VLLMGeneration.__new__(VLLMGeneration)  # for its walk over sharded parameters
-        source.model, source.accelerator, source._dist = model, self.accelerator, self._dist
-        yield from source._iter_named_params()
+    def _held_parameters(self) -> NamedTensors:
+        for name, parameter in self.model.named_parameters():  # pyright: ignore[reportOptionalMemberAccess]
+            with self._dist.gather_params([parameter]):
+                yield name, parameter.data
+
+    def _whole(self, tensors: NamedTensors) -> NamedTensors:
+        """FSDP2's shards gathered, one after the other, on the accelerator."""
+        device = self.accelerator.device
+        for module in self.model.modules():  # pyright: ignore[reportOptionalMemberAccess]
+            if isinstance(module, FSDPModule):
+                module.reshard()  # a pass without gradients leaves some gathered
+        for name, tensor in tensors:
+            if tensor.device.type != device.type:  # offloaded, or not yet prepared for training
+                tensor = tensor.to(device)
+            if isinstance(tensor, DTensor):
+                tensor = tensor.full_tensor()
+            yield name.replace("_checkpoint_wrapped_module.", ""), tensor
 
     def _weights_of_one_rank(self) -> NamedTensors:
         """The same, asked for on the first rank alone. Raises ServiceError where the others have a part."""
@@ -286,6 +301,15 @@ class PolicyTrainer(GRPOTrainer):
             self._seconds = dict.fromkeys(self._seconds, 0.0)
         super().log(logs, start_time)
 
+    @property
+    def _sharded(self) -> bool:
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        # A checkpoint has the shards, saved with the optimizer's: it needs no gathered weights beside them.
+        if not self._sharded or self.args.save_only_model:
+            super().save_model(output_dir, _internal_call)
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         target = self._directory / f"checkpoint-{self.state.global_step}"
         with checkpoints.writing(target) if self.accelerator.is_main_process else nullcontext():
@@ -297,14 +321,16 @@ class PolicyTrainer(GRPOTrainer):
 
         Nothing may be trained or sampled after it.
         """
-        if self._config.model.lora.r:
-            self.save_model(str(run / "adapter"))
         main = self.accelerator.is_main_process
+        policy: Any = self.accelerator.unwrap_model(self.model)
         weights = {name: tensor.cpu() for name, tensor in self.named_weights() if main}
-        if main:
-            policy: Any = self.accelerator.unwrap_model(self.model)
-            if self._config.model.lora.r:
+        if self._config.model.lora.r:
+            held = ((name, value) for name, value in self._held_parameters() if policy.prefix in name)
+            adapter = {name: tensor.cpu() for name, tensor in self._whole(held) if main}
+            if main:
+                policy.save_pretrained(run / "adapter", state_dict=adapter)
                 policy = policy.unload()
+        if main:
             save_policy(policy, weights, self._tokenizer, run / "model")
 
     def save_now(self) -> None:

@@ -4,6 +4,7 @@ with it."""
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from typing import Any
 
 import peft
@@ -63,7 +64,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_is_sent_out_and_saved_is_what_peft_merges_name_by_name_and_bit_by_bit(tmp_path, dtype):
     adapted = with_adapter(base_model(dtype))
-    sent = dict(merged_parameters(adapted))
+    sent = dict(merged_parameters(adapted, nullcontext))
     policy: Any = adapted.merge_and_unload()
     assert same(sent, dict(policy.named_parameters()))
     save_policy(policy, sent, AutoTokenizer.from_pretrained(TINY), tmp_path)
@@ -81,14 +82,14 @@ def test_what_is_sent_out_is_what_trl_would_send():
     adapted = with_adapter(base_model())
     theirs = VLLMGeneration.__new__(VLLMGeneration)
     theirs.model, theirs._dist = adapted, DistributedBackend(Accelerator(cpu=True))
-    sent = dict(merged_parameters(adapted))
+    sent = dict(merged_parameters(adapted, nullcontext))
     assert same(sent, {name: tensor.clone() for name, tensor in theirs._iter_named_params()})
 
 
 def test_sending_leaves_frozen_weights_as_they_are_where_merging_and_unmerging_rounds_them():
     adapted = with_adapter(base_model(torch.bfloat16))
     before = bits(adapted)
-    for _ in merged_parameters(adapted):
+    for _ in merged_parameters(adapted, nullcontext):
         pass
     assert same(bits(adapted), before)
     adapted.merge_adapter()
@@ -102,7 +103,7 @@ def test_a_saved_policy_is_loaded_by_transformers_alone_and_says_the_same(tmp_pa
     with torch.no_grad():
         said = adapted(ids).logits
         without = base_model()(ids).logits
-    merged = dict(merged_parameters(adapted))
+    merged = dict(merged_parameters(adapted, nullcontext))
     policy: Any = adapted.unload()
     save_policy(policy, merged, AutoTokenizer.from_pretrained(TINY), tmp_path)
     assert not list(tmp_path.glob("adapter*"))

@@ -1,0 +1,73 @@
+"""`trainer.fsdp` and `trainer.deepspeed`: the policy, its gradients and its optimizer, spread over the GPUs.
+
+What their users leave out is filled in here: what of DeepSpeed's configuration follows from `trainer.*`
+("auto"), and the precision of FSDP's sums.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from gymexp.config import RunConfig
+from gymexp.errors import ConfigError
+from gymexp.run.placement import Placement
+
+if TYPE_CHECKING:
+    from trl.trainer.grpo_config import GRPOConfig
+
+# DeepSpeed's keys that transformers fills in, from its own arguments and the model.
+_AUTO: dict[str, Any] = {
+    "train_batch_size": "auto",
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+    "bf16": {"enabled": "auto"},
+    "fp16": {"enabled": "auto"},
+}
+_AUTO_ZERO = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold")
+
+
+def check(config: RunConfig, placement: Placement) -> None:
+    """Raises ConfigError where there is nothing to spread over."""
+    trainer, count = config.trainer, len(placement.train_gpus)
+    key = next((key for key in ("fsdp", "deepspeed") if trainer.get(key)), None)
+    if key is None:
+        return
+    if placement.engine == "hf":
+        raise ConfigError(
+            f"trainer.{key} shards the policy, and engine=hf samples from it in the trainer's one process, "
+            f"got {trainer[key]!r}: say engine=vllm"
+        )
+    if count < 2:
+        raise ConfigError(
+            f"trainer.{key} must be left out where fewer than two GPUs train ({count} here), got "
+            f"{trainer[key]!r}: say placement.train_gpus=… or engine.colocate=true with more GPUs"
+        )
+
+
+def complete(trainer: dict[str, Any]) -> dict[str, Any]:
+    """`trainer.*` with the rest of what is given as keys; a configuration in a file is the user's own.
+
+    FSDP's checkpoints are shards, as DeepSpeed's are: gathering optimizer states takes time, and the first
+    rank's memory.
+    """
+    whole = dict(trainer)
+    if isinstance(given := trainer.get("deepspeed"), dict):
+        zero = dict.fromkeys(_AUTO_ZERO, "auto") | given["zero_optimization"]
+        whole["deepspeed"] = _AUTO | given | {"zero_optimization": zero}
+    if trainer.get("fsdp") and isinstance(given := trainer.get("fsdp_config") or {}, dict):
+        whole["fsdp_config"] = {"state_dict_type": "SHARDED_STATE_DICT"} | given
+    return whole
+
+
+def keep_precision(args: GRPOConfig) -> None:
+    """FSDP2 computes in bfloat16 as autocast does elsewhere: gradients are added up in float32, and what the
+    model returns, log-probabilities, stays float32. accelerate's own policy rounds both."""
+    dtype = {"bf16": "bfloat16", "fp16": "float16"}.get(args.mixed_precision)
+    if args.fsdp_plugin_args is None or dtype is None:
+        return
+    import torch
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    plugin: dict[str, Any] = args.fsdp_plugin_args
+    plugin["mixed_precision_policy"] = MixedPrecisionPolicy(getattr(torch, dtype), reduce_dtype=torch.float32)

@@ -1,0 +1,113 @@
+"""One of two ranks of the trainer, on a CPU, with made-up rollouts: `python sharded_rank.py CONFIG_JSON DIR
+STEPS`.
+
+Trains up to step STEPS from the newest checkpoint in DIR. The first rank writes what the engine would have
+been sent before and after (`sent-<step>.safetensors`), the trainer's log-probabilities, and the final policy.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import TrainerCallback
+
+from gymexp.config import EnvConfig, LoraConfig, ModelConfig, RunConfig
+from gymexp.data.prepare import Prepared
+from gymexp.policy.model import load_model, load_tokenizer
+from gymexp.rollout.batch import Batch
+from gymexp.rollout.outcome import Task
+from gymexp.training import arguments, checkpoints
+from gymexp.training.trainer import PolicyTrainer
+
+
+def shard_on_cpus() -> None:
+    """accelerate shards with FSDP where its backend is an accelerator's; torch itself does so on CPUs too."""
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+
+    torch.distributed.init_process_group("gloo")
+    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+    PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_HPU)
+
+
+class MadeUp:
+    """Rollouts of random tokens, the same ones for the same step; the trainer's own log-probabilities."""
+
+    seconds = 0.0
+    logprobs: list[float]
+
+    def __call__(self, prompts: list[str], trainer: PolicyTrainer) -> dict[str, list[Any]]:
+        draw = random.Random(f"{trainer.state.global_step} {trainer.accelerator.process_index}")
+        rows = range(len(prompts))
+        batch = Batch(
+            prompt_ids=[[draw.randrange(5, 500) for _ in range(draw.randrange(2, 9))] for _ in rows],
+            completion_ids=[[draw.randrange(5, 500) for _ in range(draw.randrange(2, 9))] for _ in rows],
+            logprobs=[],
+            env_mask=[],
+            rewards=[draw.random() for _ in rows],
+        )
+        own = trainer._own_logprobs(batch.prompt_ids, batch.completion_ids)
+        self.logprobs = torch.cat(own).tolist()
+        return {
+            "prompt_ids": batch.prompt_ids,
+            "completion_ids": batch.completion_ids,
+            "logprobs": [row.tolist() for row in own],
+            "env_mask": [[1] * len(row) for row in own],
+            "reward": batch.rewards,
+        }
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self._step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        control.should_training_stop = state.global_step == self._step
+
+
+def main() -> None:
+    asked, directory, steps = json.loads(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+    torch.set_num_threads(1)
+    if asked["trainer"].get("fsdp"):
+        shard_on_cpus()
+    if asked["trainer"].get("deepspeed"):
+        import deepspeed
+
+        deepspeed.init_distributed("gloo", auto_mpi_discovery=False)  # accelerate's work where there are GPUs
+    lora = LoraConfig(r=asked.get("lora"))
+    model_config = ModelConfig("tiny", "gymexp/assets/tiny", dtype=asked.get("dtype", "float32"), lora=lora)
+    config = RunConfig(model=model_config, env={"e": EnvConfig("c", "a")}, trainer=asked["trainer"])
+    saved = directory / "checkpoints"
+    args = arguments.build(config, saved, "sharded")
+    model, tokenizer = load_model(model_config), load_tokenizer(model_config)
+    prepared = Prepared([Task(f"t{i}", "e", "a", {}) for i in range(64)], {}, {})
+    rollouts: Any = MadeUp()
+    trainer = PolicyTrainer(config, args, model, tokenizer, prepared, rollouts, saved)
+    trainer.add_callback(StopAt(steps))
+
+    def send() -> None:
+        weights = {name: tensor.cpu().clone() for name, tensor in trainer.named_weights()}
+        if trainer.accelerator.is_main_process:
+            save_file(weights, directory / f"sent-{trainer.state.global_step}.safetensors")
+
+    resume = checkpoints.latest(saved)
+    if resume is None:
+        send()  # as the evaluation before training does
+    trainer.go_on_from(resume)
+    send()
+    trainer.save_now()
+    trainer.save_policy(directory)
+    if trainer.accelerator.is_main_process:
+        (directory / "logprobs.json").write_text(json.dumps(rollouts.logprobs))
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""The policy spread over two ranks trains as a whole one does. FSDP2 and DeepSpeed are real, on CPUs."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from gymexp.config import EnvConfig, RunConfig
+from gymexp.errors import ConfigError
+from gymexp.run.placement import Placement
+from gymexp.training import sharding
+
+ROOT = Path(__file__).parent.parent.parent
+PATIENCE_S = 200
+TRAINER = {
+    "logging_steps": 1,
+    "max_steps": 2,
+    "save_steps": 1,
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 2,
+    "num_generations": 4,
+    "learning_rate": 1e-3,
+    "warmup_steps": 0,
+}
+ZERO_3 = {"deepspeed": {"zero_optimization": {"stage": 3}}}
+with_deepspeed = pytest.mark.skipif(not importlib.util.find_spec("deepspeed"), reason="needs deepspeed")
+
+
+def train(directory: Path, until: int, trainer: dict, **more: object) -> None:
+    """Two ranks, up to step `until`, from the newest checkpoint."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    asked = json.dumps({"trainer": TRAINER | trainer} | more)
+    common = {
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    common |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
+    logs = [directory / f"rank{rank}.log" for rank in range(2)]
+    ranks = []
+    for rank, log in enumerate(logs):
+        command = [
+            sys.executable,
+            ROOT / "tests" / "training" / "sharded_rank.py",
+            asked,
+            directory,
+            str(until),
+        ]
+        env = os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        with log.open("w") as out:
+            ranks.append(subprocess.Popen(command, stdout=out, stderr=out, cwd=ROOT, env=env))
+    try:
+        codes = [rank.wait(PATIENCE_S) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert codes == [0, 0], "\n".join(log.read_text()[-3000:] for log in logs)
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory) -> Callable[[bool], Path]:
+    """What two ranks that each hold everything come to."""
+    made: dict[bool, Path] = {}
+
+    def make(lora: bool) -> Path:
+        if lora not in made:
+            made[lora] = tmp_path_factory.mktemp("whole")
+            train(made[lora], 2, {}, lora=4 if lora else None)
+        return made[lora]
+
+    return make
+
+
+def differ(one: Path, other: Path) -> float:
+    """The largest difference of a weight; both have the same names and shapes."""
+    ours, theirs = load_file(one), load_file(other)
+    assert {name: t.shape for name, t in ours.items()} == {name: t.shape for name, t in theirs.items()}
+    return max((ours[name] - theirs[name]).abs().max().item() for name in ours)
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["all", "adapter"])
+@pytest.mark.parametrize(
+    "trainer", [{"fsdp": True}, pytest.param(ZERO_3, marks=with_deepspeed)], ids=["fsdp", "zero3"]
+)
+def test_shards_train_go_on_from_a_checkpoint_and_end_as_a_whole_policy_does(tmp_path, whole, trainer, lora):
+    expected = whole(lora)
+    rank = 4 if lora else None
+    train(tmp_path, 1, trainer, lora=rank)
+    checkpoint = tmp_path / "checkpoints" / "checkpoint-1"
+    assert not (checkpoint / "model.safetensors").exists(), "the shards are enough"
+    sealed = json.loads((checkpoint / "complete.json").read_text())
+    assert any("0" in name and "model" in name for name in sealed) and any("optim" in name for name in sealed)
+    train(tmp_path, 2, trainer, lora=rank)
+    assert differ(tmp_path / "sent-0.safetensors", expected / "sent-0.safetensors") == 0
+    assert differ(tmp_path / "sent-0.safetensors", tmp_path / "sent-2.safetensors") > 1e-3
+    for name in ("sent-2.safetensors", "model/model.safetensors"):
+        assert differ(tmp_path / name, expected / name) < 1e-4
+    if lora:
+        name = "adapter/adapter_model.safetensors"
+        assert differ(tmp_path / name, expected / name) < 1e-4
+    said = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert said == json.loads((expected / "model" / "config.json").read_text())
+
+
+def test_log_probabilities_of_a_bfloat16_policy_in_shards_are_not_rounded_to_it(tmp_path):
+    train(tmp_path, 1, {"fsdp": True, "max_steps": 1}, dtype="bfloat16")
+    logprobs = torch.tensor(json.loads((tmp_path / "logprobs.json").read_text()))
+    assert (logprobs != logprobs.bfloat16().float()).float().mean() > 0.5
+
+
+def placed(engine: str, num_gpus: int) -> Placement:
+    return Placement(engine, [str(i) for i in range(num_gpus)], [])
+
+
+def configured(**trainer) -> RunConfig:
+    return RunConfig(env={"e": EnvConfig("c", "a")}, trainer=trainer)
+
+
+@pytest.mark.parametrize(
+    ("engine", "num_gpus", "said"),
+    [
+        ("hf", 1, r"trainer\.fsdp shards .* engine=hf samples .* say engine=vllm"),
+        ("vllm", 1, r"trainer\.fsdp must be left out where fewer than two GPUs train \(1 here\), got True"),
+        ("vllm", 0, r"fewer than two GPUs train \(0 here\)"),
+    ],
+)
+def test_what_cannot_be_sharded_is_said_before_anything_starts(engine, num_gpus, said):
+    with pytest.raises(ConfigError, match=said):
+        sharding.check(configured(fsdp=True), placed(engine, num_gpus))
+    sharding.check(configured(fsdp=True), placed("vllm", 2))
+    sharding.check(configured(), placed(engine, num_gpus))
+
+
+def test_a_stage_is_enough_of_deepspeeds_configuration_and_what_is_given_stays():
+    config = sharding.complete({"deepspeed": {"zero_optimization": {"stage": 2}}, "beta": 0})["deepspeed"]
+    assert config["zero_optimization"] == {"stage": 2} | dict.fromkeys(sharding._AUTO_ZERO, "auto")
+    assert config["bf16"] == {"enabled": "auto"} and config["train_batch_size"] == "auto"
+    given = {"zero_optimization": {"stage": 3, "reduce_bucket_size": 5}, "gradient_clipping": 2.0}
+    config = sharding.complete({"deepspeed": given})["deepspeed"]
+    assert config["zero_optimization"]["reduce_bucket_size"] == 5 and config["gradient_clipping"] == 2.0
+    assert sharding.complete({"deepspeed": "zero.json"}) == {"deepspeed": "zero.json"}
+
+
+def test_fsdp_saves_shards_unless_told_otherwise():
+    assert sharding.complete({"fsdp": True})["fsdp_config"] == {"state_dict_type": "SHARDED_STATE_DICT"}
+    given = {"state_dict_type": "FULL_STATE_DICT", "reshard_after_forward": False}
+    assert sharding.complete({"fsdp": True, "fsdp_config": given})["fsdp_config"] == given
+    assert sharding.complete({"beta": 0}) == {"beta": 0}
