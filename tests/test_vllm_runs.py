@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import signal
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import pytest
 from vllm_cpu import ensure_vllm
-from whole_run import BATCH, STEPS
+from whole_run import BATCH, STEPS, Run
 
 from gymexp.run.directory import cache_dir
 
@@ -37,45 +40,64 @@ def vllm(vllm_python, monkeypatch) -> list[str]:
     return ["engine=vllm", f"engine.python='{vllm_python}'", "engine.args.enforce_eager=true"]
 
 
-@pytest.mark.parametrize("trained", ["all", "adapter"])
-def test_a_run_samples_from_vllm_with_the_trainers_weights_of_each_step(started, gym_python, vllm, trained):
-    lora = ["model.lora.r=4", "trainer.learning_rate=1e-2"] if trained == "adapter" else []
-    changes = ["rollout.drift_every=1", "rollout.max_drift=3e-4", "trainer.max_steps=3"]
-    changes += ["trainer.warmup_steps=0", "evaluation.num_tasks=2", "evaluation.every_steps=0"]
-    changes += ["evaluation.before=false"]
-    run = started(f"vllm_{trained}", *vllm, *changes, *lora)
+CHANGES = ["rollout.drift_every=1", "rollout.max_drift=3e-4", "trainer.max_steps=3", "trainer.warmup_steps=0"]
+
+
+def check(run: Run) -> None:
+    """Three steps, every rollout played, with weights that went round exactly."""
     assert run.ended() == 0, run.said
-    drifts = [entry["drift"] for entry in run.metrics() if "drift" in entry]
-    assert len(drifts) == 3, "before the first update and after each"
-    assert max(drifts) < 3e-4
-    for entry in run.metrics():
-        if "loss" in entry:
-            assert entry["sudoku/failed"] == entry["workplace/failed"] == 0
-            assert entry["workplace/turns"] > 1, "tool results came back, and the prompts went on exactly"
-            assert (entry["time/sync"] > 0) == (entry["step"] > 1)
-            assert 0.99 < entry["sampling/importance_sampling_ratio/mean"] < 1.01
+    entries = [entry for entry in run.metrics() if "loss" in entry]
+    assert len(entries) == 3
+    for entry in entries:
+        assert entry["drift"] < 3e-4, "before the first update and after each"
+        assert entry["sudoku/failed"] == entry["workplace/failed"] == 0
+        assert entry["sudoku/token_mismatches"] == entry["workplace/token_mismatches"] == 0
+        assert entry["workplace/turns"] > 1, "tool results came back, and the prompts went on exactly"
+        assert (entry["time/sync"] > 0) == (entry["step"] > 1)
+        assert 0.99 < entry["sampling/importance_sampling_ratio/mean"] < 1.01
     assert run.left() == []
     assert not (run.directory / "weights").exists(), "what weights were sent through is cleared away"
+
+
+def aborted(engine_url: str) -> float:
+    """Requests that vLLM gave up because nobody waited for them any more."""
+    with urllib.request.urlopen(f"{engine_url}/metrics", timeout=10) as response:
+        counts = re.findall(
+            r'request_success_total\{.*finished_reason="abort".*\} ([0-9.]+)', response.read().decode()
+        )
+    return sum(map(float, counts))
+
+
+def test_an_adapter_is_trained_on_what_vllm_samples_and_a_client_that_hangs_up_frees_it(
+    started, gym_python, vllm
+):
+    lora = ["model.lora.r=4", "trainer.learning_rate=1e-2"]
+    run = started("vllm", *vllm, *CHANGES, *lora, "evaluation.num_tasks=2", "evaluation.before=false")
+    run.wait_for_step(1)
+    services = json.loads((run.directory / "services.json").read_text())
+    (engine_url,) = services["engine_urls"]
+    assert aborted(engine_url) == 0
+    # So hot that no token is likelier than another: it would go on for thousands of them.
+    body = {"model": "policy", "temperature": 1000.0, "messages": [{"role": "user", "content": "."}]}
+    request = urllib.request.Request(
+        f"{services['gateway_url']}/v1/chat/completions", json.dumps(body).encode()
+    )
+    with pytest.raises(TimeoutError):
+        urllib.request.urlopen(request, timeout=1)
+    run.wait_for(lambda: aborted(engine_url) == 1)
+    check(run)
 
 
 def test_a_vllm_that_dies_while_it_samples_comes_back_with_the_policys_weights_and_no_rollout_is_lost(
     started, gym_python, vllm
 ):
-    changes = ["rollout.drift_every=1", "rollout.max_drift=3e-4", "trainer.max_steps=3"]
-    changes += ["trainer.warmup_steps=0", "evaluation.before=false", "evaluation.after=false"]
-    run = started("vllm_killed", *vllm, *changes)
+    run = started("vllm_killed", *vllm, *CHANGES, "evaluation.before=false", "evaluation.after=false")
     run.wait_for(lambda: 1 in run.steps() and run.status().get("in_flight"))
     engine = next(p for p in run.left() if "EngineCore" in "".join(p.cmdline()))
     engine.kill()
-    assert run.ended() == 0, run.said
+    check(run)
     assert "vllm-0 exited with code" in run.said and "starting it again" in run.said
     assert "is back, with the weights of step 1" in (run.directory / "logs" / "trainer.log").read_text()
-    entries = [entry for entry in run.metrics() if "loss" in entry]
-    assert len(entries) == 3
-    for entry in entries:
-        assert entry["sudoku/failed"] == entry["workplace/failed"] == 0
-        assert entry["drift"] < 3e-4, "what was sampled after the restart is of the trained weights"
-    assert run.left() == []
 
 
 @pytest.fixture

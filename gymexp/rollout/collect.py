@@ -25,7 +25,7 @@ from gymexp.config import EnvConfig, RolloutConfig
 from gymexp.errors import RolloutError, ServiceError
 from gymexp.gym.client import RolloutFailure, Sampling, play
 from gymexp.gym.servers import Replica
-from gymexp.rollout.outcome import Failed, Outcome, Played, Task, task_of
+from gymexp.rollout.outcome import Cause, Failed, Outcome, Played, Task, task_of
 
 log = logging.getLogger(__name__)
 _AFTER_FAILURE_S = 0.3
@@ -255,7 +255,7 @@ class Collector:
                     progress.done += 1
                     progress.failed += 1
                     last = failures[-1]
-                    causes = [failure.cause for failure in failures]
+                    causes: list[Cause] = [failure.cause for failure in failures]
                     return Failed(task, last.cause, last.detail, self._log_for(seat, last), causes)
                 progress.retried += 1
                 await asyncio.sleep(_AFTER_FAILURE_S)

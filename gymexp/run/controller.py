@@ -17,11 +17,13 @@ import contextlib
 import dataclasses
 import json
 import logging
+import math
 import os
 import shlex
 import signal
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,7 @@ from gymexp.view.progress import View
 
 log = logging.getLogger(__name__)
 _STATUS_S = 1.0
+_SAVING_S = 120.0  # for a trainer's last checkpoint, once a service has failed
 _LAST_WORDS_S = 5.0  # for the first rank to say why it ends, once another one has failed
 
 
@@ -231,24 +234,16 @@ class Controller:
 
         Raises ServiceError for the rank that failed first, unless the first rank has said what was wrong.
         """
-        first = self._ranks[0]
-        while first.epoch == 0 and not any(rank.exit_code for rank in self._ranks):
-            await asyncio.sleep(0.05)
-        until = time.monotonic() + _LAST_WORDS_S
-        while any(rank.exit_code for rank in self._ranks) and time.monotonic() < until:
-            if all(rank.epoch for rank in self._ranks):
-                break
-            await asyncio.sleep(0.05)
-        failed = [rank for rank in self._ranks if rank.exit_code]
+        ranks = self._ranks
+        await _until(lambda: ranks[0].epoch or any(rank.exit_code for rank in ranks))
+        if any(rank.exit_code for rank in ranks):
+            await _until(lambda: all(rank.epoch for rank in ranks), _LAST_WORDS_S)
+        failed = [rank for rank in ranks if rank.exit_code]
         if failed and not self._result_path.exists():
             rank = min(failed, key=lambda rank: rank.ended_at)
             raise ServiceError(
                 f"{rank.name} {ended(rank.exit_code or 0)}. The end of {rank.log}:\n{last_lines(rank.log)}"
             )
-
-    async def _first_ended(self) -> None:
-        while self._ranks[0].epoch == 0:
-            await asyncio.sleep(0.05)
 
     async def _cause(self, error: BaseException) -> BaseException:
         """A trainer that still runs gets to save a checkpoint; one that failed may have said why."""
@@ -257,8 +252,7 @@ class Controller:
             self._view.say("a service failed: saving a checkpoint before the end")
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._first_ended(), 120)
+            await _until(lambda: self._ranks[0].epoch, _SAVING_S)
             return error
         said = self._result().get("error")
         return ServiceError(said) if said else error
@@ -342,3 +336,9 @@ class Controller:
         while True:
             self._write_status(supervisor)
             await asyncio.sleep(_STATUS_S)
+
+
+async def _until(holds: Callable[[], object], timeout_s: float = math.inf) -> None:
+    until = time.monotonic() + timeout_s
+    while not holds() and time.monotonic() < until:
+        await asyncio.sleep(0.05)

@@ -24,6 +24,11 @@ from gymexp.run.directory import RunDirectory, replace_file
 from gymexp.run.lifeline import die_with_parent
 
 log = logging.getLogger(__name__)
+_OUT_OF_MEMORY = (
+    "the trainer's GPU has too little memory for a micro-batch: halve trainer.per_device_train_batch_size "
+    "and double trainer.gradient_accumulation_steps, leave trainer.gradient_checkpointing on, train "
+    "an adapter (model.lora.r=16), or spread the policy over more GPUs (trainer.fsdp=true)"
+)
 
 
 def main() -> None:
@@ -37,7 +42,12 @@ def main() -> None:
     main_rank = _rank() == 0
     try:
         result = work(run, from_yaml(run.config), asked)
-    except GymexpError as error:
+    except (GymexpError, RuntimeError) as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, and not imported yet
+            log.exception("out of memory")
+            error = GymexpError(f"{_OUT_OF_MEMORY}. torch says: {error}")
+        elif not isinstance(error, GymexpError):
+            raise
         if main_rank:
             replace_file(run.path / "result.json", json.dumps({"error": str(error)}))
         log.error("%s", error)
