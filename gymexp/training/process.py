@@ -16,12 +16,17 @@ import sys
 import threading
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gymexp.config import RunConfig, from_yaml
 from gymexp.errors import GymexpError
 from gymexp.run.directory import RunDirectory, replace_file
 from gymexp.run.lifeline import die_with_parent
+
+if TYPE_CHECKING:
+    from gymexp.rollout.collect import Collector
+    from gymexp.training.callbacks import Evaluation, Teller
+    from gymexp.training.trainer import PolicyTrainer
 
 log = logging.getLogger(__name__)
 _OUT_OF_MEMORY = (
@@ -75,11 +80,9 @@ def work(run: RunDirectory, config: RunConfig, asked: threading.Event) -> dict[s
     import torch
 
     from gymexp.data.prepare import load_prepared
-    from gymexp.gym.servers import Replica
     from gymexp.policy.model import load_model, load_tokenizer
-    from gymexp.rollout.collect import Collector, Stopped
     from gymexp.training import arguments, checkpoints
-    from gymexp.training.callbacks import EndWhenAsked, Evaluation, MetricsFile, Steps, Teller, summary
+    from gymexp.training.callbacks import EndWhenAsked, Evaluation, MetricsFile, Steps, Teller
     from gymexp.training.engine import VLLMSampling, join_vllm, serve_hf
     from gymexp.training.rollouts import Rollouts
     from gymexp.training.trainer import PolicyTrainer
@@ -92,10 +95,10 @@ def work(run: RunDirectory, config: RunConfig, asked: threading.Event) -> dict[s
     args = arguments.build(config, run.checkpoints, f"{config.name} {run.path.name}")
     model = load_model(config.model)
     device = torch.device("cuda", _rank("LOCAL_RANK")) if torch.cuda.is_available() else torch.device("cpu")
+    collector = None
     with ExitStack() as stack:
         if main_rank:
             _open_tracker(config, run, stack)
-        collector = None
         if services["engine"] == "hf":
             torch.nn.Module.to(model, device)  # else the trainer moves it, or shards it from where it is
             engine = serve_hf(config, model, tokenizer, services["engine_fd"], stack)
@@ -103,18 +106,8 @@ def work(run: RunDirectory, config: RunConfig, asked: threading.Event) -> dict[s
             teller.tell(phase="load vLLM")
             engine = join_vllm(config, run, services, _rank(), device, asked, stack)
         if main_rank:
-            replicas = {name: [Replica(**r) for r in some] for name, some in services["replicas"].items()}
-            collector = Collector(
-                replicas,
-                config.env,
-                config.rollout,
-                model.get_input_embeddings().num_embeddings,  # pyright: ignore
-                services["control_url"],
-                teller.progress,
-            )
-            stack.callback(collector.close)
-            threading.Thread(target=lambda: (asked.wait(), collector.stop()), daemon=True).start()
-
+            vocab_size: int = model.get_input_embeddings().num_embeddings  # pyright: ignore
+            collector = _open_collector(config, services, vocab_size, teller, asked, stack)
         tasks = {t.key: t for some in (prepared.train, *prepared.validation.values()) for t in some}
         rollouts = Rollouts(config, collector, tasks, run.rollouts, engine)
         trainer = PolicyTrainer(config, args, model, tokenizer, prepared, rollouts, run.checkpoints)
@@ -130,26 +123,56 @@ def work(run: RunDirectory, config: RunConfig, asked: threading.Event) -> dict[s
         for callback in (Steps(teller), evaluation, ending):
             trainer.add_callback(callback)
 
-        before: dict[str, float] = _remembered(run)
-        after: dict[str, float] = {}
-        try:
-            if config.evaluation.before and not resume:
-                before = evaluation.run(0)
-                if main_rank:
-                    replace_file(run.path / "before.json", json.dumps(before))
-            trainer.go_on_from(resume)
-            if not trainer.stopped and config.evaluation.after:
-                after = evaluation.run(trainer.state.global_step)
-        except Stopped:
-            trainer.stopped = True
-        stopped = trainer.stopped
-        if stopped:
-            log.info("asked to end after step %d", trainer.state.global_step)
+        held_out = _train(trainer, evaluation, config, run, resume)
         teller.tell(phase="save")
         trainer.save_now()
-        if not stopped:
+        if not trainer.stopped:
             trainer.save_policy(run.path)
-        return {"step": trainer.state.global_step, "stopped": stopped, "held_out": summary(before, after)}
+        return {"step": trainer.state.global_step, "stopped": trainer.stopped, "held_out": held_out}
+
+
+def _open_collector(
+    config: RunConfig,
+    services: dict[str, Any],
+    vocab_size: int,
+    teller: Teller,
+    asked: threading.Event,
+    stack: ExitStack,
+) -> Collector:
+    """It stops once the run is asked to end."""
+    from gymexp.gym.servers import Replica
+    from gymexp.rollout.collect import Collector
+
+    replicas = {name: [Replica(**r) for r in some] for name, some in services["replicas"].items()}
+    control_url = services["control_url"]
+    collector = Collector(replicas, config.env, config.rollout, vocab_size, control_url, teller.progress)
+    stack.callback(collector.close)
+    threading.Thread(target=lambda: (asked.wait(), collector.stop()), daemon=True).start()
+    return collector
+
+
+def _train(
+    trainer: PolicyTrainer, evaluation: Evaluation, config: RunConfig, run: RunDirectory, resume: Path | None
+) -> dict[str, Any]:
+    """Train, held-out tasks before and after; returns what result.json says of these."""
+    from gymexp.rollout.collect import Stopped
+    from gymexp.training.callbacks import summary
+
+    before: dict[str, float] = _remembered(run)
+    after: dict[str, float] = {}
+    try:
+        if config.evaluation.before and not resume:
+            before = evaluation.run(0)
+            if _rank() == 0:
+                replace_file(run.path / "before.json", json.dumps(before))
+        trainer.go_on_from(resume)
+        if not trainer.stopped and config.evaluation.after:
+            after = evaluation.run(trainer.state.global_step)
+    except Stopped:
+        trainer.stopped = True
+    if trainer.stopped:
+        log.info("asked to end after step %d", trainer.state.global_step)
+    return summary(before, after)
 
 
 def _remembered(run: RunDirectory) -> dict[str, float]:
