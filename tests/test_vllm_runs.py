@@ -100,6 +100,7 @@ def two_ranks(vllm, monkeypatch) -> list[str]:
     return [*vllm, *changes, "evaluation.before=false", "evaluation.after=false"]
 
 
+@pytest.mark.ranks
 def test_two_ranks_train_as_one_end_with_a_checkpoint_when_asked_and_go_on(started, gym_python, two_ranks):
     run = started("ranks", *two_ranks)
     run.wait_for_step(1)
@@ -115,6 +116,7 @@ def test_two_ranks_train_as_one_end_with_a_checkpoint_when_asked_and_go_on(start
     assert resumed.left() == []
 
 
+@pytest.mark.ranks
 def test_a_rank_that_dies_ends_the_run_with_its_name(started, gym_python, two_ranks):
     run = started("dead_rank", *two_ranks, "trainer.max_steps=100")
     run.wait_for_step(1)
