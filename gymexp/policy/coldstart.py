@@ -246,5 +246,5 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, output: Pat
 
     from gymexp.policy.model import save_policy
 
-    weights = {name: tensor.detach().to("cpu", torch.float16) for name, tensor in model.state_dict().items()}
+    weights = {name: tensor.detach().to("cpu", torch.float16) for name, tensor in model.named_parameters()}
     save_policy(model, weights, tokenizer, output)
