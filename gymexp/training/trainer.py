@@ -342,6 +342,8 @@ class PolicyTrainer(GRPOTrainer):
                 policy = policy.unload()
         if main:
             save_policy(policy, weights, self._tokenizer, run / "model")
+        # Gathering on a GPU is only enqueued: a rank that ended here would leave the first one waiting.
+        self.accelerator.wait_for_everyone()
 
     def save_now(self) -> None:
         """A checkpoint of the last finished step, unless it is there already."""
