@@ -167,6 +167,16 @@ class EvaluationConfig:
 
 
 @dataclass
+class CheckpointConfig:
+    """Which checkpoints stay. `trainer.save_steps` says when one is written; once it is whole, those that
+    none of these keys keeps are deleted. The newest always stays: a run goes on from it."""
+
+    keep_last: int | None = None  # the newest so many; None: all
+    keep_best: int = 0  # and so many with the highest held-out reward, the mean over environments
+    keep_every: int | None = None  # and those of every so many steps
+
+
+@dataclass
 class TrackerConfig:
     """Where metrics go besides `metrics.jsonl`."""
 
@@ -213,6 +223,7 @@ class RunConfig:
     gym: GymConfig = field(default_factory=GymConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     launcher: LauncherConfig = field(default_factory=LauncherConfig)
 

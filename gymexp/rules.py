@@ -91,6 +91,7 @@ def problems_of(config: RunConfig) -> Iterator[str]:
     yield from _at_least("evaluation.every_steps", config.evaluation.every_steps, 0)
     yield from _at_least("evaluation.num_tasks", config.evaluation.num_tasks, 1)
     yield from _at_least("evaluation.temperature", config.evaluation.temperature, 0)
+    yield from _checkpoint_problems(config)
     yield from _one_of("tracker.kind", config.tracker.kind, ("none", "wandb", "trackio", "tensorboard"))
     yield from _one_of("tracker.mode", config.tracker.mode, (None, "online", "offline", "disabled"))
 
@@ -107,6 +108,27 @@ def _launcher_problems(launcher: LauncherConfig) -> Iterator[str]:
     yield from _at_least("launcher.gpus", launcher.gpus, 0)
     yield from _at_least("launcher.cpus", launcher.cpus, 1)
     yield from _at_least("launcher.array_parallelism", launcher.array_parallelism, 1)
+
+
+def _checkpoint_problems(config: RunConfig) -> Iterator[str]:
+    checkpoint = config.checkpoint
+    yield from _at_least("checkpoint.keep_last", checkpoint.keep_last, 1)
+    yield from _at_least("checkpoint.keep_best", checkpoint.keep_best, 0)
+    yield from _at_least("checkpoint.keep_every", checkpoint.keep_every, 1)
+    for key in ("keep_best", "keep_every"):
+        if getattr(checkpoint, key) and checkpoint.keep_last is None:
+            yield f"checkpoint.keep_last must be set with checkpoint.{key}, got None, which keeps all"
+    if checkpoint.keep_best < 1:
+        return
+    every, save = config.evaluation.every_steps, config.trainer.get("save_steps", 500)
+    strategy = config.trainer.get("save_strategy", "steps")
+    if strategy != "steps":
+        yield f"trainer.save_strategy must be steps with checkpoint.keep_best, got {strategy!r}"
+    elif not isinstance(save, int) or every < 1 or (save % every and every % save):
+        yield (
+            "checkpoint.keep_best compares checkpoints of steps that were evaluated: evaluation.every_steps "
+            f"must divide trainer.save_steps, or be a multiple of it, got {every} and {save!r}"
+        )
 
 
 def _lora_problems(lora: LoraConfig) -> Iterator[str]:

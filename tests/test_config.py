@@ -174,6 +174,12 @@ def test_every_sweep_composes_and_every_point_of_it_loads(name):
         ("rollout.max_failed_share=2", r"rollout\.max_failed_share must be between 0 and 1, got 2\.0"),
         ("env.sudoku.data.source=s3", r"env\.sudoku\.data\.source must be one of .*got 's3'"),
         ("gym.runtime=cli", r"gym\.checkout must name"),
+        ("checkpoint.keep_last=0", r"checkpoint\.keep_last must be >= 1, got 0"),
+        ("checkpoint.keep_every=100", r"checkpoint\.keep_last must be set with checkpoint\.keep_every"),
+        (
+            "checkpoint={keep_last:1,keep_best:1}",
+            r"evaluation\.every_steps must divide trainer\.save_steps, or be .*, got 0 and 500",
+        ),
         ("model.lora.r=0", r"model\.lora\.r must be >= 1, got 0"),
         ("model.lora.lora_dropout=1", r"model\.lora\.lora_dropout must be >= 0 and below 1, got 1\.0"),
         (
@@ -189,6 +195,19 @@ def test_every_sweep_composes_and_every_point_of_it_loads(name):
 def test_a_broken_rule_is_named_with_key_and_value(override, said):
     with pytest.raises(ConfigError, match=said):
         load(composed(override))
+
+
+@pytest.mark.parametrize(("save", "evaluate", "fits"), [(20, 10, True), (10, 20, True), (20, 15, False)])
+def test_the_best_checkpoint_needs_evaluations_at_steps_with_one(save, evaluate, fits):
+    said = [f"trainer.save_steps={save}", f"evaluation.every_steps={evaluate}"]
+    said += ["checkpoint.keep_last=1", "checkpoint.keep_best=1"]
+    if fits:
+        assert load(composed(*said)).checkpoint.keep_best == 1
+    else:
+        with pytest.raises(
+            ConfigError, match=rf"must divide trainer\.save_steps.* got {evaluate} and {save}"
+        ):
+            load(composed(*said))
 
 
 def test_all_broken_rules_come_in_one_message():

@@ -34,7 +34,8 @@ pytestmark = [
 @pytest.fixture(scope="session")
 def pair(folder: Path, gym_python: Path) -> Iterator[tuple[Run, Run]]:
     """Two runs of the same configuration, started at the same moment, both ended."""
-    runs = Run(folder / "one"), Run(folder / "two")
+    kept = ("checkpoint.keep_last=1", "checkpoint.keep_best=1")
+    runs = Run(folder / "one", *kept), Run(folder / "two", *kept)
     try:
         for run in runs:
             run.ended()
@@ -106,12 +107,19 @@ def test_every_rollout_is_kept_with_its_tokens_and_reads_back(pair):
     assert len(run.rollouts("eval-000000")) == 8
 
 
-def test_checkpoints_are_whole_and_the_final_weights_are_there(pair):
-    run = pair[0]
-    found = sorted((run.directory / "checkpoints").glob("checkpoint-*"), key=checkpoints.step_of)
-    assert [checkpoints.step_of(path) for path in found] == [2, 4]
-    assert all(checkpoints.whole(path) for path in found)
-    assert (run.directory / "model" / "model.safetensors").exists()
+def test_the_last_and_the_best_checkpoint_stay_and_the_final_weights_are_there(pair):
+    for run in pair:
+        rewards = {
+            entry["step"]: entry["eval_sudoku/reward"] + entry["eval_workplace/reward"]
+            for entry in run.metrics()
+            if "eval_seconds" in entry and entry["step"]
+        }
+        best = max(rewards, key=lambda step: (rewards[step], step))
+        directory = run.directory / "checkpoints"
+        assert {p.name for p in directory.iterdir()} == {"best", f"checkpoint-{best}", f"checkpoint-{STEPS}"}
+        assert os.readlink(directory / "best") == f"checkpoint-{best}"
+        assert all(checkpoints.whole(path) for path in directory.glob("checkpoint-*"))
+        assert (run.directory / "model" / "model.safetensors").exists()
 
 
 def test_the_same_configuration_plays_the_same_tasks_and_samples_the_same_first_tokens(pair):

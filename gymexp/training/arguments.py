@@ -48,6 +48,8 @@ _OWNED = {
     "fp16": "model.dtype",
     "use_transformers_continuous_batching": "engine",
     "resume_from_checkpoint": "resume",
+    "save_total_limit": "checkpoint.keep_last",
+    "load_best_model_at_end": "checkpoint.keep_best",
     "do_eval": "evaluation",
     "eval_strategy": "evaluation",
     "eval_steps": "evaluation.every_steps",

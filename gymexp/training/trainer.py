@@ -25,6 +25,7 @@ from gymexp.policy import lora
 from gymexp.policy.model import save_policy
 from gymexp.policy.weights import NamedTensors, TensorSpecs
 from gymexp.rollout.batch import Batch
+from gymexp.run.directory import RunDirectory
 from gymexp.training import checkpoints, padding
 from gymexp.training.engine import VLLMSampling
 from gymexp.training.rollouts import Rollouts, on_main_rank
@@ -325,6 +326,12 @@ class PolicyTrainer(GRPOTrainer):
         with checkpoints.writing(target) if self.accelerator.is_main_process else nullcontext():
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()  # every rank writes a part of what is sealed
+        self._prune()
+
+    def _prune(self) -> None:
+        if self.accelerator.is_main_process:
+            scores = checkpoints.read_scores(RunDirectory(self._directory.parent).metrics, self._config.env)
+            checkpoints.prune(self._directory, self._config.checkpoint, scores)
 
     def save_policy(self, run: Path) -> None:
         """The final weights, in `<run>/model`; with LoRA merged there, and the adapter in `<run>/adapter`.
@@ -346,8 +353,11 @@ class PolicyTrainer(GRPOTrainer):
         self.accelerator.wait_for_everyone()
 
     def save_now(self) -> None:
-        """A checkpoint of the last finished step, unless it is there already."""
+        """A checkpoint of the last finished step, unless it is there already, and which to keep by the last
+        evaluation."""
         target = self._directory / f"checkpoint-{self.state.global_step}"
         there = on_main_rank(self.accelerator, lambda: checkpoints.whole(target))
         if self.state.global_step and not there:
             self._save_checkpoint(self.model, None)
+        else:
+            self._prune()

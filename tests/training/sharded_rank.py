@@ -85,6 +85,7 @@ def main() -> None:
     path = asked.get("path", "gymexp/assets/tiny")
     model_config = ModelConfig("tiny", path, dtype=asked.get("dtype", "float32"), lora=lora)
     config = RunConfig(model=model_config, env={"e": EnvConfig("c", "a")}, trainer=asked["trainer"])
+    config.checkpoint.keep_last = 1
     saved = directory / "checkpoints"
     args = arguments.build(config, saved, "sharded")
     model, tokenizer = load_model(model_config), load_tokenizer(model_config)

@@ -39,6 +39,7 @@ def no_subprocess(monkeypatch):
         ),
         ({"output_dir": "x"}, r"trainer\.output_dir is set by gymexp: use output_dir"),
         ({"use_vllm": True}, r"trainer\.use_vllm is set by gymexp: use engine instead"),
+        ({"save_total_limit": 2}, r"trainer\.save_total_limit is set by gymexp: use checkpoint\.keep_last"),
         ({"report_to": "wandb"}, r"trainer\.report_to is set by gymexp: use tracker instead"),
         (
             {"num_generations": 6, "per_device_train_batch_size": 16},
