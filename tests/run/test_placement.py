@@ -4,14 +4,14 @@ import pytest
 
 from gymexp.config import EngineConfig, PlacementConfig, RunConfig
 from gymexp.errors import ConfigError
-from gymexp.run.placement import Placement, place, visible_gpus
+from gymexp.run.placement import Placement, Share, place, visible_gpus
 
 
 def placed(gpus: int, rollout=None, train=None, **engine) -> Placement:
     config = RunConfig(
         engine=EngineConfig(**({"kind": "vllm"} | engine)), placement=PlacementConfig(rollout, train)
     )
-    return place(config, [str(i) for i in range(gpus)])
+    return place(config, [[str(i) for i in range(gpus)]])
 
 
 @pytest.mark.parametrize(
@@ -28,30 +28,32 @@ def placed(gpus: int, rollout=None, train=None, **engine) -> Placement:
 )
 def test_sampling_gets_the_first_gpus_and_training_the_next(gpus, rollout, train, size, replicas, trains):
     placement = placed(gpus, rollout, train, tensor_parallel_size=size)
-    assert (placement.replica_gpus, placement.train_gpus) == (replicas, trains)
+    assert placement == Placement("vllm", [Share(0, trains)], [Share(0, some) for some in replicas])
     assert not placement.shared
 
 
 def test_a_single_gpu_does_both():
     placement = placed(1)
-    assert (placement.replica_gpus, placement.train_gpus, placement.shared) == ([["0"]], ["0"], True)
+    assert placement == Placement("vllm", [Share(0, ["0"])], [Share(0, ["0"])])
+    assert placement.shared
 
 
 def test_all_gpus_may_do_both():
     placement = placed(2, colocate=True)
-    assert (placement.replica_gpus, placement.train_gpus) == ([["0"], ["1"]], ["0", "1"])
+    assert placement == Placement("vllm", [Share(0, ["0", "1"])], [Share(0, ["0"]), Share(0, ["1"])])
+    assert placement.shared and placement.num_ranks == 2
 
 
 def test_without_a_gpu_there_is_one_replica_on_the_cpu():
-    assert placed(0) == Placement("vllm", [], [[]])
+    assert placed(0) == Placement("vllm", [Share(0, [])], [Share(0, [])])
 
 
 def test_servers_that_run_already_leave_every_gpu_to_choose_from_for_training():
-    assert placed(4, train=4, urls=["http://a:1"]) == Placement("vllm", ["0", "1", "2", "3"], [])
+    assert placed(4, train=4, urls=["http://a:1"]) == Placement("vllm", [Share(0, ["0", "1", "2", "3"])], [])
 
 
 def test_the_hf_engine_samples_where_the_trainer_is():
-    assert placed(2, kind="hf") == Placement("hf", ["0"], [])
+    assert placed(2, kind="hf") == Placement("hf", [Share(0, ["0"])], [])
 
 
 def test_auto_is_hf_where_no_gpu_is():
