@@ -7,6 +7,7 @@ python -m gymexp.train resume=outputs/<name>/<date_time>         a run that ende
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,22 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from gymexp import config as configuration
+from gymexp.config import RunConfig
 from gymexp.run.entry import hydra_main
 
 
 @hydra_main(config_name="train")
 def main(cfg: DictConfig) -> Any:
     config = configuration.load(cfg)
+    directory = Path(config.resume or config.output_dir or HydraConfig.get().runtime.output_dir)
+    return train(config, list(HydraConfig.get().overrides.task), directory.resolve())
 
+
+def train(config: RunConfig, overrides: Sequence[str], directory: Path) -> dict[str, Any]:
+    """One run in `directory`: a new one, or with `config.resume` on with the one that it holds.
+
+    overrides: what was said on the command line. Returns what the run's result.json says.
+    """
     from gymexp.data.prepare import load_prepared, prepare, write_prepared
     from gymexp.gym.install import ensure_python, site_packages
     from gymexp.policy import vllm
@@ -32,8 +42,7 @@ def main(cfg: DictConfig) -> Any:
     from gymexp.view.table import held_out_table
 
     view = View()
-    overrides = list(HydraConfig.get().overrides.task)
-    held = RunDirectory.reopen(Path(config.resume).resolve()) if config.resume else None
+    held = RunDirectory.reopen(directory) if config.resume else None
     if held:
         config = configuration.resumed(held.config, str(held.path))
         if ignored := [o for o in overrides if not o.startswith("resume=")]:
@@ -49,9 +58,9 @@ def main(cfg: DictConfig) -> Any:
     site = site_packages(python)
     if held is None:
         prepared = prepare(config, python, cache_dir(), view.say)
-        directory = Path(config.output_dir or HydraConfig.get().runtime.output_dir).resolve()
-        held = RunDirectory.claim(directory, config, overrides)
+        held = RunDirectory.claim(directory)
         write_prepared(prepared, held.data)
+        held.describe(config, overrides)
     with view:
         result = controller.run(config, held, python, site, placement, view)
     if result["held_out"]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -45,3 +47,15 @@ def started(folder: Path) -> Iterator[Callable[..., Run]]:
     yield start  # pytest comes back here after a failure too
     for run in runs:
         run.kill()
+
+
+@pytest.fixture(scope="session")
+def slurm() -> None:
+    """A Slurm cluster that answers; one of virtual nodes on loopback is started where there is none."""
+    if shutil.which("sinfo") and subprocess.run(["sinfo"], capture_output=True, check=False).returncode == 0:
+        return
+    if os.getuid() or not shutil.which("apt-get"):
+        pytest.skip("no Slurm cluster answers, and starting one takes root on Debian")
+    up = Path(__file__).parent / "slurm" / "cluster_up.sh"
+    started = subprocess.run([up], capture_output=True, text=True, check=False, timeout=300)
+    assert started.returncode == 0, started.stdout + started.stderr

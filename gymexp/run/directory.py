@@ -57,7 +57,11 @@ def append_line(path: Path, record: dict[str, Any]) -> None:
 
 class RunDirectory:
     """One run's directory, held by this process until it ends (an advisory lock, so that a crash leaves it
-    free)."""
+    free).
+
+    `claim`, then the tasks to `data`, then `describe`: a directory that has its config.yaml has all that a
+    run needs to go on.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -71,7 +75,7 @@ class RunDirectory:
         self.status = path / "status.json"
 
     @classmethod
-    def claim(cls, path: Path, config: RunConfig, overrides: Sequence[str]) -> RunDirectory:
+    def claim(cls, path: Path) -> RunDirectory:
         """Make a new run's directory. Raises RunDirectoryError if it holds a run already."""
         run = cls(path)
         if run.config.exists():
@@ -81,11 +85,14 @@ class RunDirectory:
         for directory in (run.logs, run.data, run.checkpoints, run.rollouts):
             directory.mkdir(parents=True, exist_ok=True)
         run._lock()
-        _snapshot(path / "code")
-        (path / "versions.txt").write_text(_versions())
-        (path / "overrides.yaml").write_text("".join(f"- {o}\n" for o in overrides))
-        replace_file(run.config, to_yaml(config))  # last: it is what makes this a run
         return run
+
+    def describe(self, config: RunConfig, overrides: Sequence[str]) -> None:
+        """Write down what is run. config.yaml is the last file: it is what makes this a run."""
+        snapshot(self.path / "code")
+        (self.path / "versions.txt").write_text(_versions())
+        (self.path / "overrides.yaml").write_text("".join(f"- {o}\n" for o in overrides))
+        replace_file(self.config, to_yaml(config))
 
     @classmethod
     def reopen(cls, path: Path) -> RunDirectory:
@@ -108,9 +115,16 @@ class RunDirectory:
         replace_file(self.status, json.dumps(status, indent=1) + "\n")
 
 
-def _snapshot(target: Path) -> None:
-    """The code and configuration that this run started with, and git's word on them."""
+def snapshot(target: Path) -> None:
+    """The code and configuration that this run started with, and git's word on them.
+
+    A job runs from its sweep's snapshot already, next to the run's own directory: a link says so.
+    """
     package = Path(gymexp.__file__).parent
+    if package.parent == target.parent.parent / "code":
+        target.unlink(missing_ok=True)
+        target.symlink_to(Path("..") / "code")
+        return
     skip = shutil.ignore_patterns("__pycache__", "assets", "machine")
     shutil.copytree(package, target / "gymexp", ignore=skip, dirs_exist_ok=True)
     shutil.copytree(CONF_DIR, target / "conf", ignore=skip, dirs_exist_ok=True)

@@ -12,7 +12,8 @@ CONFIG = RunConfig(model=ModelConfig(name="m", path="p"), env={"e": EnvConfig(co
 
 
 def test_a_claimed_directory_describes_the_run(tmp_path):
-    run = RunDirectory.claim(tmp_path / "run", CONFIG, ["env=[e]"])
+    run = RunDirectory.claim(tmp_path / "run")
+    run.describe(CONFIG, ["env=[e]"])
     assert "name: m" in run.config.read_text()
     assert (run.path / "overrides.yaml").read_text() == "- env=[e]\n"
     assert "trl" in (run.path / "versions.txt").read_text()
@@ -21,13 +22,14 @@ def test_a_claimed_directory_describes_the_run(tmp_path):
 
 
 def test_a_second_run_into_the_same_directory_is_refused(tmp_path):
-    RunDirectory.claim(tmp_path, CONFIG, [])
+    RunDirectory.claim(tmp_path).describe(CONFIG, [])
     with pytest.raises(RunDirectoryError, match=r"holds a run already.*resume="):
-        RunDirectory.claim(tmp_path, CONFIG, [])
+        RunDirectory.claim(tmp_path)
 
 
 def test_a_directory_whose_run_goes_on_cannot_be_resumed(tmp_path):
-    held = RunDirectory.claim(tmp_path, CONFIG, [])
+    held = RunDirectory.claim(tmp_path)
+    held.describe(CONFIG, [])
     with pytest.raises(RunDirectoryError, match="still going on"):
         RunDirectory.reopen(tmp_path)
     held._lock_file.close()
