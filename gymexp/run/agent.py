@@ -102,6 +102,8 @@ class Agent:
         """Do what the lead says until it says that this is all. Raises ServiceError if it is gone."""
         self._keep(self._tell_memory())
         async for message in self._connection:
+            if message.type is not aiohttp.WSMsgType.TEXT:  # silence, as an error
+                break
             if not await self._do(json.loads(message.data)):
                 return
         raise ServiceError("the lead is gone: it ended without a word, or was silent; all that ran here ends")

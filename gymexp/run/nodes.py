@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from aiohttp import web
+from aiohttp import WSMsgType, web
 
 from gymexp.errors import ConfigError, ServiceError
 from gymexp.run import ports
@@ -214,6 +214,8 @@ class RemoteNode:
         sending = asyncio.create_task(self._send())
         try:
             async for message in self.socket:
+                if message.type is not WSMsgType.TEXT:  # silence, as an error
+                    break
                 self._take(json.loads(message.data))
         finally:
             sending.cancel()
