@@ -222,7 +222,7 @@ class RemoteNode:
             self.lost = ServiceError(
                 f"node {self.name} is lost: its agent ended, or was silent for {1.5 * HEARTBEAT_S:.0f} s. "
                 "What ran there is gone. Slurm's log of the job may say why; resume the run without the node "
-                f"(sbatch --exclude={self.name})"
+                f"(Slurm's --exclude={self.name})"
             )
             for future in (*self._answers.values(), *(p.ended for p in self._processes.values())):
                 if not future.done():
