@@ -17,6 +17,10 @@ class ServiceError(GymexpError):
     """A process of the run (server, gateway, trainer) could not start, died too often, or hangs."""
 
 
+class NodeLost(ServiceError):
+    """A node of the run is gone, with all that ran there."""
+
+
 class RunDirectoryError(GymexpError):
     """The run directory is taken, or does not hold what a resumed run needs."""
 
@@ -32,3 +36,7 @@ class RolloutError(GymexpError):
 
 class DriftError(GymexpError):
     """The engine's and the trainer's log-probabilities of the same tokens differ by more than the bound."""
+
+
+class LaunchError(GymexpError):
+    """Slurm did not take a job, or jobs that it took have failed; each is named with its log."""

@@ -29,9 +29,10 @@ from typing import Any, Protocol
 
 from aiohttp import WSMsgType, web
 
-from gymexp.errors import ConfigError, ServiceError
+from gymexp.errors import ConfigError, NodeLost, ServiceError
 from gymexp.run import ports
 from gymexp.run.directory import replace_file
+from gymexp.run.placement import visible_gpus
 from gymexp.run.supervisor import Running, spawn
 
 log = logging.getLogger(__name__)
@@ -150,6 +151,14 @@ class LocalNode:
             sock.close()
 
 
+def this_node(count: int) -> tuple[LocalNode, Task | None]:
+    """This machine; and this process as the lead of so many nodes, where there are several."""
+    if count == 1:
+        return LocalNode([]), None
+    task = lead_of(count, read_task())
+    return LocalNode(visible_gpus(), task.node, ports.address_of(task.node)), task
+
+
 @dataclass
 class _RemoteProcess:
     """A process that an agent started."""
@@ -180,7 +189,7 @@ class RemoteNode:
     address: str
     gpus: list[str]
     socket: web.WebSocketResponse
-    lost: ServiceError | None = None
+    lost: NodeLost | None = None
     _ids: itertools.count[int] = field(default_factory=itertools.count)
     _answers: dict[int, asyncio.Future[Any]] = field(default_factory=dict)
     _processes: dict[int, _RemoteProcess] = field(default_factory=dict)
@@ -219,7 +228,7 @@ class RemoteNode:
                 self._take(json.loads(message.data))
         finally:
             sending.cancel()
-            self.lost = ServiceError(
+            self.lost = NodeLost(
                 f"node {self.name} is lost: its agent ended, or was silent for {1.5 * HEARTBEAT_S:.0f} s. "
                 "What ran there is gone. Slurm's log of the job may say why; resume the run without the node "
                 f"(Slurm's --exclude={self.name})"
@@ -344,7 +353,7 @@ class Nodes:
     async def close(self) -> None:
         """End the agents, and what they still run."""
         self._ending = True
-        announce(self._directory, self._task, error="its run is over")  # to those that have not joined
+        announce(self._directory, self._task, over="its run has ended")  # to those that have not joined
         for node in self._others.values():
             node.tell(do="end")
         with contextlib.suppress(TimeoutError):
@@ -355,7 +364,7 @@ class Nodes:
 
 
 def announce(directory: Path, task: Task, **said: str) -> None:
-    """Write `lead.json`: {"attempt", "url", "secret"}, or "error" where the lead has ended before."""
+    """Write `lead.json`: {"attempt", "url", "secret"}, or "over" in place of the last two."""
     replace_file(lead_file(directory), json.dumps({"attempt": task.attempt} | said), mode=0o600)
 
 

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import aiohttp
 import psutil
 
-from gymexp.errors import ServiceError
+from gymexp.errors import NodeLost, ServiceError
 from gymexp.run import lifeline
 
 log = logging.getLogger(__name__)
@@ -202,6 +202,7 @@ class Supervisor:
         self._on_change = on_change
         self._tasks: list[asyncio.Task[None]] = []
         self._closing = False
+        self._letting_go = False
         self._term_grace_s = _TERM_GRACE_S
         self._http: aiohttp.ClientSession | None = None
 
@@ -230,6 +231,11 @@ class Supervisor:
         if service.state == "ready" and service.running:
             self._set(service, "restarting")
             service.signal(signal.SIGKILL)
+
+    def let_go(self) -> None:
+        """From now on a service may end: it is not started again, and that is no failure. What asked the run
+        to end may have asked the service as well."""
+        self._letting_go = True
 
     def hurry(self) -> None:
         """Let `close`, now or later, wait for nobody's own end."""
@@ -279,7 +285,7 @@ class Supervisor:
                 service.epoch, service.exit_code = service.epoch + 1, code
                 service.ended_at = time.monotonic()
                 self._set(service, "down")
-                if self._closing or service.job:
+                if self._closing or self._letting_go or service.job:
                     return
                 if not asked:
                     service.failures += 1
@@ -304,7 +310,8 @@ class Supervisor:
 
     def fail(self, error: ServiceError) -> None:
         """Make it the run's end, unless another failure or the end came first."""
-        if not self._closing and not self.failed.done():
+        lets_go = self._letting_go and not isinstance(error, NodeLost)  # no signal of Slurm's does that
+        if not self._closing and not lets_go and not self.failed.done():
             self.failed.set_exception(error)
             self.failed.exception()  # looked at: asyncio need not say that nobody did
 
