@@ -88,27 +88,20 @@ class Run:
         self.wait_for(lambda: step in self.steps())
 
     def metrics(self) -> list[dict]:
-        path = self.directory / "metrics.jsonl"
-        if not path.exists():
-            return []
-        return [
-            json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")
-        ]
+        return metrics_of(self.directory)
 
     def status(self) -> dict:
         path = self.directory / "status.json"
         return json.loads(path.read_text()) if path.exists() else {}
 
     def steps(self) -> list[int]:
-        """Of the training steps that were logged."""
-        return [entry["step"] for entry in self.metrics() if "loss" in entry]
+        return steps_of(self.directory)
 
     def rollouts(self, name: str) -> list[dict]:
-        packed = (self.directory / "rollouts" / f"{name}.jsonl.zst").read_bytes()
-        return [orjson.loads(line) for line in zstandard.decompress(packed).splitlines()]
+        return rollouts_of(self.directory, name)
 
     def task_keys(self, step: int) -> list[str]:
-        return [(o.get("rollout") or o)["task"]["key"] for o in self.rollouts(f"step-{step:06d}")]
+        return task_keys_of(self.directory, step)
 
     def server(self, name: str) -> psutil.Process:
         """The process that writes the server's log."""
@@ -124,6 +117,28 @@ class Run:
             if isinstance(process, subprocess.Popen) or alive(process):
                 process.kill()
         self.process.wait()
+
+
+def metrics_of(run: Path) -> list[dict]:
+    """The whole lines of metrics.jsonl."""
+    path = run / "metrics.jsonl"
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def steps_of(run: Path) -> list[int]:
+    """The training steps that were logged."""
+    return [entry["step"] for entry in metrics_of(run) if "loss" in entry]
+
+
+def rollouts_of(run: Path, name: str) -> list[dict]:
+    packed = (run / "rollouts" / f"{name}.jsonl.zst").read_bytes()
+    return [orjson.loads(line) for line in zstandard.decompress(packed).splitlines()]
+
+
+def task_keys_of(run: Path, step: int) -> list[str]:
+    return [(o.get("rollout") or o)["task"]["key"] for o in rollouts_of(run, f"step-{step:06d}")]
 
 
 def alive(process: psutil.Process) -> bool:

@@ -83,7 +83,8 @@ def hydra_main(config_name: str, schema: type = RunConfig) -> Callable[[Job], Ca
         if completion.asks_for_it(sys.argv[1:]):
             return lambda: print(completion.script())
         register()
-        Plugins.instance().class_name_to_class[_SUBMITIT] = _slurm_launcher
+        plugins: Any = Plugins.instance()
+        plugins.class_name_to_class[_SUBMITIT] = _slurm_launcher
         # Hydra would print its own errors and exit; this lets them come here.
         os.environ.setdefault("HYDRA_FULL_ERROR", "1")
         log_to_terminal()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -72,13 +72,14 @@ def test_every_name_that_trl_knows_is_known():
 
 @pytest.fixture
 def constructed_by(monkeypatch):
-    """Stands in for the process that constructs GRPOConfig; says how often it was asked."""
-    asked: list[str] = []
+    """Stands in for the process that constructs GRPOConfigs; says what it was asked each time."""
+    asked: list[list[dict]] = []
 
-    def make(code: int, stdout: str = "", stderr: str = "") -> list[str]:
+    def make(code: int = 0, verdict: str = "", stderr: str = "") -> list[list[dict]]:
         def run(command, input, **_):
-            asked.append(input)
-            return subprocess.CompletedProcess(command, code, stdout, stderr)
+            asked.append(json.loads(input))
+            stdout = "a library's own words\n" + json.dumps([verdict] * len(asked[-1]))
+            return subprocess.CompletedProcess(command, code, "" if code else stdout, stderr)
 
         monkeypatch.setattr(subprocess, "run", run)
         return asked
@@ -87,7 +88,7 @@ def constructed_by(monkeypatch):
 
 
 def test_a_good_verdict_is_kept_for_the_same_values_and_versions(tmp_path, constructed_by):
-    asked = constructed_by(0)
+    asked = constructed_by()
     for _ in range(2):
         arguments.check(config(learning_rate=1e-6), tmp_path)
     assert len(asked) == 1
@@ -96,13 +97,19 @@ def test_a_good_verdict_is_kept_for_the_same_values_and_versions(tmp_path, const
 
 
 def test_a_bad_verdict_is_not_kept_and_says_what_trl_said(tmp_path, constructed_by):
-    asked = constructed_by(2, "The loss type is none\n")
+    asked = constructed_by(verdict="trainer: trl.GRPOConfig refuses it: The loss type is none")
     for _ in range(2):
-        with pytest.raises(
-            ConfigError, match=r"^trainer: trl\.GRPOConfig refuses it: The loss type is none$"
-        ):
+        with pytest.raises(ConfigError, match=r"^trainer: trl.GRPOConfig refuses it: The loss type is none$"):
             arguments.check(config(loss_type="none"), tmp_path)
     assert len(asked) == 2
+
+
+def test_many_configurations_are_asked_about_at_once_and_the_same_values_once(tmp_path, constructed_by):
+    asked = constructed_by(verdict="no")
+    rates = [config(learning_rate=rate) for rate in (1e-6, 2e-6, 1e-6)]
+    told = arguments.problems([*rates, config(seed=1)], tmp_path)
+    assert told[:3] == ["no"] * 3 and "trainer.seed is set by gymexp" in told[3]
+    assert [[one["trainer"]["learning_rate"] for one in some] for some in asked] == [[1e-6, 2e-6]]
 
 
 def test_a_constructor_that_breaks_shows_the_end_of_what_it_said(tmp_path, constructed_by):
@@ -114,29 +121,14 @@ def test_a_constructor_that_breaks_shows_the_end_of_what_it_said(tmp_path, const
 
 
 def construct(all_of_them: list[dict]) -> list[str]:
-    """What the checking process says of each, in one interpreter for all of them."""
-    code = (
-        "import io, json, sys\n"
-        "from gymexp.training import arguments\n"
-        f"for trainer in {all_of_them!r}:\n"
-        "    sys.stdin = io.StringIO(json.dumps({'trainer': trainer, 'dtype': 'float32'}))\n"
-        "    try:\n"
-        "        arguments._main()\n"
-        "        print('taken')\n"
-        "    except SystemExit as end:\n"
-        "        assert end.code == 2\n"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout.splitlines()
+    """What the checking process says of each; empty of what it takes."""
+    return arguments._construct_elsewhere([{"trainer": one, "dtype": "float32"} for one in all_of_them])
 
 
 def test_trl_itself_takes_the_good_and_refuses_the_bad():
     """TRL's constructor takes the words and types of the last five as they are, and fails minutes later."""
     said = {
-        "taken": {"learning_rate": 1e-6, "num_generations": 4, "scale_rewards": False, "beta": 0},
+        "": {"learning_rate": 1e-6, "num_generations": 4, "scale_rewards": False, "beta": 0},
         "cosinus is not a valid SchedulerType": {"lr_scheduler_type": "cosinus"},
         "'generation_batch_size' and 'steps_per_generation'": {
             "steps_per_generation": 2,
@@ -149,7 +141,7 @@ def test_trl_itself_takes_the_good_and_refuses_the_bad():
         "trainer.num_generations must be of type int | None, got True": {"num_generations": True},
     }
     for line, start in zip(construct(list(said.values())), said, strict=True):
-        assert start in line
+        assert start in line and bool(start) == bool(line)
 
 
 def test_trl_takes_every_experiment(tmp_path, constructed_by):
@@ -157,7 +149,7 @@ def test_trl_takes_every_experiment(tmp_path, constructed_by):
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
         composed = [compose("train", [f"experiment={name}"]) for name in options("experiment")]
     configs = [configuration.load(cfg) for cfg in composed]
-    assert construct([one.trainer for one in configs]) == ["taken"] * len(configs)
-    constructed_by(0)
+    assert construct([one.trainer for one in configs]) == [""] * len(configs)
+    constructed_by()
     for one in configs:
         arguments.check(one, tmp_path)  # names, and whole groups

@@ -1,0 +1,254 @@
+"""Real Slurm: sweeps that are frozen, fail by name, and outlive preemption, time limits, their submitter."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from itertools import product
+from pathlib import Path
+
+import psutil
+import pytest
+from whole_run import ROOT, steps_of, task_keys_of
+
+from gymexp.launch import watch
+
+pytestmark = pytest.mark.slurm
+PATIENCE_S = 420
+SMALL = [
+    "experiment=quickstart",
+    "env=[sudoku]",
+    "env.sudoku.data.train_size=64",
+    "env.sudoku.data.validation_size=8",
+    "trainer.max_steps=3",
+    "trainer.per_device_train_batch_size=8",
+    "trainer.gradient_accumulation_steps=1",
+    "trainer.num_generations=4",
+    "evaluation.num_tasks=2",
+    "evaluation.every_steps=0",
+    "launcher.mem=4G",
+    "launcher.time=30",
+]
+
+
+class Submitted:
+    """`python -m gymexp.train launcher=slurm …` in a process of its own."""
+
+    def __init__(self, sweep: Path, *overrides: str, project: Path = ROOT) -> None:
+        self.sweep = sweep
+        sweep.parent.mkdir(parents=True, exist_ok=True)
+        self._output = sweep.parent / f"{sweep.name}.txt"
+        where = f"hydra.sweep.dir='{sweep}'"
+        command = [sys.executable, "-m", "gymexp.train", "-m", "launcher=slurm", where, *SMALL, *overrides]
+        with self._output.open("w") as out:
+            self.process = subprocess.Popen(command, stdout=out, stderr=out, cwd=project)
+
+    @property
+    def said(self) -> str:
+        return self._output.read_text()
+
+    def wait_for(self, holds: Callable[[], object], why: str) -> None:
+        until = time.monotonic() + PATIENCE_S
+        while not holds():
+            assert time.monotonic() < until, f"{why}: not in time\n{self.said}"
+            time.sleep(0.1)
+
+    def ended(self) -> int:
+        self.wait_for(lambda: self.process.poll() is not None, "the submitter's end")
+        return self.process.returncode
+
+    def entries(self) -> list[dict]:
+        path = self.sweep / "sweep.json"
+        return json.loads(path.read_text())["jobs"] if path.exists() else []
+
+    def ids(self) -> list[str]:
+        self.wait_for(lambda: self.entries() and all(e["job_id"] for e in self.entries()), "submission")
+        return [entry["job_id"] for entry in self.entries()]
+
+    def read(self, num: int, name: str) -> dict:
+        path = self.sweep / str(num) / name
+        return json.loads(path.read_text()) if path.exists() else {}
+
+    def log(self, num: int) -> str:
+        path = watch.log_of(self.sweep, self.ids()[num])
+        return path.read_text() if path.exists() else ""
+
+    def trainer(self, num: int) -> psutil.Process:
+        """The process that trains in the job's directory."""
+        for process in psutil.process_iter():
+            try:
+                line = process.cmdline()
+            except psutil.Error:
+                continue
+            if "gymexp.training.process" in line and line[-1] == str(self.sweep / str(num)):
+                return process
+        pytest.fail(f"job {num} has no trainer\n{self.log(num)}")
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        if ids := [entry["job_id"] for entry in self.entries() if entry["job_id"]]:
+            subprocess.run(["scancel", *ids], check=False)
+            until = time.monotonic() + 30
+            while set((watch.states(ids) or {}).values()) & watch.GOING_ON and time.monotonic() < until:
+                time.sleep(0.2)
+
+
+@pytest.fixture
+def submitted(slurm, gym_python, tmp_path) -> Iterator[Callable[..., Submitted]]:
+    """Submits to a directory that has to be quoted; what a failed test leaves of it is cancelled."""
+    made: list[Submitted] = []
+
+    def submit(*overrides: str, **more: Path) -> Submitted:
+        made.append(Submitted(tmp_path / "with a space" / f"sweep{len(made)}", *overrides, **more))
+        return made[-1]
+
+    yield submit
+    for one in made:
+        one.end()
+
+
+def limit_job(job_id: str, minutes: int) -> None:
+    said_by("scontrol", "update", f"jobid={job_id}", f"timelimit={minutes}")
+
+
+def hold_after_a_step(sweep: Submitted, held: dict[int, psutil.Process], wanted: int) -> bool:
+    """Stop the trainers of the first three jobs as each logs a step, until the wanted one's is stopped."""
+    for num in (0, 1, 2):
+        if num not in held and 1 in steps_of(sweep.sweep / str(num)):
+            held[num] = sweep.trainer(num)
+            held[num].suspend()
+    return wanted in held
+
+
+def said_by(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def test_a_sweep_names_what_failed_and_goes_on_after_preemption_and_a_time_limit(submitted):
+    """2x2x2 jobs, one a node: 2 fails, 0 is preempted, 1 comes to its time limit."""
+    swept = ["seed=0,1", "trainer.num_generations=2,4", "trainer.learning_rate=1e-4,2e-4"]
+    sweep = submitted(*swept, "launcher.partition=low", "launcher.cpus=9", "launcher.array_parallelism=3")
+    preempted, limited, failing = 0, 1, 2
+    ids = sweep.ids()
+
+    held: dict[int, psutil.Process] = {}
+    for num in (preempted, limited, failing):  # each one between its first step and its end
+        sweep.wait_for(lambda num=num: hold_after_a_step(sweep, held, num), f"a step of job {num}")
+    held[failing].kill()
+    elapsed = int(time.time() - sweep.read(limited, "status.json")["began"]) // 60
+    limit_job(ids[limited], elapsed + 2)  # less than launcher.signal_s away, and more than a minute
+    node = sweep.read(preempted, "status.json")["node"]
+    urgent = ["-p", "batch", "-w", node, "-c", "16", "-t", "5", "-o", "/dev/null", "--wrap", "true"]
+    said_by("sbatch", *urgent)  # Slurm's SIGTERM comes with SIGCONT
+    sweep.wait_for(lambda: "ending: saving" in sweep.log(limited), "the warning of the time limit")
+    limit_job(ids[limited], 30)
+    held[limited].resume()
+
+    assert sweep.ended() == 1, sweep.said
+    assert "1 of 8 jobs failed" in sweep.said
+    named = sweep.said.split("1 of 8 jobs failed")[-1]
+    assert f"job {failing} (seed=0 trainer.num_generations=4 trainer.learning_rate=1e-4) failed: " in named
+    assert (
+        "trainer was ended by SIGKILL" in named and f"log: {watch.log_of(sweep.sweep, ids[failing])}" in named
+    )
+
+    for num, (seed, generations, rate) in enumerate(product((0, 1), (2, 4), ("1e-4", "2e-4"))):
+        assert sweep.entries()[num]["swept"] == {
+            "seed": str(seed),
+            "trainer.num_generations": str(generations),
+            "trainer.learning_rate": rate,
+        }
+        restarts = sweep.read(num, "status.json")["restarts"]
+        assert restarts == (1 if num in (preempted, limited) else 0)
+        if num == failing:
+            assert "SIGKILL" in sweep.read(num, "result.json")["error"]
+            continue
+        result = sweep.read(num, "result.json")
+        assert (result["step"], result["stopped"]) == (3, False)
+        assert len(result["held_out"]["sudoku"]["reward"]) == 2
+        assert steps_of(sweep.sweep / str(num)) == [1, 2, 3]
+
+    # Seed and group size decide the tasks, and nothing that happened to a run. The first is preempted, the
+    # second limited: what they should have played is in the data, a task for each group in order.
+    for num in (preempted, limited):
+        data = (sweep.sweep / str(num) / "data" / "train.jsonl").read_bytes()
+        assert data == (sweep.sweep / "3" / "data" / "train.jsonl").read_bytes()
+        played = [key for step in (1, 2, 3) for key in task_keys_of(sweep.sweep / str(num), step)]
+        planned = [json.loads(line)["key"] for line in data.splitlines()][:12]
+        assert played == [key for key in planned for _ in range(2)]
+
+
+def test_a_waiting_job_runs_what_was_submitted_and_needs_no_submitter(submitted, tmp_path):
+    """Held in the queue while its submitter is killed, and its project's code and configuration change."""
+    project = tmp_path / "project"
+    for name in ("gymexp", "conf"):
+        shutil.copytree(ROOT / name, project / name, ignore=shutil.ignore_patterns("__pycache__"))
+    changes = ["trainer.max_steps=1", "evaluation.before=false", "evaluation.after=false"]
+    sweep = submitted(*changes, "+hydra.launcher.additional_parameters.hold=true", project=project)
+    (job_id,) = sweep.ids()
+    sweep.process.send_signal(signal.SIGKILL)
+    sweep.process.wait()
+    (project / "gymexp" / "train.py").write_text("raise SystemExit('edited')\n")
+    tiny = project / "conf" / "model" / "tiny.yaml"
+    tiny.write_text(tiny.read_text().replace("learning_rate: 2e-4", "learning_rate: 0.5"))
+    assert "0.5" in tiny.read_text()
+    said_by("scontrol", "release", job_id)
+    sweep.wait_for(lambda: sweep.read(0, "status.json").get("outcome"), "the run's end")
+    assert sweep.read(0, "status.json")["outcome"] == "finished", sweep.log(0)
+    assert "learning_rate: 0.0002" in (sweep.sweep / "0" / "config.yaml").read_text()
+    assert "edited" not in (sweep.sweep / "0" / "code" / "gymexp" / "train.py").read_text()
+
+
+def test_a_cancelled_job_is_named_and_stays_cancelled(submitted):
+    sweep = submitted("seed=0,1", "launcher.array_parallelism=1")
+    running, waiting = sweep.ids()
+    sweep.wait_for(lambda: sweep.read(0, "status.json").get("services", {}).get("trainer"), "a trainer")
+    said_by("scancel", running, waiting)
+    assert sweep.ended() == 1
+    for num, job_id in enumerate((running, waiting)):
+        assert (
+            f"job {num} (seed={num}) failed: job {job_id} ended without a result; Slurm says CANCELLED"
+            in (sweep.said)
+        )
+    assert watch.states([running, waiting]) == {running: "CANCELLED", waiting: "CANCELLED"}
+    assert sweep.read(0, "status.json")["restarts"] == 0
+    assert sweep.read(0, "status.json")["outcome"].startswith("ended by Slurm or scancel: ended by SIGTERM")
+
+
+def test_a_mistake_in_one_job_submits_none_and_leaves_nothing(submitted):
+    sweep = submitted("trainer.learning_rate=1e-4,fast,2e-4", "trainer.num_generations=2,3")
+    assert sweep.ended() == 1
+    assert "nothing was submitted, for 4 of 6 jobs are wrong" in sweep.said
+    wrong = "trainer.num_generations=3 must divide the generation batch of 8 rollouts"
+    assert wrong in sweep.said and "job 1 (" in sweep.said and " and 2 more:" in sweep.said
+    assert "trainer.learning_rate must be of type float, got 'fast'" in sweep.said
+    assert "trainer.learning_rate=fast trainer.num_generations=2" in sweep.said.split("job 2 (")[1]
+    assert not sweep.sweep.exists()
+
+
+def test_a_partition_that_is_not_there_is_sbatchs_to_say(submitted):
+    sweep = submitted("launcher.partition=none_such")
+    assert sweep.ended() == 1
+    assert "error: sbatch did not take the jobs: " in sweep.said and "invalid partition" in sweep.said
+    assert not sweep.sweep.exists()
+
+
+def test_a_dry_run_prints_the_script_and_leaves_nothing(submitted):
+    sweep = submitted("launcher.dry_run=true", "launcher.gpus=2", "launcher.time='1-12'", "seed=0,1")
+    assert sweep.ended() == 0
+    for line in (
+        "--array=0-1%2",
+        "--gpus-per-node=2",
+        "--mem=4G",
+        "--time=1-12",
+        "--signal=USR2@120",
+        "--requeue",
+    ):
+        assert f"#SBATCH {line}\n" in sweep.said
+    assert sweep.entries() == [] and not sweep.sweep.exists()
