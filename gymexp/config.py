@@ -116,10 +116,13 @@ class EngineConfig:
 
 @dataclass
 class PlacementConfig:
-    """How the GPUs of one machine are shared out, in the order of CUDA_VISIBLE_DEVICES: sampling first."""
+    """What samples and what trains: of one node's GPUs, in the order of CUDA_VISIBLE_DEVICES, or of a Slurm
+    job's nodes, each as a whole. Sampling comes first; the first node also has NeMo Gym's servers."""
 
     rollout_gpus: int | None = None  # None: half of them; a single one both samples and trains
     train_gpus: int | None = None  # None: the others
+    rollout_nodes: int | None = None  # None: one node does everything
+    train_nodes: int = 1  # beside the rollout nodes
 
 
 @dataclass

@@ -17,6 +17,10 @@ class ServiceError(GymexpError):
     """A process of the run (server, gateway, trainer) could not start, died too often, or hangs."""
 
 
+class NodeLost(ServiceError):
+    """A node of the run is gone, with all that ran there."""
+
+
 class RunDirectoryError(GymexpError):
     """The run directory is taken, or does not hold what a resumed run needs."""
 

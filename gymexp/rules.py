@@ -58,8 +58,7 @@ def problems_of(config: RunConfig) -> Iterator[str]:
     yield from _at_least("dataset.train_size", config.dataset.train_size, 1)
     yield from _at_least("dataset.validation_size", config.dataset.validation_size, 1)
     yield from _engine_problems(config.engine)
-    yield from _at_least("placement.rollout_gpus", config.placement.rollout_gpus, 1)
-    yield from _at_least("placement.train_gpus", config.placement.train_gpus, 1)
+    yield from _placement_problems(config)
     yield from _one_of("model.dtype", config.model.dtype, ("float32", "bfloat16", "float16"))
     yield from _at_least("model.max_model_len", config.model.max_model_len, 8)
     yield from _lora_problems(config.model.lora)
@@ -94,6 +93,37 @@ def problems_of(config: RunConfig) -> Iterator[str]:
     yield from _checkpoint_problems(config)
     yield from _one_of("tracker.kind", config.tracker.kind, ("none", "wandb", "trackio", "tensorboard"))
     yield from _one_of("tracker.mode", config.tracker.mode, (None, "online", "offline", "disabled"))
+
+
+def _placement_problems(config: RunConfig) -> Iterator[str]:
+    placement, engine = config.placement, config.engine
+    for key in ("rollout_gpus", "train_gpus", "rollout_nodes", "train_nodes"):
+        yield from _at_least(f"placement.{key}", getattr(placement, key), 1)
+    if placement.rollout_nodes is None:
+        if placement.train_nodes > 1:
+            yield (
+                "placement.rollout_nodes must say how many nodes sample where several train, got None and "
+                f"placement.train_nodes={placement.train_nodes}"
+            )
+        return
+    several = f"placement.rollout_nodes={placement.rollout_nodes}"
+    for key in ("rollout_gpus", "train_gpus"):
+        if (count := getattr(placement, key)) is not None:
+            yield (
+                f"placement.{key} must be left out with {several}, where a node samples or trains with all "
+                f"its GPUs, got {count}: ask Slurm for fewer"
+            )
+    if engine.urls:
+        yield f"engine.urls must be left out with {several}, whose nodes sample, got {engine.urls}"
+    if engine.colocate:
+        yield f"engine.colocate must be false with {several}: a node samples or trains"
+    if engine.weights == "ipc":
+        yield f"engine.weights must be auto, nccl or disk with {several} (IPC is a GPU's own), got 'ipc'"
+    if config.gym.runtime != "managed":
+        yield (
+            f"gym.runtime must be managed with {several}, so that other nodes reach its servers, got "
+            f"{config.gym.runtime!r}"
+        )
 
 
 def _launcher_problems(launcher: LauncherConfig) -> Iterator[str]:

@@ -40,7 +40,7 @@ def train(
     from gymexp.policy import vllm
     from gymexp.run import controller
     from gymexp.run.directory import RunDirectory, cache_dir
-    from gymexp.run.placement import place, visible_gpus
+    from gymexp.run.placement import num_nodes, place, visible_gpus
     from gymexp.training import arguments, sharding
     from gymexp.view.progress import View
     from gymexp.view.table import held_out_table
@@ -53,7 +53,8 @@ def train(
             view.say(f"a resumed run goes on with its own configuration; ignored: {' '.join(ignored)}")
         load_prepared(held.data)
     arguments.check(config, cache_dir())
-    placement = place(config, visible_gpus())
+    # With several nodes, as if all had what this one has; what they do have is known once they are there.
+    placement = place(config, [visible_gpus()] * num_nodes(config.placement))
     sharding.check(config, placement)
     if placement.engine == "vllm" and not config.engine.urls:
         vllm.read_version(config.engine)

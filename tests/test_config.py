@@ -21,6 +21,8 @@ from gymexp.config import CONF_DIR, ConfigError, explain_key, load, options
 ROOT = Path(__file__).parent.parent
 GROUPS = [p.name for p in CONF_DIR.iterdir() if p.is_dir() and p.name != "machine"]
 
+NODES = ("placement.rollout_nodes=1", "placement.train_nodes=2")
+
 
 def composed(*overrides: str, name: str = "train"):
     configuration.register()
@@ -283,3 +285,34 @@ def test_the_command_answers_a_mistake_without_a_traceback_or_torch(arguments, s
 def test_cfg_job_and_defaults_tree_show_the_configuration():
     assert "reasoning_gym_simple_agent" in command("--cfg", "job").stdout
     assert "env/sudoku" in command("--info", "defaults-tree").stdout
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["placement.rollout_nodes=0"], r"placement\.rollout_nodes must be >= 1, got 0"),
+        (["placement.train_nodes=2"], r"rollout_nodes must say how many nodes sample .*train_nodes=2"),
+        (
+            [*NODES, "placement.train_gpus=2"],
+            r"train_gpus must be left out with placement\.rollout_nodes=1.*2",
+        ),
+        (
+            [*NODES, "engine.urls=[http://a:1]"],
+            r"engine\.urls must be left out with placement\.rollout_nodes=1",
+        ),
+        ([*NODES, "engine.colocate=true"], r"engine\.colocate must be false with placement\.rollout_nodes=1"),
+        ([*NODES, "engine.weights=ipc"], r"engine\.weights must be auto, nccl or disk .* got 'ipc'"),
+        (
+            [*NODES, "gym.runtime=attach", "gym.policy_port=8000"],
+            r"gym\.runtime must be managed .* got 'attach'",
+        ),
+    ],
+)
+def test_what_several_nodes_cannot_have_is_said_before_anything_is_submitted(overrides, said):
+    with pytest.raises(ConfigError, match=said):
+        load(composed(*overrides))
+
+
+def test_several_nodes_are_a_matter_of_two_keys():
+    placement = load(composed(*NODES)).placement
+    assert (placement.rollout_nodes, placement.train_nodes) == (1, 2)

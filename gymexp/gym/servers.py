@@ -23,7 +23,7 @@ from gymexp.config import EnvConfig, GymConfig, nearest
 from gymexp.errors import ConfigError, ServiceError
 from gymexp.run.directory import OWN_SERVERS as KINDS
 from gymexp.run.directory import own_servers
-from gymexp.run.supervisor import Child, Running, last_lines
+from gymexp.run.supervisor import Child, LocalProcess, Running, last_lines
 
 _HOST = Path(__file__).with_name("host.py")  # not imported: it runs in NeMo Gym's Python
 POLICY = "policy_model"
@@ -56,18 +56,20 @@ def plan(
     policy_url: str,
     port: Callable[[str], int],
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    host: str = "127.0.0.1",
 ) -> Layout:
-    """The servers of `envs`. site: where NeMo Gym's folders lie. port: gives each server, by name, its port.
+    """The servers of `envs`. site: where NeMo Gym's folders lie. port: gives each server, by name, its port
+    on `host`.
 
     chat_template_kwargs: `model.chat_template_kwargs`, which the model server sends along with every request.
     """
     layout = Layout(config={"head_server": {"host": "127.0.0.1", "port": 0}})
 
     def add(name: str, kind: str, implementation: str, values: dict[str, Any]) -> str:
-        values = values | {"host": "127.0.0.1", "port": port(name)}
+        values = values | {"host": host, "port": port(name)}
         layout.config[name] = {kind: {implementation: values}}
         layout.modules[name] = f"{kind}.{implementation}.{Path(values['entrypoint']).stem}"
-        return f"http://127.0.0.1:{values['port']}"
+        return f"http://{host}:{values['port']}"
 
     models = [POLICY if i == 0 else f"{POLICY}-{i}" for i in range(gym.model_servers)]
     for model in models:
@@ -171,11 +173,11 @@ def _renamed(value: Any, names: Mapping[str, str]) -> Any:
     return value
 
 
-class _Forked:
+class _Forked(LocalProcess):
     """A server that the host forked."""
 
     def __init__(self, pid: int, ended: asyncio.Future[int]) -> None:
-        self.pid = pid
+        super().__init__(pid)
         self._ended = ended
 
     async def wait(self) -> int:

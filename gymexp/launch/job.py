@@ -1,6 +1,7 @@
 """What a submitted job calls: the run of one directory of a sweep, from what was frozen at submission.
 
-Pickled by reference, so that the code is the sweep's own snapshot; needs no Hydra.
+Pickled by reference, so that the code is the sweep's own snapshot; needs no Hydra. With several nodes each
+one's task calls it: the first leads, the others do what it says (`gymexp.run.nodes`).
 
     SIGUSR2 (time limit), SIGTERM (preemption)   the run saves, the job requeues itself, the run goes on
     SIGTERM by scancel                           the run saves if there is time, and that is all
@@ -19,10 +20,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from gymexp.errors import GymexpError
-from gymexp.launch.freeze import read_job
+from gymexp.launch.freeze import FrozenJob, read_job
+from gymexp.run import agent
 from gymexp.run.allocation import Allocation
 from gymexp.run.controller import Interrupted
 from gymexp.run.directory import RunDirectory, append_line, replace_file
+from gymexp.run.nodes import announce, read_task
+from gymexp.run.placement import num_nodes
 from gymexp.train import train
 from gymexp.training.checkpoints import newest_step
 
@@ -31,11 +35,28 @@ _IN_VAIN = 2  # restarts one after the other without a new checkpoint, before th
 
 
 def run(sweep_dir: str, num: int) -> dict[str, Any]:
-    """The run of job `num`: a new one, or on with the one that its directory holds. Returns its result.
+    """The run of job `num`: a new one, or on with the one that its directory holds. Returns its result;
+    nothing where another task leads.
 
     Exits without a result when the job is to be started again, and with 1 after an error that has a text.
     """
     held = RunDirectory(Path(sweep_dir) / str(num))
+    job = read_job(held.path)
+    task = read_task() if num_nodes(job.config.placement) > 1 else None
+    try:
+        if task and task.rank > 0:
+            agent.follow(held.path, task)
+            return {}
+        return _lead(held, job)
+    except GymexpError as error:  # an agent's: its lead is gone, and can say nothing
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    finally:
+        if task and task.rank == 0:
+            announce(held.path, task, over="its run has ended")  # to those that it has not called
+
+
+def _lead(held: RunDirectory, job: FrozenJob) -> dict[str, Any]:
     allocation = Allocation.of_this_process()
     assert allocation is not None, "a job runs in Slurm"
     before = held.read_result()
@@ -45,7 +66,6 @@ def run(sweep_dir: str, num: int) -> dict[str, Any]:
     _raise_on_signals()
     try:
         _count_start(held, allocation)
-        job = read_job(held.path)
         config, overrides = job.config, job.overrides
         if held.config.exists():
             config, overrides = dataclasses.replace(config, resume=str(held.path)), []

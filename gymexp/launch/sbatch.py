@@ -10,6 +10,7 @@ from typing import Any
 
 from gymexp.config import RunConfig
 from gymexp.run.directory import cache_dir
+from gymexp.run.placement import num_nodes
 
 # Of hydra.launcher: what gymexp decides itself, by its own keys or because a run is made so.
 _DECIDED = {"submitit_folder", "max_num_timeout", "timeout_min", "mem_gb", "name", "tasks_per_node", "nodes"}
@@ -51,7 +52,7 @@ def parameters(config: RunConfig, more: Mapping[str, Any], sweep: Path) -> dict[
         **{key: value for key, value in asked.items() if value is not None},
         "job_name": config.name,
         "time": launcher.time,
-        "nodes": 1,
+        "nodes": num_nodes(config.placement),
         "ntasks_per_node": 1,
         "signal_delay_s": launcher.signal_s,
         "array_parallelism": launcher.array_parallelism,

@@ -22,7 +22,7 @@ from gymexp.errors import GymexpError, LaunchError
 from gymexp.launch import job, sbatch, watch
 from gymexp.launch.freeze import FrozenJob, freeze, read_job, read_sweep, take_back, write_sweep
 from gymexp.run.directory import RunDirectory, cache_dir
-from gymexp.run.placement import place
+from gymexp.run.placement import num_nodes, place
 from gymexp.training import arguments
 
 log = logging.getLogger(__name__)
@@ -86,7 +86,8 @@ class SlurmLauncher(submitit_launcher.SlurmLauncher):
                     "that ended early go on by: python -m gymexp.sweep resubmit DIR"
                 )
         if config.launcher.gpus is not None:
-            place(config, [str(gpu) for gpu in range(config.launcher.gpus)])
+            gpus = [str(gpu) for gpu in range(config.launcher.gpus)]
+            place(config, [gpus] * num_nodes(config.placement))
         return config
 
 

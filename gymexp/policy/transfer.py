@@ -1,9 +1,10 @@
-"""The ways of the weights from the trainer to vLLM.
+"""The ways of the weights from the trainer to the engine's servers.
 
 nccl   one NCCL group of the trainer (rank 0) and all workers of all replicas (vLLM's weight-transfer API):
        between GPUs of their own
 ipc    handles to the trainer's own GPU memory, which the replica on the same GPU copies from: shared GPUs
-disk   a safetensors file that every replica reads: places without either, and vLLM on a CPU
+disk   a safetensors file that every replica reads: places without either, vLLM on a CPU, the hf engine on
+       nodes of its own
 """
 
 from __future__ import annotations
@@ -49,14 +50,18 @@ class NcclTransfer:
     """Tensors are packed and broadcast; one send for all replicas.
 
     give_up: called from another thread when a replica fails while NCCL waits for it, which nothing else ends.
+    address: this node's, where all of them meet.
     """
 
-    def __init__(self, device: torch.device, give_up: Callable[[ServiceError], None]) -> None:
+    def __init__(
+        self, device: torch.device, give_up: Callable[[ServiceError], None], address: str = "127.0.0.1"
+    ) -> None:
         from trl.generation import vllm_client
 
         self._vllm: Any = vllm_client  # what it imports of vLLM, by version, is what is needed here too
         self._device = device
         self._give_up = give_up
+        self._address = address
         self._group: Any = None
         self._members: list[str] = []
 
@@ -100,9 +105,9 @@ class NcclTransfer:
         torch.cuda.set_device(self._device)
         sizes = [answer["world_size"] for answer in replicas.get("/get_world_size")]
         with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
+            free.bind((self._address, 0))
             port = free.getsockname()[1]
-        common = {"master_address": "127.0.0.1", "master_port": port, "world_size": 1 + sum(sizes)}
+        common = {"master_address": self._address, "master_port": port, "world_size": 1 + sum(sizes)}
         stateful = self._vllm._HAS_STATEFUL_TRAINER_ENGINE
         if stateful:
             common["packed"] = True

@@ -25,7 +25,7 @@ OLDEST, NEWEST = (0, 26), (0, 31)  # what TRL 1.16 takes, from the first with th
 SHARED_GPU_MEMORY = 0.5  # of a GPU that trains as well; vLLM gives it back while it sleeps
 ENVIRONMENT = {
     "VLLM_SERVER_DEV_MODE": "1",
-    "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # the trainer's IPC handles come pickled; loopback alone asks
+    "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # IPC handles come pickled, from whoever reaches the port
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
     "PYTHONPATH": os.pathsep.join(filter(None, (str(IN_VLLM), os.environ.get("PYTHONPATH")))),
@@ -107,13 +107,15 @@ def serve_command(
     transfer: str,
     shared: bool = False,
     num_api_servers: int = 1,
+    host: str = "127.0.0.1",
 ) -> list[str]:
-    """`vllm serve` for one replica on loopback. transfer: how weights reach it, nccl, ipc or disk.
+    """`vllm serve` for one replica. transfer: how weights reach it, nccl, ipc or disk.
 
     shared: its GPU trains as well. num_api_servers: processes that take requests, see `count_api_servers`.
+    host: the address that it listens on.
     """
     flags: dict[str, Any] = {
-        "host": "127.0.0.1",
+        "host": host,
         "port": port,
         "served_model_name": "policy",
         "dtype": model.dtype,
@@ -153,12 +155,15 @@ def count_api_servers(num_cores: int, num_replicas: int) -> int:
 
 
 def transfer_of(config: RunConfig, placement: Placement) -> str:
-    """How the trainer's weights reach vLLM: ipc on shared GPUs, nccl between others, disk without any."""
+    """How the trainer's weights reach the engine's servers: ipc on shared GPUs, nccl between others, disk
+    without any, and for the hf engine."""
+    if placement.engine == "hf":
+        return "disk"
     if config.engine.weights != "auto":
         return config.engine.weights
     if placement.shared:
         return "ipc"
-    apart = placement.train_gpus and placement.replica_gpus
+    apart = placement.num_train_gpus and placement.replicas
     return "nccl" if apart and importlib.util.find_spec("vllm") else "disk"
 
 

@@ -1,4 +1,4 @@
-"""The trainer's weights brought to every vLLM replica, in the trainer's process.
+"""The trainer's weights brought to every replica of the engine, in the trainer's process.
 
 For each new version: requests are paused and kept, the weights sent (`gymexp.policy.transfer`), the prefix
 cache dropped, requests resumed. A replica that went away, and is back, holds the weights it began with: the
@@ -34,7 +34,9 @@ _HEALTH_TIMEOUT_S = 10.0
 
 
 class Replicas:
-    """The vLLM servers, asked together. on_cpu: they run without a GPU and have the worker's extension of
+    """The engine's servers, asked together: vLLM, or what answers its routes (`policy/hf_replica.py`).
+
+    on_cpu: they are vLLM without a GPU and have the worker's extension of
     `policy/in_vllm`."""
 
     def __init__(self, urls: Sequence[str], timeout_s: float = PHASE_TIMEOUT_S, on_cpu: bool = False) -> None:
@@ -76,7 +78,7 @@ class Replicas:
             if time.monotonic() > until:
                 url, reason = next(iter(ill.items()))
                 raise ServiceError(
-                    f"vLLM at {url} did not become healthy within {deadline_s:.0f} s "
+                    f"the engine at {url} did not become healthy within {deadline_s:.0f} s "
                     f"(engine.start_timeout_s): {reason}"
                 )
             asked.wait(0.5)
@@ -89,10 +91,10 @@ class Replicas:
         try:
             return _request(f"{url}{path}", body, self.timeout_s)
         except urllib.error.HTTPError as error:
-            said = error.read()[:500].decode(errors="replace")
-            raise ServiceError(f"weights: vLLM at {url} answered {phase} with {error.code}: {said}") from None
+            said = f"{error.code}: {error.read()[:500].decode(errors='replace')}"
+            raise ServiceError(f"weights: the engine at {url} answered {phase} with {said}") from None
         except OSError as error:
-            raise ServiceError(f"weights: vLLM at {url} did not answer {phase}: {error}") from None
+            raise ServiceError(f"weights: the engine at {url} did not answer {phase}: {error}") from None
 
 
 class Transfer(Protocol):
@@ -164,7 +166,7 @@ class WeightSync:
             shutil.rmtree(self._directory)
         back.close()
         for url in back.urls:
-            log.info("vLLM at %s is back, with the weights of step %s", url, self._version or 0)
+            log.info("the engine at %s is back, with the weights of step %s", url, self._version or 0)
             self._tell_gateway(url, is_open=True)
 
     def close(self) -> None:
@@ -176,7 +178,7 @@ class WeightSync:
         held = self._held()
         for url, reason in self._replicas.ill().items():
             if url not in held:
-                log.warning("vLLM at %s is away: %s", url, reason)
+                log.warning("the engine at %s is away: %s", url, reason)
                 self._tell_gateway(url, is_open=False)
                 held.append(url)
         return [url for url in self._replicas.urls if url not in held]

@@ -1,8 +1,9 @@
-"""What the controller tells the trainer, and the other way round: a small HTTP endpoint on loopback.
+"""What the controller tells the trainer, and the other way round: a small HTTP endpoint, on loopback
+unless the run has several nodes.
 
 GET /watch streams a JSON line at every change of a service, and one a second: {"services": {name: {state,
 epoch, rss_mb, log}}}. POST /restart/{name} ends a service, which comes back. POST /progress takes what the
-live view shows.
+live view shows. GET /node is for the agents of other nodes (`gymexp.run.nodes`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import orjson
 from aiohttp import web
 
 from gymexp.run import ports
+from gymexp.run.nodes import Nodes
 from gymexp.run.supervisor import Supervisor
 
 _BEAT_S = 1.0
@@ -30,6 +32,7 @@ class Control:
         self._on_progress = on_progress
         self._changed = asyncio.Event()
         self.supervisor: Supervisor | None = None
+        self.nodes: Nodes | None = None
 
     @property
     def url(self) -> str:
@@ -47,6 +50,7 @@ class Control:
                 web.get("/watch", self._watch),
                 web.post("/restart/{name}", self._restart),
                 web.post("/progress", self._progress),
+                *([web.get("/node", self.nodes.welcome)] if self.nodes else []),
             ]
         )
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.2)

@@ -7,7 +7,8 @@
      └─ trainer (with the hf engine inside)
 
 The controller holds every listening socket and hands it down, so that addresses are known before anything
-starts and survive restarts. It imports no torch.
+starts and survive restarts. With several nodes it is the lead's: trainers and engines start through the other
+nodes' agents (`gymexp.run.nodes`). It imports no torch.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ import shlex
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from gymexp.config import RunConfig
-from gymexp.errors import GymexpError, ServiceError
+from gymexp.errors import GymexpError, NodeLost, ServiceError
 from gymexp.gym import attached
 from gymexp.gym.servers import GymHost, Layout, plan
 from gymexp.policy import vllm
@@ -38,7 +39,8 @@ from gymexp.run import ports, services
 from gymexp.run.allocation import Allocation
 from gymexp.run.control import Control
 from gymexp.run.directory import RunDirectory, append_line, replace_file
-from gymexp.run.placement import Placement
+from gymexp.run.nodes import Endpoint, Node, Nodes, this_node
+from gymexp.run.placement import Placement, num_nodes, place
 from gymexp.run.supervisor import Service, Supervisor, ended, last_lines
 from gymexp.view.progress import View
 
@@ -100,7 +102,8 @@ class Controller:
 
     async def run(self, gym_python: Path, site: Path) -> dict[str, Any]:
         gym = self._config.gym
-        control = Control(ports.listen(), self._on_progress)
+        here, task = this_node(num_nodes(self._config.placement))
+        control = Control(ports.listen(here.address), self._on_progress)
         supervisor = control.supervisor = Supervisor(
             health_interval_s=gym.health_interval_s,
             health_timeout_s=gym.health_timeout_s,
@@ -108,20 +111,25 @@ class Controller:
             on_change=control.changed,
         )
         sockets: dict[str, socket.socket] = {}
-        gateway_sock = ports.listen(port=gym.policy_port or 0, key="gym.policy_port")
-        # The trainer's own engine listens here; vLLM opens its sockets itself, on ports kept for it.
-        hf = self._placement.engine == "hf"
-        engine_socks = [ports.listen()] if hf else [ports.reserve() for _ in self._placement.replica_gpus]
-        master_sock = ports.reserve()
+        gateway_sock = ports.listen(here.address, gym.policy_port or 0, key="gym.policy_port")
+        others = control.nodes = Nodes(here, task, self._directory.path, supervisor.fail) if task else None
         writing = asyncio.create_task(self._keep_status(supervisor))
         async with control:
             try:
                 self._mark("start")
                 self._catch_signals(supervisor)
-                layout = await self._layout(supervisor, site, ports.url_of(gateway_sock), sockets, gym_python)
-                self._write_services(layout, control.url, ports.url_of(gateway_sock), engine_socks)
-                master_port = master_sock.getsockname()[1]
-                self._start(supervisor, layout, sockets, gateway_sock, engine_socks, master_port, gym_python)
+                nodes: list[Node] = [here]
+                if others:
+                    self._directory.result.unlink(missing_ok=True)
+                    nodes = await others.join(control.url)
+                    self._placement = place(self._config, [node.gpus for node in nodes])
+                at = await self._open_engines(nodes)
+                gateway_url = ports.url_of(gateway_sock)
+                layout = await self._layout(supervisor, site, gateway_url, sockets, gym_python, here.address)
+                first = nodes[self._placement.training[0].node]
+                self._write_services(layout, control.url, gateway_url, at, first.address)
+                host = GymHost(gym_python, layout, sockets, self._directory.logs / "gym-host.log")
+                self._start(supervisor, host, sockets, gateway_sock, nodes, at, await first.reserve())
                 result = await self._until_trained(supervisor)
                 self._outcome = "finished"
                 return result
@@ -132,7 +140,7 @@ class Controller:
                 self._outcome = str(error)
                 raise error from None
             except Exception as error:
-                if self._allocation and not isinstance(error, Interrupted) and await self._ending():
+                if self._allocation and not isinstance(error, Interrupted) and await self._ending(error):
                     log.warning("the run did not save at its end: %s", error)
                     interrupted = self._interrupted("before it could save")
                     self._outcome = str(interrupted)
@@ -144,46 +152,53 @@ class Controller:
             finally:
                 self._stopping = True
                 self._facts["phase"] = "stop"
-                await supervisor.close(first=[*(rank.name for rank in self._ranks), "gateway"])
+                await supervisor.close([rank.name for rank in self._ranks], ["gateway"])
+                if others:
+                    await others.close()
                 writing.cancel()
                 self._write_status(supervisor)
                 self._mark("end")
                 if self._asked is None:
                     for number, handler in self._handlers.items():
                         signal.signal(number, handler)
-                for sock in (gateway_sock, master_sock, *engine_socks, *sockets.values()):
+                here.close()
+                for sock in (gateway_sock, *sockets.values()):
                     sock.close()
+
+    async def _open_engines(self, nodes: Sequence[Node]) -> list[Endpoint]:
+        """Where the engines are to be. vLLM opens its socket itself, on a port kept for it."""
+        held = self._placement
+        if held.in_trainer:
+            return [await nodes[held.training[0].node].listen()]
+        there = [nodes[share.node] for share in held.replicas]
+        return [await (node.listen() if held.engine == "hf" else node.reserve()) for node in there]
 
     def _start(
         self,
         supervisor: Supervisor,
-        layout: Layout,
+        host: GymHost,
         sockets: dict[str, socket.socket],
         gateway_sock: socket.socket,
-        engine_socks: list[socket.socket],
-        master_port: int,
-        gym_python: Path,
+        nodes: Sequence[Node],
+        at: Sequence[Endpoint],
+        master: Endpoint,
     ) -> None:
-        config, placement, directory = self._config, self._placement, self._directory
+        config, held, directory = self._config, self._placement, self._directory
         if config.gym.runtime == "managed":
-            host = GymHost(gym_python, layout, sockets, directory.logs / "gym-host.log")
             for service in services.gym_servers(config, directory, host, sockets):
                 supervisor.add(service)
-        if placement.engine == "vllm":
-            gateway_url = ports.url_of(gateway_sock)
-            for service in services.vllm_replicas(config, placement, directory, engine_socks, gateway_url):
-                supervisor.add(service)
-        fds = [sock.fileno() for sock in engine_socks] if placement.engine == "hf" else []
-        self._ranks = services.trainers(placement, directory, fds, master_port)
+        for service in services.engines(config, held, directory, nodes, at, ports.url_of(gateway_sock)):
+            supervisor.add(service)
+        fds = [endpoint.fd for endpoint in at] if held.in_trainer else []
+        self._ranks = services.trainers(held, directory, nodes, fds, master)
         for service in self._ranks:
             supervisor.add(service)
-        urls = self._engine_urls(engine_socks)
-        supervisor.add(services.gateway(config, placement, directory, gateway_sock, urls))
+        supervisor.add(services.gateway(config, held, directory, gateway_sock, self._engine_urls(at)))
         names, patience = [*sockets, "gateway"], config.gym.start_timeout_s
         self._ready = asyncio.create_task(supervisor.wait_ready(names, patience))
 
-    def _engine_urls(self, engine_socks: list[socket.socket]) -> list[str]:
-        return self._config.engine.urls or [ports.url_of(sock) for sock in engine_socks]
+    def _engine_urls(self, at: Sequence[Endpoint]) -> list[str]:
+        return self._config.engine.urls or [endpoint.url for endpoint in at]
 
     async def _layout(
         self,
@@ -192,8 +207,9 @@ class Controller:
         policy_url: str,
         sockets: dict[str, socket.socket],
         gym_python: Path,
+        address: str,
     ) -> Layout:
-        """Where the environments' servers are to be, or are."""
+        """Where the environments' servers are to be, or are. address: this node's."""
         config, gym = self._config, self._config.gym
         if gym.runtime == "attach":
             head = attached.read_head(gym.head_host, gym.head_port)
@@ -217,10 +233,10 @@ class Controller:
                 finding.cancel()
 
         def port(name: str) -> int:
-            sockets[name] = ports.listen()
+            sockets[name] = ports.listen(address)
             return sockets[name].getsockname()[1]
 
-        return plan(config.env, gym, site, policy_url, port, config.model.chat_template_kwargs)
+        return plan(config.env, gym, site, policy_url, port, config.model.chat_template_kwargs, address)
 
     async def _until_trained(self, supervisor: Supervisor) -> dict[str, Any]:
         """Wait for the trainer's end, a failure, or a failed start, whichever is first."""
@@ -230,7 +246,7 @@ class Controller:
             while not trained.done():
                 done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
                 for one in done:
-                    if one is not trained and (error := one.exception()) and not await self._ending():
+                    if one is not trained and (error := one.exception()) and not await self._ending(error):
                         raise await self._cause(error)
             trained.result()
         finally:
@@ -267,21 +283,22 @@ class Controller:
                 f"{rank.name} {ended(rank.exit_code or 0)}. The end of {rank.log}:\n{last_lines(rank.log)}"
             )
 
-    async def _ending(self) -> bool:
+    async def _ending(self, error: BaseException) -> bool:
         """Whether the run is to end anyway, when a service has failed. Slurm's SIGTERM goes to every process
-        of a job, and may have reached the service first."""
+        of a job, and may have reached the service first. A lost node is no such failure: SIGTERM is then what
+        Slurm does about it."""
+        if isinstance(error, NodeLost):
+            return False
         if self._allocation:
             await _until(lambda: self._asked is not None, _SAME_SIGNAL_S)
         return self._asked is not None
 
     async def _cause(self, error: BaseException) -> BaseException:
         """A trainer that still runs gets to save a checkpoint; one that failed may have said why."""
-        pid = self._ranks[0].pid if self._ranks else None
-        if pid:
+        if self._ranks and all(rank.running for rank in self._ranks):  # one that is gone would be waited for
             self._view.say("a service failed: saving a checkpoint before the end")
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGTERM)
-            await _until(lambda: self._ranks[0].epoch, _SAVING_S)
+            self._ranks[0].signal(signal.SIGTERM)
+            await _until(lambda: not all(rank.running for rank in self._ranks), _SAVING_S)
             return error
         said = self._directory.read_result().get("error")
         return ServiceError(said) if said else error
@@ -299,17 +316,15 @@ class Controller:
                 return
             if self._allocation and self._asked is not None:
                 return
-            pid = self._ranks[0].pid if self._ranks else None
             again, self._asked = self._asked is not None, number
             supervisor.let_go()
-            if again or pid is None:
+            if again or not self._ranks or not self._ranks[0].running:
                 supervisor.hurry()
                 me.cancel()
                 return
             again = "" if self._allocation else " (once more to end at once)"
             self._view.say(f"ending: saving a checkpoint{again}")
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGTERM)
+            self._ranks[0].signal(signal.SIGTERM)
 
         def received(number: int, _: object) -> None:
             # After the end of an interrupted run it is still the handler: one signal more changes nothing.
@@ -321,17 +336,23 @@ class Controller:
             self._handlers[number] = signal.signal(number, received)
 
     def _write_services(
-        self, layout: Layout, control_url: str, gateway_url: str, engine_socks: list[socket.socket]
+        self,
+        layout: Layout,
+        control_url: str,
+        gateway_url: str,
+        at: Sequence[Endpoint],
+        trainer_address: str,
     ) -> None:
         replicas = {name: [dataclasses.asdict(r) for r in some] for name, some in layout.replicas.items()}
         said = {"control_url": control_url, "engine": self._placement.engine, "replicas": replicas}
-        if self._placement.engine == "hf":
-            said["engine_fd"] = engine_socks[0].fileno()
+        if self._placement.in_trainer:
+            said["engine_fd"] = at[0].fd
         else:
             said["gateway_url"] = gateway_url
-            said["engine_urls"] = self._engine_urls(engine_socks)
+            said["engine_urls"] = self._engine_urls(at)
             said["shared"] = self._placement.shared
             said["transfer"] = vllm.transfer_of(self._config, self._placement)
+            said["trainer_address"] = trainer_address
         replace_file(self._directory.path / "services.json", json.dumps(said, indent=1))
         self._directory.result.unlink(missing_ok=True)
 

@@ -49,10 +49,12 @@ def own_servers() -> Path:
     return Path(os.environ.get("GYMEXP_SERVERS") or Path.cwd())
 
 
-def replace_file(path: Path, text: str) -> None:
-    """Write so that a reader sees the old text or the new one, never a part."""
+def replace_file(path: Path, text: str, mode: int = 0o666) -> None:
+    """Write so that a reader sees the old text or the new one, never a part. mode: less the umask."""
     part = path.with_name(path.name + ".part")
-    part.write_text(text)
+    part.unlink(missing_ok=True)
+    with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w") as file:
+        file.write(text)
     part.replace(path)
 
 

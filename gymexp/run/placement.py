@@ -1,4 +1,5 @@
-"""Which GPUs of this machine sample and which train, decided before anything starts and without torch."""
+"""Which GPUs sample and which train, on one node or over several, decided before anything starts and without
+torch."""
 
 from __future__ import annotations
 
@@ -6,28 +7,56 @@ import importlib.util
 import os
 import shutil
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gymexp.config import RunConfig
+from gymexp.config import PlacementConfig, RunConfig
 from gymexp.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class Placement:
-    """engine: hf or vllm. train_gpus, replica_gpus: as CUDA_VISIBLE_DEVICES names them; empty on a machine
-    without.
+class Share:
+    """Some of a node's GPUs, as CUDA_VISIBLE_DEVICES names them there; none on a node without. node: its
+    number."""
 
-    replica_gpus: one entry a vLLM replica that is to be started; none with `engine.urls` and with engine=hf.
+    node: int
+    gpus: list[str]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """engine: hf or vllm. training: one share a node that trains. replicas: one share an engine that is to be
+    started as a server; none with `engine.urls`, and with engine=hf on one node, which lives in the trainer.
     """
 
     engine: str
-    train_gpus: list[str]
-    replica_gpus: list[list[str]]
+    training: list[Share]
+    replicas: list[Share]
 
     @property
     def shared(self) -> bool:
         """Whether a GPU both samples and trains."""
-        return bool({gpu for some in self.replica_gpus for gpu in some} & set(self.train_gpus))
+        sampling = {(share.node, gpu) for share in self.replicas for gpu in share.gpus}
+        return any((share.node, gpu) in sampling for share in self.training for gpu in share.gpus)
+
+    @property
+    def in_trainer(self) -> bool:
+        """Whether the trainer's own process samples."""
+        return self.engine == "hf" and not self.replicas
+
+    @property
+    def num_ranks(self) -> int:
+        """Of the trainer: one a GPU, or one a node that has none."""
+        return sum(max(1, len(share.gpus)) for share in self.training)
+
+    @property
+    def num_train_gpus(self) -> int:
+        return sum(len(share.gpus) for share in self.training)
+
+
+def num_nodes(placement: PlacementConfig) -> int:
+    """Of the run, one Slurm task each."""
+    return 1 if placement.rollout_nodes is None else placement.rollout_nodes + placement.train_nodes
 
 
 def visible_gpus() -> list[str]:
@@ -46,16 +75,50 @@ def visible_gpus() -> list[str]:
     return shown.stdout.split() if shown.returncode == 0 else []
 
 
-def place(config: RunConfig, gpus: list[str]) -> Placement:
-    """Split `gpus` as the configuration says. Raises ConfigError.
+def place(config: RunConfig, nodes: Sequence[list[str]]) -> Placement:
+    """Share out the GPUs of the run's nodes as the configuration says. Raises ConfigError.
 
-    Unless said otherwise: half of them sample (whole replicas of `engine.tensor_parallel_size`), the others
-    train; a single one does both in turn, and all do with `engine.colocate`.
+    On one node, unless said otherwise: half of them sample (whole replicas of `engine.tensor_parallel_size`),
+    the others train; a single one does both in turn, and all do with `engine.colocate`. Of several nodes the
+    first `placement.rollout_nodes` sample and the others train, with all their GPUs.
     """
-    engine, wanted = config.engine, config.placement
+    engine = config.engine
     kind = engine.kind
     if kind == "auto":
-        kind = "vllm" if gpus and (engine.python or importlib.util.find_spec("vllm")) else "hf"
+        kind = "vllm" if any(nodes) and (engine.python or importlib.util.find_spec("vllm")) else "hf"
+    if config.placement.rollout_nodes is None:
+        return _place_on_one(config, kind, nodes[0])
+    return _place_over_nodes(config, kind, nodes, config.placement.rollout_nodes)
+
+
+def _place_over_nodes(config: RunConfig, kind: str, nodes: Sequence[list[str]], rollout: int) -> Placement:
+    size = config.engine.tensor_parallel_size if kind == "vllm" else 1
+    if kind == "hf" and config.engine.weights not in ("auto", "disk"):
+        raise ConfigError(
+            f"engine.weights must be disk with engine=hf over several nodes, got {config.engine.weights!r}"
+        )
+    for number, gpus in enumerate(nodes[:rollout]):
+        if len(gpus) % size:
+            raise ConfigError(
+                f"engine.tensor_parallel_size must divide the GPUs of every rollout node, got {size}, and "
+                f"node {number} has {len(gpus)}"
+            )
+    training = [Share(number, gpus) for number, gpus in enumerate(nodes)][rollout:]
+    if without := [str(share.node) for share in training if any(nodes) and not share.gpus]:
+        raise ConfigError(
+            f"placement.train_nodes={len(training)} need GPUs where another node has some, but node "
+            f"{', '.join(without)} has none: ask Slurm for as many on every node (--gpus-per-node)"
+        )
+    replicas = [
+        Share(number, gpus[i : i + size])
+        for number, gpus in enumerate(nodes[:rollout])
+        for i in range(0, max(1, len(gpus)), size)
+    ]
+    return Placement(kind, training, replicas)
+
+
+def _place_on_one(config: RunConfig, kind: str, gpus: list[str]) -> Placement:
+    engine, wanted = config.engine, config.placement
     if kind == "hf" or engine.urls:
         train = _count("placement.train_gpus", wanted.train_gpus, min(1, len(gpus)), len(gpus))
         if kind == "hf" and train > 1:
@@ -63,10 +126,10 @@ def place(config: RunConfig, gpus: list[str]) -> Placement:
                 f"placement.train_gpus must be 1 with engine=hf, which samples in the trainer's one process, "
                 f"got {train}: say engine=vllm"
             )
-        return Placement(kind, gpus[:train], [])
+        return _on_one(kind, gpus[:train], [])
     size = engine.tensor_parallel_size
     if not gpus:
-        return Placement(kind, [], [[]])
+        return _on_one(kind, [], [[]])
     if engine.colocate or len(gpus) == 1:
         for key, count in (("rollout_gpus", wanted.rollout_gpus), ("train_gpus", wanted.train_gpus)):
             if count not in (None, len(gpus)):
@@ -78,7 +141,7 @@ def place(config: RunConfig, gpus: list[str]) -> Placement:
             raise ConfigError(
                 f"engine.tensor_parallel_size must divide the number of GPUs here, {len(gpus)}, got {size}"
             )
-        return Placement(kind, gpus, [gpus[i : i + size] for i in range(0, len(gpus), size)])
+        return _on_one(kind, gpus, [gpus[i : i + size] for i in range(0, len(gpus), size)])
     if wanted.rollout_gpus is None and wanted.train_gpus is not None:
         rollout = max(len(gpus) - wanted.train_gpus, 0) // size * size
     else:
@@ -98,7 +161,11 @@ def place(config: RunConfig, gpus: list[str]) -> Placement:
             "samples and trains in turn)"
         )
     replicas = [gpus[i : i + size] for i in range(0, rollout, size)]
-    return Placement(kind, gpus[rollout : rollout + train], replicas)
+    return _on_one(kind, gpus[rollout : rollout + train], replicas)
+
+
+def _on_one(kind: str, train_gpus: list[str], replica_gpus: list[list[str]]) -> Placement:
+    return Placement(kind, [Share(0, train_gpus)], [Share(0, gpus) for gpus in replica_gpus])
 
 
 def _count(key: str, wanted: int | None, default: int, there: int) -> int:

@@ -49,6 +49,17 @@ def url_of(sock: socket.socket) -> str:
     return f"http://{host}:{port}"
 
 
+def address_of(node: str) -> str:
+    """Where the other nodes of a job reach this one: what its name stands for. Raises ConfigError."""
+    try:
+        return socket.gethostbyname(node)
+    except OSError as error:
+        raise ConfigError(
+            f"the node's own name must resolve to an address that the job's other nodes reach, but {node!r} "
+            f"does not ({error.strerror}): have it in DNS or /etc/hosts"
+        ) from None
+
+
 def adopt(fd: int) -> socket.socket:
     """The listening socket that a parent handed down as file descriptor `fd`."""
     return socket.socket(fileno=fd)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import aiohttp
@@ -18,8 +18,9 @@ from gymexp.policy import vllm
 from gymexp.policy.model import resolve_path
 from gymexp.run import ports
 from gymexp.run.directory import RunDirectory
-from gymexp.run.placement import Placement
-from gymexp.run.supervisor import Child, Service, spawn
+from gymexp.run.nodes import Endpoint, Node
+from gymexp.run.placement import Placement, Share
+from gymexp.run.supervisor import Running, Service, spawn
 
 _GATEWAY_PATIENCE_S = 30.0
 
@@ -27,13 +28,13 @@ _GATEWAY_PATIENCE_S = 30.0
 def gateway(
     config: RunConfig, placement: Placement, directory: RunDirectory, sock: socket.socket, urls: Sequence[str]
 ) -> Service:
-    """urls: the engines'. With vLLM the trainer opens each of them, once it has the policy's weights."""
+    """urls: the engines'. The trainer opens each that is a server, once it has the policy's weights."""
     command = [sys.executable, "-m", "gymexp.policy.gateway", "--fd", str(sock.fileno())]
     for url in urls:
         command += ["--engine-url", url]
     command += ["--tokenizer", resolve_path(config.model.path)]
     command += ["--max-model-len", str(config.model.max_model_len)]
-    if placement.engine == "vllm":
+    if not placement.in_trainer:
         command.append("--hold")
     log = directory.logs / "gateway.log"
     return Service(
@@ -47,74 +48,99 @@ def gateway(
 
 
 def trainers(
-    placement: Placement, directory: RunDirectory, fds: Sequence[int], master_port: int
+    placement: Placement, directory: RunDirectory, nodes: Sequence[Node], fds: Sequence[int], master: Endpoint
 ) -> list[Service]:
-    """One process a training GPU, else one; the first is named `trainer`, plays for all, and alone is asked
-    to end. fds: of the socket that the hf engine serves on. master_port: where torch's ranks meet."""
-    gpus = placement.train_gpus
-    num_ranks = max(1, len(gpus))
-    common = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}
-    if num_ranks > 1:
-        common |= {"WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks)}
-        common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(master_port)}
-        common |= {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // num_ranks))}
+    """One process a training GPU, or a training node that has none. The first is named `trainer`, plays for
+    all, and alone is asked to end. fds: of the socket that the hf engine inside it serves on. master: where
+    torch's ranks meet, on the first one's node."""
+    num_ranks = placement.num_ranks
 
-    def rank(number: int) -> Service:
+    def rank(number: int, local: int, share: Share) -> Service:
         name = f"trainer-{number}" if number else "trainer"
         log = directory.logs / f"{name}.log"
         command = [sys.executable, "-m", "gymexp.training.process", directory.path]
-        env = common | ({"RANK": str(number), "LOCAL_RANK": str(number)} if num_ranks > 1 else {})
-        return Service(name, lambda: spawn(command, log, env, () if number else fds), log, job=True)
+        env = {"CUDA_VISIBLE_DEVICES": ",".join(share.gpus)} if share.gpus else {}
+        if num_ranks > 1:
+            here = max(1, len(share.gpus))
+            env |= {"WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(here)}
+            env |= {"MASTER_ADDR": master.host, "MASTER_PORT": str(master.port)}
+            env |= {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // here))}
+            env |= {"RANK": str(number), "LOCAL_RANK": str(local)}
+        node = nodes[share.node]
+        return Service(name, lambda: node.spawn(command, log, env, () if number else fds), log, job=True)
 
-    return [rank(number) for number in range(num_ranks)]
+    places = [(i, share) for share in placement.training for i in range(max(1, len(share.gpus)))]
+    return [rank(number, *place) for number, place in enumerate(places)]
 
 
-def vllm_replicas(
+def engines(
     config: RunConfig,
     placement: Placement,
     directory: RunDirectory,
-    socks: Sequence[socket.socket],
+    nodes: Sequence[Node],
+    at: Sequence[Endpoint],
     gateway_url: str,
 ) -> list[Service]:
-    """Those that are to be started, on the ports that `socks` keep free.
+    """The servers that are to be started, each on its endpoint: a port kept free for vLLM, a socket for the
+    hf engine.
 
     One that ends comes back with the weights that the run began with: the gateway is told first, and gives it
     requests once the trainer has sent it the policy's. On a GPU that trains there may be no room to come back
     to: the run ends with it.
     """
-    if not socks:
+    if not placement.replicas:
         return []
-    version = vllm.read_version(config.engine)
-    transfer = vllm.transfer_of(config, placement)
-    num_api_servers = vllm.count_api_servers(os.cpu_count() or 1, len(socks))
+    command_of = _vllm_command(config, placement) if placement.engine == "vllm" else _hf_command(directory)
 
-    def replica(index: int, sock: socket.socket, gpus: list[str]) -> Service:
-        url, log = ports.url_of(sock), directory.logs / f"vllm-{index}.log"
-        port = sock.getsockname()[1]
-        command = vllm.serve_command(
-            config.model, config.engine, port, version, transfer, placement.shared, num_api_servers
-        )
-        env = vllm.ENVIRONMENT | ({"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {})
+    def replica(index: int, endpoint: Endpoint, share: Share) -> Service:
+        name, node = f"{placement.engine}-{index}", nodes[share.node]
+        log = directory.logs / f"{name}.log"
+        command, fds = command_of(endpoint)
+        env = dict(vllm.ENVIRONMENT) if placement.engine == "vllm" else {}
+        if share.gpus:
+            env["CUDA_VISIBLE_DEVICES"] = ",".join(share.gpus)
 
-        async def start() -> Child:
+        async def start() -> Running:
             if service.epoch:
-                await _hold(gateway_url, url)
-            return await spawn(command, log, env, reap=True)
+                await _hold(gateway_url, endpoint.url)
+            return await node.spawn(command, log, env, fds, reap=placement.engine == "vllm")
 
         service = Service(
-            f"vllm-{index}",
+            name,
             start,
             log,
-            url,
+            endpoint.url,
             health="/health",
             max_restarts=0 if placement.shared else config.gym.max_restarts,
             start_timeout_s=config.engine.start_timeout_s,
-            explain=vllm.explain,
+            explain=vllm.explain if placement.engine == "vllm" else lambda _: "",
             retry_start=False,
         )
         return service
 
-    return [replica(i, *at) for i, at in enumerate(zip(socks, placement.replica_gpus, strict=True))]
+    return [replica(i, *pair) for i, pair in enumerate(zip(at, placement.replicas, strict=True))]
+
+
+_Command = Callable[[Endpoint], tuple[list[str], list[int]]]  # and the sockets that it takes over
+
+
+def _vllm_command(config: RunConfig, placement: Placement) -> _Command:
+    version = vllm.read_version(config.engine)
+    transfer = vllm.transfer_of(config, placement)
+    most = max(sum(other.node == share.node for other in placement.replicas) for share in placement.replicas)
+    num_api_servers = vllm.count_api_servers(os.cpu_count() or 1, most)
+    shared = placement.shared
+    return lambda at: (
+        vllm.serve_command(
+            config.model, config.engine, at.port, version, transfer, shared, num_api_servers, at.host
+        ),
+        [],
+    )
+
+
+def _hf_command(directory: RunDirectory) -> _Command:
+    command = [sys.executable, "-m", "gymexp.policy.hf_replica", str(directory.config), "--fd"]
+    return lambda at: ([*command, str(at.fd)], [at.fd])
 
 
 def gym_servers(

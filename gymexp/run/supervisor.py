@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import aiohttp
 import psutil
 
-from gymexp.errors import ServiceError
+from gymexp.errors import NodeLost, ServiceError
 from gymexp.run import lifeline
 
 log = logging.getLogger(__name__)
@@ -31,12 +31,29 @@ _POLL_S = 0.1
 
 
 class Running(Protocol):
-    """A started process: its id, and a wait for its exit code (negative: a signal's number)."""
+    """A started process, on whichever node."""
 
     @property
     def pid(self) -> int: ...
 
-    async def wait(self) -> int: ...
+    @property
+    def rss_mb(self) -> float:
+        """As last seen; 0 where it is not known."""
+        ...
+
+    async def wait(self) -> int:
+        """Its exit code; negative: a signal's number. Raises ServiceError if what runs it is gone."""
+        ...
+
+    def signal(self, number: int) -> None: ...
+
+    def terminate(self) -> None:
+        """SIGTERM. What it has started by now is ended by a later `kill_tree`, even where it went before."""
+        ...
+
+    def kill_tree(self) -> None:
+        """SIGKILL to the process and to what it started."""
+        ...
 
 
 Start = Callable[[], Coroutine[Any, Any, Running]]
@@ -62,23 +79,66 @@ class Service:
     exit_code: int | None = None  # of its last end; negative: a signal's number
     ended_at: float = 0.0
     failures: int = 0
-    pid: int | None = None
+    running: Running | None = None
     rss_mb: float = 0.0
     seen: float = field(default=0.0, repr=False)  # when it last answered
 
+    @property
+    def pid(self) -> int | None:
+        return self.running.pid if self.running else None
 
-@dataclass
-class Child:
-    """A process started by `spawn`."""
+    def signal(self, number: int) -> None:
+        if self.running:
+            self.running.signal(number)
 
-    process: asyncio.subprocess.Process
+
+class LocalProcess:
+    """A process of this machine, by its id; `wait` is its starter's."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        try:
+            self._process = psutil.Process(pid)  # which knows it from a later one of the same id
+        except psutil.NoSuchProcess:
+            self._process = None
+        self._tree: set[psutil.Process] = set()
 
     @property
-    def pid(self) -> int:
-        return self.process.pid
+    def rss_mb(self) -> float:
+        with contextlib.suppress(psutil.Error):
+            return self._process.memory_info().rss / 2**20 if self._process else 0.0
+        return 0.0
+
+    def signal(self, number: int) -> None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if self._process:
+                self._process.send_signal(number)
+
+    def terminate(self) -> None:
+        self._look()
+        self.signal(signal.SIGTERM)
+
+    def kill_tree(self) -> None:
+        self._look()
+        for process in self._tree:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+
+    def _look(self) -> None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if self._process:
+                self._tree |= {self._process, *self._process.children(recursive=True)}
+
+
+class Child(LocalProcess):
+    """A process started by `spawn`."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        super().__init__(process.pid)
+        self._child = process
 
     async def wait(self) -> int:
-        return await self.process.wait()
+        return await self._child.wait()
 
 
 async def spawn(
@@ -168,9 +228,9 @@ class Supervisor:
     def restart(self, name: str) -> None:
         """End a service on purpose; it comes back, and this is not counted as a failure."""
         service = self.services[name]
-        if service.state == "ready" and service.pid:
+        if service.state == "ready" and service.running:
             self._set(service, "restarting")
-            _signal(service.pid, signal.SIGKILL)
+            service.signal(signal.SIGKILL)
 
     def let_go(self) -> None:
         """From now on a service may end: it is not started again, and that is no failure. What asked the run
@@ -181,12 +241,13 @@ class Supervisor:
         """Let `close`, now or later, wait for nobody's own end."""
         self._term_grace_s = 0.0
 
-    async def close(self, first: Sequence[str] = ()) -> None:
-        """End all services: `first` in their order, then the others together. Leaves no process behind."""
+    async def close(self, *first: Sequence[str]) -> None:
+        """End all services: those of each of `first` together, one after the other, then the rest. Leaves no
+        process behind."""
         self._closing = True
-        rest = [name for name in self.services if name not in first]
-        for batch in [*[[name] for name in first if name in self.services], rest]:
-            await asyncio.gather(*(self._stop(self.services[name]) for name in batch))
+        rest = set(self.services).difference(*first)
+        for batch in (*first, rest):
+            await asyncio.gather(*(self._stop(self.services[n]) for n in batch if n in self.services))
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -194,20 +255,16 @@ class Supervisor:
             await self._http.close()
 
     async def _stop(self, service: Service) -> None:
-        if service.pid is None:
+        running = service.running
+        if running is None:
             if service.state != "down":
                 self._set(service, "stopped")
             return
-        with contextlib.suppress(psutil.NoSuchProcess):
-            tree = [psutil.Process(service.pid), *psutil.Process(service.pid).children(recursive=True)]
-            _signal(service.pid, signal.SIGTERM)
-            began = time.monotonic()
-            while service.pid is not None and time.monotonic() < began + self._term_grace_s:
-                await asyncio.sleep(0.02)
-            for process in tree:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    if process.is_running():
-                        process.kill()
+        running.terminate()
+        began = time.monotonic()
+        while service.running is not None and time.monotonic() < began + self._term_grace_s:
+            await asyncio.sleep(0.02)
+        running.kill_tree()
         self._set(service, "stopped")
 
     async def _keep(self, service: Service) -> None:
@@ -216,13 +273,13 @@ class Supervisor:
             while not self._closing:
                 self._set(service, "starting")
                 running = await service.start()
-                service.pid, service.seen = running.pid, time.monotonic()
+                service.running, service.seen = running, time.monotonic()
                 watch = asyncio.create_task(self._watch(service))
                 try:
                     code = await running.wait()  # ServiceError: its host is gone, and it as well
                 finally:
                     watch.cancel()
-                    service.pid = None
+                    service.running = None
                 asked = service.state == "restarting"
                 hopeless = service.state == "starting" and not service.retry_start
                 service.epoch, service.exit_code = service.epoch + 1, code
@@ -247,12 +304,14 @@ class Supervisor:
                         )
                     await asyncio.sleep(min(0.2 * 2**service.failures, 10))
         except ServiceError as error:
-            self._fail(error)
+            self.fail(error)
         except OSError as error:
-            self._fail(ServiceError(f"{service.name} could not be started: {error}"))
+            self.fail(ServiceError(f"{service.name} could not be started: {error}"))
 
-    def _fail(self, error: ServiceError) -> None:
-        if not self._closing and not self._letting_go and not self.failed.done():
+    def fail(self, error: ServiceError) -> None:
+        """Make it the run's end, unless another failure or the end came first."""
+        lets_go = self._letting_go and not isinstance(error, NodeLost)  # no signal of Slurm's does that
+        if not self._closing and not lets_go and not self.failed.done():
             self.failed.set_exception(error)
             self.failed.exception()  # looked at: asyncio need not say that nobody did
 
@@ -271,12 +330,11 @@ class Supervisor:
                     service.seen = now
                     if service.state == "starting":
                         self._set(service, "ready")
-                elif now - service.seen > self._patience(service) and service.pid:
+                elif now - service.seen > self._patience(service) and service.running:
                     log.warning("%s has not answered for %.0f s: ending it", service.name, now - service.seen)
-                    _signal(service.pid, signal.SIGKILL)
-            if service.pid:
-                with contextlib.suppress(psutil.Error):
-                    service.rss_mb = psutil.Process(service.pid).memory_info().rss / 2**20
+                    service.signal(signal.SIGKILL)
+            if service.running:
+                service.rss_mb = service.running.rss_mb
             await asyncio.sleep(_POLL_S if service.state == "starting" else self._health_interval_s)
 
     def _patience(self, service: Service) -> float:
@@ -312,8 +370,3 @@ def ended(code: int) -> str:
         return f"was ended by {signal.Signals(-code).name}"
     except ValueError:
         return f"was ended by signal {-code}"
-
-
-def _signal(pid: int, number: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, number)

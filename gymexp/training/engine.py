@@ -52,8 +52,11 @@ class HFSampling:
         pass
 
 
-class VLLMSampling:
-    """vLLM, which samples whenever it is asked. sync: on the first rank and, with CUDA IPC, on the others."""
+class ServerSampling:
+    """Servers that sample whenever they are asked: vLLM, or the hf engine on a node of its own.
+
+    sync: on the first rank and, with CUDA IPC, on the others.
+    """
 
     def __init__(self, sync: WeightSync | IpcPeer | None, shared: bool) -> None:
         self.sync = sync
@@ -100,7 +103,7 @@ def serve_hf(config: RunConfig, model: Any, tokenizer: Any, fd: int, stack: Exit
     return sampling
 
 
-def join_vllm(
+def join_servers(
     config: RunConfig,
     run: RunDirectory,
     services: dict[str, Any],
@@ -108,7 +111,7 @@ def join_vllm(
     device: torch.device,
     asked: threading.Event,
     stack: ExitStack,
-) -> VLLMSampling:
+) -> ServerSampling:
     """Wait for the replicas and make the weights' way to them. The first rank's work, but for CUDA IPC."""
     from gymexp.policy.transfer import DiskTransfer, IpcPeer, IpcTransfer, NcclTransfer
     from gymexp.policy.weights import Replicas, WeightSync
@@ -126,14 +129,19 @@ def join_vllm(
     kind = services["transfer"]
     transfer = IpcTransfer(gather, rank == 0) if kind == "ipc" else None
     if rank > 0:
-        return VLLMSampling(transfer and IpcPeer(transfer), services["shared"])
+        return ServerSampling(transfer and IpcPeer(transfer), services["shared"])
     if transfer is None:
-        transfer = NcclTransfer(device, give_up) if kind == "nccl" else DiskTransfer(run.path / "weights")
+        transfer = (
+            NcclTransfer(device, give_up, services["trainer_address"])
+            if kind == "nccl"
+            else DiskTransfer(run.path / "weights")
+        )
     # Where this process sees no GPU, the vLLM that gymexp starts sees none either.
-    replicas = Replicas(services["engine_urls"], on_cpu=device.type == "cpu" and not config.engine.urls)
+    started = services["engine"] == "vllm" and not config.engine.urls
+    replicas = Replicas(services["engine_urls"], on_cpu=started and device.type == "cpu")
     replicas.wait_healthy(config.engine.start_timeout_s, asked)
     sync = WeightSync(
         replicas, transfer, services["gateway_url"], run.path / "weights-again", services["shared"]
     )
     stack.callback(sync.close)
-    return VLLMSampling(sync, services["shared"])
+    return ServerSampling(sync, services["shared"])

@@ -83,7 +83,7 @@ def work(run: RunDirectory, config: RunConfig, asked: threading.Event) -> dict[s
     from gymexp.policy.model import load_model, load_tokenizer
     from gymexp.training import arguments, checkpoints
     from gymexp.training.callbacks import EndWhenAsked, Evaluation, MetricsFile, Steps, Teller
-    from gymexp.training.engine import VLLMSampling, join_vllm, serve_hf
+    from gymexp.training.engine import ServerSampling, join_servers, serve_hf
     from gymexp.training.rollouts import Rollouts
     from gymexp.training.trainer import PolicyTrainer
 
@@ -99,21 +99,21 @@ def work(run: RunDirectory, config: RunConfig, asked: threading.Event) -> dict[s
     with ExitStack() as stack:
         if main_rank:
             _open_tracker(config, run, stack)
-        if services["engine"] == "hf":
+        if "engine_fd" in services:
             torch.nn.Module.to(model, device)  # else the trainer moves it, or shards it from where it is
             engine = serve_hf(config, model, tokenizer, services["engine_fd"], stack)
         else:
-            teller.tell(phase="load vLLM")
-            engine = join_vllm(config, run, services, _rank(), device, asked, stack)
+            teller.tell(phase="load engine")
+            engine = join_servers(config, run, services, _rank(), device, asked, stack)
         if main_rank:
             vocab_size: int = model.get_input_embeddings().num_embeddings  # pyright: ignore
             collector = _open_collector(config, services, vocab_size, teller, asked, stack)
         tasks = {t.key: t for some in (prepared.train, *prepared.validation.values()) for t in some}
         rollouts = Rollouts(config, collector, tasks, run.rollouts, engine)
         trainer = PolicyTrainer(config, args, model, tokenizer, prepared, rollouts, run.checkpoints)
-        if isinstance(engine, VLLMSampling):
+        if isinstance(engine, ServerSampling):
             # A server that gymexp did not start may hold any weights.
-            trainer.sample_with_vllm(engine, version=None if config.engine.urls else 0)
+            trainer.sample_with_servers(engine, version=None if config.engine.urls else 0)
         resume = checkpoints.latest(run.checkpoints)  # a new run's directory has none
         first_step = checkpoints.step_of(resume) if resume else 0
         evaluation, ending = Evaluation(config, prepared, rollouts, teller), EndWhenAsked(asked)

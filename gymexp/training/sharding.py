@@ -29,18 +29,18 @@ _AUTO_ZERO = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param
 
 def check(config: RunConfig, placement: Placement) -> None:
     """Raises ConfigError where there is nothing to spread over."""
-    trainer, count = config.trainer, len(placement.train_gpus)
+    trainer, count = config.trainer, placement.num_ranks
     key = next((key for key in ("fsdp", "deepspeed") if trainer.get(key)), None)
     if key is None:
         return
-    if placement.engine == "hf":
+    if placement.in_trainer:
         raise ConfigError(
             f"trainer.{key} shards the policy, and engine=hf samples from it in the trainer's one process, "
-            f"got {trainer[key]!r}: say engine=vllm"
+            f"got {trainer[key]!r}: say engine=vllm, or placement.rollout_nodes=1"
         )
     if count < 2:
         raise ConfigError(
-            f"trainer.{key} must be left out where fewer than two GPUs train ({count} here), got "
+            f"trainer.{key} must be left out where fewer than two GPUs or nodes train ({count} here), got "
             f"{trainer[key]!r}: say placement.train_gpus=… or engine.colocate=true with more GPUs"
         )
 

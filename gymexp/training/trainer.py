@@ -27,7 +27,7 @@ from gymexp.policy.weights import NamedTensors, TensorSpecs
 from gymexp.rollout.batch import Batch
 from gymexp.run.directory import RunDirectory
 from gymexp.training import checkpoints, padding
-from gymexp.training.engine import VLLMSampling
+from gymexp.training.engine import ServerSampling
 from gymexp.training.rollouts import Rollouts, on_main_rank
 
 log = logging.getLogger(__name__)
@@ -112,8 +112,8 @@ class PolicyTrainer(GRPOTrainer):
         self._seconds["evaluation"] += seconds
         Trainer.log(self, metrics)
 
-    def sample_with_vllm(self, engine: VLLMSampling, version: int | None) -> None:
-        """Keep vLLM's weights up to date from now on. version: of what it holds; None: unknown."""
+    def sample_with_servers(self, engine: ServerSampling, version: int | None) -> None:
+        """Keep the servers' weights up to date from now on. version: of what they hold; None: unknown."""
         self._engine = engine
         self._engine_version = version
         engine.named_weights = self._weights_of_one_rank
@@ -176,7 +176,7 @@ class PolicyTrainer(GRPOTrainer):
         """The same, asked for on the first rank alone. Raises ServiceError where the others have a part."""
         if self.accelerator.num_processes > 1 and (self._dist.is_fsdp or self._dist.is_zero3):
             raise ServiceError(
-                "a vLLM replica was lost and is back, and the policy's weights, which are sharded, cannot be "
+                "an engine was lost and is back, and the policy's weights, which are sharded, cannot be "
                 "sent to it before the next step: resume the run"
             )
         return self.named_weights()

@@ -8,7 +8,7 @@ import pytest
 from gymexp.config import EngineConfig, ModelConfig, RunConfig
 from gymexp.errors import ConfigError
 from gymexp.policy.vllm import Version, count_api_servers, explain, read_version, serve_command, transfer_of
-from gymexp.run.placement import Placement
+from gymexp.run.placement import Placement, Share
 
 MODEL = ModelConfig(name="tiny", path="gymexp/assets/tiny", dtype="float32", max_model_len=2048)
 
@@ -118,8 +118,8 @@ def test_the_version_that_an_interpreter_has_is_checked(tmp_path):
 
 def test_weights_go_by_nccl_between_gpus_of_their_own_and_by_ipc_within_one(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
-    apart = Placement("vllm", ["1"], [["0"]])
+    apart = Placement("vllm", [Share(0, ["1"])], [Share(0, ["0"])])
     assert transfer_of(RunConfig(engine=EngineConfig(weights="nccl")), apart) == "nccl"
     assert transfer_of(RunConfig(engine=EngineConfig(weights="disk")), apart) == "disk"
-    assert transfer_of(RunConfig(), Placement("vllm", ["0"], [["0"]])) == "ipc"
-    assert transfer_of(RunConfig(), Placement("vllm", [], [[]])) == "disk"
+    assert transfer_of(RunConfig(), Placement("vllm", [Share(0, ["0"])], [Share(0, ["0"])])) == "ipc"
+    assert transfer_of(RunConfig(), Placement("vllm", [Share(0, [])], [Share(0, [])])) == "disk"

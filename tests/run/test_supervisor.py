@@ -18,7 +18,7 @@ import pytest
 
 from gymexp.errors import ServiceError
 from gymexp.run import ports, supervisor
-from gymexp.run.supervisor import Service, Supervisor, spawn
+from gymexp.run.supervisor import LocalProcess, Service, Supervisor, spawn
 
 # Answers every request on the socket it was given; a request for /crash ends it with code 3.
 SERVER = """
@@ -303,15 +303,13 @@ def test_closing_does_not_wait_for_servers_whose_host_has_ended(tmp_path):
 
         child = await spawn(["sleep", "60"], tmp_path / "forked.log")
 
-        class Forked:
-            pid = child.pid
-
+        class Forked(LocalProcess):
             async def wait(self) -> int:
                 await host_is_gone.wait()
                 raise ServiceError("the host ended")
 
         async def start() -> Forked:
-            return Forked()
+            return Forked(child.pid)
 
         async with supervising() as keeper:
             server = Service("server", start, tmp_path / "server.log")
@@ -321,7 +319,7 @@ def test_closing_does_not_wait_for_servers_whose_host_has_ended(tmp_path):
             asyncio.get_running_loop().call_later(0.2, host_is_gone.set)
             await keeper.close()
             assert time.monotonic() - began < 5
-        assert not alive(Forked.pid)
+        assert not alive(child.pid)
 
     run(story)
 
@@ -339,7 +337,7 @@ def test_closing_ends_the_first_named_services_before_the_others(tmp_path):
             keeper._on_change = lambda: ended.extend(
                 n for n, s in keeper.services.items() if s.state == "stopped" and n not in ended
             )
-            await keeper.close(first=["trainer"])
+            await keeper.close(["trainer"])
 
     run(story)
     assert ended == ["trainer", "server"]

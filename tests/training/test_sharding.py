@@ -19,7 +19,7 @@ from whole_run import ROOT, TINY
 
 from gymexp.config import EnvConfig, RunConfig
 from gymexp.errors import ConfigError
-from gymexp.run.placement import Placement
+from gymexp.run.placement import Placement, Share
 from gymexp.training import sharding
 
 PATIENCE_S = 200
@@ -143,7 +143,7 @@ def test_log_probabilities_of_a_bfloat16_policy_in_shards_are_not_rounded_to_it(
 
 
 def placed(engine: str, num_gpus: int) -> Placement:
-    return Placement(engine, [str(i) for i in range(num_gpus)], [])
+    return Placement(engine, [Share(0, [str(i) for i in range(num_gpus)])], [])
 
 
 def configured(**trainer) -> RunConfig:
@@ -154,8 +154,12 @@ def configured(**trainer) -> RunConfig:
     ("engine", "num_gpus", "said"),
     [
         ("hf", 1, r"trainer\.fsdp shards .* engine=hf samples .* say engine=vllm"),
-        ("vllm", 1, r"trainer\.fsdp must be left out where fewer than two GPUs train \(1 here\), got True"),
-        ("vllm", 0, r"fewer than two GPUs train \(0 here\)"),
+        (
+            "vllm",
+            1,
+            r"trainer\.fsdp must be left out where fewer than two GPUs .* \(1 here\), got True",
+        ),
+        ("vllm", 0, r"fewer than two GPUs or nodes train \(1 here\)"),
     ],
 )
 def test_what_cannot_be_sharded_is_said_before_anything_starts(engine, num_gpus, said):

@@ -1,0 +1,372 @@
+"""The nodes of a run as its lead sees them: where processes start, sockets are opened and GPUs are.
+
+Under Slurm one task a node runs the same job. Task 0 is the lead, with the controller; the others are agents
+(`gymexp.run.agent`) that connect to the lead and do what it says. The lead's address, and a secret, are in
+`lead.json` in the run directory, for its owner's eyes alone.
+
+Over the connection, a websocket, go JSON objects. The lead's: {"do": "start", "id", "command", "env", "log",
+"fds", "reap"}, {"do": "listen" | "reserve", "id"}, {"do": "signal", "process", "number"}, {"do": "terminate"
+| "kill", "process"}, {"do": "end"}. The agent's: first {"rank", "name", "address", "gpus"}, then {"id", …} in
+answer, with "error" where it failed, {"ended": process, "code"} and {"rss_mb": {process: …}}. A process is
+called by the id of what started it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import itertools
+import json
+import logging
+import os
+import secrets
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from aiohttp import WSMsgType, web
+
+from gymexp.errors import ConfigError, NodeLost, ServiceError
+from gymexp.run import ports
+from gymexp.run.directory import replace_file
+from gymexp.run.placement import visible_gpus
+from gymexp.run.supervisor import Running, spawn
+
+log = logging.getLogger(__name__)
+HEARTBEAT_S = 10.0  # a node that is silent for one and a half of these is lost
+_JOIN_TIMEOUT_S = 120.0
+_ANSWER_TIMEOUT_S = 60.0
+_END_TIMEOUT_S = 10.0
+
+
+@dataclass(frozen=True)
+class Task:
+    """This process among those of its Slurm job, one a node. attempt: the job and how often it was requeued,
+    which tells the lead of this time from that of an earlier one."""
+
+    rank: int
+    count: int
+    node: str
+    attempt: str
+
+
+def read_task(environ: Mapping[str, str] = os.environ) -> Task | None:
+    """None outside Slurm. Host names tell nothing: several slurmd may share one."""
+    if "SLURM_PROCID" not in environ or "SLURM_JOB_ID" not in environ:
+        return None
+    return Task(
+        rank=int(environ["SLURM_PROCID"]),
+        count=int(environ.get("SLURM_NTASKS", "1")),
+        node=environ.get("SLURMD_NODENAME") or socket.gethostname(),
+        attempt=f"{environ['SLURM_JOB_ID']}.{environ.get('SLURM_RESTART_COUNT', '0')}",
+    )
+
+
+def lead_of(num_nodes: int, task: Task | None) -> Task:
+    """This process as the lead of so many nodes. Raises ConfigError if it is not in a job of these."""
+    if task is None or task.count != num_nodes:
+        there = "none is running" if task is None else f"job {task.attempt} has {task.count}"
+        raise ConfigError(
+            f"placement.rollout_nodes and placement.train_nodes need a Slurm job of {num_nodes} tasks, one a "
+            f"node, and {there}: say launcher=slurm, or start the same job on every node by srun"
+        )
+    return task
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """A socket on a node; `fd` is its number there, also in what is started with it."""
+
+    host: str
+    port: int
+    fd: int
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.host}:{self.port}"
+
+
+class Node(Protocol):
+    """A machine of the run. gpus: as CUDA_VISIBLE_DEVICES names them there."""
+
+    name: str
+    address: str
+    gpus: list[str]
+
+    async def listen(self) -> Endpoint:
+        """A socket for a server that takes it over (`ports.listen`)."""
+        ...
+
+    async def reserve(self) -> Endpoint:
+        """A port for a server that opens its own (`ports.reserve`)."""
+        ...
+
+    async def spawn(
+        self,
+        command: Sequence[str | os.PathLike[str]],
+        log: Path,
+        env: Mapping[str, str] | None = None,
+        fds: Sequence[int] = (),
+        reap: bool = False,
+    ) -> Running:
+        """As `supervisor.spawn`. The log is where every node sees it."""
+        ...
+
+
+class LocalNode:
+    """This machine."""
+
+    def __init__(self, gpus: list[str], name: str = "localhost", address: str = "127.0.0.1") -> None:
+        self.name = name
+        self.address = address
+        self.gpus = gpus
+        self._socks: list[socket.socket] = []
+
+    async def listen(self) -> Endpoint:
+        return self._keep(ports.listen(self.address))
+
+    async def reserve(self) -> Endpoint:
+        return self._keep(ports.reserve(self.address))
+
+    async def spawn(
+        self,
+        command: Sequence[str | os.PathLike[str]],
+        log: Path,
+        env: Mapping[str, str] | None = None,
+        fds: Sequence[int] = (),
+        reap: bool = False,
+    ) -> Running:
+        return await spawn(command, log, env, fds, reap=reap)
+
+    def _keep(self, sock: socket.socket) -> Endpoint:
+        self._socks.append(sock)
+        host, port = sock.getsockname()
+        return Endpoint(host, port, sock.fileno())
+
+    def close(self) -> None:
+        for sock in self._socks:
+            sock.close()
+
+
+def this_node(count: int) -> tuple[LocalNode, Task | None]:
+    """This machine; and this process as the lead of so many nodes, where there are several."""
+    if count == 1:
+        return LocalNode([]), None
+    task = lead_of(count, read_task())
+    return LocalNode(visible_gpus(), task.node, ports.address_of(task.node)), task
+
+
+@dataclass
+class _RemoteProcess:
+    """A process that an agent started."""
+
+    pid: int
+    ended: asyncio.Future[int]
+    tell: Callable[..., None]
+    rss_mb: float = 0.0
+
+    async def wait(self) -> int:
+        return await self.ended
+
+    def signal(self, number: int) -> None:
+        self.tell("signal", number=int(number))
+
+    def terminate(self) -> None:
+        self.tell("terminate")
+
+    def kill_tree(self) -> None:
+        self.tell("kill")
+
+
+@dataclass
+class RemoteNode:
+    """Another machine, through its agent."""
+
+    name: str
+    address: str
+    gpus: list[str]
+    socket: web.WebSocketResponse
+    lost: NodeLost | None = None
+    _ids: itertools.count[int] = field(default_factory=itertools.count)
+    _answers: dict[int, asyncio.Future[Any]] = field(default_factory=dict)
+    _processes: dict[int, _RemoteProcess] = field(default_factory=dict)
+    _out: asyncio.Queue[dict[str, Any]] = field(default_factory=asyncio.Queue)
+
+    async def listen(self) -> Endpoint:
+        return Endpoint(**(await self._ask(do="listen"))["at"])
+
+    async def reserve(self) -> Endpoint:
+        return Endpoint(**(await self._ask(do="reserve"))["at"])
+
+    async def spawn(
+        self,
+        command: Sequence[str | os.PathLike[str]],
+        log: Path,
+        env: Mapping[str, str] | None = None,
+        fds: Sequence[int] = (),
+        reap: bool = False,
+    ) -> Running:
+        words = [os.fspath(word) for word in command]
+        asked = {"command": words, "log": str(log), "env": dict(env or {}), "fds": list(fds), "reap": reap}
+        answer = await self._ask(do="start", **asked)
+        return self._processes[answer["id"]]
+
+    def tell(self, **message: Any) -> None:
+        """In order, and without waiting; nothing where the node is lost."""
+        self._out.put_nowait(message)
+
+    async def talk(self) -> None:
+        """Pass on what the agent says, until it hangs up or falls silent."""
+        sending = asyncio.create_task(self._send())
+        try:
+            async for message in self.socket:
+                if message.type is not WSMsgType.TEXT:  # silence, as an error
+                    break
+                self._take(json.loads(message.data))
+        finally:
+            sending.cancel()
+            self.lost = NodeLost(
+                f"node {self.name} is lost: its agent ended, or was silent for {1.5 * HEARTBEAT_S:.0f} s. "
+                "What ran there is gone. Slurm's log of the job may say why; resume the run without the node "
+                f"(Slurm's --exclude={self.name})"
+            )
+            for future in (*self._answers.values(), *(p.ended for p in self._processes.values())):
+                if not future.done():
+                    future.set_exception(self.lost)
+                    future.exception()  # looked at: the run may have ended before anyone waits for it
+
+    @property
+    def busy(self) -> bool:
+        """Whether anyone waits for what its processes come to."""
+        return bool(self._processes or self._answers)
+
+    async def _send(self) -> None:
+        with contextlib.suppress(OSError):  # the reader notices as well
+            while True:
+                await self.socket.send_json(await self._out.get())
+
+    async def _ask(self, **message: Any) -> dict[str, Any]:
+        if self.lost:
+            raise self.lost
+        number = next(self._ids)
+        answer = self._answers[number] = asyncio.get_running_loop().create_future()
+        self.tell(id=number, **message)
+        try:
+            async with asyncio.timeout(_ANSWER_TIMEOUT_S):
+                return await answer
+        except TimeoutError:
+            raise ServiceError(
+                f"node {self.name} did not {message['do']} within {_ANSWER_TIMEOUT_S:.0f} s"
+            ) from None
+        finally:
+            del self._answers[number]
+
+    def _take(self, message: dict[str, Any]) -> None:
+        if "rss_mb" in message:
+            for number, rss_mb in message["rss_mb"].items():
+                if process := self._processes.get(int(number)):
+                    process.rss_mb = rss_mb
+        elif "ended" in message:
+            self._processes.pop(message["ended"]).ended.set_result(message["code"])
+        elif answer := self._answers.get(number := message["id"]):
+            if "error" in message:
+                answer.set_exception(OSError(f"{message['error']} (on node {self.name})"))
+                return
+            if "pid" in message:  # here, not where it is awaited: its end may be the next message
+                ended = asyncio.get_running_loop().create_future()
+                tell = _teller(self, number)
+                self._processes[number] = _RemoteProcess(message["pid"], ended, tell)
+            answer.set_result(message)
+
+
+def _teller(node: RemoteNode, process: int) -> Callable[..., None]:
+    return lambda do, **more: node.tell(do=do, process=process, **more)
+
+
+class Nodes:
+    """Those of one run, this one first, the others as they join. Its `welcome` answers GET /node.
+
+    directory: the run's. on_lost: told when a node goes away of which nothing else says so.
+    """
+
+    def __init__(
+        self, here: LocalNode, task: Task, directory: Path, on_lost: Callable[[ServiceError], None]
+    ) -> None:
+        self._here = here
+        self._task = task
+        self._directory = directory
+        self._on_lost = on_lost
+        self._secret = secrets.token_hex(32)
+        self._others: dict[int, RemoteNode] = {}
+        self._joined = asyncio.Event()
+        self._ending = False
+        self._open = 0
+        self._left = asyncio.Event()
+
+    async def join(self, url: str) -> list[Node]:
+        """Say in the run directory that the lead is at `url`, and wait for the others; all, by rank.
+
+        Raises ServiceError with those that did not come.
+        """
+        announce(self._directory, self._task, url=url, secret=self._secret)
+        expected = set(range(1, self._task.count))
+        try:
+            async with asyncio.timeout(_JOIN_TIMEOUT_S):
+                while expected - self._others.keys():
+                    self._joined.clear()
+                    await self._joined.wait()
+        except TimeoutError:
+            away = ", ".join(map(str, sorted(expected - self._others.keys())))
+            raise ServiceError(
+                f"tasks {away} of job {self._task.attempt} did not join the lead, {self._here.name} at "
+                f"{url}, within {_JOIN_TIMEOUT_S:.0f} s: each node must run the same job (srun, one task a "
+                f"node), see {self._directory}, and reach that address"
+            ) from None
+        return [self._here, *(self._others[rank] for rank in sorted(expected))]
+
+    async def welcome(self, request: web.Request) -> web.StreamResponse:
+        given = request.headers.get("Authorization", "")
+        if not hmac.compare_digest(given, f"Bearer {self._secret}"):
+            raise web.HTTPForbidden(text="the secret is not the one in lead.json")
+        response = web.WebSocketResponse(heartbeat=HEARTBEAT_S)
+        await response.prepare(request)
+        self._open += 1
+        try:
+            hello = await response.receive_json(timeout=HEARTBEAT_S)
+            rank = hello.pop("rank")
+            node = self._others[rank] = RemoteNode(socket=response, **hello)
+            log.info("node %s has joined", node.name)
+            self._joined.set()
+            await node.talk()
+            if not self._ending:
+                log.warning("%s", node.lost)
+                if not node.busy and node.lost:
+                    self._on_lost(node.lost)
+        finally:
+            self._open -= 1
+            self._left.set()
+        return response
+
+    async def close(self) -> None:
+        """End the agents, and what they still run."""
+        self._ending = True
+        announce(self._directory, self._task, over="its run has ended")  # to those that have not joined
+        for node in self._others.values():
+            node.tell(do="end")
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_END_TIMEOUT_S):
+                while self._open:
+                    self._left.clear()
+                    await self._left.wait()
+
+
+def announce(directory: Path, task: Task, **said: str) -> None:
+    """Write `lead.json`: {"attempt", "url", "secret"}, or "over" in place of the last two."""
+    replace_file(lead_file(directory), json.dumps({"attempt": task.attempt} | said), mode=0o600)
+
+
+def lead_file(directory: Path) -> Path:
+    return directory / "lead.json"
