@@ -25,8 +25,6 @@ from gymexp.run.directory import RunDirectory, cache_dir
 from gymexp.run.placement import place
 from gymexp.training import arguments
 
-log = logging.getLogger(__name__)
-
 
 class SlurmLauncher(submitit_launcher.SlurmLauncher):
     """Under the name of the class it replaces (`gymexp.run.entry`), so that its configuration is the same."""
@@ -53,6 +51,9 @@ class SlurmLauncher(submitit_launcher.SlurmLauncher):
     def _check(self, job_overrides: Sequence[Sequence[str]], first: int) -> dict[int, FrozenJob]:
         """The jobs by number. Raises ConfigError with every mistake and the jobs that make it."""
         jobs: dict[int, FrozenJob] = {}
+        logging.getLogger(configuration.__name__).setLevel(
+            logging.WARNING
+        )  # what is said of each is the same
         wrong: dict[str, list[str]] = {}
         for num, overrides in enumerate(job_overrides, first):
             said = list(filter_overrides(overrides))
