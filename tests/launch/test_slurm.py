@@ -31,6 +31,7 @@ SMALL = [
     "trainer.num_generations=4",
     "evaluation.num_tasks=2",
     "evaluation.every_steps=0",
+    "gym.start_timeout_s=400",  # three start at once
     "launcher.mem=4G",
     "launcher.time=30",
 ]
