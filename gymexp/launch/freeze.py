@@ -93,6 +93,12 @@ def swept_of(jobs: Sequence[Sequence[str]]) -> list[dict[str, str]]:
     return [{key: job[key] for key in differ if key in job} for job in pairs]
 
 
+def name_of(num: int, swept: Mapping[str, str]) -> str:
+    """What messages call a job: `job 3 (seed=1)`."""
+    said = " ".join(f"{key}={value}" for key, value in swept.items())
+    return f"job {num} ({said})" if said else f"job {num}"
+
+
 def read_sweep(sweep: Path) -> dict[str, Any]:
     """What sweep.json says. Raises RunDirectoryError if there is none, or one of another gymexp."""
     try:

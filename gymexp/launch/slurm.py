@@ -20,12 +20,19 @@ from gymexp import config as configuration
 from gymexp.config import ConfigError, RunConfig
 from gymexp.errors import GymexpError, LaunchError
 from gymexp.launch import job, sbatch, watch
-from gymexp.launch.freeze import FrozenJob, freeze, read_job, read_sweep, take_back, write_sweep
+from gymexp.launch.freeze import (
+    FrozenJob,
+    freeze,
+    name_of,
+    read_job,
+    read_sweep,
+    swept_of,
+    take_back,
+    write_sweep,
+)
 from gymexp.run.directory import RunDirectory, cache_dir
 from gymexp.run.placement import num_nodes, place
 from gymexp.training import arguments
-
-log = logging.getLogger(__name__)
 
 
 class SlurmLauncher(submitit_launcher.SlurmLauncher):
@@ -53,23 +60,27 @@ class SlurmLauncher(submitit_launcher.SlurmLauncher):
     def _check(self, job_overrides: Sequence[Sequence[str]], first: int) -> dict[int, FrozenJob]:
         """The jobs by number. Raises ConfigError with every mistake and the jobs that make it."""
         jobs: dict[int, FrozenJob] = {}
+        logging.getLogger(configuration.__name__).setLevel(
+            logging.WARNING
+        )  # what is said of each is the same
         wrong: dict[str, list[str]] = {}
+        said = [list(filter_overrides(overrides)) for overrides in job_overrides]
+        names = {num: name_of(num, swept) for num, swept in enumerate(swept_of(said), first)}
         for num, overrides in enumerate(job_overrides, first):
-            said = list(filter_overrides(overrides))
             try:
-                jobs[num] = FrozenJob(self._compose(overrides), said)
+                jobs[num] = FrozenJob(self._compose(overrides), said[num - first])
             except (GymexpError, HydraException) as error:
-                wrong.setdefault(str(error), []).append(f"job {num} ({' '.join(said)})")
+                wrong.setdefault(str(error), []).append(names[num])
         if not wrong:
             told = arguments.problems([job.config for job in jobs.values()], cache_dir())
             for num, text in zip(jobs, told, strict=True):
                 if text:
-                    wrong.setdefault(text, []).append(f"job {num} ({' '.join(jobs[num].overrides)})")
+                    wrong.setdefault(text, []).append(names[num])
         if wrong:
             count = sum(len(which) for which in wrong.values())
             lines = [f"{which[0]}{_and_more(which)}:\n{text}" for text, which in wrong.items()]
             raise ConfigError(
-                "\n".join([f"nothing was submitted: {count} of {len(job_overrides)} jobs", *lines])
+                "\n".join([f"nothing was submitted: {count} of {len(job_overrides)} jobs are wrong", *lines])
             )
         return jobs
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gymexp.launch.freeze import read_sweep
+from gymexp.launch.freeze import name_of, read_sweep
 from gymexp.run.directory import RunDirectory
 from gymexp.view.progress import View, duration
 
@@ -94,13 +94,11 @@ def end_of(sweep: Path, entry: dict[str, Any], state: str) -> End:
     """Judge a job that Slurm says is over. state: Slurm's word."""
     run = RunDirectory(sweep / str(entry["num"]))
     result = run.read_result()
-    swept = " ".join(f"{key}={value}" for key, value in entry["swept"].items())
-    name = f"job {entry['num']}" + (f" ({swept})" if swept else "")
     error = result.get("error")
     if error is None and ("step" not in result or result["stopped"]):
         word = "Slurm does not know it any more" if state == GONE else f"Slurm says {state}"
         error = f"job {entry['job_id']} ended without a result; {word}"
-    return End(name, result, error, log_of(sweep, entry["job_id"]))
+    return End(name_of(entry["num"], entry["swept"]), result, error, log_of(sweep, entry["job_id"]))
 
 
 def wait(sweep: Path, nums: Sequence[int]) -> dict[int, End]:

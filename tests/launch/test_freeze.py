@@ -1,4 +1,4 @@
-"""A sweep's directory: jobs as they were checked, what differs between them, and nothing taken that is not ours."""
+"""A sweep's directory: jobs as they were checked, what differs between them, nothing of others removed."""
 
 from __future__ import annotations
 

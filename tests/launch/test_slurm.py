@@ -31,6 +31,7 @@ SMALL = [
     "trainer.num_generations=4",
     "evaluation.num_tasks=2",
     "evaluation.every_steps=0",
+    "gym.start_timeout_s=400",  # three start at once
     "launcher.mem=4G",
     "launcher.time=30",
 ]
@@ -78,6 +79,13 @@ class Submitted:
         path = watch.log_of(self.sweep, self.ids()[num])
         return path.read_text() if path.exists() else ""
 
+    def held_after_a_step(self, num: int) -> psutil.Process:
+        """The job's trainer, stopped after its first step."""
+        self.wait_for(lambda: 1 in steps_of(self.sweep / str(num)), f"a step of job {num}")
+        trainer = self.trainer(num)
+        trainer.suspend()
+        return trainer
+
     def trainer(self, num: int) -> psutil.Process:
         """The process that trains in the job's directory."""
         for process in psutil.process_iter():
@@ -117,71 +125,51 @@ def limit_job(job_id: str, minutes: int) -> None:
     said_by("scontrol", "update", f"jobid={job_id}", f"timelimit={minutes}")
 
 
-def hold_after_a_step(sweep: Submitted, held: dict[int, psutil.Process], wanted: int) -> bool:
-    """Stop the trainers of the first three jobs as each logs a step, until the wanted one's is stopped."""
-    for num in (0, 1, 2):
-        if num not in held and 1 in steps_of(sweep.sweep / str(num)):
-            held[num] = sweep.trainer(num)
-            held[num].suspend()
-    return wanted in held
-
-
 def said_by(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def test_a_sweep_names_what_failed_and_goes_on_after_preemption_and_a_time_limit(submitted):
-    """2x2x2 jobs, one a node: 2 fails, 0 is preempted, 1 comes to its time limit."""
-    swept = ["seed=0,1", "trainer.num_generations=2,4", "trainer.learning_rate=1e-4,2e-4"]
+    """2x2x2 jobs, one a node. Each of three is disturbed; the one after it, of the same seed, is not."""
+    swept = ["trainer.num_generations=2,4", "seed=0,1", "trainer.learning_rate=1e-4,2e-4"]
     sweep = submitted(*swept, "launcher.partition=low", "launcher.cpus=9", "launcher.array_parallelism=3")
-    preempted, limited, failing = 0, 1, 2
+    preempted, limited, failing = 0, 2, 4
     ids = sweep.ids()
 
-    held: dict[int, psutil.Process] = {}
-    for num in (preempted, limited, failing):  # each one between its first step and its end
-        sweep.wait_for(lambda num=num: hold_after_a_step(sweep, held, num), f"a step of job {num}")
-    held[failing].kill()
+    held = sweep.held_after_a_step(limited)  # so that it cannot end before Slurm looks at its limit
     elapsed = int(time.time() - sweep.read(limited, "status.json")["began"]) // 60
     limit_job(ids[limited], elapsed + 2)  # less than launcher.signal_s away, and more than a minute
+    sweep.held_after_a_step(preempted)  # Slurm's SIGTERM comes with SIGCONT
     node = sweep.read(preempted, "status.json")["node"]
-    urgent = ["-p", "batch", "-w", node, "-c", "16", "-t", "5", "-o", "/dev/null", "--wrap", "true"]
-    said_by("sbatch", *urgent)  # Slurm's SIGTERM comes with SIGCONT
+    said_by("sbatch", "-p", "batch", "-w", node, "-c", "16", "-t", "5", "-o", "/dev/null", "--wrap", "true")
     sweep.wait_for(lambda: "ending: saving" in sweep.log(limited), "the warning of the time limit")
     limit_job(ids[limited], 30)
-    held[limited].resume()
+    held.resume()
+    sweep.held_after_a_step(failing).kill()
 
     assert sweep.ended() == 1, sweep.said
-    assert "1 of 8 jobs failed" in sweep.said
-    named = sweep.said.split("1 of 8 jobs failed")[-1]
-    assert f"job {failing} (seed=0 trainer.num_generations=4 trainer.learning_rate=1e-4) failed: " in named
-    assert (
-        "trainer was ended by SIGKILL" in named and f"log: {watch.log_of(sweep.sweep, ids[failing])}" in named
-    )
+    named = sweep.said.split("error: 1 of 8 jobs failed\n")[-1]
+    called = f"job {failing} (trainer.num_generations=4 seed=0 trainer.learning_rate=0.0001)"
+    assert named.startswith(f"{called} failed: trainer was ended by SIGKILL.")
+    assert f"log: {watch.log_of(sweep.sweep, ids[failing])}\n" in named
 
-    for num, (seed, generations, rate) in enumerate(product((0, 1), (2, 4), ("1e-4", "2e-4"))):
-        assert sweep.entries()[num]["swept"] == {
-            "seed": str(seed),
-            "trainer.num_generations": str(generations),
-            "trainer.learning_rate": rate,
-        }
-        restarts = sweep.read(num, "status.json")["restarts"]
-        assert restarts == (1 if num in (preempted, limited) else 0)
-        if num == failing:
-            assert "SIGKILL" in sweep.read(num, "result.json")["error"]
-            continue
+    for num, (generations, seed, rate) in enumerate(product("24", "01", ("0.0001", "0.0002"))):
+        keys = {"trainer.num_generations": generations, "seed": seed, "trainer.learning_rate": rate}
+        assert sweep.entries()[num]["swept"] == keys
+        assert sweep.read(num, "status.json")["restarts"] == (1 if num in (preempted, limited) else 0)
         result = sweep.read(num, "result.json")
+        if num == failing:
+            assert "SIGKILL" in result["error"]
+            continue
         assert (result["step"], result["stopped"]) == (3, False)
-        assert len(result["held_out"]["sudoku"]["reward"]) == 2
+        assert len(result["held_out"]["sudoku"]["reward"]) == 2, "before and after"
         assert steps_of(sweep.sweep / str(num)) == [1, 2, 3]
-
-    # Seed and group size decide the tasks, and nothing that happened to a run. The first is preempted, the
-    # second limited: what they should have played is in the data, a task for each group in order.
     for num in (preempted, limited):
-        data = (sweep.sweep / str(num) / "data" / "train.jsonl").read_bytes()
-        assert data == (sweep.sweep / "3" / "data" / "train.jsonl").read_bytes()
-        played = [key for step in (1, 2, 3) for key in task_keys_of(sweep.sweep / str(num), step)]
-        planned = [json.loads(line)["key"] for line in data.splitlines()][:12]
-        assert played == [key for key in planned for _ in range(2)]
+        disturbed, undisturbed = sweep.sweep / str(num), sweep.sweep / str(num + 1)
+        for name in ("train.jsonl", "validation.jsonl", "mix.json"):
+            assert (disturbed / "data" / name).read_bytes() == (undisturbed / "data" / name).read_bytes()
+        for step in (1, 2, 3):
+            assert task_keys_of(disturbed, step) == task_keys_of(undisturbed, step)
 
 
 def test_a_waiting_job_runs_what_was_submitted_and_needs_no_submitter(submitted, tmp_path):
@@ -224,11 +212,13 @@ def test_a_cancelled_job_is_named_and_stays_cancelled(submitted):
 def test_a_mistake_in_one_job_submits_none_and_leaves_nothing(submitted):
     sweep = submitted("trainer.learning_rate=1e-4,fast,2e-4", "trainer.num_generations=2,3")
     assert sweep.ended() == 1
-    assert "nothing was submitted, for 4 of 6 jobs are wrong" in sweep.said
+    assert "error: nothing was submitted: 4 of 6 jobs are wrong\n" in sweep.said
     wrong = "trainer.num_generations=3 must divide the generation batch of 8 rollouts"
-    assert wrong in sweep.said and "job 1 (" in sweep.said and " and 2 more:" in sweep.said
-    assert "trainer.learning_rate must be of type float, got 'fast'" in sweep.said
-    assert "trainer.learning_rate=fast trainer.num_generations=2" in sweep.said.split("job 2 (")[1]
+    assert (
+        f"job 3 (trainer.num_generations=3 trainer.learning_rate=0.0001) and 2 more:\n{wrong}" in sweep.said
+    )
+    wrong = "trainer.learning_rate must be of type float, got 'fast'"
+    assert f"job 1 (trainer.num_generations=2 trainer.learning_rate=fast):\n{wrong}" in sweep.said
     assert not sweep.sweep.exists()
 
 

@@ -1,4 +1,4 @@
-"""How jobs are, from what Slurm's commands say or fail to say, and from the runs' files. The commands are scripts."""
+"""How jobs are, from what Slurm's commands say (here scripts) or fail to say, and from the runs' files."""
 
 from __future__ import annotations
 
