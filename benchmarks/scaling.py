@@ -1,0 +1,148 @@
+"""What the one lead and the first rank do for each rollout and rank: constants of docs/scaling.md.
+
+    python benchmarks/scaling.py [--ranks 2 64] [--write-mb 512] [--directory DIR]
+
+On CPUs alone, in seconds. Rollouts are made up: random ids of 151,936 and logarithms of random numbers,
+ which pack worse than what a policy samples. --directory: the file system that is written to.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import os
+import pickle
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import orjson
+import torch
+import zstandard
+from facts import RESULTS, machine, versions, write
+
+from gymexp.gym.client import read_reply
+from gymexp.rollout.outcome import Task, outcome_to_json
+from gymexp.run.ports import listen
+
+VOCABULARY = 151_936
+# name: tokens of the first prompt, turns, tokens sampled a turn, tokens added between turns
+SHAPES = {"one turn": (200, 1, 1024, 0), "three turns": (3000, 3, 340, 100)}
+ROUNDS = 5
+
+
+def reply_of(shape: tuple[int, int, int, int], draw: random.Random) -> bytes:
+    """What an agent's /run answers: each turn with its whole prompt, as NeMo Gym carries it."""
+    first, turns, sampled, added = shape
+    prompt, items = [draw.randrange(VOCABULARY) for _ in range(first)], []
+    for _ in range(turns):
+        ids = [draw.randrange(VOCABULARY) for _ in range(sampled)]
+        logprobs = [math.log(1 - draw.random()) for _ in ids]
+        tokens = {"prompt_token_ids": prompt, "generation_token_ids": ids, "generation_log_probs": logprobs}
+        content = [{"type": "output_text", "text": "word " * sampled}]
+        items.append({"type": "message", "role": "assistant", "content": content} | tokens)
+        prompt = prompt + ids + [draw.randrange(VOCABULARY) for _ in range(added)]
+    return orjson.dumps({"reward": 1.0, "response": {"output": items}})
+
+
+def seconds_of(work: Callable[[], Any]) -> float:
+    """CPU seconds of this process, the median of some rounds."""
+    spent = []
+    for _ in range(ROUNDS):
+        began = time.process_time()
+        work()
+        spent.append(time.process_time() - began)
+    return median(spent)
+
+
+def rollouts(count: int = 64) -> dict[str, Any]:
+    found = {}
+    for name, shape in SHAPES.items():
+        draw = random.Random(0)
+        replies = [reply_of(shape, draw) for _ in range(count)]
+        task = Task("e/000000", "e", "a", {})
+
+        def read(replies: list[bytes] = replies, task: Task = task) -> list[Any]:
+            return [read_reply(task, orjson.loads(reply), VOCABULARY, 1.0) for reply in replies]
+
+        outcomes = read()
+
+        def pack(outcomes: list[Any] = outcomes) -> bytes:
+            return zstandard.compress(b"".join(orjson.dumps(outcome_to_json(o)) + b"\n" for o in outcomes))
+
+        def through_pickle(outcomes: list[Any] = outcomes) -> int:
+            return len(pickle.loads(pickle.dumps(outcomes)))
+
+        found[name] = {
+            "shape": dict(zip(("prompt", "turns", "sampled", "added"), shape, strict=True)),
+            "reply_bytes": sum(map(len, replies)) / count,
+            "file_bytes": len(pack()) / count,
+            "pickle_bytes": len(pickle.dumps(outcomes)) / count,
+            "read_ms": seconds_of(read) / count * 1e3,
+            "file_ms": seconds_of(pack) / count * 1e3,
+            "pickle_and_back_ms": seconds_of(through_pickle) / count * 1e3,
+        }
+    return found
+
+
+def _join(port: int, ranks: int) -> None:
+    torch.distributed.TCPStore("127.0.0.1", port, ranks, False, timedelta(seconds=60))
+
+
+def rendezvous(ranks: int) -> float:
+    """Seconds until all ranks have met at a TCP store; processes of this machine, torch imported already."""
+    with listen() as free:
+        port = free.getsockname()[1]
+    fork = multiprocessing.get_context("fork")
+    others = [fork.Process(target=_join, args=(port, ranks)) for _ in range(ranks - 1)]
+    began = time.monotonic()
+    for other in others:
+        other.start()
+    torch.distributed.TCPStore("127.0.0.1", port, ranks, True, timedelta(seconds=60))
+    spent = time.monotonic() - began
+    for other in others:
+        other.join()
+    return spent
+
+
+def written(directory: Path, megabytes: int) -> float:
+    """Bytes a second of a file that is on disk afterwards."""
+    block = os.urandom(2**20)
+    with tempfile.NamedTemporaryFile(dir=directory) as file:
+        began = time.monotonic()
+        for _ in range(megabytes):
+            file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+        return megabytes * 2**20 / (time.monotonic() - began)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 64])
+    parser.add_argument("--write-mb", type=int, default=512)
+    parser.add_argument("--directory", type=Path, default=Path.cwd())
+    parser.add_argument("--output", type=Path, default=RESULTS / "scaling_2_cores.json")
+    args = parser.parse_args()
+    results = {
+        "machine": machine(),
+        "versions": versions(sys.executable, ["torch", "orjson", "zstandard"]),
+        "rollouts": rollouts(),
+        "rendezvous_s": {str(ranks): rendezvous(ranks) for ranks in args.ranks},
+        "written_bytes_per_s": written(args.directory, args.write_mb),
+        "load": os.getloadavg(),
+    }
+    write(args.output, results)
+    print(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()
