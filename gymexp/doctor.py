@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--force", action="store_true", help="with --init: replace the one that is there")
     parser.add_argument("overrides", nargs="*", help="a run's, as gymexp.train takes them")
     given = parser.parse_args()
-    if given.force and not given.init or given.init and given.overrides:
+    if (given.force and not given.init) or (given.init and given.overrides):
         parser.error("--init takes no overrides, and --force is for --init alone")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:

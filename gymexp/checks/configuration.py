@@ -33,7 +33,7 @@ def composed(overrides: Sequence[str]) -> tuple[Subject, list[Finding]]:
     fix = "the rest is checked for the defaults: say it as python -m gymexp.train takes it"
     bare = _try(["~machine"]) if PATH.exists() else _try([])
     assert isinstance(bare, Subject), bare
-    return bare, [Finding("fail", "configuration", error, fix)]
+    return bare, [Finding("fail", "configuration", without, fix)]
 
 
 def _try(overrides: Sequence[str]) -> Subject | str:
@@ -46,6 +46,7 @@ def _try(overrides: Sequence[str]) -> Subject | str:
             del cfg["hydra"]
         return Subject(configuration.load(cfg), launcher)
     except HydraException as error:
-        return explain(error, RunConfig)
+        said = explain(error, RunConfig).splitlines()
+        return "\n".join(line for line in said if not line.startswith("    "))  # Hydra's own types
     except ConfigError as error:
         return str(error)

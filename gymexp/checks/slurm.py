@@ -1,4 +1,4 @@
-"""The cluster as Slurm tells it: its partitions, one's accounts, and whether a job as configured can start."""
+"""The cluster as Slurm tells it: its partitions, one's accounts, and whether a job as asked for can start."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def partitions() -> list[Partition] | str:
             continue
         name = cells[0].rstrip("*")
         gpus = sum(int(n) for n in re.findall(r"\bgpu(?::[^:,(\s]+)*?:(\d+)", cells[4]))
-        nodes, cpus, mem = (int(re.match(r"\d*", cell)[0] or 0) for cell in (cells[3], cells[5], cells[6]))  # type: ignore[index]
+        nodes, cpus, mem = (int(cell.rstrip("+")) for cell in (cells[3], cells[5], cells[6]))
         one = Partition(
             name, cells[0].endswith("*"), minutes(cells[2]), nodes, gpus, cpus, mem, preempt.get(name, "")
         )
