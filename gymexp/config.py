@@ -176,6 +176,27 @@ class TrackerConfig:
 
 
 @dataclass
+class LauncherConfig:
+    """The Slurm job of a run (launcher=slurm); the words are sbatch's. Further flags of sbatch:
+    `hydra.launcher.additional_parameters.<flag>=…`."""
+
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    time: str = "1-00:00:00"  # minutes, or as sbatch takes it; at its end the run saves, waits, and goes on
+    signal_s: int = 120  # before the end of `time` the run is told to save
+    gpus: int | None = None  # of each node
+    cpus: int | None = None  # of each node
+    mem: str | None = None  # of each node, e.g. 200G
+    array_parallelism: int = 256  # jobs of a sweep that run at once
+    container: str | None = None  # an image, for Slurm with pyxis (srun --container-image)
+    container_mounts: list[str] = field(default_factory=list)  # besides what the run itself needs
+    mail: str | None = None  # an address that is told of each job's end
+    setup: list[str] = field(default_factory=list)  # shell commands before the run, e.g. module load cuda
+    dry_run: bool = False  # print what would be submitted, submit nothing
+
+
+@dataclass
 class RunConfig:
     """One run. `trainer` is passed to `trl.GRPOConfig`, whose constructor is its schema."""
 
@@ -193,6 +214,7 @@ class RunConfig:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    launcher: LauncherConfig = field(default_factory=LauncherConfig)
 
 
 def register() -> None:

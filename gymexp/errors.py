@@ -32,3 +32,7 @@ class RolloutError(GymexpError):
 
 class DriftError(GymexpError):
     """The engine's and the trainer's log-probabilities of the same tokens differ by more than the bound."""
+
+
+class LaunchError(GymexpError):
+    """Slurm did not take a job, or jobs that it took have failed; each is named with its log."""

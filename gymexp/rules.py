@@ -7,7 +7,15 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from gymexp.config import DataConfig, EngineConfig, LoraConfig, RunConfig, nearest, options
+from gymexp.config import (
+    DataConfig,
+    EngineConfig,
+    LauncherConfig,
+    LoraConfig,
+    RunConfig,
+    nearest,
+    options,
+)
 
 
 def _one_of(key: str, value: Any, allowed: tuple[str | None, ...]) -> Iterator[str]:
@@ -55,6 +63,7 @@ def problems_of(config: RunConfig) -> Iterator[str]:
     yield from _one_of("model.dtype", config.model.dtype, ("float32", "bfloat16", "float16"))
     yield from _at_least("model.max_model_len", config.model.max_model_len, 8)
     yield from _lora_problems(config.model.lora)
+    yield from _launcher_problems(config.launcher)
     if config.model.lora.r is not None and config.trainer.get("sync_ref_model"):
         yield (
             "trainer.sync_ref_model must be false with model.lora, whose reference is the model without its "
@@ -84,6 +93,20 @@ def problems_of(config: RunConfig) -> Iterator[str]:
     yield from _at_least("evaluation.temperature", config.evaluation.temperature, 0)
     yield from _one_of("tracker.kind", config.tracker.kind, ("none", "wandb", "trackio", "tensorboard"))
     yield from _one_of("tracker.mode", config.tracker.mode, (None, "online", "offline", "disabled"))
+
+
+def _launcher_problems(launcher: LauncherConfig) -> Iterator[str]:
+    if not re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}", launcher.time):
+        yield (
+            "launcher.time must be minutes, or hours:minutes:seconds, or days-hours:minutes:seconds, "
+            f"got {launcher.time!r}"
+        )
+    if launcher.mem is not None and not re.fullmatch(r"\d+[KMGT]?", launcher.mem):
+        yield f"launcher.mem must be a number with K, M, G or T, as in 200G, got {launcher.mem!r}"
+    yield from _at_least("launcher.signal_s", launcher.signal_s, 1)
+    yield from _at_least("launcher.gpus", launcher.gpus, 0)
+    yield from _at_least("launcher.cpus", launcher.cpus, 1)
+    yield from _at_least("launcher.array_parallelism", launcher.array_parallelism, 1)
 
 
 def _lora_problems(lora: LoraConfig) -> Iterator[str]:

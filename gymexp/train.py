@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 
 from gymexp import config as configuration
 from gymexp.config import RunConfig
+from gymexp.run.allocation import Allocation
 from gymexp.run.entry import hydra_main
 
 
@@ -26,10 +27,13 @@ def main(cfg: DictConfig) -> Any:
     return train(config, list(HydraConfig.get().overrides.task), directory.resolve())
 
 
-def train(config: RunConfig, overrides: Sequence[str], directory: Path) -> dict[str, Any]:
+def train(
+    config: RunConfig, overrides: Sequence[str], directory: Path, allocation: Allocation | None = None
+) -> dict[str, Any]:
     """One run in `directory`: a new one, or with `config.resume` on with the one that it holds.
 
-    overrides: what was said on the command line. Returns what the run's result.json says.
+    overrides: what was said on the command line. allocation: the Slurm job that the run is all of.
+    Returns what the run's result.json says.
     """
     from gymexp.data.prepare import load_prepared, prepare, write_prepared
     from gymexp.gym.install import ensure_python, site_packages
@@ -61,7 +65,7 @@ def train(config: RunConfig, overrides: Sequence[str], directory: Path) -> dict[
         write_prepared(prepared, held.data)
         held.describe(config, overrides)
     with view:
-        result = controller.run(config, held, python, site, placement, view)
+        result = controller.run(config, held, python, site, placement, view, allocation)
     if result["held_out"]:
         view.say(held_out_table(result))
     view.say(f"run directory: {held.path}")

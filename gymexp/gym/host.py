@@ -5,12 +5,12 @@ NeMo Gym's modules take about ten seconds to import. This process imports them o
 every server that it is told to start, so that a start, or a restart after a failure, takes a fraction of a
 second and the servers share the imported code's memory. Ray is imported by NeMo Gym but never started.
 
-A user's own servers, in folders of NeMo Gym's names in the working directory, are found before NeMo Gym's.
+A user's own servers, in folders of NeMo Gym's names in `own`, are found before NeMo Gym's.
 
 Line protocol, JSON objects. First line in: {"config": NeMo Gym's global config, "servers": {name: {"module",
-"fd"}}}. Then in: {"start": name, "log": path}. Out: {"loaded": seconds}, {"started": name, "pid"}, {"exited":
-pid, "code"} (negative: the signal's number), {"error": text}. The host ends with its input or its parent, and
-its children with it.
+"fd"}}, "own": folder}. Then in: {"start": name, "log": path}. Out: {"loaded": seconds}, {"started": name,
+"pid"}, {"exited": pid, "code"} (negative: the signal's number), {"error": text}. The host ends with its
+input or its parent, and its children with it.
 """
 
 from __future__ import annotations
@@ -45,8 +45,9 @@ def say(**message: object) -> None:
     os.write(PROTOCOL, (json.dumps(message) + "\n").encode())
 
 
-def load(config: dict, servers: dict) -> dict:
-    """Import what the servers are made of; returns each server's class by name."""
+def load(config: dict, servers: dict, own: str) -> dict:
+    """Import what the servers are made of; returns each server's class by name. own: where the user's own
+    folders of NeMo Gym's names lie."""
     from nemo_gym import server_utils  # pyright: ignore[reportMissingImports]
     from nemo_gym.global_config import (  # pyright: ignore[reportMissingImports]
         GlobalConfigDictParserConfig,
@@ -61,21 +62,21 @@ def load(config: dict, servers: dict) -> dict:
             skip_load_from_dotenv=True,
         )
     )
-    if any(os.path.isdir(server["module"].split(".")[0]) for server in servers.values()):
-        sys.path.insert(0, os.getcwd())
+    if any(os.path.isdir(os.path.join(own, server["module"].split(".")[0])) for server in servers.values()):
+        sys.path.insert(0, own)
     classes = {}
     for name, server in servers.items():
         module = importlib.import_module(server["module"])
-        own = [
+        found = [
             value
             for value in vars(module).values()
             if isinstance(value, type)
             and issubclass(value, server_utils.SimpleServer)
             and value.__module__ == module.__name__
         ]
-        if not own:
+        if not found:
             raise ImportError(f"{server['module']} defines no NeMo Gym server")
-        classes[name] = own[-1]
+        classes[name] = found[-1]
     return classes
 
 
@@ -147,14 +148,15 @@ def start(name: str, log: str, cls: type, sock: socket.socket) -> int:
 
 def main() -> None:
     die_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the controller decides when servers end
+    for number in (signal.SIGINT, signal.SIGUSR2):  # the controller decides when servers end
+        signal.signal(number, signal.SIG_IGN)
     woken, wake = os.pipe()
     os.set_blocking(wake, False)
     os.set_blocking(woken, False)
     first = json.loads(sys.stdin.buffer.readline())
     began = time.monotonic()
     try:
-        classes = load(first["config"], first["servers"])
+        classes = load(**first)
     except BaseException as error:
         traceback.print_exc()
         say(error=f"{type(error).__name__}: {error}")

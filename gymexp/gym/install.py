@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 
 from gymexp.config import GymConfig
 from gymexp.errors import ConfigError, ServiceError
+from gymexp.run.directory import own_servers
 
 _MINIMUM = (3, 12)
 _PREFERRED = ("3.12", "3.13", "3.14")  # 3.12 is what NeMo Gym 0.4 is developed on
@@ -120,7 +121,7 @@ def _make(venv: Path, version: str, say: Say) -> None:
 def _add_requirements(venv: Path, python: Path, config_paths: Iterable[str], say: Say) -> None:
     site = site_packages(python)
     for folder in sorted({Path(p).parent.parent for p in config_paths}):
-        own = folder / "requirements.txt"  # of a server in the working directory
+        own = own_servers() / folder / "requirements.txt"
         listed = own if own.exists() else site / folder / "requirements.txt"
         if not listed.exists():
             continue

@@ -21,10 +21,11 @@ from omegaconf import OmegaConf
 
 from gymexp.config import EnvConfig, GymConfig, nearest
 from gymexp.errors import ConfigError, ServiceError
+from gymexp.run.directory import OWN_SERVERS as KINDS
+from gymexp.run.directory import own_servers
 from gymexp.run.supervisor import Child, Running, last_lines
 
 _HOST = Path(__file__).with_name("host.py")  # not imported: it runs in NeMo Gym's Python
-KINDS = ("resources_servers", "responses_api_agents", "responses_api_models")
 POLICY = "policy_model"
 
 
@@ -97,8 +98,9 @@ def plan(
 
 def read_config(env_name: str, env: EnvConfig, site: Path) -> dict[str, Any]:
     """The servers that an environment's NeMo Gym file defines, by name; the working directory goes before
-    NeMo Gym's."""
-    path = next((p for p in (Path.cwd() / env.config_path, site / env.config_path) if p.exists()), None)
+    NeMo Gym's, and a job's frozen copy before both."""
+    places = (own_servers(), Path.cwd(), site)
+    path = next((at / env.config_path for at in places if (at / env.config_path).exists()), None)
     if path is None:
         raise ConfigError(f"env.{env_name}.config_path: {env.config_path} is neither here nor in {site}")
     loaded: Any = OmegaConf.load(path)
@@ -217,7 +219,7 @@ class GymHost:
                 start_new_session=True,
             )
         servers = {name: {"module": module, "fd": fds[name]} for name, module in self._layout.modules.items()}
-        self._send({"config": self._layout.config, "servers": servers})
+        self._send({"config": self._layout.config, "servers": servers, "own": str(own_servers())})
         self._reader = asyncio.create_task(self._read())
         return Child(self._process)
 

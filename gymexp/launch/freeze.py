@@ -2,11 +2,21 @@
 
 outputs/<name>/sweep_<date_time>/
     sweep.json code/ slurm/ 0/ 1/ 2/ …          each with a job.yaml, and a run's files once it has begun
+
+sweep.json: {"schema": 1, "began": unix s, "launcher": "slurm", "cwd", "command": [argv], "sbatch": flags of
+hydra.launcher, "jobs": [{"num", "overrides": [...], "swept": {key: value}, "job_id": "123_0" or null}]}.
+`swept` are the overrides that differ between jobs; `job_id` is the newest submission's.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
+import shutil
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +25,10 @@ from omegaconf import OmegaConf
 
 from gymexp import config as configuration
 from gymexp.config import RunConfig
-from gymexp.run.directory import replace_file
+from gymexp.errors import RunDirectoryError
+from gymexp.run.directory import replace_file, snapshot
+
+SCHEMA = 1
 
 
 @dataclass(frozen=True)
@@ -24,6 +37,78 @@ class FrozenJob:
 
     config: RunConfig
     overrides: list[str]
+
+
+def freeze(sweep: Path, launcher: str, jobs: Mapping[int, FrozenJob], sbatch: Mapping[str, Any]) -> None:
+    """Fix `jobs`, by number, in the sweep's directory; sweep.json is the last file. Those of an earlier call
+    stay, as a sweeper may launch in batches, all of the same code."""
+    said = read_sweep(sweep) if (sweep / "sweep.json").exists() else None
+    if said is None:
+        snapshot(sweep / "code", runnable=True)
+        said = {
+            "schema": SCHEMA,
+            "began": time.time(),
+            "launcher": launcher,
+            "cwd": str(Path.cwd()),
+            "command": [sys.executable, *sys.orig_argv[1:]],
+            "sbatch": dict(sbatch),
+            "jobs": [],
+        }
+    if taken := {entry["num"] for entry in said["jobs"]} & jobs.keys():
+        raise RunDirectoryError(
+            f"{sweep} holds a sweep already, with job {min(taken)}: choose another hydra.sweep.dir"
+        )
+    for num, job in jobs.items():
+        write_job(sweep / str(num), job)
+        said["jobs"].append({"num": num, "overrides": job.overrides, "swept": {}, "job_id": None})
+    for job, swept in zip(said["jobs"], swept_of([job["overrides"] for job in said["jobs"]]), strict=True):
+        job["swept"] = swept
+    write_sweep(sweep, said)
+
+
+def take_back(sweep: Path, nums: Iterable[int]) -> None:
+    """Remove what Hydra and `freeze` wrote for jobs that were not submitted after all, and nothing else."""
+    said = read_sweep(sweep) if (sweep / "sweep.json").exists() else {"jobs": []}
+    if any(entry["job_id"] for entry in said["jobs"]):
+        return
+    for num in nums:
+        (sweep / str(num) / "job.yaml").unlink(missing_ok=True)
+    for made in ("code", "slurm"):
+        shutil.rmtree(sweep / made, ignore_errors=True)
+    for made in ("sweep.json", "multirun.yaml"):
+        (sweep / made).unlink(missing_ok=True)
+    for folder in (*(sweep / str(num) for num in nums), sweep):
+        with contextlib.suppress(OSError):  # not there, or with something of the user's in it
+            folder.rmdir()
+
+
+def swept_of(jobs: Sequence[Sequence[str]]) -> list[dict[str, str]]:
+    """The overrides that are not the same in all jobs, as key -> value, for each job.
+
+    Overrides are `key=value`, `+key=value` or `~key`; a key's `+` is no part of it.
+    """
+    pairs = [{o.partition("=")[0].lstrip("+"): o.partition("=")[2] for o in job} for job in jobs]
+    keys = list(dict.fromkeys(key for job in pairs for key in job))
+    differ = [key for key in keys if len({job.get(key) for job in pairs}) > 1]
+    return [{key: job[key] for key in differ if key in job} for job in pairs]
+
+
+def read_sweep(sweep: Path) -> dict[str, Any]:
+    """What sweep.json says. Raises RunDirectoryError if there is none, or one of another gymexp."""
+    try:
+        said = json.loads((sweep / "sweep.json").read_text())
+    except (OSError, ValueError) as error:
+        raise RunDirectoryError(f"{sweep} must be a sweep's directory with a sweep.json: {error}") from None
+    if said.get("schema") != SCHEMA:
+        raise RunDirectoryError(
+            f"{sweep / 'sweep.json'} must be of schema {SCHEMA}, got {said.get('schema')!r}: "
+            "use the gymexp that made it"
+        )
+    return said
+
+
+def write_sweep(sweep: Path, said: Mapping[str, Any]) -> None:
+    replace_file(sweep / "sweep.json", json.dumps(said, indent=1) + "\n")
 
 
 def write_job(directory: Path, job: FrozenJob) -> None:

@@ -1,24 +1,117 @@
 """What a submitted job calls: the run of one directory of a sweep, from what was frozen at submission.
 
 Pickled by reference, so that the code is the sweep's own snapshot; needs no Hydra.
+
+    SIGUSR2 (time limit), SIGTERM (preemption)   the run saves, the job requeues itself, the run goes on
+    SIGTERM by scancel                           the run saves if there is time, and that is all
+    an error                                     result.json has it, and the job fails
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
+import logging
+import signal
+import sys
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+from gymexp.errors import GymexpError
 from gymexp.launch.freeze import read_job
+from gymexp.run.allocation import Allocation
+from gymexp.run.controller import Interrupted
+from gymexp.run.directory import RunDirectory, append_line, replace_file
 from gymexp.train import train
+from gymexp.training.checkpoints import newest_step
+
+log = logging.getLogger(__name__)
+_IN_VAIN = 2  # restarts one after the other without a new checkpoint, before the run is given up
 
 
 def run(sweep_dir: str, num: int) -> dict[str, Any]:
-    """The run of job `num`: a new one, or on with the one that its directory holds."""
-    directory = Path(sweep_dir) / str(num)
-    job = read_job(directory)
-    config = job.config
-    if (directory / "config.yaml").exists():
-        config = dataclasses.replace(config, resume=str(directory))
-        return train(config, [], directory)
-    return train(config, job.overrides, directory)
+    """The run of job `num`: a new one, or on with the one that its directory holds. Returns its result.
+
+    Exits without a result when the job is to be started again, and with 1 after an error that has a text.
+    """
+    held = RunDirectory(Path(sweep_dir) / str(num))
+    allocation = Allocation.of_this_process()
+    assert allocation is not None, "a job runs in Slurm"
+    before = held.read_result()
+    if "step" in before and not before["stopped"]:
+        return before  # its node was lost, say, between the run's end and the job's
+    held.result.unlink(missing_ok=True)
+    _raise_on_signals()
+    try:
+        _count_start(held, allocation)
+        job = read_job(held.path)
+        config, overrides = job.config, job.overrides
+        if held.config.exists():
+            config, overrides = dataclasses.replace(config, resume=str(held.path)), []
+        return train(config, overrides, held.path, allocation)
+    except Interrupted as interrupted:
+        _start_again(held, allocation, interrupted)
+    except Exception as error:
+        text = str(error) or type(error).__name__
+        held.write_error(text)
+        _set_outcome(held, allocation, text)
+        if not isinstance(error, GymexpError):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _raise_on_signals() -> None:
+    """Until the controller takes them over. submitit's own would requeue at once and ignore SIGTERM."""
+
+    def received(number: int, _: object) -> None:
+        raise Interrupted(number, f"ended by {signal.Signals(number).name} before it began")
+
+    for number in (signal.SIGUSR2, signal.SIGTERM):
+        signal.signal(number, received)
+    signal.signal(signal.SIGCONT, signal.SIG_DFL)
+
+
+def _count_start(held: RunDirectory, allocation: Allocation) -> None:
+    """A line of starts.jsonl. Raises GymexpError if the last starts of this job all found the same
+    checkpoint."""
+    path = held.path / "starts.jsonl"
+    step = newest_step(held.checkpoints)
+    earlier = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    append_line(path, {"time": round(time.time(), 3), **dataclasses.asdict(allocation), "checkpoint": step})
+    same = [s["checkpoint"] for s in earlier if s["job_id"] == allocation.job_id][-_IN_VAIN:]
+    if len(same) == _IN_VAIN and set(same) == {step}:
+        since = "before its first checkpoint" if step is None else f"without getting past checkpoint-{step}"
+        raise GymexpError(
+            f"job {allocation.job_id} was started {_IN_VAIN + 1} times {since}: give it more time "
+            "(launcher.time), more time to save (launcher.signal_s), or let it save more often "
+            "(trainer.save_steps); then submit it again"
+        )
+
+
+def _start_again(held: RunDirectory, allocation: Allocation, interrupted: Interrupted) -> NoReturn:
+    for number in (signal.SIGUSR2, signal.SIGTERM):  # they say no more than is known
+        signal.signal(number, signal.SIG_IGN)
+    if not allocation.goes_on():
+        _set_outcome(held, allocation, f"ended by Slurm or scancel: {interrupted}")
+        sys.exit(128 + interrupted.number)
+    log.info("%s; requeueing job %s", interrupted, allocation.job_id)
+    _set_outcome(held, allocation, "requeued")
+    if complaint := allocation.requeue():
+        text = (
+            f"{signal.Signals(interrupted.number).name} ended the run, and Slurm did not requeue job "
+            f"{allocation.job_id}: {complaint}. It goes on from its checkpoint with: "
+            f"python -m gymexp.sweep resubmit {held.path.parent}"
+        )
+        replace_file(held.result, json.dumps({"error": text}))
+        _set_outcome(held, allocation, text)
+        print(f"error: {text}", file=sys.stderr)
+        sys.exit(1)
+    sys.exit(0)
+
+
+def _set_outcome(held: RunDirectory, allocation: Allocation, outcome: str) -> None:
+    """Say in status.json how this start ended, also where it ended before a controller wrote it."""
+    status = json.loads(held.status.read_text()) if held.status.exists() else {"began": time.time()}
+    held.write_status(**status | dataclasses.asdict(allocation) | {"outcome": outcome})

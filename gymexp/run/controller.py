@@ -35,6 +35,7 @@ from gymexp.gym import attached
 from gymexp.gym.servers import GymHost, Layout, plan
 from gymexp.policy import vllm
 from gymexp.run import ports, services
+from gymexp.run.allocation import Allocation
 from gymexp.run.control import Control
 from gymexp.run.directory import RunDirectory, append_line, replace_file
 from gymexp.run.placement import Placement
@@ -44,11 +45,13 @@ from gymexp.view.progress import View
 log = logging.getLogger(__name__)
 _STATUS_S = 1.0
 _SAVING_S = 120.0  # for a trainer's last checkpoint, once a service has failed
+_SAME_SIGNAL_S = 2.0  # for a signal to come here, when Slurm sends it to every process of a job
 _LAST_WORDS_S = 5.0  # for the first rank to say why it ends, once another one has failed
 
 
 class Interrupted(GymexpError):
-    """SIGINT or SIGTERM ended the run, with what was done saved. `number`: the signal's."""
+    """SIGINT or SIGTERM, or in a Slurm job SIGUSR2, ended the run, with what was done saved. `number`: the
+    signal's."""
 
     def __init__(self, number: int, message: str) -> None:
         super().__init__(message)
@@ -62,15 +65,27 @@ def run(
     site: Path,
     placement: Placement,
     view: View,
+    allocation: Allocation | None = None,
 ) -> dict[str, Any]:
     """Train; returns what the trainer's result.json says. Raises GymexpError; no process is left either
-    way."""
-    return asyncio.run(Controller(config, directory, placement, view).run(gym_python, site))
+    way.
+
+    allocation: the Slurm job that this is all of: then its signals are obeyed as Slurm sends them.
+    """
+    return asyncio.run(Controller(config, directory, placement, view, allocation).run(gym_python, site))
 
 
 class Controller:
-    def __init__(self, config: RunConfig, directory: RunDirectory, placement: Placement, view: View) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        directory: RunDirectory,
+        placement: Placement,
+        view: View,
+        allocation: Allocation | None,
+    ) -> None:
         self._config = config
+        self._allocation = allocation
         self._placement = placement
         self._directory = directory
         self._view = view
@@ -117,7 +132,14 @@ class Controller:
                 self._outcome = str(error)
                 raise error from None
             except Exception as error:
+                if self._allocation and not isinstance(error, Interrupted) and await self._ending():
+                    log.warning("the run did not save at its end: %s", error)
+                    interrupted = self._interrupted("before it could save")
+                    self._outcome = str(interrupted)
+                    raise interrupted from error
                 self._outcome = str(error) or type(error).__name__
+                if not isinstance(error, Interrupted):
+                    self._directory.write_error(self._outcome)
                 raise
             finally:
                 self._stopping = True
@@ -208,13 +230,13 @@ class Controller:
             while not trained.done():
                 done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
                 for one in done:
-                    if one is not trained and (error := one.exception()):
+                    if one is not trained and (error := one.exception()) and not await self._ending():
                         raise await self._cause(error)
             trained.result()
         finally:
             trained.cancel()
             self._ready.cancel()
-        result = self._result()
+        result = self._directory.read_result()
         if "step" not in result:
             raise ServiceError(result.get("error", "the trainer ended without a result"))
         if result["stopped"]:
@@ -239,11 +261,18 @@ class Controller:
         if any(rank.exit_code for rank in ranks):
             await _until(lambda: all(rank.epoch for rank in ranks), _LAST_WORDS_S)
         failed = [rank for rank in ranks if rank.exit_code]
-        if failed and not self._result_path.exists():
+        if failed and not self._directory.result.exists():
             rank = min(failed, key=lambda rank: rank.ended_at)
             raise ServiceError(
                 f"{rank.name} {ended(rank.exit_code or 0)}. The end of {rank.log}:\n{last_lines(rank.log)}"
             )
+
+    async def _ending(self) -> bool:
+        """Whether the run is to end anyway, when a service has failed. Slurm's SIGTERM goes to every process
+        of a job, and may have reached the service first."""
+        if self._allocation:
+            await _until(lambda: self._asked is not None, _SAME_SIGNAL_S)
+        return self._asked is not None
 
     async def _cause(self, error: BaseException) -> BaseException:
         """A trainer that still runs gets to save a checkpoint; one that failed may have said why."""
@@ -254,18 +283,12 @@ class Controller:
                 os.kill(pid, signal.SIGTERM)
             await _until(lambda: self._ranks[0].epoch, _SAVING_S)
             return error
-        said = self._result().get("error")
+        said = self._directory.read_result().get("error")
         return ServiceError(said) if said else error
 
-    @property
-    def _result_path(self) -> Path:
-        return self._directory.path / "result.json"
-
-    def _result(self) -> dict[str, Any]:
-        return json.loads(self._result_path.read_text()) if self._result_path.exists() else {}
-
     def _catch_signals(self, supervisor: Supervisor) -> None:
-        """The first signal asks the trainer to save and end; a second one ends everything at once."""
+        """The first signal asks the trainer to save and end; a second one ends everything at once, but for
+        Slurm's, which repeats its own and knows SIGKILL."""
         loop = asyncio.get_running_loop()
         me = asyncio.current_task()
         assert me is not None
@@ -274,13 +297,17 @@ class Controller:
             if self._stopping:
                 supervisor.hurry()
                 return
+            if self._allocation and self._asked is not None:
+                return
             pid = self._ranks[0].pid if self._ranks else None
             again, self._asked = self._asked is not None, number
+            supervisor.let_go()
             if again or pid is None:
                 supervisor.hurry()
                 me.cancel()
                 return
-            self._view.say("ending: saving a checkpoint (once more to end at once)")
+            again = "" if self._allocation else " (once more to end at once)"
+            self._view.say(f"ending: saving a checkpoint{again}")
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)
 
@@ -289,7 +316,8 @@ class Controller:
             with contextlib.suppress(RuntimeError):
                 loop.call_soon_threadsafe(asked, number)
 
-        for number in (signal.SIGINT, signal.SIGTERM):
+        warned = [signal.SIGUSR2] if self._allocation else []
+        for number in (signal.SIGINT, signal.SIGTERM, *warned):
             self._handlers[number] = signal.signal(number, received)
 
     def _write_services(
@@ -305,7 +333,7 @@ class Controller:
             said["shared"] = self._placement.shared
             said["transfer"] = vllm.transfer_of(self._config, self._placement)
         replace_file(self._directory.path / "services.json", json.dumps(said, indent=1))
-        self._result_path.unlink(missing_ok=True)
+        self._directory.result.unlink(missing_ok=True)
 
     def _mark(self, event: str) -> None:
         """A line of timeline.jsonl; `seconds` since this process started, which is when the command was
@@ -327,8 +355,9 @@ class Controller:
 
     def _write_status(self, supervisor: Supervisor) -> None:
         states = {s.name: s.state for s in supervisor.services.values()}
+        job = dataclasses.asdict(self._allocation) if self._allocation else {}
         self._directory.write_status(
-            pid=os.getpid(), began=self._began, outcome=self._outcome, services=states, **self._facts
+            pid=os.getpid(), began=self._began, outcome=self._outcome, services=states, **job, **self._facts
         )
         self._view.services(states)
 

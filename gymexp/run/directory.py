@@ -2,7 +2,7 @@
 
 outputs/<name>/<date_time>/
     config.yaml overrides.yaml versions.txt code/ data/ checkpoints/ logs/<process>.log
-    rollouts/step-000001.jsonl.zst metrics.jsonl timeline.jsonl status.json
+    rollouts/step-000001.jsonl.zst metrics.jsonl timeline.jsonl status.json result.json
 """
 
 from __future__ import annotations
@@ -35,10 +35,18 @@ _VERSIONED = (
     "datasets",
 )
 
+# Folders of NeMo Gym's names, with servers of the user's own.
+OWN_SERVERS = ("resources_servers", "responses_api_agents", "responses_api_models")
+
 
 def cache_dir() -> Path:
     """Where prepared data and NeMo Gym's venv are kept between runs: $GYMEXP_CACHE, else ~/.cache/gymexp."""
     return Path(os.environ.get("GYMEXP_CACHE") or Path.home() / ".cache" / "gymexp")
+
+
+def own_servers() -> Path:
+    """Where the user's own servers are looked for: the working directory, or in a job its sweep's copy."""
+    return Path(os.environ.get("GYMEXP_SERVERS") or Path.cwd())
 
 
 def replace_file(path: Path, text: str) -> None:
@@ -71,6 +79,7 @@ class RunDirectory:
         self.metrics = path / "metrics.jsonl"
         self.timeline = path / "timeline.jsonl"
         self.status = path / "status.json"
+        self.result = path / "result.json"
 
     @classmethod
     def claim(cls, path: Path) -> RunDirectory:
@@ -109,23 +118,36 @@ class RunDirectory:
             raise RunDirectoryError(f"{self.path} is in use by a run that is still going on") from None
         os.set_inheritable(self._lock_file.fileno(), False)
 
+    def read_result(self) -> dict[str, Any]:
+        """How the run ended: {"step", "stopped", "held_out"} or {"error"}; empty while it goes on."""
+        return json.loads(self.result.read_text()) if self.result.exists() else {}
+
+    def write_error(self, error: str) -> None:
+        """Why the run ended, unless the trainer has said so itself."""
+        if "error" not in self.read_result():
+            replace_file(self.result, json.dumps({"error": error}))
+
     def write_status(self, **status: Any) -> None:
         replace_file(self.status, json.dumps(status, indent=1) + "\n")
 
 
-def snapshot(target: Path) -> None:
+def snapshot(target: Path, runnable: bool = False) -> None:
     """The code and configuration that this run started with, and git's word on them.
 
     A job runs from its sweep's snapshot already, next to the run's own directory: a link says so.
+    runnable: with all that a job needs to run from it: the shipped policy, and servers of the user's own.
     """
     package = Path(gymexp.__file__).parent
     if package.parent == target.parent.parent / "code":
         target.unlink(missing_ok=True)
         target.symlink_to(Path("..") / "code")
         return
-    skip = shutil.ignore_patterns("__pycache__", "assets", "machine")
+    skip = shutil.ignore_patterns("__pycache__", *(() if runnable else ("assets",)), "machine")
     shutil.copytree(package, target / "gymexp", ignore=skip, dirs_exist_ok=True)
     shutil.copytree(CONF_DIR, target / "conf", ignore=skip, dirs_exist_ok=True)
+    for own in OWN_SERVERS if runnable else ():
+        if Path(own).is_dir():
+            shutil.copytree(own, target / own, ignore=skip, dirs_exist_ok=True)
     for name, command in {"commit": ["rev-parse", "HEAD"], "diff": ["diff", "HEAD"]}.items():
         result = subprocess.run(
             ["git", "-C", package.parent, *command], capture_output=True, text=True, check=False

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import logging
 import os
 import re
@@ -16,6 +17,7 @@ from typing import Any, NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
@@ -25,6 +27,7 @@ from gymexp.errors import GymexpError
 from gymexp.run import completion
 
 Job = Callable[[DictConfig], Any]
+_SUBMITIT = "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher"
 
 
 def guarded(main: Callable[..., Any], schema: type) -> Callable[..., Any]:
@@ -80,6 +83,7 @@ def hydra_main(config_name: str, schema: type = RunConfig) -> Callable[[Job], Ca
         if completion.asks_for_it(sys.argv[1:]):
             return lambda: print(completion.script())
         register()
+        Plugins.instance().class_name_to_class[_SUBMITIT] = _slurm_launcher
         # Hydra would print its own errors and exit; this lets them come here.
         os.environ.setdefault("HYDRA_FULL_ERROR", "1")
         log_to_terminal()
@@ -87,6 +91,11 @@ def hydra_main(config_name: str, schema: type = RunConfig) -> Callable[[Job], Ca
         return guarded(job(_in_job(main)), schema)
 
     return decorate
+
+
+def _slurm_launcher(**params: Any) -> Any:
+    """Ours in the place of submitit's. By name, as Hydra has its plugins: it is made of what lies above."""
+    return importlib.import_module("gymexp.launch.slurm").SlurmLauncher(**params)
 
 
 def _in_job(main: Job) -> Job:

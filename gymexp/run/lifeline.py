@@ -88,6 +88,9 @@ def _reap(parent: int, command: list[str]) -> int:
 
 if __name__ == "__main__":
     starter = int(sys.argv[1])
+    signal.signal(
+        signal.SIGUSR2, signal.SIG_IGN
+    )  # Slurm's warning is the controller's; COMMAND inherits this
     if sys.argv[2] == "--reap":
         sys.exit(_reap(starter, sys.argv[3:]))
     die_with_parent(parent=starter)

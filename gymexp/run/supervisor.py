@@ -142,6 +142,7 @@ class Supervisor:
         self._on_change = on_change
         self._tasks: list[asyncio.Task[None]] = []
         self._closing = False
+        self._letting_go = False
         self._term_grace_s = _TERM_GRACE_S
         self._http: aiohttp.ClientSession | None = None
 
@@ -170,6 +171,11 @@ class Supervisor:
         if service.state == "ready" and service.pid:
             self._set(service, "restarting")
             _signal(service.pid, signal.SIGKILL)
+
+    def let_go(self) -> None:
+        """From now on a service may end: it is not started again, and that is no failure. What asked the run
+        to end may have asked the service as well."""
+        self._letting_go = True
 
     def hurry(self) -> None:
         """Let `close`, now or later, wait for nobody's own end."""
@@ -222,7 +228,7 @@ class Supervisor:
                 service.epoch, service.exit_code = service.epoch + 1, code
                 service.ended_at = time.monotonic()
                 self._set(service, "down")
-                if self._closing or service.job:
+                if self._closing or self._letting_go or service.job:
                     return
                 if not asked:
                     service.failures += 1
@@ -246,7 +252,7 @@ class Supervisor:
             self._fail(ServiceError(f"{service.name} could not be started: {error}"))
 
     def _fail(self, error: ServiceError) -> None:
-        if not self._closing and not self.failed.done():
+        if not self._closing and not self._letting_go and not self.failed.done():
             self.failed.set_exception(error)
             self.failed.exception()  # looked at: asyncio need not say that nobody did
 

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import types
 import typing
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,55 +61,76 @@ _CHECK_TIMEOUT_S = 120
 
 def check(config: RunConfig, cache: Path) -> None:
     """Raises ConfigError if TRL would not take `trainer.*`. Under a second if these values passed before."""
+    (problem,) = problems([config], cache)
+    if problem:
+        raise ConfigError(problem)
+
+
+def problems(configs: Sequence[RunConfig], cache: Path) -> list[str]:
+    """Why TRL would not take each config's `trainer.*`, empty where it would. TRL is imported once for all,
+    and not at all for values that passed before."""
+    told = [_named_problems(config) for config in configs]
+    asked: dict[str, dict[str, Any]] = {}
+    verdicts: dict[int, Path] = {}
+    versions = [importlib.metadata.version(package) for package in ("trl", "transformers", "torch")]
+    for index, config in enumerate(configs):
+        facts = json.dumps([config.trainer, config.model.dtype, versions], sort_keys=True)
+        verdict = cache / "arguments" / hashlib.sha256(facts.encode()).hexdigest()[:24]
+        if not told[index] and not verdict.exists():
+            verdicts[index] = verdict
+            asked[verdict.name] = {"trainer": config.trainer, "dtype": config.model.dtype}
+    if asked:
+        answers = dict(zip(asked, _construct_elsewhere(list(asked.values())), strict=True))
+        for index, verdict in verdicts.items():
+            told[index] = answers[verdict.name]
+            if not told[index]:
+                verdict.parent.mkdir(parents=True, exist_ok=True)
+                verdict.touch()
+    return told
+
+
+def _named_problems(config: RunConfig) -> str:
+    """What is seen without TRL's import."""
     known = _known_names()
-    problems = []
+    found = []
     for name in config.trainer:
         if name in _OWNED:
-            problems.append(f"trainer.{name} is set by gymexp: use {_OWNED[name]} instead")
+            found.append(f"trainer.{name} is set by gymexp: use {_OWNED[name]} instead")
         elif name not in known:
-            problems.append(
+            found.append(
                 f"trainer.{name} is not an argument of trl.GRPOConfig"
                 f"{nearest(name, sorted(known), 'trainer.')}"
             )
     if config.trainer.get("deepspeed") and not importlib.util.find_spec("deepspeed"):
-        problems.append(
+        found.append(
             "trainer.deepspeed needs a package that is not installed: pip install 'gymexp[deepspeed]'"
         )
     if isinstance(file := config.trainer.get("deepspeed"), str) and not Path(file).is_file():
-        problems.append(
+        found.append(
             "trainer.deepspeed must be DeepSpeed's configuration, as keys "
             f"(trainer.deepspeed.zero_optimization.stage=3) or in a JSON file, got {file!r}"
         )
     if (kind := config.tracker.kind) != "none" and not importlib.util.find_spec(kind):
-        problems.append(f"tracker.kind={kind} needs a package that is not installed: pip install {kind}")
-    if problems:
-        raise ConfigError("\n".join(problems))
-    _check_groups(config.trainer)
-    versions = [importlib.metadata.version(package) for package in ("trl", "transformers", "torch")]
-    facts = json.dumps([config.trainer, config.model.dtype, versions], sort_keys=True)
-    verdict = cache / "arguments" / hashlib.sha256(facts.encode()).hexdigest()[:24]
-    if verdict.exists():
-        return
+        found.append(f"tracker.kind={kind} needs a package that is not installed: pip install {kind}")
+    return "\n".join(found) or _group_problem(config.trainer)
+
+
+def _construct_elsewhere(asked: list[dict[str, Any]]) -> list[str]:
+    """What GRPOConfig says of each, in a process of its own."""
     shown = subprocess.run(
         [sys.executable, "-m", "gymexp.training.arguments"],
-        input=json.dumps({"trainer": config.trainer, "dtype": config.model.dtype}),
+        input=json.dumps(asked),
         capture_output=True,
         text=True,
         timeout=_CHECK_TIMEOUT_S,
         env=os.environ | {"TRL_EXPERIMENTAL_SILENCE": "1"},
         check=False,
     )
-    if shown.returncode == 2:
-        said = shown.stdout.strip()
-        raise ConfigError(
-            said if said.startswith("trainer.") else f"trainer: trl.GRPOConfig refuses it: {said}"
-        )
     if shown.returncode:
         raise ConfigError(
             f"trainer: trl.GRPOConfig could not be constructed:\n{shown.stderr.strip()[-2000:]}"
         )
-    verdict.parent.mkdir(parents=True, exist_ok=True)
-    verdict.touch()
+    return json.loads(shown.stdout.splitlines()[-1])
 
 
 def build(config: RunConfig, output_dir: Path, run_name: str) -> GRPOConfig:
@@ -143,26 +165,25 @@ def _construct(trainer: dict[str, Any], dtype: str, **more: Any) -> GRPOConfig:
     return args
 
 
-def _check_groups(trainer: dict[str, Any]) -> None:
+def _group_problem(trainer: dict[str, Any]) -> str:
     """TRL's rule for whole groups, said with the keys to change (for one training process)."""
     per_device = trainer.get("per_device_train_batch_size", 8)
     steps = trainer.get("steps_per_generation") or trainer.get("gradient_accumulation_steps", 1)
     generations = trainer.get("num_generations", 8)
     batch = trainer.get("generation_batch_size") or per_device * steps
     if not all(isinstance(n, int) and n > 0 for n in (batch, generations)):
-        return  # TRL's constructor says which
+        return ""  # TRL's constructor says which
     if generations < 2:
-        raise ConfigError(
-            f"trainer.num_generations must be >= 2 for a group to have a baseline, got {generations}"
-        )
+        return f"trainer.num_generations must be >= 2 for a group to have a baseline, got {generations}"
     if batch % generations:
         lower, upper = batch // generations * generations, -(-batch // generations) * generations
         fits = " or ".join(str(n) for n in (lower, upper) if n)
-        raise ConfigError(
+        return (
             f"trainer.num_generations={generations} must divide the generation batch of {batch} rollouts "
             f"(per_device_train_batch_size={per_device} x steps_per_generation={steps}), so that every batch "
             f"holds whole groups: choose a divisor of {batch}, or a batch of {fits}"
         )
+    return ""
 
 
 def _known_names() -> set[str]:
@@ -220,15 +241,15 @@ def _fits(value: Any, hint: Any) -> bool:
     return True  # lists, dicts and enums are the constructor's to judge
 
 
-def _main() -> None:
-    asked = json.load(sys.stdin)
+def _verdict(trainer: dict[str, Any], dtype: str) -> str:
     try:
-        _check_values(asked["trainer"])
-        _construct(asked["trainer"], asked["dtype"], output_dir="unused", report_to=[])
+        _check_values(trainer)
+        _construct(trainer, dtype, output_dir="unused", report_to=[])
     except (TypeError, ValueError) as error:
-        print(error)
-        sys.exit(2)
+        said = str(error)
+        return said if said.startswith("trainer.") else f"trainer: trl.GRPOConfig refuses it: {said}"
+    return ""
 
 
 if __name__ == "__main__":
-    _main()
+    print("\n" + json.dumps([_verdict(**one) for one in json.load(sys.stdin)]))

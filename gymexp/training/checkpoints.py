@@ -61,6 +61,11 @@ def latest(checkpoints: Path) -> Path | None:
     return None
 
 
+def newest_step(checkpoints: Path) -> int | None:
+    """The step of the newest whole checkpoint; None without one."""
+    return max((step_of(p) for p in checkpoints.glob("checkpoint-*") if whole(p)), default=None)
+
+
 @contextlib.contextmanager
 def writing(checkpoint: Path):
     """Seal what the block writes; on any failure remove it and say what is left."""

@@ -54,11 +54,11 @@ def main() -> None:
         elif not isinstance(error, GymexpError):
             raise
         if main_rank:
-            replace_file(run.path / "result.json", json.dumps({"error": str(error)}))
+            replace_file(run.result, json.dumps({"error": str(error)}))
         log.error("%s", error)
         sys.exit(1)
     if main_rank:
-        replace_file(run.path / "result.json", json.dumps(result, indent=1))
+        replace_file(run.result, json.dumps(result, indent=1))
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()

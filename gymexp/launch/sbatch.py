@@ -1,0 +1,76 @@
+"""From `launcher.*` to what submitit's Slurm executor is asked for."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gymexp.config import RunConfig
+from gymexp.run.directory import cache_dir
+
+# Of hydra.launcher: what gymexp decides itself, by its own keys or because a run is made so.
+_DECIDED = {"submitit_folder", "max_num_timeout", "timeout_min", "mem_gb", "name", "tasks_per_node", "nodes"}
+_DECIDED |= {"cpus_per_task", "gpus_per_node", "signal_delay_s", "array_parallelism", "stderr_to_stdout"}
+
+
+def extras(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The flags of `hydra.launcher` that go to sbatch as they are; those that are set."""
+    return {key: value for key, value in params.items() if key not in _DECIDED and value not in (None, {})}
+
+
+def parameters(config: RunConfig, more: Mapping[str, Any], sweep: Path) -> dict[str, Any]:
+    """For `submitit.SlurmExecutor.update_parameters`. more: `extras`; `launcher.*` goes before them.
+
+    One task a node. A job's Python finds the sweep's own code before any other, and not the working
+    directory's, which `python -m` would put first.
+    """
+    launcher, code = config.launcher, shlex.quote(str(sweep / "code"))
+    flags = {"requeue": True, **more.get("additional_parameters", {})}
+    if launcher.mem is not None:
+        flags["mem"] = launcher.mem
+    asked = {
+        "partition": launcher.partition,
+        "account": launcher.account,
+        "qos": launcher.qos,
+        "gpus_per_node": launcher.gpus,
+        "cpus_per_task": launcher.cpus,
+        "mail_user": launcher.mail,
+        "mail_type": "END,FAIL" if launcher.mail else None,
+    }
+    setup = [
+        "export SLURM_KILL_BAD_EXIT=1",  # a task that ends badly ends the others
+        "export PYTHONSAFEPATH=1",
+        f"export PYTHONPATH={code}${{PYTHONPATH:+:$PYTHONPATH}}",
+        f"export GYMEXP_SERVERS={code}",
+    ]
+    return {
+        **{key: value for key, value in more.items() if key != "additional_parameters"},
+        **{key: value for key, value in asked.items() if value is not None},
+        "job_name": config.name,
+        "time": launcher.time,
+        "nodes": 1,
+        "ntasks_per_node": 1,
+        "signal_delay_s": launcher.signal_s,
+        "array_parallelism": launcher.array_parallelism,
+        "stderr_to_stdout": True,
+        "wckey": None,  # submitit has one of its own, which clusters that keep a list would refuse
+        "setup": [*setup, *more.get("setup", []), *launcher.setup],
+        "srun_args": _container(launcher.container, launcher.container_mounts, sweep),
+        "additional_parameters": flags,
+    }
+
+
+def _container(image: str | None, mounts: list[str], sweep: Path) -> list[str]:
+    """pyxis' flags. What is mounted at its own path: working directory, sweep, cache, and this Python."""
+    if image is None:
+        return []
+    own = dict.fromkeys(str(p) for p in (Path.cwd(), sweep, cache_dir(), sys.prefix, sys.base_prefix))
+    listed = ",".join([*(f"{path}:{path}" for path in own), *mounts])
+    return [
+        f"--container-image={image}",
+        f"--container-mounts={listed}",
+        f"--container-workdir={Path.cwd()}",
+    ]

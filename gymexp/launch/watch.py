@@ -1,0 +1,163 @@
+"""How submitted jobs are, and how they ended: from Slurm's queue and the runs' own files.
+
+`squeue` knows a job for some minutes after its end (MinJobAge), `sacct` later on where there is accounting;
+the runs' files tell the rest. A submitter that ends takes nothing with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gymexp.launch.freeze import read_sweep
+from gymexp.run.directory import RunDirectory
+from gymexp.view.progress import View, duration
+
+_POLL_S = 2.0
+_SUMMARY_S = 60.0  # between two lines about steps
+_FILE_LAG_S = 10.0  # for what a job wrote on its node to be seen here
+_PATIENCE_S = 60.0  # for Slurm to answer
+# What Slurm calls a job that is not over. Any other word is an end: COMPLETED, FAILED, CANCELLED, TIMEOUT, …
+GOING_ON = {
+    *("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "STAGE_OUT", "SIGNALING"),
+    *(
+        "REQUEUED",
+        "REQUEUE_FED",
+        "REQUEUE_HOLD",
+        "SPECIAL_EXIT",
+        "RESIZING",
+        "RESV_DEL_HOLD",
+        "POWER_UP_NODE",
+    ),
+}
+GONE = "GONE"  # Slurm does not know the job (any more)
+
+
+@dataclass(frozen=True)
+class End:
+    """How a job ended. result: the run's result.json; error: why there is none, else None."""
+
+    name: str
+    result: dict[str, Any]
+    error: str | None
+    log: Path
+
+
+def states(job_ids: Iterable[str]) -> dict[str, str] | None:
+    """Slurm's word on each job; GONE for one that it does not know. None if Slurm does not answer."""
+    asked = list(job_ids)
+    listed = _lines(
+        "squeue", "--noheader", "--all", "--array", "--states=all", "--format=%i|%T", *_jobs(asked)
+    )
+    if listed is None:
+        return None
+    known = _parsed(listed)
+    if missing := [one for one in asked if one not in known]:
+        # Without accounting sacct fails, and says nothing.
+        known |= _parsed(_lines("sacct", "-nPX", "--format=JobID,State", *_jobs(missing)) or [])
+    return {one: known.get(one, GONE) for one in asked}
+
+
+def _jobs(job_ids: Sequence[str]) -> list[str]:
+    return [f"--jobs={','.join(job_ids)}"]
+
+
+def _parsed(lines: Sequence[str]) -> dict[str, str]:
+    pairs = [line.split("|") for line in lines if line.count("|") == 1]
+    return {job_id: state.split()[0] for job_id, state in pairs if state}  # CANCELLED by 0
+
+
+def _lines(*command: str) -> list[str] | None:
+    """The output of one of Slurm's commands. None if it fails; empty if it knows none of the jobs."""
+    try:
+        shown = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE_S, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    if shown.returncode and "Invalid job id" not in shown.stderr:
+        return None
+    return shown.stdout.splitlines()
+
+
+def log_of(sweep: Path, job_id: str) -> Path:
+    """What the job's controller prints, over all its starts."""
+    return sweep / "slurm" / f"{job_id}_0_log.out"
+
+
+def end_of(sweep: Path, entry: dict[str, Any], state: str) -> End:
+    """Judge a job that Slurm says is over. state: Slurm's word."""
+    run = RunDirectory(sweep / str(entry["num"]))
+    result = run.read_result()
+    swept = " ".join(f"{key}={value}" for key, value in entry["swept"].items())
+    name = f"job {entry['num']}" + (f" ({swept})" if swept else "")
+    error = result.get("error")
+    if error is None and ("step" not in result or result["stopped"]):
+        word = "Slurm does not know it any more" if state == GONE else f"Slurm says {state}"
+        error = f"job {entry['job_id']} ended without a result; {word}"
+    return End(name, result, error, log_of(sweep, entry["job_id"]))
+
+
+def wait(sweep: Path, nums: Sequence[int]) -> dict[int, End]:
+    """Show how the jobs are until all are over; returns their ends by number.
+
+    Ctrl-C leaves them to themselves and exits with 130.
+    """
+    entries = [entry for entry in read_sweep(sweep)["jobs"] if entry["num"] in nums]
+    view = View()
+    view.say(f"{len(entries)} jobs submitted: {sweep}")
+    try:
+        return _wait(sweep, entries, view)
+    except KeyboardInterrupt:
+        view.say(f"the jobs go on; python -m gymexp.sweep status {sweep}")
+        sys.exit(130)
+
+
+def _wait(sweep: Path, entries: list[dict[str, Any]], view: View) -> dict[int, End]:
+    ends: dict[int, End] = {}
+    over_since: dict[int, float] = {}
+    before: dict[int, str] = {}
+    summed, began = time.monotonic(), time.monotonic()
+    while len(ends) < len(entries):
+        open_ = [entry for entry in entries if entry["num"] not in ends]
+        known = states(entry["job_id"] for entry in open_) or {}
+        for entry in open_:
+            num, state = entry["num"], known.get(entry["job_id"], "")
+            if not state:
+                continue
+            if state in GOING_ON:
+                over_since.pop(num, None)
+                if state != "COMPLETING" and state != before.get(num):
+                    before[num] = state
+                    view.say(f"job {num} ({entry['job_id']}): {state.lower()}")
+                continue
+            over_since.setdefault(num, time.monotonic())
+            end = end_of(sweep, entry, state)
+            if end.result.get("step") is None and time.monotonic() - over_since[num] < _FILE_LAG_S:
+                continue
+            ends[num] = end
+            how = "finished" if end.error is None else f"failed: {end.error.splitlines()[0]}"
+            view.say(f"job {num} ({entry['job_id']}): {how} ({len(ends)}/{len(entries)})")
+        if time.monotonic() - summed > _SUMMARY_S and (line := _steps(sweep, open_)):
+            view.say(f"{duration(time.monotonic() - began)}  {line}")
+            summed = time.monotonic()
+        if len(ends) < len(entries):
+            time.sleep(_POLL_S)
+    return {entry["num"]: ends[entry["num"]] for entry in entries}
+
+
+def _steps(sweep: Path, entries: Sequence[dict[str, Any]]) -> str:
+    """How far those are that run: `0: train 3/32  2: evaluate`."""
+    parts = []
+    for entry in entries:
+        with contextlib.suppress(OSError, ValueError):
+            status = json.loads(RunDirectory(sweep / str(entry["num"])).status.read_text())
+            if status.get("outcome") is None:
+                at = f" {status['step']}/{status['max_steps']}" if status.get("max_steps") else ""
+                parts.append(f"{entry['num']}: {status['phase']}{at}")
+    return "  ".join(parts)

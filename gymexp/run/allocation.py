@@ -1,0 +1,50 @@
+"""What Slurm says of the job that this process runs in, and the one thing asked of it: to run it again."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from dataclasses import dataclass
+
+_PATIENCE_S = 60.0  # for a controller of Slurm that is busy
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """One start of a job. job_id: as squeue shows it, 123 or 123_4 in an array; node: Slurm's name of it."""
+
+    job_id: str
+    restarts: int
+    node: str
+
+    @classmethod
+    def of_this_process(cls) -> Allocation | None:
+        """None outside a job."""
+        env = os.environ
+        if "SLURM_JOB_ID" not in env:
+            return None
+        array, task = env.get("SLURM_ARRAY_JOB_ID"), env.get("SLURM_ARRAY_TASK_ID")
+        job_id = f"{array}_{task}" if array and task else env["SLURM_JOB_ID"]
+        return cls(job_id, int(env.get("SLURM_RESTART_COUNT") or 0), env.get("SLURMD_NODENAME", ""))
+
+    def goes_on(self) -> bool:
+        """Whether Slurm still counts the job as running: then a signal was a warning, of a preemption or of
+        the time limit.
+
+        Otherwise the job is being taken down: for good, by scancel, or by Slurm, which starts it again
+        itself. `scontrol requeue` would bring back a cancelled job too. True where Slurm does not answer.
+        """
+        shown = _ask("squeue", "--noheader", "--states=all", f"--jobs={self.job_id}", "--format=%T")
+        return shown.returncode != 0 or shown.stdout.strip() in ("RUNNING", "")
+
+    def requeue(self) -> str:
+        """Have Slurm end this job and start it again later. Returns Slurm's complaint, empty if it agreed."""
+        shown = _ask("scontrol", "requeue", self.job_id)
+        return "" if shown.returncode == 0 else shown.stderr.strip() or "scontrol failed"
+
+
+def _ask(*command: str) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=_PATIENCE_S)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return subprocess.CompletedProcess(command, 1, "", f"{command[0]}: {error}")
