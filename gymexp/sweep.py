@@ -1,7 +1,7 @@
 """A sweep's jobs, its results, and its failed jobs once more.
 
 python -m gymexp.sweep status outputs/<name>/sweep_<date_time>
-python -m gymexp.sweep collect outputs/<name>/sweep_<date_time>         also results.csv and results.html there
+python -m gymexp.sweep collect outputs/<name>/sweep_<date_time>     and results.csv, results.html there
 python -m gymexp.sweep resubmit outputs/<name>/sweep_<date_time> [--jobs 3,5]
 """
 
@@ -11,14 +11,14 @@ import argparse
 from pathlib import Path
 
 from gymexp.config import RunConfig
+from gymexp.launch import jobs
 from gymexp.run.entry import guarded
-from gymexp.view.sweep import read_sweep
 
 
 def status(path: Path) -> None:
     from gymexp.view.sweep_table import status_table
 
-    print(status_table(read_sweep(path)))
+    print(status_table(jobs.read_sweep(path)))
 
 
 def collect(path: Path) -> None:
@@ -26,19 +26,13 @@ def collect(path: Path) -> None:
     from gymexp.view.sweep_html import results_html
     from gymexp.view.sweep_table import counted, reason, results_csv, results_table, rows_of
 
-    sweep = read_sweep(path)
+    sweep = jobs.read_sweep(path)
     rows = rows_of(sweep)
     print(results_table(rows, sweep.keys))
-    print(f"\n{counted(sweep)}", *(reason(j) for j in sweep.jobs if j.run.why), sep="\n")
+    print("", *sweep.study, counted(sweep), *(reason(j) for j in sweep.jobs if j.run.why), sep="\n")
     replace_file(sweep.path / "results.csv", results_csv(rows, sweep.keys))
     replace_file(sweep.path / "results.html", results_html(sweep, rows))
     print(f"\n{sweep.path / 'results.csv'}\n{sweep.path / 'results.html'}")
-
-
-def resubmit(path: Path, jobs: list[int] | None) -> None:
-    from gymexp.launch.resubmit import resubmit
-
-    resubmit(read_sweep(path), jobs)
 
 
 def numbers(text: str) -> list[int]:
@@ -46,7 +40,9 @@ def numbers(text: str) -> list[int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m gymexp.sweep", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m gymexp.sweep", description=(__doc__ or "").splitlines()[0]
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     for name, does in {
         "status": "how each job stands, and why",
@@ -63,7 +59,7 @@ def main() -> None:
     elif said.command == "collect":
         collect(said.dir)
     else:
-        resubmit(said.dir, said.jobs)
+        jobs.resubmit(jobs.read_sweep(said.dir), said.jobs)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,17 @@ from dataclasses import dataclass
 
 _PATIENCE_S = 20.0
 _WAITING = {"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "RESV_DEL_HOLD", "SPECIAL_EXIT"}
-_GOING_ON = {"RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "STOPPED", "RESIZING", "SIGNALING", "STAGE_OUT"}
+_GOING_ON = {
+    "RUNNING",
+    "CONFIGURING",
+    "COMPLETING",
+    "SUSPENDED",
+    "STOPPED",
+    "RESIZING",
+    "SIGNALING",
+    "POWER_UP_NODE",
+    "STAGE_OUT",
+}
 
 
 @dataclass(frozen=True)

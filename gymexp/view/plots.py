@@ -1,4 +1,4 @@
-"""A sweep's curves as SVG that stands in a page: text and axes in the page's colour, configurations in their own."""
+"""A sweep's curves as SVG for a page: text and axes in the page's colour, each configuration in its own."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from gymexp.view.run_state import rewards_of
 from gymexp.view.sweep_table import SEED, Group, Row, short
 
 _INK = "#0a0b0c"  # stands for the page's text colour, and is nobody else's
-_STYLE = {
+_INKED = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "grid.color")
+_STYLE: dict[Any, Any] = dict.fromkeys(_INKED, _INK) | {
     "svg.fonttype": "none",
     "svg.hashsalt": "gymexp",  # the same file for the same numbers
     "font.size": 9,
@@ -27,23 +28,22 @@ _STYLE = {
     "axes.spines.right": False,
     "grid.alpha": 0.2,
     "lines.linewidth": 1.8,
-} | dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "grid.color"), _INK)
+}
 
 
 def colours(groups: Sequence[Group]) -> dict[str, str]:
     """A colour a configuration, by its name: apart from each other where they are few, else along a scale."""
     few = len(groups) <= 10
     scale = colormaps["tab10" if few else "turbo"]
-    return {
-        group.name: to_hex(scale(i if few else 0.08 + 0.84 * i / (len(groups) - 1))) for i, group in enumerate(groups)
-    }
+    at = [i if few else 0.08 + 0.84 * i / (len(groups) - 1) for i in range(len(groups))]
+    return {group.name: to_hex(scale(where)) for group, where in zip(groups, at, strict=True)}
 
 
 def curves(env: str, groups: Sequence[Group], colour: Mapping[str, str]) -> str:
     """Held-out and training reward of one environment over steps: the mean over seeds, ± their sample
     standard deviation."""
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(9.6, 3.1), layout="constrained")
+        figure = Figure(figsize=(11.6, 3.4), layout="constrained")
         axes = figure.subplots(1, 2, sharey=True)
         for ax, held_out in zip(axes, (True, False), strict=True):
             for group in groups:
@@ -64,7 +64,7 @@ def finals(groups: Sequence[Group], keys: Sequence[str], colour: Mapping[str, st
     across = min(len(keys), 3)
     down = math.ceil(len(keys) / across)
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(3.2 * max(across, 2), 2.8 * down), layout="constrained")
+        figure = Figure(figsize=(3.9 * across, 3.0 * down), layout="constrained")
         axes = list(figure.subplots(down, across, squeeze=False, sharey=True).flat)
         for ax, key in zip(axes, keys, strict=False):
             some = [(g, row, g.swept[key]) for g, row in points if key in g.swept]

@@ -63,14 +63,19 @@ class RunState:
     @property
     def log(self) -> Path | None:
         """The log that tells most of how it ended."""
-        named = re.findall(r"(/\S[^\n:]*?\.(?:log|err|out))\b", str(self.result.get("error") or self.status.get("outcome") or ""))
+        named = re.findall(
+            r"(/\S[^\n:]*?\.(?:log|err|out))\b",
+            str(self.result.get("error") or self.status.get("outcome") or ""),
+        )
         for path in (*map(Path, named), self.path / "logs" / "trainer.log"):
             if path.exists():
                 return path
         return None
 
 
-def read_run(path: Path, slurm: Mapping[str, SlurmState] | None = None, job_id: str | None = None) -> RunState:
+def read_run(
+    path: Path, slurm: Mapping[str, SlurmState] | None = None, job_id: str | None = None
+) -> RunState:
     """`slurm`: what Slurm says of its jobs; None if it was not asked or does not answer.
 
     job_id: the job that the run was submitted as, where the directory may not say so yet.
@@ -88,21 +93,28 @@ def _state(
     if job and job.waits:
         # It may be submitted again: what an earlier attempt left is not its end.
         return "waiting", " ".join(filter(None, (job.name.lower(), job.reason)))
-    if outcome == "finished":
-        return ("pruned", str(result["pruned"])) if result.get("pruned") else ("finished", "")
+    if "step" in result and not result["stopped"]:
+        return ("pruned", result["pruned"]) if result.get("pruned") else ("finished", "")
     if job and not job.over:
         return "running", "" if status else f"starting on {job.reason}"
-    if outcome:
+    if outcome not in (None, "requeued") or "error" in result:
         text = str(result.get("error") or outcome)
-        return ("stopped" if result.get("stopped") else "failed"), _first_line(text)
+        return ("stopped" if _on_purpose(text) else "failed"), _first_line(text)
     if asked_slurm:
-        end = f"Slurm: {job.name}" if job else "Slurm knows its job no more"
-        return "lost", f"{end}, and it left no end" if status else f"{end}, and it never began"
+        end = f"Slurm says {job.name}" if job else "Slurm knows its job no more"
+        return "stopped" if job and job.name == "CANCELLED" else "lost", f"{end}, and it left no end"
     if not status:
-        return "waiting", "" if path.exists() else "not begun"
+        return "waiting", "not begun"
+    if outcome == "requeued":
+        return "waiting", outcome
     if _process_lives(path, status):
         return "running", ""
     return "lost", f"its process ({status.get('pid')}) is gone and left no end"
+
+
+def _on_purpose(outcome: str) -> bool:
+    """What the controller, and a job that Slurm takes down, say of an end that they were asked for."""
+    return outcome.startswith("ended by ")
 
 
 def _process_lives(path: Path, status: dict[str, Any]) -> bool:
@@ -164,7 +176,9 @@ def last_errors(run: RunState, most: int = 5) -> list[tuple[str, str]]:
         with log.open("rb") as file:
             file.seek(max(0, log.stat().st_size - _TAIL_BYTES))
             lines = file.read().decode(errors="replace").splitlines()
-        telling = [line for line in lines if re.search(r"\b(ERROR|CRITICAL)\b|^\S*(Error|Exception)\b.*:", line)]
+        telling = [
+            line for line in lines if re.search(r"\b(ERROR|CRITICAL)\b|^\S*(Error|Exception)\b.*:", line)
+        ]
         found += [(log.stem, line.strip()) for line in telling[-1:]]
     return found[:most]
 

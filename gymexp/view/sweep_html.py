@@ -9,30 +9,43 @@ from statistics import fmean
 from gymexp.view.plots import colours, curves, finals
 from gymexp.view.progress import duration
 from gymexp.view.sweep import Sweep
-from gymexp.view.sweep_table import SEED, Group, Row, Spread, counted, envs_of, groups_of, number, ranked, short
+from gymexp.view.sweep_table import (
+    SEED,
+    Group,
+    Row,
+    Spread,
+    counted,
+    envs_of,
+    groups_of,
+    number,
+    ranked,
+    short,
+)
 
 _STYLE = """
-:root { color-scheme: light dark; --ink: #1c2127; --dim: #66707b; --line: #d9dee3; --paper: #fff; --band: #f5f7f9;
-  --good: #1a7f37; --bad: #c0392b; }
-@media (prefers-color-scheme: dark) { :root { --ink: #dfe4ea; --dim: #8f9aa6; --line: #343b43; --paper: #14181d;
-  --band: #1b2027; --good: #57c271; --bad: #f0766a; } }
+:root { color-scheme: light dark; --ink: #1c2127; --dim: #66707b; --line: #d9dee3; --paper: #fff;
+  --band: #f5f7f9; --good: #1a7f37; --bad: #c0392b; }
+@media (prefers-color-scheme: dark) { :root { --ink: #dfe4ea; --dim: #8f9aa6; --line: #343b43;
+  --paper: #14181d; --band: #1b2027; --good: #57c271; --bad: #f0766a; } }
 body { margin: 2rem auto; max-width: 86rem; padding: 0 1.2rem; color: var(--ink); background: var(--paper);
   font: 15px/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.35rem; margin: 0 0 .2rem; } h2 { font-size: 1.05rem; margin: 2.2rem 0 .6rem; }
 p { margin: .2rem 0; color: var(--dim); } code { font-size: .92em; overflow-wrap: anywhere; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem; }
-th, td { padding: .32rem .7rem .32rem 0; text-align: left; white-space: nowrap; border-bottom: 1px solid var(--line); }
-th { color: var(--dim); font-weight: 600; } td.why { white-space: normal; min-width: 14rem; color: var(--dim); }
+th, td { padding: .32rem .7rem .32rem 0; text-align: left; white-space: nowrap;
+  border-bottom: 1px solid var(--line); }
+th { color: var(--dim); font-weight: 600; }
+td.why { white-space: normal; min-width: 14rem; color: var(--dim); }
 tr:hover td { background: var(--band); }
 .dot { display: inline-block; width: .75em; height: .75em; border-radius: 50%; }
-.dim { color: var(--dim); } .up, .finished { color: var(--good); } .down, .failed, .lost { color: var(--bad); }
-svg { width: 100%; max-width: 64rem; height: auto; display: block; margin: .4rem 0; }
+.dim { color: var(--dim); }
+.up, .finished { color: var(--good); } .down, .failed, .lost { color: var(--bad); }
+svg { max-width: 100%; height: auto; display: block; margin: .4rem 0; }
 """
 
 
-def results_html(sweep: Sweep, rows: Sequence[Row], study: Sequence[str] = ()) -> str:
-    """study: what is said of a study that the jobs share, a line each."""
+def results_html(sweep: Sweep, rows: Sequence[Row]) -> str:
     groups = groups_of(rows)
     colour = colours(groups)
     keys = [key for key in sweep.keys if key != SEED]
@@ -47,12 +60,22 @@ def results_html(sweep: Sweep, rows: Sequence[Row], study: Sequence[str] = ()) -
         f"<h1>{escape(sweep.path.parent.name)} · {escape(sweep.path.name)}</h1>",
         f"<p>{escape(counted(sweep))}</p>",
         "<h2>Configurations, the best first</h2>",
-        "<p>Held-out reward before → after training, ± sample standard deviation over the finished seeds.</p>",
+        "<p>Held-out reward before → after training; ± is the finished seeds' sample standard deviation.</p>",
         _table(
-            ["", *map(short, keys), "seeds", *envs, *_mean_head(envs), "best", "time", "tokens/s", "runs"],
+            [
+                "",
+                *map(short, keys),
+                "finished",
+                *envs,
+                *_mean_head(envs),
+                "best",
+                "time",
+                "tokens/s",
+                "others",
+            ],
             [_group_cells(group, keys, envs, colour[group.name]) for group in ranked(groups)],
         ),
-        *(["<h2>Study</h2>", *(f"<p>{escape(line)}</p>" for line in study)] if study else []),
+        *(["<h2>Study</h2>", *(f"<p>{escape(line)}</p>" for line in sweep.study)] if sweep.study else []),
         "<h2>Reward over steps</h2>" if plots else "",
         *plots,
         *(["<h2>After training, against each swept key</h2>", against] if against else []),
@@ -76,12 +99,12 @@ def _group_cells(group: Group, keys: Sequence[str], envs: Sequence[str], colour:
     return [
         _cell(_dot(colour)),
         *(_cell(escape(group.swept.get(key, ""))) for key in keys),
-        _cell(str(len(group.finished))),
+        _cell(group.seeds),
         *(_cell(_change(group.before(env), group.after(env))) for env in over),
         _cell(number(group.after().best)),
         _cell(duration(fmean(row.wall_s for row in group.rows))),
         _cell(f"{fmean(rates):.0f}" if rates else "–"),
-        _cell(escape(group.told), "dim"),
+        _cell(escape(group.others), "dim"),
     ]
 
 

@@ -1,4 +1,4 @@
-"""A sweep as tables: how its jobs stand, and what came of them, seeds taken together. Pure but for the reading of runs."""
+"""A sweep as tables: how its jobs stand, and what came of them, seeds taken together."""
 
 from __future__ import annotations
 
@@ -28,6 +28,10 @@ class Row:
     @property
     def finished(self) -> bool:
         return self.job.run.state == "finished"
+
+    def reward(self, env: str | None) -> tuple[float | None, float | None]:
+        """Before and after; env None: the mean over the environments."""
+        return self.held_out.get(env, (None, None)) if env else self.mean
 
     @property
     def mean(self) -> tuple[float | None, float | None]:
@@ -69,17 +73,21 @@ class Group:
 
     def after(self, env: str | None = None) -> Spread:
         """Of finished runs; env None: the mean over the environments."""
-        return Spread.of([(row.held_out.get(env, (None, None)) if env else row.mean)[1] for row in self.finished])
+        return Spread.of([row.reward(env)[1] for row in self.finished])
 
     def before(self, env: str | None = None) -> Spread:
-        return Spread.of([(row.held_out.get(env, (None, None)) if env else row.mean)[0] for row in self.finished])
+        return Spread.of([row.reward(env)[0] for row in self.finished])
 
     @property
-    def told(self) -> str:
-        """How many of its runs are at their end, and what of the others."""
-        states = [row.job.run.state for row in self.rows]
-        parts = [f"{states.count(state)} {state}" for state in dict.fromkeys(states) if state != "finished"]
-        return ", ".join([f"{len(self.finished)} of {len(states)} finished", *parts])
+    def seeds(self) -> str:
+        """How many of its runs have finished."""
+        return f"{len(self.finished)}/{len(self.rows)}"
+
+    @property
+    def others(self) -> str:
+        """How the runs stand that have not."""
+        states = [row.job.run.state for row in self.rows if not row.finished]
+        return ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
 
 
 def rows_of(sweep: Sweep) -> list[Row]:
@@ -100,7 +108,9 @@ def envs_of(rows: Sequence[Row]) -> list[str]:
 
 def status_table(sweep: Sweep) -> str:
     """A line a job, then a line for each that ended otherwise than it should."""
-    lines: list[Sequence[str]] = [("job", "state", "step", *map(short, sweep.keys), "phase", "restarts", "held-out", "slurm")]
+    lines: list[Sequence[str]] = [
+        ("job", "state", "step", *map(short, sweep.keys), "phase", "restarts", "held-out", "slurm")
+    ]
     for job in sweep.jobs:
         run, status = job.run, job.run.status
         last = status.get("max_steps")
@@ -117,8 +127,17 @@ def status_table(sweep: Sweep) -> str:
             )
         )
     told = [columns(lines), "", counted(sweep)]
-    told += [reason(job) for job in sweep.jobs if job.run.why and (job.run.state not in ("finished", "running"))]
+    told += [reason(job) for job in sweep.jobs if job.run.why]
     return "\n".join(told)
+
+
+def job_line(job: Job) -> str:
+    """A job in a line: `job 3  train 4/32  sudoku 0.250 → 0.500`."""
+    run, last = job.run, job.run.status.get("max_steps")
+    held_out = (f"{env} {_arrow(b, a)}" for env, (b, a) in run.held_out.items())
+    at = run.state if run.ended or run.state == "waiting" else str(run.status.get("phase", run.state))
+    parts = [f"job {job.num}", f"{at} {run.step}/{last}" if last else at, *held_out, run.why]
+    return "  ".join(part for part in parts if part)
 
 
 def counted(sweep: Sweep) -> str:
@@ -138,19 +157,21 @@ def results_table(rows: Sequence[Row], keys: Sequence[str]) -> str:
     keys = [key for key in keys if key != SEED]
     envs = envs_of(rows)
     over = ["mean"] if len(envs) > 1 else []
-    lines: list[Sequence[str]] = [(*map(short, keys), "n", *envs, *over, "best", "time", "tokens/s", "runs")]
+    lines: list[Sequence[str]] = [
+        (*map(short, keys), "finished", *envs, *over, "best", "time", "tokens/s", "others")
+    ]
     for group in ranked(groups_of(rows)):
         spreads = [(group.before(env), group.after(env)) for env in (*envs, *([None] if over else []))]
         rates = [row.tokens_per_s for row in group.rows]
         lines.append(
             (
                 *(group.swept.get(key, "") for key in keys),
-                str(len(group.finished)),
+                group.seeds,
                 *(_arrow(before.mean, after.mean, after.std) for before, after in spreads),
                 number(group.after().best),
                 duration(fmean(row.wall_s for row in group.rows)),
                 f"{rate:.0f}" if (rate := _mean(rates)) else "–",
-                group.told,
+                group.others,
             )
         )
     return columns(lines)
@@ -182,10 +203,14 @@ def results_csv(rows: Sequence[Row], keys: Sequence[str]) -> str:
             said |= {f"{name}_before": before, f"{name}_after": after}
         writer.writerow(said)
     for group in groups_of(rows):
-        said = {"kind": "seeds", **group.swept, "state": group.told, "n": len(group.finished)}
+        said = {"kind": "seeds", **group.swept, "state": group.others, "n": len(group.finished)}
         for name in (*envs, "mean"):
             before, after = (of(None if name == "mean" else name) for of in (group.before, group.after))
-            said |= {f"{name}_before": before.mean, f"{name}_after": after.mean, f"{name}_after_std": after.std}
+            said |= {
+                f"{name}_before": before.mean,
+                f"{name}_after": after.mean,
+                f"{name}_after_std": after.std,
+            }
         said |= {"best": group.after().best, "wall_s": round(fmean(row.wall_s for row in group.rows), 1)}
         said |= {"tokens_per_s": _mean([row.tokens_per_s for row in group.rows])}
         writer.writerow(said)
