@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -210,6 +211,24 @@ class LauncherConfig:
 
 
 @dataclass
+class SearchConfig:
+    """A study (Optuna) that a sweep's jobs share: each is a trial, whose values the study gives it at its
+    start. See sweeps/search_lr.yaml."""
+
+    num_trials: int = 0  # jobs of the sweep
+    trial: int | None = None  # which of them a job is: swept by `search.trial: range(${search.num_trials})`
+    params: dict[str, Any] = field(
+        default_factory=dict
+    )  # the keys to search, as in the configuration: each a list of choices, or {low, high, log, step}
+    metric: str = "reward"  # held-out: of one environment (sudoku/success), or the mean over all that have it
+    direction: str = "maximize"  # or minimize
+    seed: int = 0  # of the sampler
+    prune: bool = False  # end a trial that an evaluation finds worse than the median of the others
+    startup_trials: int = 4  # prune: so many trials come to their end first
+    warmup_steps: int = 0  # prune: steps of a trial before it is judged
+
+
+@dataclass
 class RunConfig:
     """One run. `trainer` is passed to `trl.GRPOConfig`, whose constructor is its schema."""
 
@@ -228,6 +247,7 @@ class RunConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)
     launcher: LauncherConfig = field(default_factory=LauncherConfig)
 
 
@@ -238,7 +258,7 @@ def register() -> None:
     (`gymexp.training.arguments` checks them), flags of `vllm serve`, variables of the chat template.
     """
     node = OmegaConf.structured(RunConfig)
-    for open_ in (node.trainer, node.engine.args, node.model.chat_template_kwargs):
+    for open_ in (node.trainer, node.engine.args, node.model.chat_template_kwargs, node.search.params):
         OmegaConf.set_struct(open_, False)
     ConfigStore.instance().store(name="schema", node=node)
 
@@ -263,12 +283,21 @@ def load(cfg: DictConfig) -> RunConfig:
     except OmegaConfBaseException as error:
         raise ConfigError(_explain(error)) from None
     assert isinstance(config, RunConfig)
-    from gymexp.rules import problems_of  # it reads this module
+    from gymexp.rules import problems_of, problems_of_values  # it reads this module
 
-    problems = list(problems_of(config))
+    problems = list(problems_of(config)) or list(problems_of_values(config))
     if problems:
         raise ConfigError("\n".join(problems))
     return config
+
+
+def with_values(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
+    """The same configuration with other values at some keys, e.g. `{"trainer.learning_rate": 1e-5}`. Raises
+    ConfigError as `load` does."""
+    cfg = OmegaConf.create(dataclasses.asdict(config))
+    for key, value in values.items():
+        OmegaConf.update(cfg, key, value)
+    return load(cfg)
 
 
 def to_yaml(config: RunConfig) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Iterator
@@ -13,9 +14,13 @@ from gymexp.config import (
     LauncherConfig,
     LoraConfig,
     RunConfig,
+    SearchConfig,
     nearest,
     options,
+    with_values,
 )
+from gymexp.errors import ConfigError
+from gymexp.search.space import ends, flat, problems_of_space
 
 
 def _one_of(key: str, value: Any, allowed: tuple[str | None, ...]) -> Iterator[str]:
@@ -91,6 +96,7 @@ def problems_of(config: RunConfig) -> Iterator[str]:
     yield from _at_least("evaluation.num_tasks", config.evaluation.num_tasks, 1)
     yield from _at_least("evaluation.temperature", config.evaluation.temperature, 0)
     yield from _checkpoint_problems(config)
+    yield from _search_problems(config)
     yield from _one_of("tracker.kind", config.tracker.kind, ("none", "wandb", "trackio", "tensorboard"))
     yield from _one_of("tracker.mode", config.tracker.mode, (None, "online", "offline", "disabled"))
 
@@ -159,6 +165,44 @@ def _checkpoint_problems(config: RunConfig) -> Iterator[str]:
             "checkpoint.keep_best compares checkpoints of steps that were evaluated: evaluation.every_steps "
             f"must divide trainer.save_steps, or be a multiple of it, got {every} and {save!r}"
         )
+
+
+def _search_problems(config: RunConfig) -> Iterator[str]:
+    search = config.search
+    yield from _at_least("search.num_trials", search.num_trials, 0)
+    yield from _one_of("search.direction", search.direction, ("maximize", "minimize"))
+    yield from _at_least("search.startup_trials", search.startup_trials, 1)
+    yield from _at_least("search.warmup_steps", search.warmup_steps, 0)
+    yield from problems_of_space(search.params)
+    if search.num_trials and search.trial is None:
+        yield (
+            "search.trial must be swept with search.num_trials: say it in a sweep file, as "
+            "sweeps/search_lr.yaml does (hydra.sweeper.params), got None"
+        )
+    if search.trial is None:
+        return
+    if not search.params:
+        yield "search.params must name the keys to search, with choices or {low, high}, got {}"
+    if not config.evaluation.after:
+        yield "evaluation.after must be true with a search, which compares what it measures, got False"
+    if search.prune and not config.evaluation.every_steps:
+        yield "evaluation.every_steps must be >= 1 with search.prune=true, which judges by it, got 0"
+    env = search.metric.rpartition("/")[0]
+    if env and env not in config.env:
+        known = ", ".join(config.env)
+        yield f"search.metric must be of a selected environment ({known}), got {search.metric!r}"
+
+
+def problems_of_values(config: RunConfig) -> Iterator[str]:
+    """What a search may try and no run may have: each key's values, one after the other."""
+    plain = dataclasses.replace(config, search=SearchConfig())
+    for key, space in flat(config.search.params).items():
+        for value in ends(space):
+            try:
+                with_values(plain, {key: value})
+            except ConfigError as error:
+                yield f"search.params.{key}: {error}"
+                break
 
 
 def _lora_problems(lora: LoraConfig) -> Iterator[str]:

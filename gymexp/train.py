@@ -18,6 +18,7 @@ from gymexp import config as configuration
 from gymexp.config import RunConfig
 from gymexp.run.allocation import Allocation
 from gymexp.run.entry import hydra_main
+from gymexp.search.study import as_trial
 
 
 @hydra_main(config_name="train")
@@ -27,6 +28,7 @@ def main(cfg: DictConfig) -> Any:
     return train(config, list(HydraConfig.get().overrides.task), directory.resolve())
 
 
+@as_trial
 def train(
     config: RunConfig, overrides: Sequence[str], directory: Path, allocation: Allocation | None = None
 ) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from gymexp import config as configuration
 from gymexp.config import CONF_DIR, ConfigError, explain_key, load, options
@@ -149,11 +149,12 @@ def test_every_sweep_composes_and_every_point_of_it_loads(name):
     with initialize_config_dir(str(ROOT / "sweeps"), version_base="1.3"):
         search = [f"hydra.searchpath=[file://{CONF_DIR}]"]
         cfg = compose(name, overrides=search, return_hydra_config=True)
-        params = OmegaConf.to_container(cfg.hydra.sweeper.params)
-        assert isinstance(params, dict)
+        params = {key: cfg.hydra.sweeper.params[key] for key in cfg.hydra.sweeper.params}
         assert str(cfg.hydra.mode).endswith("MULTIRUN")
         keys = list(params)
-        for point in product(*(str(params[key]).split(",") for key in keys)):
+        parser = OverridesParser.create()
+        swept = [parser.parse_override(f"{key}={params[key]}").sweep_string_iterator() for key in keys]
+        for point in product(*swept):
             config = load(
                 compose(name, overrides=search + [f"{k}={v}" for k, v in zip(keys, point, strict=True)])
             )

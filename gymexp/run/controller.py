@@ -378,7 +378,13 @@ class Controller:
         states = {s.name: s.state for s in supervisor.services.values()}
         job = dataclasses.asdict(self._allocation) if self._allocation else {}
         self._directory.write_status(
-            pid=os.getpid(), began=self._began, outcome=self._outcome, services=states, **job, **self._facts
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            began=self._began,
+            outcome=self._outcome,
+            services=states,
+            **job,
+            **self._facts,
         )
         self._view.services(states)
 

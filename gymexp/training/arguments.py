@@ -95,7 +95,7 @@ def _named_problems(config: RunConfig) -> str:
     """What is seen without TRL's import."""
     known = _known_names()
     found = []
-    for name in config.trainer:
+    for name in (*config.trainer, *config.search.params.get("trainer", {})):
         if name in _OWNED:
             found.append(f"trainer.{name} is set by gymexp: use {_OWNED[name]} instead")
         elif name not in known:
@@ -114,6 +114,8 @@ def _named_problems(config: RunConfig) -> str:
         )
     if (kind := config.tracker.kind) != "none" and not importlib.util.find_spec(kind):
         found.append(f"tracker.kind={kind} needs a package that is not installed: pip install {kind}")
+    if config.search.trial is not None and not importlib.util.find_spec("optuna"):
+        found.append("search needs a package that is not installed: pip install 'gymexp[optuna]'")
     return "\n".join(found) or _group_problem(config.trainer)
 
 

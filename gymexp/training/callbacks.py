@@ -8,7 +8,7 @@ import math
 import threading
 import time
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from gymexp.training.metrics import rollout_metrics
 from gymexp.training.rollouts import Rollouts, on_main_rank
 
 if TYPE_CHECKING:
+    from gymexp.search.study import Judge
     from gymexp.training.trainer import PolicyTrainer
 
 
@@ -97,20 +98,33 @@ class Steps(TrainerCallback):
 class Evaluation(TrainerCallback):
     """Plays the held-out tasks with the policy as it is; `eval_<env>/reward` and so on."""
 
-    def __init__(self, config: RunConfig, prepared: Prepared, rollouts: Rollouts, teller: Teller) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        prepared: Prepared,
+        rollouts: Rollouts,
+        teller: Teller,
+        judge: Judge | None = None,
+    ) -> None:
+        """judge: the study's, of a run that is a trial; on the first rank alone."""
         self._config = config
+        self._judge = judge
         limit = config.evaluation.num_tasks
         self._keys = [task.key for tasks in prepared.validation.values() for task in tasks[:limit]]
         self._rollouts = rollouts
         self._teller = teller
         self.trainer: PolicyTrainer | None = None
+        self.newest: dict[str, float] = {}  # what was measured last
+        self.pruned: str | None = None  # why the study has no more use for this trial
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         every = self._config.evaluation.every_steps
         if every and state.global_step % every == 0 and state.global_step < state.max_steps:
             asked_to_log = control.should_log
-            self.run(state.global_step)
+            metrics = self.run(state.global_step)
             control.should_log = asked_to_log  # its own log entry has taken this back, and the step's is due
+            if self._judge:
+                self.pruned = self._judge.report(state.global_step, by_env(metrics))
 
     def run(self, step: int) -> dict[str, float]:
         """The metrics, on every rank; the first one plays."""
@@ -131,21 +145,22 @@ class Evaluation(TrainerCallback):
 
         metrics = on_main_rank(trainer.accelerator, play)
         trainer.log_evaluation(dict(metrics), metrics["eval_seconds"])
+        self.newest = metrics
         return metrics
 
 
 class EndWhenAsked(TrainerCallback):
-    """Ends training after the step in progress once `asked` is set, on any rank: all end after the same
+    """Ends training after the step in progress once `asked` says so on any rank: all end after the same
     step."""
 
-    def __init__(self, asked: threading.Event) -> None:
+    def __init__(self, asked: Callable[[], bool]) -> None:
         self._asked = asked
         self.trainer: PolicyTrainer | None = None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         assert self.trainer is not None
         accelerator = self.trainer.accelerator
-        asked = torch.tensor(float(self._asked.is_set()), device=accelerator.device)
+        asked = torch.tensor(float(self._asked()), device=accelerator.device)
         if accelerator.num_processes > 1:
             asked = accelerator.reduce(asked, reduction="sum")
         if asked.item() > 0:  # pyright: ignore[reportAttributeAccessIssue]
@@ -154,6 +169,16 @@ class EndWhenAsked(TrainerCallback):
 
 def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def by_env(metrics: Mapping[str, float]) -> dict[str, dict[str, float]]:
+    """`{env: {metric: value}}` of what an evaluation measured."""
+    found: dict[str, dict[str, float]] = {}
+    for name, value in metrics.items():
+        env, _, metric = name.removeprefix("eval_").rpartition("/")
+        if env:
+            found.setdefault(env, {})[metric] = value
+    return found
 
 
 def summary(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, Any]:

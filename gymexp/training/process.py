@@ -81,6 +81,7 @@ def work(run: RunDirectory, config: RunConfig, asked: threading.Event) -> dict[s
 
     from gymexp.data.prepare import load_prepared
     from gymexp.policy.model import load_model, load_tokenizer
+    from gymexp.search.study import Judge
     from gymexp.training import arguments, checkpoints
     from gymexp.training.callbacks import EndWhenAsked, Evaluation, MetricsFile, Steps, Teller
     from gymexp.training.engine import ServerSampling, join_servers, serve_hf
@@ -116,7 +117,9 @@ def work(run: RunDirectory, config: RunConfig, asked: threading.Event) -> dict[s
             trainer.sample_with_servers(engine, version=None if config.engine.urls else 0)
         resume = checkpoints.latest(run.checkpoints)  # a new run's directory has none
         first_step = checkpoints.step_of(resume) if resume else 0
-        evaluation, ending = Evaluation(config, prepared, rollouts, teller), EndWhenAsked(asked)
+        judge = Judge(config.search, run.path) if main_rank and config.search.trial is not None else None
+        evaluation = Evaluation(config, prepared, rollouts, teller, judge)
+        ending = EndWhenAsked(lambda: asked.is_set() or evaluation.pruned is not None)
         evaluation.trainer = ending.trainer = trainer
         if main_rank:
             trainer.add_callback(MetricsFile(run.metrics, first_step))
@@ -128,7 +131,8 @@ def work(run: RunDirectory, config: RunConfig, asked: threading.Event) -> dict[s
         trainer.save_now()
         if not trainer.stopped:
             trainer.save_policy(run.path)
-        return {"step": trainer.state.global_step, "stopped": trainer.stopped, "held_out": held_out}
+        result = {"step": trainer.state.global_step, "stopped": trainer.stopped, "held_out": held_out}
+        return result | ({"stopped": False, "pruned": evaluation.pruned} if evaluation.pruned else {})
 
 
 def _open_collector(
@@ -170,6 +174,9 @@ def _train(
             after = evaluation.run(trainer.state.global_step)
     except Stopped:
         trainer.stopped = True
+    if evaluation.pruned:
+        log.info("pruned after step %d: %s", trainer.state.global_step, evaluation.pruned)
+        return summary(before, evaluation.newest)
     if trainer.stopped:
         log.info("asked to end after step %d", trainer.state.global_step)
     return summary(before, after)

@@ -1,0 +1,67 @@
+"""How a run stands, or each run of a sweep.
+
+python -m gymexp.status outputs/<name>/<date_time> [--follow]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from gymexp.config import RunConfig
+from gymexp.errors import RunDirectoryError
+from gymexp.launch import jobs
+from gymexp.run.entry import guarded
+from gymexp.view import run_text
+from gymexp.view.progress import View
+from gymexp.view.sweep_table import counted, job_line, status_table
+
+_POLL_S = 5.0
+
+
+def show_sweep(path: Path, follow: bool) -> None:
+    """The table; then a line for each job that has come further, until all have ended."""
+    sweep = jobs.read_sweep(path)
+    print(status_table(sweep))
+    said = {job.num: job_line(job) for job in sweep.jobs}
+    while follow and not all(job.run.ended for job in sweep.jobs):
+        time.sleep(_POLL_S)
+        sweep = jobs.read_sweep(path)
+        for job in sweep.jobs:
+            if said.get(job.num) != job_line(job):
+                said[job.num] = job_line(job)
+                print(said[job.num], flush=True)
+    if follow:
+        print(counted(sweep))
+
+
+def show_run(path: Path, follow: bool) -> None:
+    run = run_text.look(path)
+    print(run_text.run_text(run), flush=True)
+    if follow and not run.ended:
+        run = run_text.follow(path, View())
+        print(f"{run.state}{f': {run.why}' if run.why else ''}")
+
+
+def main() -> None:
+    about = (__doc__ or "").splitlines()[0]
+    parser = argparse.ArgumentParser(prog="python -m gymexp.status", description=about)
+    parser.add_argument("dir", type=Path, metavar="DIR", help="of a run, or of a sweep")
+    parser.add_argument("--follow", action="store_true", help="go on with its logs and steps until it ends")
+    said = parser.parse_args()
+    path = said.dir.resolve()
+    try:
+        if jobs.is_sweep(path):
+            show_sweep(path, said.follow)
+        elif any((path / name).exists() for name in ("config.yaml", "job.yaml", "status.json")):
+            show_run(path, said.follow)
+        else:
+            raise RunDirectoryError(f"{path} must be a run directory or a sweep's, but holds neither's files")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    guarded(main, RunConfig)()

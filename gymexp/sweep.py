@@ -1,0 +1,66 @@
+"""A sweep's jobs, its results, and its failed jobs once more.
+
+python -m gymexp.sweep status outputs/<name>/sweep_<date_time>
+python -m gymexp.sweep collect outputs/<name>/sweep_<date_time>     and results.csv, results.html there
+python -m gymexp.sweep resubmit outputs/<name>/sweep_<date_time> [--jobs 3,5]
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from gymexp.config import RunConfig
+from gymexp.launch import jobs
+from gymexp.run.entry import guarded
+
+
+def status(path: Path) -> None:
+    from gymexp.view.sweep_table import status_table
+
+    print(status_table(jobs.read_sweep(path)))
+
+
+def collect(path: Path) -> None:
+    from gymexp.run.directory import replace_file
+    from gymexp.view.sweep_html import results_html
+    from gymexp.view.sweep_table import counted, reason, results_csv, results_table, rows_of
+
+    sweep = jobs.read_sweep(path)
+    rows = rows_of(sweep)
+    print(results_table(rows, sweep.keys))
+    print("", *sweep.study, counted(sweep), *(reason(j) for j in sweep.jobs if j.run.why), sep="\n")
+    replace_file(sweep.path / "results.csv", results_csv(rows, sweep.keys))
+    replace_file(sweep.path / "results.html", results_html(sweep, rows))
+    print(f"\n{sweep.path / 'results.csv'}\n{sweep.path / 'results.html'}")
+
+
+def numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m gymexp.sweep", description=(__doc__ or "").splitlines()[0]
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, does in {
+        "status": "how each job stands, and why",
+        "collect": "the results as a table, a CSV file and a page",
+        "resubmit": "submit failed and lost jobs again; they go on from their checkpoints",
+    }.items():
+        command = commands.add_parser(name, help=does)
+        command.add_argument("dir", type=Path, metavar="DIR", help="outputs/<name>/sweep_<date_time>")
+        if name == "resubmit":
+            command.add_argument("--jobs", type=numbers, metavar="3,5", help="these alone")
+    said = parser.parse_args()
+    if said.command == "status":
+        status(said.dir)
+    elif said.command == "collect":
+        collect(said.dir)
+    else:
+        jobs.resubmit(jobs.read_sweep(said.dir), said.jobs)
+
+
+if __name__ == "__main__":
+    guarded(main, RunConfig)()

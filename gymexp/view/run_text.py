@@ -1,0 +1,113 @@
+"""How one run stands, as text; and as it goes on, its logs line by line."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from gymexp.run.slurm_states import slurm_states
+from gymexp.view.progress import View, duration
+from gymexp.view.run_state import RunState, last_errors, read_run, tokens_per_s, wall_seconds
+
+_POLL_S = 0.5
+_STATE_S = 5.0  # between two looks at whether the run is still there
+_SHOWN = 2_000  # bytes of a log that were there before
+
+
+def look(path: Path) -> RunState:
+    """A run directory, with what Slurm says where it is a job's."""
+    run = read_run(path)
+    job_id = run.status.get("job_id")
+    return read_run(path, slurm_states([job_id]), job_id) if job_id else run
+
+
+def run_text(run: RunState) -> str:
+    """Where it is, its numbers, its servers, and what went wrong last."""
+    status = run.status
+    last = status.get("max_steps")
+    lines = [f"{run.path}", f"{run.state}{f': {run.why}' if run.why else ''}"]
+    if not run.ended and status:
+        lines.append(f"phase     {status.get('phase')}")
+    if last:
+        lines.append(f"step      {run.step}/{last}")
+    if job := status.get("job_id"):
+        lines.append(f"job       {job} on {status.get('node')}, restarts: {status.get('restarts')}")
+    elif status.get("pid"):
+        lines.append(f"process   {status['pid']} on {status.get('host', 'this machine')}")
+    lines.append(f"time      {duration(wall_seconds(run))}")
+    for env, (before, newest) in run.held_out.items():
+        pair = " → ".join("–" if value is None else f"{value:.3f}" for value in (before, newest))
+        lines.append(f"held-out  {env} {pair}")
+    lines += _rates(run)
+    if not run.ended and (states := status.get("services")):
+        lines.append("servers   " + "  ".join(f"{name} {state}" for name, state in states.items()))
+    lines += [f"{name}.log: {line}" for name, line in last_errors(run)]
+    if run.state in ("failed", "lost") and run.log:
+        lines.append(f"log       {run.log}")
+    return "\n".join(lines)
+
+
+def _rates(run: RunState) -> Iterator[str]:
+    trained = [entry for entry in run.metrics if "time/step" in entry][-5:]
+    if trained:
+        each = sum(entry["time/step"] for entry in trained) / len(trained)
+        rollouts = sum(entry.get("time/rollout", 0) for entry in trained) / len(trained)
+        tokens = tokens_per_s(run) or 0
+        yield f"rates     {each:.1f} s a step ({rollouts:.1f} rollouts), {tokens:.0f} tokens/s"
+
+
+class Tail:
+    """New lines of a folder's logs, each with its file's name; logs may come later, and be cut short."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._at: dict[Path, int] = {}
+        self._part: dict[Path, bytes] = {}
+        for path in sorted(folder.glob("*.log")):
+            self._at[path] = max(0, path.stat().st_size - _SHOWN)
+            if self._at[path]:  # in the middle of a line
+                self._read(path)
+                self._part[path] = b""
+
+    def lines(self) -> Iterator[tuple[str, str]]:
+        """(process, line) of what is new and whole."""
+        for path in sorted(self._folder.glob("*.log")):
+            for line in self._read(path):
+                yield path.stem, line
+
+    def _read(self, path: Path) -> list[str]:
+        start = self._at.get(path, 0)
+        with path.open("rb") as file:
+            if file.seek(0, 2) < start:  # cut short: it begins again
+                start, self._part[path] = 0, b""
+            file.seek(start)
+            new = file.read()
+        self._at[path] = start + len(new)
+        *whole, rest = (self._part.get(path, b"") + new).split(b"\n")
+        self._part[path] = rest
+        return [line.decode(errors="replace").rstrip("\r") for line in whole]
+
+
+def follow(path: Path, view: View, sleep: Callable[[float], Any] = time.sleep) -> RunState:
+    """Say what is new in a run's logs, and its steps, until it has ended; returns how."""
+    tail = Tail(path / "logs")
+    said = len(read_run(path).metrics)
+    looked, run = time.monotonic(), look(path)
+    while True:
+        ended = run.ended
+        for name, line in tail.lines():
+            view.say(f"{name}: {line}")
+        now = read_run(path)
+        if len(now.metrics) < said:  # a resumed run takes back what it said after its checkpoint
+            said = len(now.metrics)
+        for entry in now.metrics[said:]:
+            steps = {"step": entry["step"], "max_steps": now.status.get("max_steps")}
+            view.update({"phase": now.status.get("phase"), **steps, "logs": entry})
+        said = len(now.metrics)
+        if ended:
+            return run
+        sleep(_POLL_S)
+        if now.status.get("outcome") or time.monotonic() - looked > _STATE_S:
+            looked, run = time.monotonic(), look(path)
