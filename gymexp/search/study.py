@@ -222,7 +222,7 @@ def _open(sweep: Path, search: SearchConfig, sampler_seed: int | None = None) ->
         return optuna.create_study(
             study_name=_NAME,
             storage=_storage(sweep),
-            direction=search.direction,
+            direction=search.direction,  # pyright: ignore[reportArgumentType]  (rules.py has checked it)
             load_if_exists=True,
             # What runs elsewhere counts as bad meanwhile, so that two jobs do not try the same.
             sampler=optuna.samplers.TPESampler(seed=sampler_seed, constant_liar=True),

@@ -1,0 +1,46 @@
+"""A study shared by jobs: each gets values of its own, keeps them, and dead ones are given up."""
+
+from __future__ import annotations
+
+import pytest
+
+from gymexp.config import SearchConfig
+from gymexp.search import study
+
+pytest.importorskip("optuna")
+PARAMS = {"trainer": {"learning_rate": {"low": 1e-7, "high": 1e-4, "log": True}, "num_generations": [8, 16]}}
+
+
+def search(trial: int) -> SearchConfig:
+    return SearchConfig(num_trials=4, trial=trial, params=PARAMS, prune=True, startup_trials=1)
+
+
+def result(reward: float) -> dict:
+    return {"step": 4, "stopped": False, "held_out": {"sudoku": {"reward": [0.1, reward]}}}
+
+
+def test_jobs_at_once_get_values_of_their_own_and_a_job_that_starts_again_keeps_its(tmp_path):
+    one, two = (study.begin(search(n), tmp_path / str(n)) for n in (0, 1))
+    assert one.number != two.number and one.values != two.values
+    assert 1e-7 <= one.values["trainer.learning_rate"] <= 1e-4
+    assert study.begin(search(0), tmp_path / "0") == one
+
+
+def test_a_trial_below_the_median_of_the_others_is_pruned_and_the_best_one_named(tmp_path):
+    for num, reward in enumerate((0.9, 0.2)):
+        study.begin(search(num), tmp_path / str(num))
+        why = study.Judge(search(num), tmp_path / str(num)).report(1, {"sudoku": {"reward": reward}})
+        study.end(search(num), tmp_path / str(num), result(reward) | ({"pruned": why} if why else {}))
+        assert (why is not None) == (num == 1)
+    told = study.summary(tmp_path)
+    assert told[0] == "study: 1 trials finished, 1 pruned"
+    assert told[1].startswith("best trial: job 0 with 0.900")
+
+
+def test_a_trial_that_was_given_up_goes_on_as_a_new_one_of_the_same_values(tmp_path):
+    first = study.begin(search(0), tmp_path / "0")
+    study.end(search(0), tmp_path / "0", {})
+    again = study.begin(search(0), tmp_path / "0")
+    assert again.number != first.number and again.values == first.values
+    study.end(search(0), tmp_path / "0", result(0.5))
+    assert study.summary(tmp_path)[0] == "study: 1 trials finished, 0 pruned"
