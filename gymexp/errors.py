@@ -40,3 +40,12 @@ class DriftError(GymexpError):
 
 class LaunchError(GymexpError):
     """Slurm did not take a job, or jobs that it took have failed; each is named with its log."""
+
+
+class Interrupted(GymexpError):
+    """SIGINT or SIGTERM, or in a Slurm job SIGUSR2, ended the run, with what was done saved. `number`: the
+    signal's."""
+
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(message)
+        self.number = number

@@ -19,11 +19,10 @@ import time
 from pathlib import Path
 from typing import Any, NoReturn
 
-from gymexp.errors import GymexpError
+from gymexp.errors import GymexpError, Interrupted
 from gymexp.launch.freeze import FrozenJob, read_job
 from gymexp.run import agent
 from gymexp.run.allocation import Allocation
-from gymexp.run.controller import Interrupted
 from gymexp.run.directory import RunDirectory, append_line, replace_file
 from gymexp.run.nodes import announce, read_task
 from gymexp.run.placement import num_nodes

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -18,25 +17,12 @@ from typing import Any
 
 from gymexp.launch.freeze import name_of, read_sweep
 from gymexp.run.directory import RunDirectory
+from gymexp.run.slurm_states import GOING_ON, slurm_states
 from gymexp.view.progress import View, duration
 
 _POLL_S = 2.0
 _SUMMARY_S = 60.0  # between two lines about steps
 _FILE_LAG_S = 10.0  # for what a job wrote on its node to be seen here
-_PATIENCE_S = 60.0  # for Slurm to answer
-# What Slurm calls a job that is not over. Any other word is an end: COMPLETED, FAILED, CANCELLED, TIMEOUT, …
-GOING_ON = {
-    *("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "STAGE_OUT", "SIGNALING"),
-    *(
-        "REQUEUED",
-        "REQUEUE_FED",
-        "REQUEUE_HOLD",
-        "SPECIAL_EXIT",
-        "RESIZING",
-        "RESV_DEL_HOLD",
-        "POWER_UP_NODE",
-    ),
-}
 GONE = "GONE"  # Slurm does not know the job (any more)
 
 
@@ -53,36 +39,10 @@ class End:
 def states(job_ids: Iterable[str]) -> dict[str, str] | None:
     """Slurm's word on each job; GONE for one that it does not know. None if Slurm does not answer."""
     asked = list(job_ids)
-    listed = _lines(
-        "squeue", "--noheader", "--all", "--array", "--states=all", "--format=%i|%T", *_jobs(asked)
-    )
-    if listed is None:
+    known = slurm_states(asked)
+    if known is None:
         return None
-    known = _parsed(listed)
-    if missing := [one for one in asked if one not in known]:
-        # Without accounting sacct fails, and says nothing.
-        known |= _parsed(_lines("sacct", "-nPX", "--format=JobID,State", *_jobs(missing)) or [])
-    return {one: known.get(one, GONE) for one in asked}
-
-
-def _jobs(job_ids: Sequence[str]) -> list[str]:
-    return [f"--jobs={','.join(job_ids)}"]
-
-
-def _parsed(lines: Sequence[str]) -> dict[str, str]:
-    pairs = [line.split("|") for line in lines if line.count("|") == 1]
-    return {job_id: state.split()[0] for job_id, state in pairs if state}  # CANCELLED by 0
-
-
-def _lines(*command: str) -> list[str] | None:
-    """The output of one of Slurm's commands. None if it fails; empty if it knows none of the jobs."""
-    try:
-        shown = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE_S, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    if shown.returncode and "Invalid job id" not in shown.stderr:
-        return None
-    return shown.stdout.splitlines()
+    return {one: known[one].name if one in known else GONE for one in asked}
 
 
 def log_of(sweep: Path, job_id: str) -> Path:

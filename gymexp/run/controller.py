@@ -31,7 +31,7 @@ from typing import Any
 import psutil
 
 from gymexp.config import RunConfig
-from gymexp.errors import GymexpError, NodeLost, ServiceError
+from gymexp.errors import Interrupted, NodeLost, ServiceError
 from gymexp.gym import attached
 from gymexp.gym.servers import GymHost, Layout, plan
 from gymexp.policy import vllm
@@ -49,15 +49,6 @@ _STATUS_S = 1.0
 _SAVING_S = 120.0  # for a trainer's last checkpoint, once a service has failed
 _SAME_SIGNAL_S = 2.0  # for a signal to come here, when Slurm sends it to every process of a job
 _LAST_WORDS_S = 5.0  # for the first rank to say why it ends, once another one has failed
-
-
-class Interrupted(GymexpError):
-    """SIGINT or SIGTERM, or in a Slurm job SIGUSR2, ended the run, with what was done saved. `number`: the
-    signal's."""
-
-    def __init__(self, number: int, message: str) -> None:
-        super().__init__(message)
-        self.number = number
 
 
 def run(

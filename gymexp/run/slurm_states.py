@@ -6,19 +6,11 @@ import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-_PATIENCE_S = 20.0
+_PATIENCE_S = 60.0  # for Slurm to answer
 _WAITING = {"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "RESV_DEL_HOLD", "SPECIAL_EXIT"}
-_GOING_ON = {
-    "RUNNING",
-    "CONFIGURING",
-    "COMPLETING",
-    "SUSPENDED",
-    "STOPPED",
-    "RESIZING",
-    "SIGNALING",
-    "POWER_UP_NODE",
-    "STAGE_OUT",
-}
+# What Slurm calls a job that is not over. Any other word is an end: COMPLETED, FAILED, CANCELLED, TIMEOUT, …
+GOING_ON = _WAITING | {"RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "STOPPED", "RESIZING"}
+GOING_ON |= {"SIGNALING", "POWER_UP_NODE", "STAGE_OUT"}
 
 
 @dataclass(frozen=True)
@@ -34,7 +26,7 @@ class SlurmState:
 
     @property
     def over(self) -> bool:
-        return not self.waits and self.name not in _GOING_ON
+        return self.name not in GOING_ON
 
 
 def slurm_states(job_ids: Iterable[str]) -> dict[str, SlurmState] | None:

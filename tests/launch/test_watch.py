@@ -28,8 +28,8 @@ def commands(tmp_path, monkeypatch):
 
 def test_the_queue_is_asked_first_and_accounting_for_what_it_has_forgotten(commands):
     commands(
-        squeue="echo '12_0|RUNNING'; echo '12_1|PENDING'",
-        sacct="case \"$*\" in *12_2,7*) echo '12_2|CANCELLED by 0';; esac",
+        squeue="echo '12_0|RUNNING|node1'; echo '12_1|PENDING|(Resources)'",
+        sacct="case \"$*\" in *12,7*) echo '12_2|CANCELLED by 0|node2';; esac",
     )
     assert watch.states(["12_0", "12_1", "12_2", "7"]) == {
         "12_0": "RUNNING",

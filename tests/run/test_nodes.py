@@ -179,7 +179,7 @@ def test_an_agent_returns_when_the_lead_says_so_and_nothing_of_it_is_left(tmp_pa
         running, child = await start_parent(node, tmp_path)
         await led.nodes.close()
         await asyncio.wait_for(work, 10)
-        assert not alive(running.pid) and not alive(child)
+        await until(lambda: not alive(running.pid) and not alive(child))
         assert led.lost == []
 
     told(story, tmp_path)
