@@ -50,12 +50,17 @@ def started(folder: Path) -> Iterator[Callable[..., Run]]:
 
 
 @pytest.fixture(scope="session")
-def slurm() -> None:
+def slurm() -> Iterator[None]:
     """A Slurm cluster that answers; one of virtual nodes on loopback is started where there is none."""
     if shutil.which("sinfo") and subprocess.run(["sinfo"], capture_output=True, check=False).returncode == 0:
+        yield
         return
     if os.getuid() or not shutil.which("apt-get"):
         pytest.skip("no Slurm cluster answers, and starting one takes root on Debian")
-    up = Path(__file__).parent / "slurm" / "cluster_up.sh"
-    started = subprocess.run([up], capture_output=True, text=True, check=False, timeout=300)
+    scripts = Path(__file__).parent / "slurm"
+    started = subprocess.run(
+        [scripts / "cluster_up.sh"], capture_output=True, text=True, check=False, timeout=300
+    )
     assert started.returncode == 0, started.stdout + started.stderr
+    yield
+    subprocess.run([scripts / "cluster_down.sh"], check=False, timeout=60)
