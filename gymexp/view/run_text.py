@@ -66,10 +66,11 @@ class Tail:
         self._at: dict[Path, int] = {}
         self._part: dict[Path, bytes] = {}
         for path in sorted(folder.glob("*.log")):
-            self._at[path] = max(0, path.stat().st_size - _SHOWN)
-            if self._at[path]:  # in the middle of a line
-                self._read(path)
-                self._part[path] = b""
+            with path.open("rb") as file:
+                if file.seek(0, 2) > _SHOWN:
+                    file.seek(-_SHOWN, 2)
+                    file.readline()  # the rest of a line
+                    self._at[path] = file.tell()
 
     def lines(self) -> Iterator[tuple[str, str]]:
         """(process, line) of what is new and whole."""
