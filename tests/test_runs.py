@@ -20,7 +20,7 @@ import pytest
 import torch
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from whole_run import BATCH, OVERRIDES, PATIENCE_S, ROOT, SIZES, STEPS, TINY, Run, alive
+from whole_run import BATCH, OVERRIDES, PATIENCE_S, ROOT, SIZES, STEPS, TINY, UNEVALUATED, Run, alive
 
 from gymexp.training import checkpoints
 
@@ -134,7 +134,7 @@ def test_the_same_configuration_plays_the_same_tasks_and_samples_the_same_first_
 
 
 def test_an_interrupted_run_goes_on_to_the_same_end_with_the_same_tasks(pair, started):
-    run = started("interrupted")
+    run = started("interrupted", "evaluation.every_steps=0")
     run.wait_for_step(1)
     os.kill(run.process.pid, signal.SIGTERM)
     assert run.ended() == 128 + signal.SIGTERM, run.said
@@ -177,7 +177,7 @@ def test_an_adapter_is_trained_goes_on_after_an_interruption_and_ends_in_the_wei
         "trainer.beta=0.05",
     ]
     changes += ["trainer.warmup_steps=0", "trainer.save_steps=1", "rollout.drift_every=1"]
-    run = started("lora", *changes, "evaluation.before=false", "evaluation.every_steps=0")
+    run = started("lora", *changes, *UNEVALUATED)
     run.wait_for_step(1)
     os.kill(run.process.pid, signal.SIGTERM)
     assert run.ended() == 128 + signal.SIGTERM, run.said
@@ -228,14 +228,15 @@ def logprobs_of(model, turn: dict) -> list[float]:
 
 
 def test_a_killed_server_and_a_hanging_one_cost_no_rollout(started):
-    run = started("attacked", "gym.health_interval_s=1", "gym.health_timeout_s=3", "trainer.max_steps=6")
+    changes = ["gym.health_interval_s=1", "gym.health_timeout_s=3", "trainer.max_steps=4"]
+    run = started("attacked", *changes, *UNEVALUATED)
     run.wait_for_step(1)
     run.server("workplace-workplace_assistant-0").kill()
     run.server("sudoku-reasoning_gym").suspend()
     assert run.ended() == 0, run.said
     assert "workplace-workplace_assistant-0 was ended by SIGKILL; starting it again" in run.said
     assert "sudoku-reasoning_gym has not answered for" in run.said
-    assert run.steps() == list(range(1, 7))
+    assert run.steps() == list(range(1, 5))
     for entry in run.metrics():
         assert entry.get("workplace/failed", 0) == entry.get("sudoku/failed", 0) == 0
     assert run.left() == []
@@ -245,7 +246,7 @@ def test_a_policy_that_answers_nonsense_trains_on_without_a_failure(started, fol
     config = AutoConfig.from_pretrained(TINY)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder / "nonsense")
     AutoTokenizer.from_pretrained(TINY).save_pretrained(folder / "nonsense")
-    run = started("random", f"model.path='{folder / 'nonsense'}'", "trainer.max_steps=1")
+    run = started("random", f"model.path='{folder / 'nonsense'}'", "trainer.max_steps=1", *UNEVALUATED)
     assert run.ended() == 0, run.said
     entry = next(entry for entry in run.metrics() if "loss" in entry)
     assert entry["sudoku/failed"] == entry["workplace/failed"] == 0
@@ -277,7 +278,7 @@ def test_a_cold_start_from_scratch_writes_a_policy_that_transformers_loads(gym_p
 
 def test_servers_above_their_memory_budget_are_restarted_again_and_again_and_no_rollout_is_lost(started):
     changes = ["env.workplace.memory_budget_mb=1", "trainer.max_steps=2", "gym.health_interval_s=0.5"]
-    run = started("budget", *changes, "evaluation.before=false", "evaluation.after=false")
+    run = started("budget", *changes, *UNEVALUATED)
     assert run.ended() == 0, run.said
     assert run.steps() == [1, 2]
     for entry in run.metrics():
@@ -289,8 +290,7 @@ def test_servers_above_their_memory_budget_are_restarted_again_and_again_and_no_
 
 def test_a_sweep_runs_its_points_one_after_the_other_each_in_a_directory_of_its_own(folder, gym_python):
     sweep = folder / "sweep"
-    overrides = [f"hydra.sweep.dir='{sweep}'", *OVERRIDES, "seed=0,1", "trainer.max_steps=1"]
-    overrides += ["evaluation.before=false", "evaluation.every_steps=0"]
+    overrides = [f"hydra.sweep.dir='{sweep}'", *OVERRIDES, *UNEVALUATED, "seed=0,1", "trainer.max_steps=1"]
     command = [sys.executable, "-m", "gymexp.train", "-m", *overrides]
     shown = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=PATIENCE_S, check=False)
     assert shown.returncode == 0, shown.stdout + shown.stderr
@@ -302,7 +302,7 @@ def test_a_sweep_runs_its_points_one_after_the_other_each_in_a_directory_of_its_
 
 
 def test_a_directory_in_use_is_refused_and_a_killed_controller_leaves_no_process(started):
-    run = started("killed", "trainer.max_steps=100")
+    run = started("killed", "trainer.max_steps=100", *UNEVALUATED)
     run.wait_for(lambda: (run.directory / "services.json").exists())
     second = started("killed")
     assert second.ended() == 1

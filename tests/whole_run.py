@@ -32,6 +32,7 @@ OVERRIDES = [
     "evaluation.every_steps=2",
     *(f"env.{env}.data.{split}={size}" for env in ("sudoku", "workplace") for split, size in SIZES.items()),
 ]
+UNEVALUATED = ["evaluation.before=false", "evaluation.after=false", "evaluation.every_steps=0"]
 PATIENCE_S = 300
 
 
