@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,10 @@ def all_rows(tasks: Path) -> list[dict[str, Any]]:
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not(gym_python, tasks, tmp_path):
-    again, other = generate(gym_python, tmp_path / "again"), generate(gym_python, tmp_path / "other", seed=8)
+    with ThreadPoolExecutor() as both:
+        again, other = both.map(
+            lambda name, seed: generate(gym_python, tmp_path / name, seed), ("again", "other"), (7, 8)
+        )
     assert [(again / f).read_bytes() for f in FILES] == [(tasks / f).read_bytes() for f in FILES]
     assert (other / "train.jsonl").read_bytes() != (tasks / "train.jsonl").read_bytes()
 

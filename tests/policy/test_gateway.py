@@ -2,7 +2,7 @@ import asyncio
 import json
 import subprocess
 import time
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 
 import aiohttp
 import pytest
@@ -453,52 +453,57 @@ import json, sys
 from nemo_gym.openai_utils import NeMoGymChatCompletion, NeMoGymResponseCreateParamsNonStreaming
 from nemo_gym.responses_converter import VLLMConverter
 
-completion, results = json.load(sys.stdin)
-converter = VLLMConverter(return_token_id_information=True, uses_reasoning_parser=True)
-message = completion["choices"][0]["message"]
-if reasoning := message.pop("reasoning_content", None):  # as responses_api_models/vllm_model does
-    message["content"] = f"<think>{reasoning}</think>" + (message["content"] or "")
-choice = NeMoGymChatCompletion.model_validate(completion).choices[0]
-output = [item.model_dump() for item in converter.postprocess_chat_response(choice)]
-items = [{"role": "user", "content": "Look up the mails."}, *output]
-items += [
-    {"type": "function_call_output", "call_id": item["call_id"], "output": results}
-    for item in output
-    if item["type"] == "function_call"
-]
-params = NeMoGymResponseCreateParamsNonStreaming(input=items)
-again = converter.responses_to_chat_completion_create_params(params)
-print("RESULT" + json.dumps(again.model_dump(exclude_unset=True)))
+for completion, results in json.load(sys.stdin):
+    converter = VLLMConverter(return_token_id_information=True, uses_reasoning_parser=True)
+    message = completion["choices"][0]["message"]
+    if reasoning := message.pop("reasoning_content", None):  # as responses_api_models/vllm_model does
+        message["content"] = f"<think>{reasoning}</think>" + (message["content"] or "")
+    choice = NeMoGymChatCompletion.model_validate(completion).choices[0]
+    output = [item.model_dump() for item in converter.postprocess_chat_response(choice)]
+    items = [{"role": "user", "content": "Look up the mails."}, *output]
+    items += [
+        {"type": "function_call_output", "call_id": item["call_id"], "output": results}
+        for item in output
+        if item["type"] == "function_call"
+    ]
+    params = NeMoGymResponseCreateParamsNonStreaming(input=items)
+    again = converter.responses_to_chat_completion_create_params(params)
+    print("RESULT" + json.dumps(again.model_dump(exclude_unset=True)))
 """
 
 
 @pytest.mark.gym
-@pytest.mark.parametrize(
-    "said", ["<think>\nhm\n</think>\n\nI look. " + CALL + CALL + END, CALL + END, "Plain."]
-)
-def test_ids_survive_nemo_gyms_own_conversion(said, tmp_path, gym_python):
+def test_ids_survive_nemo_gyms_own_conversion(tmp_path, gym_python):
     (tmp_path / "round_trip.py").write_text(NEMO_GYM_ROUND_TRIP)
+    replies = ("<think>\nhm\n</think>\n\nI look. " + CALL + CALL + END, CALL + END, "Plain.")
 
     async def run():
-        async with FakeEngine(said, "Done." + END).serve() as url, gateway(url) as http:
-            _, first = await chat(http, tools=TOOLS, logprobs=True, return_tokens_as_token_ids=True)
-            assert first["choices"][0]["logprobs"] is None
+        async with AsyncExitStack() as stack:
+            clients = []
+            for said in replies:
+                url = await stack.enter_async_context(FakeEngine(said, "Done." + END).serve())
+                clients.append(await stack.enter_async_context(gateway(url)))
+            options = {"tools": TOOLS, "logprobs": True, "return_tokens_as_token_ids": True}
+            firsts = [(await chat(http, **options))[1] for http in clients]
+            assert all(first["choices"][0]["logprobs"] is None for first in firsts)
             process = subprocess.run(
                 [gym_python, tmp_path / "round_trip.py"],
-                input=json.dumps([first, "two mails"]),
+                input=json.dumps([[first, "two mails"] for first in firsts]),
                 capture_output=True,
                 text=True,
                 cwd=tmp_path,
             )
             assert process.returncode == 0, process.stderr
-            again = json.loads(process.stdout.split("RESULT")[1])
-            second = await chat(http, tools=TOOLS, **again)
-            return first["choices"][0]["message"], second[1]["choices"][0]["message"]
+            again = [json.loads(line) for line in process.stdout.split("RESULT")[1:]]
+            seconds = [
+                (await chat(http, tools=TOOLS, **one))[1] for http, one in zip(clients, again, strict=True)
+            ]
+            return [[answer["choices"][0]["message"] for answer in some] for some in (firsts, seconds)]
 
-    first, second = asyncio.run(run())
-    before = first["prompt_token_ids"] + first["generation_token_ids"]
-    assert second["prompt_token_ids"][: len(before)] == before
-    tail = TOKENIZER.decode(second["prompt_token_ids"][len(before) :])
-    results = "\n<tool_response>\ntwo mails\n</tool_response>" * len(first.get("tool_calls", []))
-    expected = f"\n<|im_start|>user{results}<|im_end|>\n" if results else "<|im_end|>\n"
-    assert tail == expected + "<|im_start|>assistant\n"
+    for first, second in zip(*asyncio.run(run()), strict=True):
+        before = first["prompt_token_ids"] + first["generation_token_ids"]
+        assert second["prompt_token_ids"][: len(before)] == before
+        tail = TOKENIZER.decode(second["prompt_token_ids"][len(before) :])
+        results = "\n<tool_response>\ntwo mails\n</tool_response>" * len(first.get("tool_calls", []))
+        expected = f"\n<|im_start|>user{results}<|im_end|>\n" if results else "<|im_end|>\n"
+        assert tail == expected + "<|im_start|>assistant\n"

@@ -121,12 +121,7 @@ def test_a_constructor_that_breaks_shows_the_end_of_what_it_said(tmp_path, const
     assert len(str(caught.value)) < 2500
 
 
-def construct(all_of_them: list[dict]) -> list[str]:
-    """What the checking process says of each; empty of what it takes."""
-    return arguments._construct_elsewhere([{"trainer": one, "dtype": "float32"} for one in all_of_them])
-
-
-def test_trl_itself_takes_the_good_and_refuses_the_bad():
+def test_trl_itself_takes_the_good_and_every_experiment_and_refuses_the_bad(tmp_path, monkeypatch):
     """TRL's constructor takes the words and types of the last five as they are, and fails minutes later."""
     said = {
         "": {"learning_rate": 1e-6, "num_generations": 4, "scale_rewards": False, "beta": 0},
@@ -141,16 +136,14 @@ def test_trl_itself_takes_the_good_and_refuses_the_bad():
         "trainer.max_steps must be of type int, got 'ten'": {"max_steps": "ten"},
         "trainer.num_generations must be of type int | None, got True": {"num_generations": True},
     }
-    for line, start in zip(construct(list(said.values())), said, strict=True):
-        assert start in line and bool(start) == bool(line)
-
-
-def test_trl_takes_every_experiment(tmp_path, constructed_by):
     configuration.register()
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
         composed = [compose("train", [f"experiment={name}"]) for name in options("experiment")]
     configs = [configuration.load(cfg) for cfg in composed]
-    assert construct([one.trainer for one in configs]) == [""] * len(configs)
-    constructed_by()
-    for one in configs:
-        arguments.check(one, tmp_path)  # names, and whole groups
+    asked = [*said.values(), *(one.trainer for one in configs)]
+    told = arguments._construct_elsewhere([{"trainer": one, "dtype": "float32"} for one in asked])
+    for line, start in zip(told, said, strict=False):
+        assert start in line and bool(start) == bool(line)
+    assert told[len(said) :] == [""] * len(configs)
+    monkeypatch.setattr(arguments, "_construct_elsewhere", lambda some: [""] * len(some))
+    assert arguments.problems(configs, tmp_path) == [""] * len(configs), "names, and whole groups"
