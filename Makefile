@@ -17,7 +17,7 @@ demo: setup  ## train the tiny policy in two environments, on a CPU in minutes
 	$(RUN) -m gymexp.train experiment=quickstart
 
 test: setup  ## every test that this machine can run, but those of test-more
-	$(RUN) -m pytest -m 'not ranks and not vllm and not ray and not slurm'
+	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not ranks and not vllm and not ray and not slurm'
 
 test-more: setup  ## with the real vLLM on a CPU, several ranks, a Slurm cluster, with `gym env start`
 	$(RUN) -m pytest -m 'ranks or vllm or ray or slurm'

@@ -21,7 +21,7 @@ from gymexp.run.entry import hydra_main
 from gymexp.search.study import as_trial
 
 
-@hydra_main(config_name="train")
+@hydra_main(config_name="train", launches=True)
 def main(cfg: DictConfig) -> Any:
     config = configuration.load(cfg)
     directory = Path(config.resume or config.output_dir or HydraConfig.get().runtime.output_dir)

@@ -23,6 +23,11 @@ SERVERS = (
 os.environ.setdefault("WANDB_MODE", "disabled")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The long ones first, so that of two workers none waits for them in the end."""
+    items.sort(key=lambda item: item.get_closest_marker("e2e") is None)
+
+
 @pytest.fixture(scope="session")
 def gym_python() -> Path:
     """NeMo Gym's interpreter with what both environments need; made on first use, as a run makes it."""

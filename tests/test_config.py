@@ -317,6 +317,55 @@ def test_what_several_nodes_cannot_have_is_said_before_anything_is_submitted(ove
         load(composed(*overrides))
 
 
+SEARCH = ("search.trial=0", "search.params.trainer.learning_rate={low:1e-6,high:1e-4,log:true}")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["search.trial=0"], r"search\.params must name the keys to search, .*got \{\}"),
+        (["search.num_trials=4"], r"search\.trial must be swept with search\.num_trials: .*got None"),
+        ([*SEARCH, "evaluation.after=false"], r"evaluation\.after must be true with a search"),
+        ([*SEARCH, "search.prune=true"], r"evaluation\.every_steps must be >= 1 with search\.prune=true"),
+        ([*SEARCH, "search.direction=up"], r"search\.direction must be one of maximize, minimize, got 'up'"),
+        (
+            [*SEARCH, "search.metric=workplace/reward"],
+            r"search\.metric must be of a selected environment \(sudoku\), got 'workplace/reward'",
+        ),
+        (
+            [*SEARCH, "search.params.trainer.learning_rate.low=0"],
+            r"search\.params\.trainer\.learning_rate\.low must be > 0 with log=true, got 0",
+        ),
+        (
+            [*SEARCH, "search.params.trainer.learning_rate.high=1e-7"],
+            r"learning_rate must be a range of two numbers with low < high, got low=1e-06, high=1e-07",
+        ),
+        (
+            [*SEARCH, "+search.params.trainer.learning_rate.base=10"],
+            r"learning_rate has keys that a range has not: base\. It has low, high, log, step",
+        ),
+        (
+            [*SEARCH, "search.params.rollout.max_failed_share=[0.1,2]"],
+            r"search\.params\.rollout\.max_failed_share: rollout\.max_failed_share must be between 0 and 1",
+        ),
+        (
+            [*SEARCH, "search.params.rollout.max_faild_share=[0.1]"],
+            r"search\.params\.rollout\.max_faild_share: .*did you mean rollout\.max_failed_share\?",
+        ),
+    ],
+)
+def test_a_search_that_cannot_be_made_is_answered_before_its_first_trial(overrides, said):
+    with pytest.raises(ConfigError, match=said):
+        load(composed(*overrides))
+
+
+def test_a_search_of_ranges_and_choices_loads():
+    params = load(composed(*SEARCH, "search.params.trainer.num_generations=[4,8]")).search.params
+    assert params == {
+        "trainer": {"learning_rate": {"low": 1e-6, "high": 1e-4, "log": True}, "num_generations": [4, 8]}
+    }
+
+
 def test_several_nodes_are_a_matter_of_two_keys():
     placement = load(composed(*NODES)).placement
     assert (placement.rollout_nodes, placement.train_nodes) == (1, 2)

@@ -22,6 +22,7 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from whole_run import BATCH, OVERRIDES, PATIENCE_S, ROOT, SIZES, STEPS, TINY, UNEVALUATED, Run, alive
 
+from gymexp.launch.jobs import read_sweep
 from gymexp.training import checkpoints
 
 pytestmark = [
@@ -288,17 +289,41 @@ def test_servers_above_their_memory_budget_are_restarted_again_and_again_and_no_
     assert "starting it again" not in run.said, "asked for, and not counted as failures"
 
 
-def test_a_sweep_runs_its_points_one_after_the_other_each_in_a_directory_of_its_own(folder, gym_python):
+def test_a_sweep_runs_its_points_one_after_the_other_and_goes_on_after_an_interruption(folder, gym_python):
     sweep = folder / "sweep"
     overrides = [f"hydra.sweep.dir='{sweep}'", *OVERRIDES, *UNEVALUATED, "seed=0,1", "trainer.max_steps=1"]
     command = [sys.executable, "-m", "gymexp.train", "-m", *overrides]
-    shown = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=PATIENCE_S, check=False)
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        until = time.monotonic() + PATIENCE_S
+        while not (sweep / "0" / "services.json").exists() and time.monotonic() < until:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=PATIENCE_S)[1]
+    assert process.returncode == 130, said
+    assert "error: ended by SIGINT in job 0 (seed=0), 1 of 2; go on with: python -m gymexp.sweep" in said
+    assert [job.run.state for job in read_sweep(sweep).jobs] == ["stopped", "stopped"]
+
+    again = [sys.executable, "-m", "gymexp.sweep", "resubmit", str(sweep)]
+    shown = subprocess.run(again, capture_output=True, text=True, cwd=folder, timeout=PATIENCE_S, check=False)
     assert shown.returncode == 0, shown.stdout + shown.stderr
+    assert [job.run.state for job in read_sweep(sweep).jobs] == ["finished", "finished"]
     for number in (0, 1):
         result = json.loads((sweep / str(number) / "result.json").read_text())
         assert (result["step"], result["stopped"]) == (1, False)
         assert f"seed: {number}\n" in (sweep / str(number) / "config.yaml").read_text()
-        assert f"run directory: {sweep / str(number)}" in shown.stdout
+        assert (sweep / str(number) / "code").resolve() == sweep / "code"
+
+
+def test_a_mistake_in_one_point_of_a_sweep_is_answered_before_the_first_and_nothing_stays(tmp_path):
+    command = [sys.executable, "-m", "gymexp.train", "-m", f"hydra.sweep.dir={tmp_path / 'sweep'}"]
+    command.append("trainer.learning_rate=1e-4,fast")
+    shown = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=PATIENCE_S, check=False)
+    assert shown.returncode == 1
+    assert shown.stderr.endswith(
+        "error: nothing was started: 1 of 2 jobs are wrong\n"
+        "job 1 (trainer.learning_rate=fast):\ntrainer.learning_rate must be of type float, got 'fast'\n"
+    )
+    assert not (tmp_path / "sweep").exists()
 
 
 def test_a_directory_in_use_is_refused_and_a_killed_controller_leaves_no_process(started):

@@ -3,8 +3,9 @@
 outputs/<name>/sweep_<date_time>/
     sweep.json code/ slurm/ 0/ 1/ 2/ …          each with a job.yaml, and a run's files once it has begun
 
-sweep.json: {"schema": 1, "began": unix s, "launcher": "slurm", "cwd", "command": [argv], "sbatch": flags of
-hydra.launcher, "jobs": [{"num", "overrides": [...], "swept": {key: value}, "job_id": "123_0" or null}]}.
+sweep.json: {"schema": 1, "began": unix s, "launcher": "slurm" or "local", "host", "pid", "cwd", "command":
+[argv], "sbatch": flags of hydra.launcher, "jobs": [{"num", "overrides": [...], "swept": {key: value},
+"job_id": "123_0" or null}]}.
 `swept` are the overrides that differ between jobs; `job_id` is the newest submission's.
 """
 
@@ -13,7 +14,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import shutil
+import socket
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -49,6 +52,8 @@ def freeze(sweep: Path, launcher: str, jobs: Mapping[int, FrozenJob], sbatch: Ma
             "schema": SCHEMA,
             "began": time.time(),
             "launcher": launcher,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
             "cwd": str(Path.cwd()),
             "command": [sys.executable, *sys.orig_argv[1:]],
             "sbatch": dict(sbatch),
@@ -111,6 +116,12 @@ def read_sweep(sweep: Path) -> dict[str, Any]:
             "use the gymexp that made it"
         )
     return said
+
+
+def claim(sweep: Path) -> None:
+    """This process is the one that runs the jobs of a local sweep, from now on."""
+    said = read_sweep(sweep)
+    write_sweep(sweep, said | {"began": time.time(), "host": socket.gethostname(), "pid": os.getpid()})
 
 
 def write_sweep(sweep: Path, said: Mapping[str, Any]) -> None:

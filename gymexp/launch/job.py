@@ -1,7 +1,7 @@
-"""What a submitted job calls: the run of one directory of a sweep, from what was frozen at submission.
+"""What a job is: the run of one directory of a sweep, from what was frozen when the sweep began.
 
-Pickled by reference, so that the code is the sweep's own snapshot; needs no Hydra. With several nodes each
-one's task calls it: the first leads, the others do what it says (`gymexp.run.nodes`).
+Slurm's call `run`, pickled by reference, so that the code is the sweep's own snapshot. With several nodes
+each one's task calls it: the first leads, the others do what it says (`gymexp.run.nodes`).
 
     SIGUSR2 (time limit), SIGTERM (preemption)   the run saves, the job requeues itself, the run goes on
     SIGTERM by scancel                           the run saves if there is time, and that is all
@@ -19,11 +19,13 @@ import time
 from pathlib import Path
 from typing import Any, NoReturn
 
+from gymexp.config import RunConfig
 from gymexp.errors import GymexpError, Interrupted
 from gymexp.launch.freeze import FrozenJob, read_job
-from gymexp.run import agent
+from gymexp.run import agent, lifeline
 from gymexp.run.allocation import Allocation
 from gymexp.run.directory import RunDirectory, append_line, replace_file
+from gymexp.run.entry import guarded, log_to_terminal
 from gymexp.run.nodes import announce, read_task
 from gymexp.run.placement import num_nodes
 from gymexp.train import train
@@ -55,6 +57,28 @@ def run(sweep_dir: str, num: int) -> dict[str, Any]:
             announce(held.path, task, over="its run has ended")  # to those that it has not called
 
 
+def here(sweep_dir: str, num: int) -> None:
+    """The run of job `num` of a local sweep (`gymexp.launch.local`), as `run`; once, and not in Slurm's way.
+
+    Raises GymexpError, Interrupted as well, with result.json saying so.
+    """
+    held = RunDirectory(Path(sweep_dir) / str(num))
+    _raise_on_signals(signal.SIGINT, signal.SIGTERM)
+    try:
+        train(*_said(held, read_job(held.path)), held.path)
+    except Exception as error:
+        if not isinstance(error, Interrupted):
+            held.write_error(str(error) or type(error).__name__)
+        raise
+
+
+def _said(held: RunDirectory, job: FrozenJob) -> tuple[RunConfig, list[str]]:
+    """Configuration and overrides: of a new run, or to go on with the one that there is."""
+    if held.config.exists():
+        return dataclasses.replace(job.config, resume=str(held.path)), []
+    return job.config, job.overrides
+
+
 def _lead(held: RunDirectory, job: FrozenJob) -> dict[str, Any]:
     allocation = Allocation.of_this_process()
     assert allocation is not None, "a job runs in Slurm"
@@ -62,13 +86,11 @@ def _lead(held: RunDirectory, job: FrozenJob) -> dict[str, Any]:
     if "step" in before and not before["stopped"]:
         return before  # its node was lost, say, between the run's end and the job's
     held.result.unlink(missing_ok=True)
-    _raise_on_signals()
+    _raise_on_signals(signal.SIGUSR2, signal.SIGTERM)
+    signal.signal(signal.SIGCONT, signal.SIG_DFL)
     try:
         _count_start(held, allocation)
-        config, overrides = job.config, job.overrides
-        if held.config.exists():
-            config, overrides = dataclasses.replace(config, resume=str(held.path)), []
-        return train(config, overrides, held.path, allocation)
+        return train(*_said(held, job), held.path, allocation)
     except Interrupted as interrupted:
         _start_again(held, allocation, interrupted)
     except Exception as error:
@@ -81,15 +103,14 @@ def _lead(held: RunDirectory, job: FrozenJob) -> dict[str, Any]:
         sys.exit(1)
 
 
-def _raise_on_signals() -> None:
+def _raise_on_signals(*numbers: int) -> None:
     """Until the controller takes them over. submitit's own would requeue at once and ignore SIGTERM."""
 
     def received(number: int, _: object) -> None:
         raise Interrupted(number, f"ended by {signal.Signals(number).name} before it began")
 
-    for number in (signal.SIGUSR2, signal.SIGTERM):
+    for number in numbers:
         signal.signal(number, received)
-    signal.signal(signal.SIGCONT, signal.SIG_DFL)
 
 
 def _count_start(held: RunDirectory, allocation: Allocation) -> None:
@@ -134,3 +155,9 @@ def _set_outcome(held: RunDirectory, allocation: Allocation, outcome: str) -> No
     """Say in status.json how this start ended, also where it ended before a controller wrote it."""
     status = json.loads(held.status.read_text()) if held.status.exists() else {"began": time.time()}
     held.write_status(**status | dataclasses.asdict(allocation) | {"outcome": outcome})
+
+
+if __name__ == "__main__":
+    lifeline.die_with_parent()
+    log_to_terminal()
+    guarded(here, RunConfig)(sys.argv[1], int(sys.argv[2]))

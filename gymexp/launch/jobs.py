@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,11 @@ from gymexp.errors import LaunchError, RunDirectoryError
 from gymexp.launch import freeze
 from gymexp.run.slurm_states import slurm_states
 from gymexp.search.study import TRIAL_KEY, read_trial, summary
-from gymexp.view.run_state import read_run
+from gymexp.view.run_state import process_lives, read_run
 from gymexp.view.sweep import Job, Sweep
 
-_AGAIN = ("failed", "lost")
+# A job of Slurm's is stopped alone, by scancel, and may have been meant; a Ctrl-C stops all of a local sweep.
+_AGAIN = {"slurm": ("failed", "lost"), "local": ("failed", "lost", "stopped")}
 _WHY_NOT = {
     "finished": "it has its result",
     "pruned": "its study has ended it",
@@ -32,11 +32,12 @@ def is_sweep(path: Path) -> bool:
 
 
 def read_sweep(path: Path) -> Sweep:
-    """From sweep.json, or where there is none (a local sweep, a lost file) from the run directories alone.
+    """From sweep.json, or where it is lost from the run directories alone.
 
     Raises RunDirectoryError if there is neither.
     """
     path = path.resolve()
+    said: dict[str, Any] = {}
     if (path / "sweep.json").exists():
         said = freeze.read_sweep(path)
         launcher, planned = said["launcher"], said["jobs"]
@@ -56,19 +57,35 @@ def read_sweep(path: Path) -> Sweep:
             swept |= {key: _said(value) for key, value in trial.values.items()}
         run = read_run(directory, states, job["job_id"])
         jobs.append(Job(job["num"], job["overrides"], swept, job["job_id"], run))
+    if launcher == "local" and not _goes_on(said, jobs):
+        jobs = [_not_begun(job) if job.run.state == "waiting" else job for job in jobs]
     return Sweep(path, launcher, jobs, summary(path))
+
+
+def _goes_on(said: Mapping[str, Any], jobs: Sequence[Job]) -> bool:
+    """Whether the process of a local sweep still runs its jobs; on another machine one that runs tells."""
+    lives = process_lives(said)
+    return any(job.run.state == "running" for job in jobs) if lives is None else lives
+
+
+def _not_begun(job: Job) -> Job:
+    run = dataclasses.replace(job.run, state="stopped", why="its sweep ended before it began")
+    return dataclasses.replace(job, run=run)
 
 
 def resubmit(sweep: Sweep, nums: Sequence[int] | None, say: Callable[[str], None] = print) -> None:
     """Failed and lost jobs once more, or those of `nums` that have no result; each goes on from its newest
     checkpoint. A local sweep's run here, one after the other.
 
-    Raises LaunchError if a job of `nums` is not the sweep's, or a local run fails again.
+    Raises LaunchError if a job of `nums` is not the sweep's, a local sweep goes on elsewhere, or a local run
+    fails again.
     """
+    if sweep.launcher == "local" and _goes_on(freeze.read_sweep(sweep.path), sweep.jobs):
+        raise LaunchError(f"{sweep.path} still goes on: wait for its end, or end it by Ctrl-C where it runs")
     known = {job.num for job in sweep.jobs}
     if unknown := sorted(set(nums or ()) - known):
         raise LaunchError(f"--jobs must name jobs of {sweep.path}, got {unknown}: it has {_listed(known)}")
-    again = [job for job in sweep.jobs if _goes_again(job, nums)]
+    again = [job for job in sweep.jobs if _goes_again(job, sweep.launcher, nums)]
     for job in sweep.jobs:
         if job not in again and (nums is None or job.num in nums):
             say(f"job {job.num} is not submitted: {job.run.state}, {_WHY_NOT.get(job.run.state, '')}")
@@ -83,16 +100,18 @@ def resubmit(sweep: Sweep, nums: Sequence[int] | None, say: Callable[[str], None
         for num, job_id in submit(sweep.path, [job.num for job in again]).items():
             say(f"job {num} submitted as {job_id}")
         return
-    failed = [job.num for job in again if subprocess.run([sys.executable, *command_of(job)]).returncode]
-    if failed:
+    from gymexp.launch.local import run_jobs
+
+    ends = run_jobs(sweep.path, [job.num for job in again])
+    if failed := [num for num, end in ends.items() if end.error]:
         how = f"python -m gymexp.sweep status {sweep.path}"
         raise LaunchError(f"failed again: jobs {_listed(failed)}; see {how}")
 
 
-def _goes_again(job: Job, nums: Sequence[int] | None) -> bool:
+def _goes_again(job: Job, launcher: str, nums: Sequence[int] | None) -> bool:
     if nums is None:
-        return job.run.state in _AGAIN
-    return job.num in nums and job.run.state in (*_AGAIN, "stopped")
+        return job.run.state in _AGAIN[launcher]
+    return job.num in nums and job.run.state in ("failed", "lost", "stopped")
 
 
 def _from(job: Job) -> str:
@@ -100,14 +119,6 @@ def _from(job: Job) -> str:
 
     step = newest_step(job.run.path / "checkpoints")
     return "begins anew" if step is None else f"goes on from checkpoint-{step}"
-
-
-def command_of(job: Job) -> list[str]:
-    """What goes on with a local run, or starts it where it has not begun."""
-    where = str(job.run.path).replace("'", r"\'")  # quoted for Hydra, whose grammar gives , [ = a meaning
-    if (job.run.path / "config.yaml").exists():
-        return ["-m", "gymexp.train", f"resume='{where}'"]
-    return ["-m", "gymexp.train", *job.overrides, f"output_dir='{where}'"]
 
 
 def _listed(nums: Any) -> str:

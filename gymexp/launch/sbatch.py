@@ -22,14 +22,15 @@ def extras(params: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in params.items() if key not in _DECIDED and value not in (None, {})}
 
 
-def parameters(config: RunConfig, more: Mapping[str, Any], sweep: Path) -> dict[str, Any]:
+def parameters(config: RunConfig, more: Mapping[str, Any], sweep: Path, cwd: str) -> dict[str, Any]:
     """For `submitit.SlurmExecutor.update_parameters`. more: `extras`; `launcher.*` goes before them.
+    cwd: where the sweep was submitted first, and so where its relative paths begin.
 
     One task a node. A job's Python finds the sweep's own code before any other, and not the working
     directory's, which `python -m` would put first.
     """
     launcher, code = config.launcher, shlex.quote(str(sweep / "code"))
-    flags = {"requeue": True, **more.get("additional_parameters", {})}
+    flags = {"requeue": True, "chdir": cwd, **more.get("additional_parameters", {})}
     if launcher.mem is not None:
         flags["mem"] = launcher.mem
     asked = {
@@ -59,19 +60,19 @@ def parameters(config: RunConfig, more: Mapping[str, Any], sweep: Path) -> dict[
         "stderr_to_stdout": True,
         "wckey": None,  # submitit has one of its own, which clusters that keep a list would refuse
         "setup": [*setup, *more.get("setup", []), *launcher.setup],
-        "srun_args": _container(launcher.container, launcher.container_mounts, sweep),
+        "srun_args": _container(launcher.container, launcher.container_mounts, sweep, cwd),
         "additional_parameters": flags,
     }
 
 
-def _container(image: str | None, mounts: list[str], sweep: Path) -> list[str]:
+def _container(image: str | None, mounts: list[str], sweep: Path, cwd: str) -> list[str]:
     """pyxis' flags. What is mounted at its own path: working directory, sweep, cache, and this Python."""
     if image is None:
         return []
-    own = dict.fromkeys(str(p) for p in (Path.cwd(), sweep, cache_dir(), sys.prefix, sys.base_prefix))
+    own = dict.fromkeys(str(p) for p in (cwd, sweep, cache_dir(), sys.prefix, sys.base_prefix))
     listed = ",".join([*(f"{path}:{path}" for path in own), *mounts])
     return [
         f"--container-image={image}",
         f"--container-mounts={listed}",
-        f"--container-workdir={Path.cwd()}",
+        f"--container-workdir={cwd}",
     ]

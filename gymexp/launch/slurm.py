@@ -6,33 +6,21 @@ learns how they are from `sacct` alone. Here a job runs what was there at submis
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hydra.core.utils import JobReturn, JobStatus, filter_overrides
-from hydra.errors import HydraException
+from hydra.core.utils import JobReturn
 from hydra_plugins.hydra_submitit_launcher import submitit_launcher
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import OmegaConf
 
-from gymexp import config as configuration
-from gymexp.config import ConfigError, RunConfig
-from gymexp.errors import GymexpError, LaunchError
+from gymexp.config import RunConfig
+from gymexp.errors import LaunchError
 from gymexp.launch import job, sbatch, watch
-from gymexp.launch.freeze import (
-    FrozenJob,
-    freeze,
-    name_of,
-    read_job,
-    read_sweep,
-    swept_of,
-    take_back,
-    write_sweep,
-)
-from gymexp.run.directory import RunDirectory, cache_dir
+from gymexp.launch.check import check_jobs, returns
+from gymexp.launch.freeze import FrozenJob, freeze, read_job, read_sweep, take_back, write_sweep
+from gymexp.run.directory import RunDirectory
 from gymexp.run.placement import num_nodes, place
-from gymexp.training import arguments
 
 
 class SlurmLauncher(submitit_launcher.SlurmLauncher):
@@ -45,7 +33,7 @@ class SlurmLauncher(submitit_launcher.SlurmLauncher):
         sweep = Path(str(self.config.hydra.sweep.dir)).resolve()
         more = sbatch.extras(self.params)
         try:
-            jobs = self._check(job_overrides, initial_job_idx)
+            jobs = check_jobs(self, job_overrides, initial_job_idx, _fits)
             if next(iter(jobs.values())).config.launcher.dry_run:
                 _show(sweep, jobs, more)
                 raise SystemExit(0)
@@ -54,52 +42,14 @@ class SlurmLauncher(submitit_launcher.SlurmLauncher):
         except BaseException:
             take_back(sweep, range(initial_job_idx, initial_job_idx + len(job_overrides)))
             raise
-        ends = watch.wait(sweep, list(jobs))
-        return [_returned(jobs[num], end, ends) for num, end in ends.items()]
+        return returns(jobs, watch.wait(sweep, list(jobs)))
 
-    def _check(self, job_overrides: Sequence[Sequence[str]], first: int) -> dict[int, FrozenJob]:
-        """The jobs by number. Raises ConfigError with every mistake and the jobs that make it."""
-        jobs: dict[int, FrozenJob] = {}
-        logging.getLogger(configuration.__name__).setLevel(
-            logging.WARNING
-        )  # what is said of each is the same
-        wrong: dict[str, list[str]] = {}
-        said = [list(filter_overrides(overrides)) for overrides in job_overrides]
-        names = {num: name_of(num, swept) for num, swept in enumerate(swept_of(said), first)}
-        for num, overrides in enumerate(job_overrides, first):
-            try:
-                jobs[num] = FrozenJob(self._compose(overrides), said[num - first])
-            except (GymexpError, HydraException) as error:
-                wrong.setdefault(str(error), []).append(names[num])
-        if not wrong:
-            told = arguments.problems([job.config for job in jobs.values()], cache_dir())
-            for num, text in zip(jobs, told, strict=True):
-                if text:
-                    wrong.setdefault(text, []).append(names[num])
-        if wrong:
-            count = sum(len(which) for which in wrong.values())
-            lines = [f"{which[0]}{_and_more(which)}:\n{text}" for text, which in wrong.items()]
-            raise ConfigError(
-                "\n".join([f"nothing was submitted: {count} of {len(job_overrides)} jobs are wrong", *lines])
-            )
-        return jobs
 
-    def _compose(self, overrides: Sequence[str]) -> RunConfig:
-        assert self.hydra_context is not None and self.config is not None
-        cfg = self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))
-        with open_dict(cfg):
-            del cfg["hydra"]
-        config = configuration.load(cfg)
-        for key in ("output_dir", "resume"):
-            if getattr(config, key) is not None:
-                raise ConfigError(
-                    f"{key} must not be set with launcher=slurm, whose runs lie in hydra.sweep.dir; those "
-                    "that ended early go on by: python -m gymexp.sweep resubmit DIR"
-                )
-        if config.launcher.gpus is not None:
-            gpus = [str(gpu) for gpu in range(config.launcher.gpus)]
-            place(config, [gpus] * num_nodes(config.placement))
-        return config
+def _fits(config: RunConfig) -> None:
+    """Raises ConfigError where what is asked of Slurm cannot be what the run needs."""
+    if config.launcher.gpus is not None:
+        gpus = [str(gpu) for gpu in range(config.launcher.gpus)]
+        place(config, [gpus] * num_nodes(config.placement))
 
 
 def submit(sweep: Path, nums: Sequence[int]) -> dict[int, str]:
@@ -114,7 +64,7 @@ def submit(sweep: Path, nums: Sequence[int]) -> dict[int, str]:
     said = read_sweep(sweep)
     arrays: dict[str, list[int]] = {}
     for num in nums:
-        asked = sbatch.parameters(read_job(sweep / str(num)).config, said["sbatch"], sweep)
+        asked = sbatch.parameters(read_job(sweep / str(num)).config, said["sbatch"], sweep, said["cwd"])
         arrays.setdefault(OmegaConf.to_yaml(OmegaConf.create(asked)), []).append(num)
     ids: dict[int, str] = {}
     for asked, some in arrays.items():
@@ -148,26 +98,9 @@ def _executor(sweep: Path, asked: Any) -> Any:
 def _show(sweep: Path, jobs: dict[int, FrozenJob], more: dict[str, Any]) -> None:
     """Print what would be submitted: the script of the first job, and every job's overrides."""
     first = next(iter(jobs.values()))
-    executor = _executor(sweep, sbatch.parameters(first.config, more, sweep))
+    executor = _executor(sweep, sbatch.parameters(first.config, more, sweep, str(Path.cwd())))
     if len(jobs) > 1:
         executor.parameters["map_count"] = len(jobs)
     print(executor._make_submission_file_text(executor._submitit_command_str, "dry_run"))
     for num, one in jobs.items():
         print(f"# job {num}: {' '.join(one.overrides)}")
-
-
-def _and_more(which: list[str]) -> str:
-    return f" and {len(which) - 1} more" if len(which) > 1 else ""
-
-
-def _returned(frozen: FrozenJob, end: watch.End, ends: dict[int, watch.End]) -> JobReturn:
-    """What a sweeper gets of a job. Every failed one carries the words on all: Hydra raises the first's."""
-    if end.error is None:
-        return JobReturn(frozen.overrides, _cfg(frozen), status=JobStatus.COMPLETED, _return_value=end.result)
-    failed = [f"{one.name} failed: {one.error}\n    log: {one.log}" for one in ends.values() if one.error]
-    error = LaunchError("\n".join([f"{len(failed)} of {len(ends)} jobs failed", *failed]))
-    return JobReturn(frozen.overrides, _cfg(frozen), status=JobStatus.FAILED, _return_value=error)
-
-
-def _cfg(frozen: FrozenJob) -> DictConfig:
-    return OmegaConf.structured(frozen.config)

@@ -11,10 +11,10 @@ import json
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gymexp.launch.check import End
 from gymexp.launch.freeze import name_of, read_sweep
 from gymexp.run.directory import RunDirectory
 from gymexp.run.slurm_states import GOING_ON, slurm_states
@@ -24,16 +24,6 @@ _POLL_S = 2.0
 _SUMMARY_S = 60.0  # between two lines about steps
 _FILE_LAG_S = 10.0  # for what a job wrote on its node to be seen here
 GONE = "GONE"  # Slurm does not know the job (any more)
-
-
-@dataclass(frozen=True)
-class End:
-    """How a job ended. result: the run's result.json; error: why there is none, else None."""
-
-    name: str
-    result: dict[str, Any]
-    error: str | None
-    log: Path
 
 
 def states(job_ids: Iterable[str]) -> dict[str, str] | None:

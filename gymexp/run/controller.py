@@ -131,7 +131,9 @@ class Controller:
                 self._outcome = str(error)
                 raise error from None
             except Exception as error:
-                if self._allocation and not isinstance(error, Interrupted) and await self._ending(error):
+                # Elsewhere than in a job: the trainer was asked before it could take note of it.
+                unheard = self._allocation or any(rank.exit_code == -signal.SIGTERM for rank in self._ranks)
+                if unheard and not isinstance(error, Interrupted) and await self._ending(error):
                     log.warning("the run did not save at its end: %s", error)
                     interrupted = self._interrupted("before it could save")
                     self._outcome = str(interrupted)

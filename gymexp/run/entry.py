@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
+from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
@@ -28,6 +29,7 @@ from gymexp.run import completion
 
 Job = Callable[[DictConfig], Any]
 _SUBMITIT = "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher"
+_BASIC = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
 
 
 def guarded(main: Callable[..., Any], schema: type) -> Callable[..., Any]:
@@ -75,16 +77,23 @@ def explain(error: HydraException, schema: type) -> str:
     return f"{text}: {str(cause).splitlines()[0]}" if cause else text
 
 
-def hydra_main(config_name: str, schema: type = RunConfig) -> Callable[[Job], Callable[[], Any]]:
-    """`hydra.main` over gymexp's configuration; every mistake is printed as text, with what to do about
-    it."""
+def hydra_main(
+    config_name: str, schema: type = RunConfig, launches: bool = False
+) -> Callable[[Job], Callable[[], Any]]:
+    """`hydra.main` over gymexp's configuration; every mistake is printed as text, with what to do about it.
+
+    launches: its jobs are training runs, which launcher=… starts; everything else is done here.
+    """
 
     def decorate(main: Job) -> Callable[[], Any]:
         if completion.asks_for_it(sys.argv[1:]):
             return lambda: print(completion.script())
         register()
         plugins: Any = Plugins.instance()
-        plugins.class_name_to_class[_SUBMITIT] = _slurm_launcher
+        if launches:
+            plugins.class_name_to_class |= {_BASIC: _local_launcher, _SUBMITIT: _slurm_launcher}
+        else:
+            plugins.class_name_to_class[_SUBMITIT] = _no_launcher
         # Hydra would print its own errors and exit; this lets them come here.
         os.environ.setdefault("HYDRA_FULL_ERROR", "1")
         log_to_terminal()
@@ -94,9 +103,20 @@ def hydra_main(config_name: str, schema: type = RunConfig) -> Callable[[Job], Ca
     return decorate
 
 
+# Launchers in the place of Hydra's own: by name, as Hydra has its plugins, and as they are made of what lies
+# above. Hydra wants functions of a module.
+
+
+def _local_launcher(**params: Any) -> Any:
+    return importlib.import_module("gymexp.launch.local").LocalLauncher(**params)
+
+
 def _slurm_launcher(**params: Any) -> Any:
-    """Ours in the place of submitit's. By name, as Hydra has its plugins: it is made of what lies above."""
     return importlib.import_module("gymexp.launch.slurm").SlurmLauncher(**params)
+
+
+def _no_launcher(**_: Any) -> Any:
+    return BasicLauncher()
 
 
 def _in_job(main: Job) -> Job:

@@ -95,7 +95,7 @@ def _named_problems(config: RunConfig) -> str:
     """What is seen without TRL's import."""
     known = _known_names()
     found = []
-    for name in (*config.trainer, *config.search.params.get("trainer", {})):
+    for name in dict.fromkeys((*config.trainer, *config.search.params.get("trainer", {}))):
         if name in _OWNED:
             found.append(f"trainer.{name} is set by gymexp: use {_OWNED[name]} instead")
         elif name not in known:

@@ -49,7 +49,7 @@ class RunState:
 
     @cached_property
     def held_out(self) -> dict[str, tuple[float | None, float | None]]:
-        """Mean held-out reward of each environment: before training, and the newest."""
+        """Mean held-out reward of each environment: before training, and the newest after a step of it."""
         if said := self.result.get("held_out"):
             rewards = {env: m["reward"] for env, m in said.items() if "reward" in m}
             return {env: (before, after) for env, (before, after) in rewards.items()}
@@ -57,7 +57,7 @@ class RunState:
         for entry in self.metrics:
             for env, value in rewards_of(entry, held_out=True).items():
                 before, _ = found.get(env, (None, None))
-                found[env] = (value, value) if entry["step"] == 0 else (before, value)
+                found[env] = (value, None) if entry["step"] == 0 else (before, value)
         return found
 
     @property
@@ -119,12 +119,19 @@ def _on_purpose(outcome: str) -> bool:
 
 def _process_lives(path: Path, status: dict[str, Any]) -> bool:
     """Whether the controller runs: asked of this machine if it is here, else told by its file's age."""
-    if status.get("host", socket.gethostname()) != socket.gethostname():
-        return time.time() - (path / "status.json").stat().st_mtime < _STALE_S
+    here = process_lives(status)
+    return time.time() - (path / "status.json").stat().st_mtime < _STALE_S if here is None else here
+
+
+def process_lives(said: Mapping[str, Any]) -> bool | None:
+    """Of a process that wrote "host", "pid" and, after its start, "began". None if it is another
+    machine's."""
+    if said.get("host", socket.gethostname()) != socket.gethostname():
+        return None
     try:
-        process = psutil.Process(status["pid"])
-        # The number may be another process's by now: that one began later than this run.
-        return process.status() != psutil.STATUS_ZOMBIE and process.create_time() <= status["began"] + 1
+        process = psutil.Process(said["pid"])
+        # The number may be another process's by now: that one began later than what was written.
+        return process.status() != psutil.STATUS_ZOMBIE and process.create_time() <= said["began"] + 1
     except (psutil.NoSuchProcess, KeyError):
         return False
 

@@ -18,7 +18,8 @@ SEED = "seed"
 
 @dataclass(frozen=True)
 class Row:
-    """One run's results. held_out: `{env: (before, after)}`; after is of the last evaluation there was."""
+    """One run's results. held_out: `{env: (before, after)}`; after is of the newest evaluation after a
+    step."""
 
     job: Job
     held_out: dict[str, tuple[float | None, float | None]]
@@ -234,7 +235,7 @@ def number(value: float | None) -> str:
 
 
 def _arrow(before: float | None, after: float | None, std: float | None = None) -> str:
-    if after is None:
+    if before is None and after is None:
         return "–"
     return f"{number(before)} → {number(after)}" + (f" ± {std:.3f}" if std is not None else "")
 

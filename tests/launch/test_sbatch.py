@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 
 from submitit.slurm.slurm import _make_sbatch_string
@@ -12,7 +13,7 @@ from gymexp.launch.sbatch import extras, parameters
 
 def script(tmp_path, more: dict | None = None, **launcher) -> str:
     config = RunConfig(name="n", model=ModelConfig(name="m", path="p"), launcher=LauncherConfig(**launcher))
-    asked = parameters(config, more or {}, tmp_path / "a sweep")
+    asked = parameters(config, more or {}, tmp_path / "a sweep", os.getcwd())
     return _make_sbatch_string(command="true", folder=tmp_path, **asked)
 
 

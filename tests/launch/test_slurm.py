@@ -245,7 +245,7 @@ def test_a_cancelled_job_is_named_and_stays_cancelled(submitted):
 def test_a_mistake_in_one_job_submits_none_and_leaves_nothing(submitted):
     sweep = submitted("trainer.learning_rate=1e-4,fast,2e-4", "trainer.num_generations=2,3")
     assert sweep.ended() == 1
-    assert "error: nothing was submitted: 4 of 6 jobs are wrong\n" in sweep.said
+    assert "error: nothing was started: 4 of 6 jobs are wrong\n" in sweep.said
     wrong = "trainer.num_generations=3 must divide the generation batch of 8 rollouts"
     assert (
         f"job 3 (trainer.num_generations=3 trainer.learning_rate=0.0001) and 2 more:\n{wrong}" in sweep.said

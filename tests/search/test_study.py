@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import multiprocessing
+import os
+from pathlib import Path
+
 import pytest
 
 from gymexp.config import SearchConfig
@@ -24,6 +29,35 @@ def test_jobs_at_once_get_values_of_their_own_and_a_job_that_starts_again_keeps_
     assert one.number != two.number and one.values != two.values
     assert 1e-7 <= one.values["trainer.learning_rate"] <= 1e-4
     assert study.begin(search(0), tmp_path / "0") == one
+
+
+def _whole_trial(sweep: Path, num: int) -> tuple[int, dict]:
+    trial = study.begin(search(num), sweep / str(num))
+    study.Judge(search(num), sweep / str(num)).report(1, {"sudoku": {"reward": num / 10}})
+    study.end(search(num), sweep / str(num), result(num / 10))
+    return trial.number, trial.values
+
+
+def test_processes_that_begin_at_the_same_time_share_one_study(tmp_path):
+    with multiprocessing.get_context("spawn").Pool(4) as pool:
+        trials = pool.starmap(_whole_trial, [(tmp_path, num) for num in range(8)], chunksize=1)
+    assert sorted(number for number, _ in trials) == list(range(8))
+    assert len({json.dumps(values) for _, values in trials}) == 8
+    told = study.summary(tmp_path)
+    assert told[0] == "study: 8 trials finished, 0 pruned"
+    assert told[1].startswith("best trial: job 7 with 0.700")
+
+
+def test_a_trial_whose_run_died_without_a_word_is_given_up_by_the_next_that_begins(tmp_path):
+    for num in (0, 1):
+        study.begin(search(num), tmp_path / str(num))
+    for num, pid in ((0, 2**22 + 1), (1, os.getpid())):  # the first has no such process
+        status = {"pid": pid, "began": 2**40, "outcome": None}
+        (tmp_path / str(num) / "status.json").write_text(json.dumps(status))
+    study.begin(search(2), tmp_path / "2")
+    for num, goes_on in ((0, False), (1, True)):
+        before = study.read_trial(tmp_path / str(num))
+        assert (study.begin(search(num), tmp_path / str(num)) == before) == goes_on
 
 
 def test_a_trial_below_the_median_of_the_others_is_pruned_and_the_best_one_named(tmp_path):

@@ -34,6 +34,17 @@ def test_states_are_those_of_the_runs_and_a_killed_one_is_lost(sweep):
     assert "4 jobs: 2 finished, 1 failed, 1 lost" in shown
 
 
+def test_a_run_that_was_not_evaluated_after_a_step_has_no_reward_after_training(tmp_path):
+    error = {"outcome": "the trainer ended", "result": {"error": "the trainer ended"}}
+    write_run(tmp_path / "0", ["seed=0"], steps=0, **error)
+    write_run(tmp_path / "1", ["seed=1"], steps=2, **error)
+    sweep = jobs.read_sweep(tmp_path)
+    first, second = rows_of(sweep)
+    assert first.reward("sudoku") == (0.7, None)
+    assert second.reward("sudoku") == pytest.approx((0.7, 0.8))
+    assert "sudoku 0.700 → –  workplace" in status_table(sweep)
+
+
 def test_seeds_are_one_row_with_mean_sample_deviation_and_best(sweep):
     first, second = groups_of(rows_of(sweep))
     after = first.after("sudoku")

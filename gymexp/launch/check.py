@@ -1,0 +1,104 @@
+"""The jobs of a sweep, composed and checked before the first one starts; and what Hydra gets of them in the
+end."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.core.utils import JobReturn, JobStatus, filter_overrides
+from hydra.errors import HydraException
+from hydra.plugins.launcher import Launcher
+from omegaconf import OmegaConf, open_dict
+
+from gymexp import config as configuration
+from gymexp.config import ConfigError, RunConfig
+from gymexp.errors import GymexpError, LaunchError
+from gymexp.launch.freeze import FrozenJob, name_of, swept_of
+from gymexp.run.directory import cache_dir
+from gymexp.training import arguments
+
+
+@dataclass(frozen=True)
+class End:
+    """How a job ended. result: the run's result.json; error: why there is none, else None. log: a file, or
+    the folder of a run's."""
+
+    name: str
+    result: dict[str, Any]
+    error: str | None
+    log: Path
+
+
+def check_jobs(
+    launcher: Launcher,
+    job_overrides: Sequence[Sequence[str]],
+    first: int,
+    further: Callable[[RunConfig], object] = lambda config: None,
+) -> dict[int, FrozenJob]:
+    """The jobs by number, from `first` on. further: raises GymexpError for what one launcher alone refuses.
+
+    Raises ConfigError with every mistake and the jobs that make it.
+    """
+    jobs: dict[int, FrozenJob] = {}
+    logging.getLogger(configuration.__name__).setLevel(logging.WARNING)  # what is said of each is the same
+    wrong: dict[str, list[str]] = {}
+    said = [list(filter_overrides(overrides)) for overrides in job_overrides]
+    names = {num: name_of(num, swept) for num, swept in enumerate(swept_of(said), first)}
+    for num, overrides in enumerate(job_overrides, first):
+        try:
+            config = _compose(launcher, overrides)
+            further(config)
+            jobs[num] = FrozenJob(config, said[num - first])
+        except (GymexpError, HydraException) as error:
+            wrong.setdefault(str(error), []).append(names[num])
+    if not wrong:
+        told = arguments.problems([job.config for job in jobs.values()], cache_dir())
+        for num, text in zip(jobs, told, strict=True):
+            if text:
+                wrong.setdefault(text, []).append(names[num])
+    if wrong:
+        count = sum(len(which) for which in wrong.values())
+        lines = [f"{which[0]}{_and_more(which)}:\n{text}" for text, which in wrong.items()]
+        raise ConfigError(
+            "\n".join([f"nothing was started: {count} of {len(job_overrides)} jobs are wrong", *lines])
+        )
+    return jobs
+
+
+def returns(jobs: Mapping[int, FrozenJob], ends: Mapping[int, End]) -> list[JobReturn]:
+    """What a sweeper gets of the jobs. Every failed one carries the words on all: Hydra raises the first
+    one's."""
+    failed = [f"{end.name} failed: {end.error}\n    log: {end.log}" for end in ends.values() if end.error]
+    error = LaunchError("\n".join([f"{len(failed)} of {len(ends)} jobs failed", *failed]))
+    made = []
+    for num, end in ends.items():
+        job = jobs[num]
+        status = JobStatus.FAILED if end.error else JobStatus.COMPLETED
+        value = error if end.error else end.result
+        made.append(
+            JobReturn(job.overrides, OmegaConf.structured(job.config), status=status, _return_value=value)
+        )
+    return made
+
+
+def _compose(launcher: Any, overrides: Sequence[str]) -> RunConfig:
+    """launcher: set up by Hydra, so that it has the configuration of all and what composes a job's."""
+    cfg = launcher.hydra_context.config_loader.load_sweep_config(launcher.config, list(overrides))
+    with open_dict(cfg):
+        del cfg["hydra"]
+    config = configuration.load(cfg)
+    for key in ("output_dir", "resume"):
+        if getattr(config, key) is not None:
+            raise ConfigError(
+                f"{key} must not be set in a sweep or with launcher=slurm, whose runs lie in "
+                "hydra.sweep.dir; those that ended early go on by: python -m gymexp.sweep resubmit DIR"
+            )
+    return config
+
+
+def _and_more(which: list[str]) -> str:
+    return f" and {len(which) - 1} more" if len(which) > 1 else ""
