@@ -33,6 +33,7 @@ OVERRIDES = [
     *(f"env.{env}.data.{split}={size}" for env in ("sudoku", "workplace") for split, size in SIZES.items()),
 ]
 UNEVALUATED = ["evaluation.before=false", "evaluation.after=false", "evaluation.every_steps=0"]
+NO_WAY_OUT = dict.fromkeys(("http_proxy", "HTTP_PROXY"), "http://127.0.0.1:9")  # a proxy that is not there
 PATIENCE_S = 300
 
 
@@ -52,6 +53,7 @@ class Run:
                 stdout=out,
                 stderr=out,
                 cwd=ROOT,
+                env=os.environ | NO_WAY_OUT,
                 start_new_session=True,
             )
         self.descendants: set[psutil.Process] = set()

@@ -11,7 +11,6 @@ import json
 import os
 import time
 import urllib.error
-import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from yaml import YAMLError
 from gymexp.config import EnvConfig, nearest
 from gymexp.errors import ConfigError, ServiceError
 from gymexp.gym.servers import POLICY, Replica
+from gymexp.run.direct import no_proxy, open_url
 
 _PATIENCE_S = 5.0
 
@@ -34,7 +34,7 @@ def read_head(host: str, port: int) -> dict[str, Any]:
     """
     url = f"http://{host}:{port}/global_config_dict_yaml"
     try:
-        with urllib.request.urlopen(url, timeout=_PATIENCE_S) as response:
+        with open_url(url, _PATIENCE_S) as response:
             text = json.loads(response.read())
         if not isinstance(text, str):
             raise ValueError("its answer is no YAML in a JSON string")
@@ -117,7 +117,7 @@ def start_environment(python: Path) -> dict[str, str]:
     from uv import find_uv_bin
 
     path = os.environ.get("PATH", os.defpath)
-    return {"PATH": os.pathsep.join([str(python.parent), path, os.path.dirname(find_uv_bin())])}
+    return {"PATH": os.pathsep.join([str(python.parent), path, os.path.dirname(find_uv_bin())])} | no_proxy()
 
 
 async def wait_for_agents(
@@ -140,5 +140,5 @@ async def wait_for_agents(
 def _answering(head_host: str, head_port: int, envs: Mapping[str, EnvConfig]) -> dict[str, list[Replica]]:
     replicas = replicas_of(read_head(head_host, head_port), envs)
     for some in replicas.values():
-        urllib.request.urlopen(some[0].url, timeout=_PATIENCE_S).close()
+        open_url(some[0].url, _PATIENCE_S).close()
     return replicas

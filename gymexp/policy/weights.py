@@ -24,6 +24,7 @@ from typing import Any, Protocol
 import torch
 
 from gymexp.errors import ServiceError
+from gymexp.run.direct import open_url
 
 log = logging.getLogger(__name__)
 
@@ -224,6 +225,6 @@ def _health(url: str) -> str:
 
 def _request(url: str, data: bytes | None, timeout_s: float) -> Any:
     request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=timeout_s) as response:
+    with open_url(request, timeout_s) as response:
         text = response.read()
     return json.loads(text) if text.strip() else None

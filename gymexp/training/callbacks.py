@@ -18,6 +18,7 @@ from transformers import TrainerCallback
 from gymexp.config import RunConfig
 from gymexp.data.prepare import Prepared
 from gymexp.rollout.collect import Progress
+from gymexp.run.direct import open_url
 from gymexp.run.directory import append_line, replace_file
 from gymexp.training.metrics import rollout_metrics
 from gymexp.training.rollouts import Rollouts, on_main_rank
@@ -73,9 +74,7 @@ class Teller:
             self._news.clear()
             body = json.dumps(self._latest).encode()
             try:
-                urllib.request.urlopen(
-                    urllib.request.Request(f"{self._url}/progress", body), timeout=5
-                ).close()
+                open_url(urllib.request.Request(f"{self._url}/progress", body), timeout_s=5).close()
             except OSError:
                 time.sleep(1.0)
             time.sleep(0.2)
