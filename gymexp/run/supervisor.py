@@ -364,9 +364,27 @@ def _advice(service: Service) -> str:
 
 
 def ended(code: int) -> str:
+    """How a process ended, in words; of SIGKILL also whether it may have been for want of memory."""
     if code >= 0:
         return f"exited with code {code}"
+    if -code == signal.SIGKILL and (kills := _oom_kills() - _OOM_KILLS_BEFORE) > 0:
+        return (
+            f"was ended by SIGKILL (out of memory: since the run began the kernel has ended {kills} for "
+            "that; ask for more, on Slurm by launcher.mem, or have smaller batches or fewer replicas)"
+        )
     try:
         return f"was ended by {signal.Signals(-code).name}"
     except ValueError:
         return f"was ended by signal {-code}"
+
+
+def _oom_kills() -> int:
+    """Of this machine since it started, in its jobs and containers too (proc_vmstat(5), oom_kill)."""
+    try:
+        lines = Path("/proc/vmstat").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)
+
+
+_OOM_KILLS_BEFORE = _oom_kills()

@@ -17,6 +17,7 @@ import psutil
 import pytest
 from whole_run import ROOT, steps_of, task_keys_of
 
+from gymexp.gym.install import site_packages
 from gymexp.launch import watch
 
 pytestmark = pytest.mark.slurm
@@ -203,17 +204,23 @@ def test_a_sweep_names_what_failed_and_goes_on_after_preemption_and_a_time_limit
     assert states == ["finished"] * 8
 
 
-def test_a_waiting_job_runs_what_was_submitted_and_needs_no_submitter(submitted, tmp_path):
-    """Held in the queue while its submitter is killed, and its project's code and configuration change."""
+def test_a_waiting_job_runs_what_was_submitted_and_needs_no_submitter(submitted, gym_python, tmp_path):
+    """Held in the queue while its submitter is killed, and its project's code, configuration and own server
+    change."""
     project = tmp_path / "project"
     for name in ("gymexp", "conf"):
         shutil.copytree(ROOT / name, project / name, ignore=shutil.ignore_patterns("__pycache__"))
+    server = Path("resources_servers", "reasoning_gym")
+    shutil.copytree(site_packages(gym_python) / server, project / server)
+    app = project / server / "app.py"
+    app.write_text(app.read_text() + "\nprint('the server as it was')\n")
     changes = ["trainer.max_steps=1", "evaluation.before=false", "evaluation.after=false"]
     sweep = submitted(*changes, "+hydra.launcher.additional_parameters.hold=true", project=project)
     (job_id,) = sweep.ids()
     sweep.process.send_signal(signal.SIGKILL)
     sweep.process.wait()
     (project / "gymexp" / "train.py").write_text("raise SystemExit('edited')\n")
+    app.write_text("raise SystemExit('edited')\n")
     tiny = project / "conf" / "model" / "tiny.yaml"
     tiny.write_text(tiny.read_text().replace("learning_rate: 2e-4", "learning_rate: 0.5"))
     assert "0.5" in tiny.read_text()
@@ -224,6 +231,8 @@ def test_a_waiting_job_runs_what_was_submitted_and_needs_no_submitter(submitted,
     (row,) = (row for row in collected(sweep.sweep) if row["kind"] == "run")
     assert (row["state"], row["step"]) == ("finished", "1"), "though its submitter was killed"
     assert "learning_rate: 0.0002" in (sweep.sweep / "0" / "config.yaml").read_text()
+    logs = (path.read_text() for path in (sweep.sweep / "0" / "logs").glob("*.log"))
+    assert any("the server as it was" in log for log in logs)
     assert "edited" not in (sweep.sweep / "0" / "code" / "gymexp" / "train.py").read_text()
 
 

@@ -350,3 +350,10 @@ def test_the_end_of_a_log_is_shown_with_its_long_lines_cut(tmp_path):
     assert [len(line) for line in shown] == [304, 4 + len("� broken utf-8"), 8]
     assert shown[-1] == "    last"
     assert supervisor.last_lines(tmp_path / "none.log") == ""
+
+
+def test_a_process_that_the_kernel_ended_for_want_of_memory_is_told_from_one_that_was_killed(monkeypatch):
+    assert supervisor.ended(-signal.SIGKILL) == "was ended by SIGKILL"
+    monkeypatch.setattr(supervisor, "_OOM_KILLS_BEFORE", supervisor._oom_kills() - 1)
+    assert "out of memory" in supervisor.ended(-signal.SIGKILL)
+    assert supervisor.ended(-signal.SIGTERM) == "was ended by SIGTERM"
