@@ -20,7 +20,7 @@ import orjson
 from gymexp.config import DataConfig
 from gymexp.data.cache import Say, cached, sha256_of
 from gymexp.errors import DataError
-from gymexp.gym.install import site_packages
+from gymexp.gym.install import environ_for, site_packages
 from gymexp.run import lifeline
 
 _DEADLINE_S = 1800.0
@@ -205,6 +205,7 @@ def _child(
     """A child in a process group of its own, gone when the block is left or this process ends."""
     child = subprocess.Popen(
         [sys.executable, lifeline.__file__, str(os.getpid()), *command],
+        env=environ_for(Path(command[0])),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

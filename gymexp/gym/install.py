@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 
 from gymexp.config import GymConfig
 from gymexp.errors import ConfigError, ServiceError
-from gymexp.run.directory import own_servers
+from gymexp.run.directory import cache_dir, own_servers
 
 _MINIMUM = (3, 12)
 _PREFERRED = ("3.12", "3.13", "3.14")  # 3.12 is what NeMo Gym 0.4 is developed on
@@ -52,6 +52,13 @@ def ensure_python(gym: GymConfig, config_paths: Iterable[str], cache: Path, say:
         return python
     finally:
         lock.release()
+
+
+def environ_for(python: Path) -> dict[str, str]:
+    """The environment for what `python` runs. Our own venv keeps what is compiled also where
+    PYTHONDONTWRITEBYTECODE is set, as in many containers: each start of the host would take 10 s more."""
+    ours = python.is_relative_to(cache_dir())
+    return {k: v for k, v in os.environ.items() if not (ours and k == "PYTHONDONTWRITEBYTECODE")}
 
 
 def site_packages(python: Path) -> Path:

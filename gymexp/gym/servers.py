@@ -21,6 +21,7 @@ from omegaconf import OmegaConf
 
 from gymexp.config import EnvConfig, GymConfig, nearest
 from gymexp.errors import ConfigError, ServiceError
+from gymexp.gym.install import environ_for
 from gymexp.run.directory import OWN_SERVERS as KINDS
 from gymexp.run.directory import own_servers
 from gymexp.run.supervisor import Child, LocalProcess, Running, last_lines
@@ -200,7 +201,7 @@ class GymHost:
     async def start(self) -> Running:
         """Start the host process; its servers can be started once NeMo Gym is imported, which they wait
         for."""
-        env = os.environ | {
+        env = environ_for(self._python) | {
             "HF_HOME": os.environ.get("HF_HOME", str(Path.home() / ".cache/huggingface")),
             "RAY_USAGE_STATS_ENABLED": "0",
             # No threads but the main one before the forks; and a server is one core's work anyway.

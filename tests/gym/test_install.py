@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -179,6 +180,14 @@ def test_a_checkouts_own_venv_is_taken_as_it_is(tmp_path):
     gym = GymConfig(runtime="cli", checkout=str(tmp_path))
     assert ensure_python(gym, [], tmp_path / "cache", print) == python
     assert install.site_packages(python) == Path("here")
+
+
+def test_our_own_venv_keeps_what_is_compiled_and_a_users_is_left_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("GYMEXP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    ours = install.environ_for(tmp_path / "cache" / "nemo-gym-0.4.0" / "bin" / "python")
+    assert ours == {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+    assert install.environ_for(tmp_path / "checkout" / ".venv" / "bin" / "python") == dict(os.environ)
 
 
 @pytest.mark.gym
