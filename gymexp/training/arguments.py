@@ -13,17 +13,22 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from omegaconf import OmegaConf
+
 from gymexp.config import RunConfig, nearest
 from gymexp.errors import ConfigError
+from gymexp.search.space import ends, flat
 from gymexp.training import sharding
 
 if TYPE_CHECKING:
@@ -59,6 +64,7 @@ _OWNED = {
 # Words that TRL compares only in the middle of a step; which ones it knows is read from its source.
 _WORDS = ("loss_type", "scale_rewards", "importance_sampling_level", "multi_objective_aggregation")
 _CHECK_TIMEOUT_S = 120
+_MOST_COMBINATIONS = 64
 
 
 def check(config: RunConfig, cache: Path) -> None:
@@ -72,23 +78,55 @@ def problems(configs: Sequence[RunConfig], cache: Path) -> list[str]:
     """Why TRL would not take each config's `trainer.*`, empty where it would. TRL is imported once for all,
     and not at all for values that passed before."""
     told = [_named_problems(config) for config in configs]
-    asked: dict[str, dict[str, Any]] = {}
-    verdicts: dict[int, Path] = {}
+    asked: dict[Path, dict[str, Any]] = {}
+    verdicts: list[tuple[int, str, Path]] = []
     versions = [importlib.metadata.version(package) for package in ("trl", "transformers", "torch")]
     for index, config in enumerate(configs):
-        facts = json.dumps([config.trainer, config.model.dtype, versions], sort_keys=True)
-        verdict = cache / "arguments" / hashlib.sha256(facts.encode()).hexdigest()[:24]
-        if not told[index] and not verdict.exists():
-            verdicts[index] = verdict
-            asked[verdict.name] = {"trainer": config.trainer, "dtype": config.model.dtype}
-    if asked:
+        for tried, trainer in [] if told[index] else _trainers(config):
+            if wrong := _group_problem(trainer):
+                told[index] = tried + wrong
+                break
+            facts = json.dumps([trainer, config.model.dtype, versions], sort_keys=True)
+            verdict = cache / "arguments" / hashlib.sha256(facts.encode()).hexdigest()[:24]
+            if not verdict.exists():
+                verdicts.append((index, tried, verdict))
+                asked[verdict] = {"trainer": trainer, "dtype": config.model.dtype}
+    verdicts = [one for one in verdicts if not told[one[0]]]
+    if asked := {verdict: asked[verdict] for _, _, verdict in verdicts}:
         answers = dict(zip(asked, _construct_elsewhere(list(asked.values())), strict=True))
-        for index, verdict in verdicts.items():
-            told[index] = answers[verdict.name]
-            if not told[index]:
+        for index, tried, verdict in verdicts:
+            if wrong := answers[verdict]:
+                told[index] = told[index] or tried + wrong
+            else:
                 verdict.parent.mkdir(parents=True, exist_ok=True)
                 verdict.touch()
     return told
+
+
+def _trainers(config: RunConfig) -> Iterator[tuple[str, dict[str, Any]]]:
+    """`trainer.*` as it is; of a trial as its study may make it, with what to say of each: ranges' ends and
+    choices, in every combination where they are few."""
+    tried = {
+        key.removeprefix("trainer."): ends(space)
+        for key, space in flat(config.search.params).items()
+        if key.startswith("trainer.")
+    }
+    if config.search.trial is None or not tried:
+        yield "", config.trainer
+        return
+    pairs = [[(key, value) for value in values] for key, values in tried.items()]
+    some = (
+        product(*pairs)
+        if math.prod(map(len, pairs)) <= _MOST_COMBINATIONS
+        else ([p] for ps in pairs for p in ps)
+    )
+    for combination in some:
+        cfg = OmegaConf.create(config.trainer)
+        for key, value in combination:
+            OmegaConf.update(cfg, key, value)
+        said = ", ".join(f"trainer.{key}={value}" for key, value in combination)
+        trainer: Any = OmegaConf.to_container(cfg)
+        yield f"search.params allow {said}: ", trainer
 
 
 def _named_problems(config: RunConfig) -> str:
@@ -116,7 +154,7 @@ def _named_problems(config: RunConfig) -> str:
         found.append(f"tracker.kind={kind} needs a package that is not installed: pip install {kind}")
     if config.search.trial is not None and not importlib.util.find_spec("optuna"):
         found.append("search needs a package that is not installed: pip install 'gymexp[optuna]'")
-    return "\n".join(found) or _group_problem(config.trainer)
+    return "\n".join(found)
 
 
 def _construct_elsewhere(asked: list[dict[str, Any]]) -> list[str]:

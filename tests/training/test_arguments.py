@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from gymexp import config as configuration
-from gymexp.config import CONF_DIR, EnvConfig, ModelConfig, RunConfig, options
+from gymexp.config import CONF_DIR, EnvConfig, ModelConfig, RunConfig, SearchConfig, options
 from gymexp.errors import ConfigError
 from gymexp.training import arguments
 
@@ -55,6 +56,18 @@ def no_subprocess(monkeypatch):
 def test_names_and_groups_are_checked_without_importing_trl(trainer, said, tmp_path, no_subprocess):
     with pytest.raises(ConfigError, match=said):
         arguments.check(config(**trainer), tmp_path)
+
+
+def test_what_a_study_may_try_is_checked_before_its_first_trial(tmp_path, no_subprocess):
+    params = {"num_generations": [4, 8, 16], "learning_rate": {"low": 1e-6, "high": 1e-4}}
+    search = SearchConfig(num_trials=4, trial=1, params={"trainer": params})
+    trial = dataclasses.replace(config(per_device_train_batch_size=8), search=search)
+    said = r"search\.params allow trainer\.num_generations=16, .*: trainer\.num_generations=16 must divide"
+    with pytest.raises(ConfigError, match=said):
+        arguments.check(trial, tmp_path)
+    params["num_generatons"] = params.pop("num_generations")
+    with pytest.raises(ConfigError, match=r"num_generatons is not .*did you mean trainer\.num_generations"):
+        arguments.check(trial, tmp_path)
 
 
 def test_all_wrong_names_come_in_one_message(tmp_path, no_subprocess):
