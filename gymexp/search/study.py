@@ -13,7 +13,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 
 from gymexp import config as configuration
@@ -119,6 +119,7 @@ class Judge:
         assert trial is not None, "the controller has begun it"
         study = _open(directory.parent, search)
         self._search = search
+        self._study = study
         self._trial = optuna.Trial(study, study.trials[trial.number]._trial_id)
 
     def report(self, step: int, held_out: Mapping[str, Mapping[str, float]]) -> str | None:
@@ -127,12 +128,24 @@ class Judge:
         if value is None:
             return None
         self._trial.report(value, step)
-        if not (self._search.prune and self._trial.should_prune()):
+        if not (self._search.prune and self._is_worse(value, step)):
             return None
         than = "below" if self._search.direction == "maximize" else "above"
         return (
             f"{self._search.metric} of {value:.3f} after step {step} is {than} the median of the other trials"
         )
+
+    def _is_worse(self, value: float, step: int) -> bool:
+        """Than the median, at this step, of the trials that came to their end. Optuna's MedianPruner takes a
+        trial's best value so far, which is the one from before its policy collapsed."""
+        from optuna.trial import TrialState
+
+        done = self._study.get_trials(states=(TrialState.COMPLETE,), deepcopy=False)
+        if step < self._search.warmup_steps or len(done) < self._search.startup_trials:
+            return False
+        others = [trial.intermediate_values[step] for trial in done if step in trial.intermediate_values]
+        sign = 1 if self._search.direction == "maximize" else -1
+        return bool(others) and sign * value < sign * median(others)
 
 
 def score(metric: str, held_out: Mapping[str, Mapping[str, float | None]]) -> float | None:
@@ -226,7 +239,6 @@ def _open(sweep: Path, search: SearchConfig, sampler_seed: int | None = None) ->
             load_if_exists=True,
             # What runs elsewhere counts as bad meanwhile, so that two jobs do not try the same.
             sampler=optuna.samplers.TPESampler(seed=sampler_seed, constant_liar=True),
-            pruner=optuna.pruners.MedianPruner(search.startup_trials, search.warmup_steps),
         )
 
 

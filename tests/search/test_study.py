@@ -71,6 +71,15 @@ def test_a_trial_below_the_median_of_the_others_is_pruned_and_the_best_one_named
     assert told[1].startswith("best trial: job 0 with 0.900")
 
 
+def test_a_policy_that_collapses_is_judged_by_what_it_is_and_not_by_what_it_was(tmp_path):
+    for num, rewards in enumerate(((0.8, 0.8), (0.9, 0.1))):
+        study.begin(search(num), tmp_path / str(num))
+        judge = study.Judge(search(num), tmp_path / str(num))
+        told = [judge.report(step, {"sudoku": {"reward": r}}) for step, r in enumerate(rewards, 1)]
+        study.end(search(num), tmp_path / str(num), result(rewards[-1]))
+        assert [why is not None for why in told] == [False, num == 1]
+
+
 def test_a_trial_that_was_given_up_goes_on_as_a_new_one_of_the_same_values(tmp_path):
     first = study.begin(search(0), tmp_path / "0")
     study.end(search(0), tmp_path / "0", {})
