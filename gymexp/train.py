@@ -15,7 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from gymexp import config as configuration
-from gymexp.config import RunConfig
+from gymexp.config import ConfigError, RunConfig
 from gymexp.run.allocation import Allocation
 from gymexp.run.entry import hydra_main
 from gymexp.search.study import as_trial
@@ -24,8 +24,18 @@ from gymexp.search.study import as_trial
 @hydra_main(config_name="train", launches=True)
 def main(cfg: DictConfig) -> Any:
     config = configuration.load(cfg)
+    refuse_dry_run(config)
     directory = Path(config.resume or config.output_dir or HydraConfig.get().runtime.output_dir)
     return train(config, list(HydraConfig.get().overrides.task), directory.resolve())
+
+
+def refuse_dry_run(config: RunConfig) -> None:
+    """Raises ConfigError where a run would start here that was meant to be shown."""
+    if config.launcher.dry_run:
+        raise ConfigError(
+            "launcher.dry_run shows what launcher=slurm would submit, got launcher=local: say launcher=slurm "
+            "as well, or --cfg job for the configuration"
+        )
 
 
 @as_trial

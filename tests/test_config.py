@@ -269,6 +269,7 @@ def said_of(result: subprocess.CompletedProcess[str]) -> str:
         (["env=[]"], r"env must name at least one environment"),
         (["trainr.learning_rate=1"], r"did you mean trainer\?"),
         (["env.sudoku.replicas=two"], r"env\.sudoku\.replicas.*two"),
+        (["launcher.dry_run=true"], r"launcher\.dry_run shows what launcher=slurm would submit"),
     ],
 )
 def test_the_command_answers_a_mistake_without_a_traceback_or_torch(arguments, said, tmp_path):

@@ -22,6 +22,7 @@ from gymexp.launch.check import End, check_jobs, returns
 from gymexp.launch.freeze import claim, freeze, name_of, read_sweep, take_back
 from gymexp.run.directory import RunDirectory
 from gymexp.run.supervisor import ended
+from gymexp.train import refuse_dry_run
 from gymexp.view.progress import View
 
 
@@ -33,7 +34,7 @@ class LocalLauncher(basic_launcher.BasicLauncher):
         assert self.config is not None
         sweep = Path(str(self.config.hydra.sweep.dir)).resolve()
         try:
-            jobs = check_jobs(self, job_overrides, initial_job_idx)
+            jobs = check_jobs(self, job_overrides, initial_job_idx, refuse_dry_run)
             freeze(sweep, "local", jobs, {})
         except BaseException:
             take_back(sweep, range(initial_job_idx, initial_job_idx + len(job_overrides)))
