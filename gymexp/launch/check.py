@@ -70,19 +70,20 @@ def check_jobs(
 
 
 def returns(jobs: Mapping[int, FrozenJob], ends: Mapping[int, End]) -> list[JobReturn]:
-    """What a sweeper gets of the jobs. Every failed one carries the words on all: Hydra raises the first
-    one's."""
-    failed = [f"{end.name} failed: {end.error}\n    log: {end.log}" for end in ends.values() if end.error]
-    error = LaunchError("\n".join([f"{len(failed)} of {len(ends)} jobs failed", *failed]))
-    made = []
-    for num, end in ends.items():
-        job = jobs[num]
-        status = JobStatus.FAILED if end.error else JobStatus.COMPLETED
-        value = error if end.error else end.result
-        made.append(
-            JobReturn(job.overrides, OmegaConf.structured(job.config), status=status, _return_value=value)
+    """What a sweeper gets of the jobs. Raises LaunchError with all that failed."""
+    if failed := [
+        f"{end.name} failed: {end.error}\n    log: {end.log}" for end in ends.values() if end.error
+    ]:
+        raise LaunchError("\n".join([f"{len(failed)} of {len(ends)} jobs failed", *failed]))
+    return [
+        JobReturn(
+            jobs[num].overrides,
+            OmegaConf.structured(jobs[num].config),
+            status=JobStatus.COMPLETED,
+            _return_value=end.result,
         )
-    return made
+        for num, end in ends.items()
+    ]
 
 
 def _compose(launcher: Any, overrides: Sequence[str]) -> RunConfig:

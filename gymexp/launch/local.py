@@ -30,7 +30,8 @@ class LocalLauncher(basic_launcher.BasicLauncher):
     """In the place of Hydra's (`gymexp.run.entry`)."""
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Run one job a list of overrides. Raises GymexpError before the first, and Interrupted."""
+        """Run one job a list of overrides. Raises GymexpError before the first, Interrupted, and at the end
+        LaunchError for those that failed."""
         assert self.config is not None
         sweep = Path(str(self.config.hydra.sweep.dir)).resolve()
         try:

@@ -118,6 +118,11 @@ class RunDirectory:
             fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RunDirectoryError(f"{self.path} is in use by a run that is still going on") from None
+        except OSError as error:
+            raise RunDirectoryError(
+                f"{self.path} must be on a file system that locks files, but flock says: {error.strerror}. "
+                "Choose another by output_dir=… (hydra.sweep.dir=… of a sweep), or have it mounted with flock"
+            ) from None
         os.set_inheritable(self._lock_file.fileno(), False)
 
     def read_result(self) -> dict[str, Any]:

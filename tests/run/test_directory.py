@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+
 import pytest
 
 from gymexp.config import EnvConfig, ModelConfig, RunConfig
@@ -34,6 +37,15 @@ def test_a_directory_whose_run_goes_on_cannot_be_resumed(tmp_path):
         RunDirectory.reopen(tmp_path)
     held._lock_file.close()
     assert RunDirectory.reopen(tmp_path).config.exists()
+
+
+def test_a_file_system_without_locks_is_named_with_what_to_do(tmp_path, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(RunDirectoryError, match=r"flock says: Function not implemented.*output_dir"):
+        RunDirectory.claim(tmp_path)
 
 
 def test_resuming_what_is_no_run_directory_says_so(tmp_path):
