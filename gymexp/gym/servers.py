@@ -182,7 +182,7 @@ class _Forked(LocalProcess):
         self._ended = ended
 
     async def wait(self) -> int:
-        return await self._ended
+        return await asyncio.shield(self._ended)  # who waits may be cancelled before it has ended
 
 
 class GymHost:
@@ -232,7 +232,7 @@ class GymHost:
             started: asyncio.Future[_Forked] = asyncio.get_running_loop().create_future()
             self._starting.put_nowait(started)
             self._send({"start": name, "log": str(log)})
-            return await started
+            return await asyncio.shield(started)
 
     def _send(self, message: dict[str, Any]) -> None:
         assert self._process.stdin is not None

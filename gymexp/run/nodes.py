@@ -169,7 +169,7 @@ class _RemoteProcess:
     rss_mb: float = 0.0
 
     async def wait(self) -> int:
-        return await self.ended
+        return await asyncio.shield(self.ended)  # who waits may be cancelled before it has ended
 
     def signal(self, number: int) -> None:
         self.tell("signal", number=int(number))

@@ -139,6 +139,21 @@ def test_what_cannot_be_started_is_said_with_its_node(tmp_path):
     told(story, tmp_path)
 
 
+def test_who_no_longer_waits_for_an_end_elsewhere_does_not_disturb_those_who_do(tmp_path):
+    async def story(node: Node, *_) -> None:
+        running = await node.spawn(
+            [sys.executable, "-S", "-c", "import time; time.sleep(60)"], tmp_path / "one.log"
+        )
+        waiting = asyncio.create_task(running.wait())
+        await asyncio.sleep(0)
+        waiting.cancel()
+        running.signal(signal.SIGTERM)
+        assert await running.wait() == -signal.SIGTERM
+        assert await (await node.spawn(["true"], tmp_path / "two.log")).wait() == 0, "the node is still there"
+
+    told(story, tmp_path)
+
+
 def test_a_signal_and_a_kill_of_the_whole_tree_reach_what_runs_elsewhere(tmp_path):
     async def story(node: Node, *_) -> None:
         running, child = await start_parent(node, tmp_path)
