@@ -1,9 +1,9 @@
 """NeMo Gym's servers, one forked process each. Runs inside NeMo Gym's venv as a script; imports nothing of
 gymexp.
 
-NeMo Gym's modules take six seconds to import, and more. This process imports them once, then forks a child for
-every server that it is told to start, so that a start, or a restart after a failure, takes a fraction of a
-second and the servers share the imported code's memory. Ray is imported by NeMo Gym but never started.
+NeMo Gym's modules take six seconds to import, and more. This process imports them once, then forks a child
+for every server that it is told to start: a start, or a restart after a failure, takes a fraction of a second
+and the servers share the imported code's memory. Ray is imported by NeMo Gym but never started.
 
 A user's own servers, in folders of NeMo Gym's names in `own`, are found before NeMo Gym's.
 
