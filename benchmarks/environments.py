@@ -196,7 +196,7 @@ async def measure(
                 return variants
             finally:
                 await asyncio.to_thread(stack.close)  # the control endpoint must answer meanwhile
-                await supervisor.close(first=["gateway"])
+                await supervisor.close(["gateway"])
                 for sock in sockets.values():
                     sock.close()
 

@@ -41,6 +41,16 @@ SIZES: dict[str, dict[str, Any]] = {
         "intermediate_size": 3072,
         "vocab_size": 151_936,
     },
+    # Qwen2.5-1.5B's.
+    "1.5b": {
+        "hidden_size": 1536,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+        "head_dim": 128,
+        "intermediate_size": 8960,
+        "vocab_size": 151_936,
+    },
     # Qwen3-4B's.
     "4b": {
         "hidden_size": 2560,

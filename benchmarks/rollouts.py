@@ -228,7 +228,7 @@ async def measure(args: argparse.Namespace, report: Report, logs: Path) -> None:
                 playing.result()
             finally:
                 await asyncio.to_thread(cleanup.close)  # the control endpoint must answer meanwhile
-                await supervisor.close(first=["gateway-0"])
+                await supervisor.close(["gateway-0"])
                 for sock in (engine_sock, *gateways, *sockets.values()):
                     sock.close()
 

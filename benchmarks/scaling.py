@@ -25,9 +25,9 @@ from statistics import median
 from typing import Any
 
 import orjson
-import torch
 import zstandard
 from facts import RESULTS, machine, versions, write
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from gymexp.gym.client import read_reply
 from gymexp.rollout.outcome import Task, outcome_to_json
@@ -94,7 +94,7 @@ def rollouts(count: int = 64) -> dict[str, Any]:
 
 
 def _join(port: int, ranks: int) -> None:
-    torch.distributed.TCPStore("127.0.0.1", port, ranks, False, timedelta(seconds=60))
+    TCPStore("127.0.0.1", port, ranks, False, timedelta(seconds=60))
 
 
 def rendezvous(ranks: int) -> float:
@@ -106,7 +106,7 @@ def rendezvous(ranks: int) -> float:
     began = time.monotonic()
     for other in others:
         other.start()
-    torch.distributed.TCPStore("127.0.0.1", port, ranks, True, timedelta(seconds=60))
+    TCPStore("127.0.0.1", port, ranks, True, timedelta(seconds=60))
     spent = time.monotonic() - began
     for other in others:
         other.join()

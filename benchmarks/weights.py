@@ -92,7 +92,7 @@ def measure(size: str, args: argparse.Namespace, found: dict[str, Any], write: C
         transfer = open_transfer(args.way, device, directory)
         sync = WeightSync(replicas, transfer, gateway_url, directory / "again")
         specs = [(name, tensor.dtype, list(tensor.shape)) for name, tensor in named.items()]
-        seconds, pauses = [], []
+        seconds, pauses, phases = [], [], {}
         for number in range(args.rounds + 1):
             replicas.phases.clear()
             with longest_wait(urls[0]) as pause:

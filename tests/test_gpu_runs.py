@@ -79,7 +79,9 @@ def test_two_replicas_and_two_ranks_share_two_gpus(vllm_run):
 
 @two_gpus
 def test_a_vllm_that_dies_comes_back_into_the_nccl_group(vllm_run):
-    run = vllm_run("killed", "engine.weights=nccl", "evaluation.before=false", "evaluation.after=false")
+    slowly = [f"env.{env}.max_concurrency=1" for env in ("sudoku", "workplace")]  # it dies in mid-step
+    unevaluated = ["evaluation.before=false", "evaluation.after=false"]
+    run = vllm_run("killed", "engine.weights=nccl", *unevaluated, *slowly)
     run.wait_for(lambda: 1 in run.steps() and run.status().get("in_flight"))
     next(p for p in run.left() if "EngineCore" in "".join(p.cmdline())).kill()
     check(run)

@@ -30,8 +30,14 @@ def python(subject: Subject) -> Iterable[Finding]:
     """Also that what gymexp is installed with is what it asks for."""
     text = f"gymexp {gymexp.__version__} on Python {platform.python_version()} ({sys.executable})"
     yield Finding("ok", "python", text)
+    try:
+        needs = importlib.metadata.requires("gymexp") or []
+    except importlib.metadata.PackageNotFoundError:
+        fix = f"{sys.executable} -m pip install -e '{Path(gymexp.__file__).parent.parent}'"
+        yield Finding("warn", "packages", "gymexp is not installed: what it needs is not known here", fix)
+        return
     wrong, there = [], []
-    for line in importlib.metadata.requires("gymexp") or []:
+    for line in needs:
         wanted = Requirement(line)
         if wanted.marker and not wanted.marker.evaluate({"extra": ""}):
             continue
