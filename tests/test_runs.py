@@ -157,6 +157,13 @@ def test_an_interrupted_run_goes_on_to_the_same_end_with_the_same_tasks(pair, st
 
     with (newest / "model.safetensors").open("r+b") as file:
         file.truncate(1000)
+    almost = started("interrupted", resume=True)
+    almost.wait_for_step(STEPS)
+    almost.wait_for(lambda: almost.status().get("phase") == "evaluate")
+    os.kill(almost.process.pid, signal.SIGTERM)
+    assert almost.ended() == 128 + signal.SIGTERM, almost.said
+    assert f"ended by SIGTERM after step {STEPS}" in almost.said
+
     last = started("interrupted", resume=True)
     assert last.ended() == 0, last.said
     log = (run.directory / "logs" / "trainer.log").read_text()

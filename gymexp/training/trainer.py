@@ -249,6 +249,12 @@ class PolicyTrainer(GRPOTrainer):
         self._seconds = dict.fromkeys(self._seconds, 0.0)
         self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # transformers looks for the last step only after one more: a run that goes on from its last
+        # checkpoint, as one that ended during the last evaluation does, would train a step too many.
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+
     def _prepare_inputs(self, generation_batch: Any) -> Any:
         buffered = self._buffered_inputs
         inputs = super()._prepare_inputs(generation_batch)
