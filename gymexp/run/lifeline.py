@@ -2,7 +2,7 @@
 
 As a library: `die_with_parent()` first thing in a process of ours. As a program, for commands that are not
 ours: `lifeline.py PARENT COMMAND …` arranges it and becomes COMMAND; `lifeline.py PARENT --reap COMMAND …`
-stays as COMMAND's parent and, at its own parent's end or on SIGTERM, ends COMMAND and everything that it
+stays above COMMAND and, at its own parent's end or on SIGTERM, ends COMMAND and everything that it
 started, daemons included (Linux). PARENT: the starter's process id, which may have ended already.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -60,14 +61,41 @@ def _descendants(pid: int) -> list[int]:
 
 
 def _reap(parent: int, command: list[str]) -> int:
-    """Run `command`, end all of it when asked; returns its exit code."""
+    """Run `command` below a process that ends all of it when asked; returns its exit code.
+
+    That process is not the one that the starter knows, which SIGKILL may end: asyncio's loop sends it, when
+    it is closed, to what it has started.
+    """
+    front = os.getpid()
+    reaper = os.fork()
+    if not reaper:
+        _end_as(_run_to_the_end(front, command))
+
+    def pass_on(number: int, _: object) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(reaper, number)
+
+    signal.signal(signal.SIGTERM, pass_on)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    die_with_parent(parent=parent)
+    return os.waitstatus_to_exitcode(os.waitpid(reaper, 0)[1])
+
+
+def _run_to_the_end(parent: int, command: list[str]) -> int:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
     asked = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: asked.set())
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     die_with_parent(signal.SIGTERM, parent)
-    child = subprocess.Popen(command, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    own = os.getpid()
+
+    def prepare() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if sys.platform == "linux":
+            die_with_parent(parent=own)
+
+    child = subprocess.Popen(command, preexec_fn=prepare, close_fds=False)
     while child.poll() is None and not asked.wait(0.1):
         pass
     if child.poll() is None:
@@ -86,12 +114,23 @@ def _reap(parent: int, command: list[str]) -> int:
     return 1 if code is None else code
 
 
+def _end_as(code: int) -> None:
+    """End with an exit code, or by the signal that a negative one stands for: the starter is to see how
+    COMMAND ended."""
+    if code < 0:
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # COMMAND's core is of use, not this one's
+        if -code != signal.SIGKILL:
+            signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    os._exit(code)
+
+
 if __name__ == "__main__":
     starter = int(sys.argv[1])
     signal.signal(
         signal.SIGUSR2, signal.SIG_IGN
     )  # Slurm's warning is the controller's; COMMAND inherits this
     if sys.argv[2] == "--reap":
-        sys.exit(_reap(starter, sys.argv[3:]))
+        _end_as(_reap(starter, sys.argv[3:]))
     die_with_parent(parent=starter)
     os.execvp(sys.argv[2], sys.argv[2:])

@@ -230,7 +230,7 @@ class Supervisor:
         service = self.services[name]
         if service.state == "ready" and service.running:
             self._set(service, "restarting")
-            service.signal(signal.SIGKILL)
+            service.running.kill_tree()
 
     def let_go(self) -> None:
         """From now on a service may end: it is not started again, and that is no failure. What asked the run
@@ -332,7 +332,7 @@ class Supervisor:
                         self._set(service, "ready")
                 elif now - service.seen > self._patience(service) and service.running:
                     log.warning("%s has not answered for %.0f s: ending it", service.name, now - service.seen)
-                    service.signal(signal.SIGKILL)
+                    service.running.kill_tree()
             if service.running:
                 service.rss_mb = service.running.rss_mb
             await asyncio.sleep(_POLL_S if service.state == "starting" else self._health_interval_s)

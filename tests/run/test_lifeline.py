@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import psutil
 import pytest
@@ -70,15 +69,54 @@ def test_a_child_dies_with_a_killed_parent_even_when_it_is_stopped(stopped):
     assert wait_gone([child], 20)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's parent-death signal is Linux's")
-def test_the_reaper_ends_daemons_too(tmp_path: Path):
-    parent, reaper = start(["--reap", sys.executable, "-c", DAEMON])
+def all_below(front: int) -> list[int]:
+    """The reaper, its command and the command's daemon, once they run."""
     until = time.monotonic() + 10
     below: list[int] = []
-    while len(below) < 2 and time.monotonic() < until:
-        below = lifeline._descendants(reaper)
+    while len(below) < 3 and time.monotonic() < until:
+        below = lifeline._descendants(front)
         time.sleep(0.05)
-    assert len(below) >= 2, "command and daemon"
+    assert len(below) >= 3
+    return below
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's parent-death signal is Linux's")
+@pytest.mark.parametrize("killed", ["parent", "front"])
+def test_the_reaper_ends_daemons_too_whoever_above_it_was_killed(killed):
+    parent, front = start(["--reap", sys.executable, "-c", DAEMON])
+    below = all_below(front)
+    os.kill(parent.pid if killed == "parent" else front, signal.SIGKILL)
+    assert wait_gone([front, *below], 30)
     parent.kill()
     parent.wait()
-    assert wait_gone([reaper, *below], 30)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's parent-death signal is Linux's")
+def test_a_command_outlives_no_killed_reaper():
+    parent, front = start(["--reap", "sleep", "60"])
+    until = time.monotonic() + 10
+    while len(below := lifeline._descendants(front)) < 2 and time.monotonic() < until:
+        time.sleep(0.05)
+    os.kill(below[0], signal.SIGKILL)
+    assert wait_gone([front, *below], 10)
+    parent.kill()
+    parent.wait()
+
+
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [("exit 3", 3), ("kill -9 $$", -signal.SIGKILL), ("kill -ABRT $$", -signal.SIGABRT)],
+)
+def test_the_starter_sees_how_a_reaped_command_ended(command, code):
+    words = [sys.executable, "-S", lifeline.__file__, str(os.getpid()), "--reap", "sh", "-c", command]
+    assert subprocess.run(words, timeout=30).returncode == code
+
+
+def test_a_reaped_command_that_is_asked_to_end_gets_an_interrupt():
+    code = "import time\nprint('up', flush=True)\n"
+    code += "try: time.sleep(60)\nexcept KeyboardInterrupt: raise SystemExit(5)"
+    words = [sys.executable, "-S", lifeline.__file__, str(os.getpid()), "--reap", sys.executable, "-c", code]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE)
+    assert process.stdout is not None and process.stdout.readline() == b"up\n"
+    process.terminate()
+    assert process.wait(30) == 5

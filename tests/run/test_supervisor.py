@@ -56,13 +56,15 @@ async def supervising(**settings: float):
         await keeper.close()
 
 
-def service(tmp_path: Path, code: str, sock: socket.socket | None = None, **kwargs) -> Service:
+def service(
+    tmp_path: Path, code: str, sock: socket.socket | None = None, reap: bool = False, **kwargs
+) -> Service:
     log = tmp_path / "thing.log"
     fds = [sock.fileno()] if sock else []
     command = [sys.executable, "-S", "-c", code, *map(str, fds)]
     return Service(
         "thing",
-        lambda: spawn(command, log, fds=fds, cwd=tmp_path),
+        lambda: spawn(command, log, fds=fds, cwd=tmp_path, reap=reap),
         log,
         url=ports.url_of(sock) if sock else None,
         **kwargs,
@@ -165,6 +167,29 @@ def test_a_service_that_hangs_is_killed_after_the_health_timeout_and_started_aga
 
     run(story)
     assert "thing has not answered for" in caplog.text
+
+
+def test_what_a_hanging_service_has_started_ends_with_it(tmp_path):
+    """vLLM's engine process, which holds the GPU's memory that the next start needs."""
+    below = "import subprocess\nchild = subprocess.Popen(['sleep', '60'])\nprint(child.pid, flush=True)\n"
+
+    async def story() -> None:
+        with ports.listen() as sock:
+            async with supervising(health_timeout_s=0.5) as keeper:
+                thing = service(tmp_path, below + SERVER, sock, reap=True, max_restarts=1)
+                keeper.add(thing)
+                await keeper.wait_ready(["thing"], 20)
+                assert thing.pid is not None
+                (reaper,) = psutil.Process(thing.pid).children()
+                (server,) = reaper.children()
+                server.suspend()
+                await until(lambda: thing.epoch == 1)
+                first = int(thing.log.read_text().splitlines()[0])
+                ended_at = time.monotonic()
+                await until(lambda: not any(alive(pid) for pid in (reaper.pid, server.pid, first)))
+                assert time.monotonic() < ended_at + 5, "at once, not after the reaper's grace of 10 s"
+
+    run(story)
 
 
 def test_a_restart_that_hangs_before_it_is_ready_fails_the_run_instead_of_waiting_for_ever(tmp_path):
