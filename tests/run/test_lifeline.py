@@ -113,8 +113,8 @@ def test_the_starter_sees_how_a_reaped_command_ended(command, code):
 
 
 def test_a_reaped_command_that_is_asked_to_end_gets_an_interrupt():
-    code = "import time\nprint('up', flush=True)\n"
-    code += "try: time.sleep(60)\nexcept KeyboardInterrupt: raise SystemExit(5)"
+    code = "import time\ntry:\n    print('up', flush=True)\n    time.sleep(60)\n"
+    code += "except KeyboardInterrupt: raise SystemExit(5)"
     words = [sys.executable, "-S", lifeline.__file__, str(os.getpid()), "--reap", sys.executable, "-c", code]
     process = subprocess.Popen(words, stdout=subprocess.PIPE)
     assert process.stdout is not None and process.stdout.readline() == b"up\n"
