@@ -333,6 +333,14 @@ def test_a_mistake_in_one_point_of_a_sweep_is_answered_before_the_first_and_noth
     assert not (tmp_path / "sweep").exists()
 
 
+def test_a_sweep_that_is_told_where_one_run_should_lie_says_where_to_say_it(tmp_path):
+    command = [sys.executable, "-m", "gymexp.train", "-m", f"hydra.run.dir={tmp_path / 'run'}", "seed=0,1"]
+    shown = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=PATIENCE_S, check=False)
+    assert shown.returncode == 1
+    assert shown.stderr.endswith(f": say hydra.sweep.dir={tmp_path / 'run'}\n"), shown.stderr
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_directory_in_use_is_refused_and_a_killed_controller_leaves_no_process(started):
     run = started("killed", "trainer.max_steps=100", *UNEVALUATED)
     run.wait_for(lambda: (run.directory / "services.json").exists())

@@ -43,6 +43,7 @@ def check_jobs(
 
     Raises ConfigError with every mistake and the jobs that make it.
     """
+    _look_where(launcher)
     jobs: dict[int, FrozenJob] = {}
     logging.getLogger(configuration.__name__).setLevel(logging.WARNING)  # what is said of each is the same
     wrong: dict[str, list[str]] = {}
@@ -99,6 +100,17 @@ def _compose(launcher: Any, overrides: Sequence[str]) -> RunConfig:
                 "hydra.sweep.dir; those that ended early go on by: python -m gymexp.sweep resubmit DIR"
             )
     return config
+
+
+def _look_where(launcher: Any) -> None:
+    """Raises ConfigError for a directory that Hydra would take no notice of."""
+    for one in launcher.config.hydra.overrides.hydra:
+        key, _, value = one.lstrip("+").partition("=")
+        if key == "hydra.run.dir":
+            raise ConfigError(
+                "hydra.run.dir must not be set in a sweep or with launcher=slurm, whose runs lie in "
+                f"hydra.sweep.dir, got {one}: say hydra.sweep.dir={value}"
+            )
 
 
 def _and_more(which: list[str]) -> str:
