@@ -333,11 +333,13 @@ def test_a_mistake_in_one_point_of_a_sweep_is_answered_before_the_first_and_noth
     assert not (tmp_path / "sweep").exists()
 
 
-def test_a_sweep_that_is_told_where_one_run_should_lie_says_where_to_say_it(tmp_path):
-    command = [sys.executable, "-m", "gymexp.train", "-m", f"hydra.run.dir={tmp_path / 'run'}", "seed=0,1"]
+@pytest.mark.parametrize("key", ["hydra.run.dir", "output_dir", "resume"])
+def test_a_sweep_that_is_told_where_one_run_should_lie_says_what_to_say_instead(tmp_path, key):
+    command = [sys.executable, "-m", "gymexp.train", "-m", f"{key}={tmp_path / 'run'}", "seed=0,1"]
+    command.append(f"hydra.sweep.dir={tmp_path / 'sweep'}")
     shown = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=PATIENCE_S, check=False)
     assert shown.returncode == 1
-    assert shown.stderr.endswith(f": say hydra.sweep.dir={tmp_path / 'run'}\n"), shown.stderr
+    assert f"{key} must not be set in a sweep or with launcher=slurm: say hydra.sweep.dir=…" in shown.stderr
     assert not list(tmp_path.iterdir())
 
 

@@ -43,7 +43,6 @@ def check_jobs(
 
     Raises ConfigError with every mistake and the jobs that make it.
     """
-    _look_where(launcher)
     jobs: dict[int, FrozenJob] = {}
     logging.getLogger(configuration.__name__).setLevel(logging.WARNING)  # what is said of each is the same
     wrong: dict[str, list[str]] = {}
@@ -93,24 +92,15 @@ def _compose(launcher: Any, overrides: Sequence[str]) -> RunConfig:
     with open_dict(cfg):
         del cfg["hydra"]
     config = configuration.load(cfg)
-    for key in ("output_dir", "resume"):
-        if getattr(config, key) is not None:
-            raise ConfigError(
-                f"{key} must not be set in a sweep or with launcher=slurm, whose runs lie in "
-                "hydra.sweep.dir; those that ended early go on by: python -m gymexp.sweep resubmit DIR"
-            )
+    given = [key for key in ("output_dir", "resume") if getattr(config, key) is not None]
+    hydras = launcher.config.hydra.overrides.hydra  # it would take no notice of where a single run lies
+    given += [key for key, _, _ in (one.partition("=") for one in hydras) if key == "hydra.run.dir"]
+    if given:
+        raise ConfigError(
+            f"{given[0]} must not be set in a sweep or with launcher=slurm: say hydra.sweep.dir=… for the "
+            "directory of the runs; those that ended early go on by: python -m gymexp.sweep resubmit DIR"
+        )
     return config
-
-
-def _look_where(launcher: Any) -> None:
-    """Raises ConfigError for a directory that Hydra would take no notice of."""
-    for one in launcher.config.hydra.overrides.hydra:
-        key, _, value = one.lstrip("+").partition("=")
-        if key == "hydra.run.dir":
-            raise ConfigError(
-                "hydra.run.dir must not be set in a sweep or with launcher=slurm, whose runs lie in "
-                f"hydra.sweep.dir, got {one}: say hydra.sweep.dir={value}"
-            )
 
 
 def _and_more(which: list[str]) -> str:
