@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import math
+import secrets
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -23,8 +24,8 @@ from gymexp.rollout.outcome import Cause, Completed, Played, Rollout, Task, Trun
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the policy samples in a rollout. seed: of this rollout; the engine derives every token's draw from
-    it. weights_version: optimizer steps behind the weights it samples with."""
+    """How the policy samples in a rollout. seed: of this rollout; the gateway derives the seed of each of its
+    sampling calls from it. weights_version: optimizer steps behind the weights it samples with."""
 
     temperature: float
     top_p: float
@@ -77,14 +78,15 @@ def _cause_in(body: bytes) -> Cause:
 
 
 def request_body(task: Task, sampling: Sampling) -> bytes:
-    """The row as it is, with sampling parameters where NeMo Gym has them; the seed goes through its
-    `extra_body`."""
+    """The row as it is, with sampling parameters where NeMo Gym has them. Through its `extra_body`, which goes
+    to the policy with every turn, the gateway gets the rollout's seed and a name for this playing of it."""
     row = dict(task.row)
     params = copy.copy(row["responses_create_params"])
     params["temperature"] = sampling.temperature
     params["top_p"] = sampling.top_p
     params["max_output_tokens"] = sampling.max_output_tokens
-    params["metadata"] = (params.get("metadata") or {}) | {"extra_body": f'{{"seed": {sampling.seed}}}'}
+    extra_body = {"seed": sampling.seed, "play": secrets.token_hex(8)}
+    params["metadata"] = (params.get("metadata") or {}) | {"extra_body": orjson.dumps(extra_body).decode()}
     row["responses_create_params"] = params
     return orjson.dumps(row)
 

@@ -52,6 +52,14 @@ def read_stop(body: dict[str, Any]) -> list[str]:
     return stop
 
 
+def read_play(body: dict[str, Any]) -> str | None:
+    """Which playing of which rollout asks, as gymexp's client says it; None from any other client."""
+    play = body.get("play")
+    if play is not None and not isinstance(play, str):
+        raise BadRequest(f"play must be a text, got {play!r}")
+    return play
+
+
 def read_number(body: dict[str, Any], name: str, default: float) -> float:
     value = default if body.get(name) is None else body[name]
     if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:

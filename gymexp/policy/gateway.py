@@ -23,7 +23,8 @@ from aiohttp import web
 
 from gymexp.errors import TokenMismatch
 from gymexp.policy import chat, tokens
-from gymexp.policy.engines import EngineError, EngineRefusal, Engines
+from gymexp.policy.draws import CallSeeds
+from gymexp.policy.engines import EngineError, EngineRefusal, Engines, Generation
 from gymexp.run.lifeline import die_with_parent
 from gymexp.run.ports import adopt, listen, url_of
 
@@ -59,6 +60,7 @@ class Gateway:
         self.stop_token_ids = tokens.end_of_turn_ids(tokenizer)
         self.engines = Engines(config.engine_urls, config.engine_timeout_s, config.hold)
         self.prompts: OrderedDict[bytes, list[int]] = OrderedDict()
+        self.seeds = CallSeeds()
         self.stats: dict[str, float] = dict.fromkeys(
             (
                 "requests",
@@ -92,7 +94,7 @@ class Gateway:
         prompt_ids, continues = self.prompt_ids(body)
         sampling_params = chat.sampling_params(body, len(prompt_ids), self.config.max_model_len)
         sampling_params["stop_token_ids"] = self.stop_token_ids
-        generation = await self.engines.generate(prompt_ids, sampling_params, continues)
+        generation = await self._sample(body, prompt_ids, sampling_params, continues)
         self.stats["prompt_tokens"] += len(prompt_ids)
         self.stats["generation_tokens"] += len(generation.token_ids)
         tools = None if body.get("tool_choice") == "none" else body.get("tools")
@@ -103,6 +105,14 @@ class Gateway:
         wants_texts = body.get("logprobs") and not body.get("return_tokens_as_token_ids")
         texts = [self.tokenizer.decode([i]) for i in generation.token_ids] if wants_texts else None
         return chat.completion(self.config.model_name, prompt_ids, generation, reply, texts)
+
+    async def _sample(
+        self, body: dict[str, Any], prompt_ids: list[int], sampling_params: dict[str, Any], continues: int
+    ) -> Generation:
+        if (rollout_seed := sampling_params.get("seed")) is None:
+            return await self.engines.generate(prompt_ids, sampling_params, continues)
+        with self.seeds.take(chat.read_play(body), rollout_seed, prompt_ids) as seed:
+            return await self.engines.generate(prompt_ids, sampling_params | {"seed": seed}, continues)
 
     def prompt_ids(self, body: dict[str, Any]) -> tuple[list[int], int]:
         """(ids, how many of them are the previous turn's prompt and generation; 0 in a first turn)."""

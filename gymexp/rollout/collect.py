@@ -25,6 +25,7 @@ from gymexp.config import EnvConfig, RolloutConfig
 from gymexp.errors import RolloutError, ServiceError
 from gymexp.gym.client import RolloutFailure, Sampling, play
 from gymexp.gym.servers import Replica
+from gymexp.policy.draws import attempt_seed
 from gymexp.rollout.outcome import Cause, Failed, Outcome, Played, Task, task_of
 
 log = logging.getLogger(__name__)
@@ -230,8 +231,9 @@ class Collector:
         async with self._limits[task.env]:
             while True:
                 seat = await self._seat_for(task)
+                attempt = replace(sampling, seed=attempt_seed(sampling.seed, len(failures)))
                 flight = asyncio.create_task(
-                    play(self._http, seat.replica.url, task, sampling, env.timeout_s, self._vocab_size)
+                    play(self._http, seat.replica.url, task, attempt, env.timeout_s, self._vocab_size)
                 )
                 seat.flights.add(flight)
                 seat.played += 1

@@ -9,6 +9,7 @@ import pytest
 from aiohttp import web
 from chat_tokenizers import build_tokenizer
 
+from gymexp.policy.draws import call_seed
 from gymexp.policy.gateway import GatewayConfig, build_app
 from gymexp.policy.tokens import encode, render
 
@@ -125,7 +126,7 @@ def test_an_answer_has_openais_shape_and_carries_its_tokens():
     assert sent["sampling_params"] == {
         "temperature": 0.5,
         "top_p": 0.9,
-        "seed": 7,
+        "seed": call_seed(7, prompt_ids),
         "max_tokens": 50,
         "stop": ["STOP"],
         "stop_token_ids": [TOKENIZER.eos_token_id],

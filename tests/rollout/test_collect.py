@@ -219,7 +219,9 @@ def test_sampling_goes_where_nemo_gym_has_it_and_the_row_stays_as_it_was():
         collector.collect([task], [SAMPLING])
     params = agent.asked[0]["responses_create_params"]
     assert (params["temperature"], params["top_p"], params["max_output_tokens"]) == (0.7, 0.9, 32)
-    assert params["metadata"] == {"own": "kept", "extra_body": '{"seed": 5}'}
+    extra = json.loads(params["metadata"].pop("extra_body"))
+    assert params["metadata"] == {"own": "kept"}
+    assert extra == {"seed": 5, "play": extra["play"]} and len(extra["play"]) == 16
     assert task.row["responses_create_params"] == {"input": [], "metadata": {"own": "kept"}}
 
 
@@ -235,6 +237,23 @@ def test_a_rollout_that_failed_once_is_played_again():
     last = seen[-1]
     assert (last.total, last.done, last.retried, last.failed, last.in_flight) == (5, 5, 5, 0, 0)
     assert last.tokens == 10
+
+
+def drawn(agent: Agent) -> list[tuple[int, str]]:
+    """(seed, name of the playing) of each request that the agent got."""
+    extras = [json.loads(row["responses_create_params"]["metadata"]["extra_body"]) for row in agent.asked]
+    return [(extra["seed"], extra["play"]) for extra in extras]
+
+
+def test_an_attempt_after_a_failure_has_a_seed_of_its_own():
+    async def at_third_try(key: str, attempt: int) -> Answer:
+        return reply() if attempt == 3 else (500, "not yet")
+
+    with playing(at_third_try) as (collector, agent):
+        only(collector)
+    seeds, plays = zip(*drawn(agent), strict=True)
+    assert seeds[0] == SAMPLING.seed
+    assert len(set(seeds)) == len(set(plays)) == 3
 
 
 def test_a_rollout_that_keeps_failing_is_a_failure_with_its_cause_and_the_servers_log():
@@ -403,6 +422,8 @@ def test_a_rollout_whose_server_was_restarted_is_played_again_and_is_no_failure(
         thread.join(10)
     assert [type(o) for o in outcomes] == [Completed] * 4
     assert set(agent.attempts.values()) == {2}
+    assert {seed for seed, _ in drawn(agent)} == {SAMPLING.seed}, "it draws what it would have drawn"
+    assert len({play for _, play in drawn(agent)}) == 8
     assert seen[-1].failed == 0
 
 
