@@ -25,6 +25,7 @@ import numpy as np
 from omegaconf import OmegaConf
 
 from gymexp.errors import GymexpError
+from gymexp.training.drift import MAX_DRIFT
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -288,7 +289,7 @@ def draw_training(runs: Sequence[Run]) -> Figure:
 
 
 def draw_drift(axes: Axes, runs: Sequence[Run]) -> None:
-    bound = runs[0].config["rollout"]["max_drift"]
+    bound = runs[0].config["rollout"]["max_drift"] or MAX_DRIFT[runs[0].config["model"]["dtype"]]
     steps_S, values_NS = series(runs, "drift")
     for run, values_S in zip(runs, values_NS, strict=True):
         axes.plot(steps_S, values_S, "o", markersize=3, alpha=0.8, label=f"seed {run.seed}")

@@ -38,6 +38,10 @@ class DriftError(GymexpError):
     """The engine's and the trainer's log-probabilities of the same tokens differ by more than the bound."""
 
 
+class DrawError(GymexpError):
+    """Sampled tokens depend on each other in a way that independent draws from the policy do not."""
+
+
 class LaunchError(GymexpError):
     """Slurm did not take a job, or jobs that it took have failed; each is named with its log."""
 

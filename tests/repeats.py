@@ -1,8 +1,8 @@
 """How often a generation repeats, place by place, tokens that were drawn elsewhere; and how often by chance.
 
 Independent draws repeat the token x at a place with the probability that the policy gives x there. So the
-number of repeats less the sum of these probabilities is a martingale, whatever was drawn before. Computed here
-with transformers' own forward pass, not with gymexp.
+number of repeats less the sum of these probabilities is a martingale, whatever was drawn before. The
+probabilities come from transformers' own forward pass, not from gymexp.
 """
 
 from __future__ import annotations

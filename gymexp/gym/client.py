@@ -78,8 +78,8 @@ def _cause_in(body: bytes) -> Cause:
 
 
 def request_body(task: Task, sampling: Sampling) -> bytes:
-    """The row as it is, with sampling parameters where NeMo Gym has them. Through its `extra_body`, which goes
-    to the policy with every turn, the gateway gets the rollout's seed and a name for this playing of it."""
+    """The row as it is, with sampling parameters where NeMo Gym has them. `extra_body` goes to the policy
+    with every turn: through it the gateway gets the rollout's seed and a name for this playing of it."""
     row = dict(task.row)
     params = copy.copy(row["responses_create_params"])
     params["temperature"] = sampling.temperature

@@ -18,7 +18,7 @@ REMEMBERED_PROMPTS = 65536
 
 
 def attempt_seed(rollout_seed: int, num_failures: int) -> int:
-    """The seed of a rollout's attempt after `num_failures` failed ones. The first attempt has the rollout's own.
+    """The seed of a rollout's attempt after `num_failures` failed ones; the first has the rollout's own.
 
     An attempt whose server was restarted under it has not failed: it is played again with the same seed, and
     so with the same draws. Other draws would favour the rollouts that end before a server does.
@@ -29,8 +29,8 @@ def attempt_seed(rollout_seed: int, num_failures: int) -> int:
 def call_seed(rollout_seed: int, prompt_ids: Sequence[int], repeat: int = 0) -> int:
     """The seed of one sampling call, in [0, 2**31), which every engine takes.
 
-    prompt_ids: what the call continues. A later turn's prompt is longer, so each turn of a rollout has its own
-    seed. repeat: how many calls of the rollout have continued these very ids before.
+    prompt_ids: what the call continues. A later turn's prompt is longer, so each turn of a rollout has a seed
+    of its own. repeat: how many calls of the rollout have continued these very ids before.
     """
     return _hash(f"call/{rollout_seed}/{repeat}/".encode() + array("q", prompt_ids).tobytes())
 

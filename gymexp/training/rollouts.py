@@ -86,7 +86,7 @@ class Rollouts:
             mask_truncated=self._config.rollout.truncated == "masked",
         )
         self.seconds = time.monotonic() - began
-        trainer.check_drift(batch)
+        trainer.check_samples(outcomes)
         return {
             "prompt_ids": batch.prompt_ids,
             "completion_ids": batch.completion_ids,

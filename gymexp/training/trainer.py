@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +17,20 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
-from trl.trainer.utils import pad
 
 from gymexp.config import RunConfig
 from gymexp.data.prepare import Prepared
-from gymexp.errors import DriftError, ServiceError
+from gymexp.errors import ServiceError
 from gymexp.policy import lora
 from gymexp.policy.model import save_policy
 from gymexp.policy.weights import NamedTensors, TensorSpecs
-from gymexp.rollout.batch import Batch
+from gymexp.rollout.outcome import Outcome
 from gymexp.run.directory import RunDirectory
-from gymexp.training import checkpoints, padding
+from gymexp.training import checkpoints, drift, padding
 from gymexp.training.engine import ServerSampling
 from gymexp.training.rollouts import Rollouts, on_main_rank
 
 log = logging.getLogger(__name__)
-_DRIFT_ROWS = 8
 
 
 class _NoSilentFailures(logging.Filter):
@@ -87,6 +86,7 @@ class PolicyTrainer(GRPOTrainer):
         self.pad_token_id: int = tokenizer.pad_token_id  # pyright: ignore[reportAttributeAccessIssue]
         self.grpo = args
         self._directory = directory
+        self._draws = drift.Tally()  # over the checks so far
         self._tokenizer = tokenizer
         self.stopped = False  # asked to end before its last step
         super().__init__(
@@ -181,62 +181,48 @@ class PolicyTrainer(GRPOTrainer):
             )
         return self.named_weights()
 
-    def check_drift(self, batch: Batch) -> None:
-        """Compare the engine's log-probabilities with the trainer's own, on the first batch and then now and
-        again.
+    def check_samples(self, outcomes: Sequence[Outcome]) -> None:
+        """Compare engine and trainer on the first batch and then now and again, over all ranks.
 
-        Raises DriftError with both numbers. With top_p < 1 the engine's distribution is another one by
-        intent, and nothing is compared.
+        outcomes: this rank's part of the batch. Raises DriftError, DrawError, on every rank alike.
         """
         step = self.state.global_step
-        if self.grpo.top_p != 1.0 or (step % self._config.rollout.drift_every and step != self._first_step):
+        if step % self._config.rollout.drift_every and step != self._first_step:
             return
-        # As many rows on every rank, whatever has failed: a pass through a sharded model is all ranks' work.
-        rows = sorted(range(len(batch.env_mask)), key=lambda i: not any(batch.env_mask[i]))[:_DRIFT_ROWS]
-        engine = [torch.tensor(batch.logprobs[i]) for i in rows]
-        trainer = self._own_logprobs(
-            [batch.prompt_ids[i] for i in rows], [batch.completion_ids[i] for i in rows]
-        )
-        masks = [torch.tensor(batch.env_mask[i], dtype=torch.bool) for i in rows]
-        ours = torch.cat([t[m] for t, m in zip(trainer, masks, strict=True)])
-        theirs = torch.cat([e[m] for e, m in zip(engine, masks, strict=True)])
-        if not len(theirs):
+        rows = drift.choose_rows(outcomes, min(drift.NUM_ROWS, len(outcomes)), self.pad_token_id)
+        ids = [row.completion_ids for row in rows]
+        elsewhere = [[-100 if token is None else token for token in row.elsewhere] for row in rows]
+        found = drift.tally(rows, self._score(rows, ids), self._score(rows, elsewhere))
+        envs = list(self._config.env)
+        sums = torch.tensor([astuple(found.get(env, drift.Tally())) for env in envs], dtype=torch.float64)
+        sums = self.accelerator.reduce(sums.to(self.accelerator.device), reduction="sum")
+        tallies = {env: drift.Tally(*row) for env, row in zip(envs, sums.tolist(), strict=True)}  # pyright: ignore[reportAttributeAccessIssue]
+        tallies = {env: one for env, one in tallies.items() if one.num_tokens}
+        if not tallies:
             return
-        drift = (ours - theirs).abs().mean().item()
-        self.add_metrics({"drift": drift})
-        if not drift <= self._config.rollout.max_drift:
-            raise DriftError(
-                "the engine's log-probabilities of its own tokens differ from the trainer's by "
-                f"{drift:.4f} nats on average (engine {theirs.mean():.4f}, "
-                f"trainer {ours.mean():.4f}, {len(ours)} tokens, step {step}); "
-                f"rollout.max_drift allows {self._config.rollout.max_drift:g}. "
-                "Do both hold the same weights, and is trainer.temperature the engine's?"
-            )
+        whole = sum(tallies.values(), drift.Tally())
+        self._draws += whole
+        self.add_metrics({f"{env}/drift": one.drift for env, one in tallies.items()} | {"drift": whole.drift})
+        self.add_metrics({"repeats/seen": whole.repeats, "repeats/expected": whole.expected})
+        drift.check_drift(tallies, self._config, step)
+        drift.check_draws(self._draws)
 
-    def _own_logprobs(self, prompts: list[list[int]], completions: list[list[int]]) -> list[torch.Tensor]:
-        """The trainer's log-probabilities of each completion's tokens, on the CPU."""
-        pad_id = self.pad_token_id
-
-        def padded(ids: list[list[int]], side: str) -> tuple[torch.Tensor, torch.Tensor]:
-            rows = [torch.tensor(row) for row in ids]
-            masks = [torch.ones_like(row) for row in rows]
-            return (
-                pad(rows, padding_value=pad_id, padding_side=side).to(self.accelerator.device),
-                pad(masks, padding_value=0, padding_side=side).to(self.accelerator.device),
-            )
-
-        prompt_ids, prompt_mask = padded(prompts, "left")
-        completion_ids, completion_mask = padded(completions, "right")
+    def _score(self, rows: Sequence[drift.Row], labels: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+        """The trainer's log-probabilities of `labels` at the places of each row's completion, on the CPU.
+        labels: one for each completion token; -100 where none is asked for."""
         model: Any = self.model
+        scores = []
         with torch.no_grad(), without_dropout(model):
-            logprobs = self._get_per_token_logps_and_entropies(
-                model,
-                torch.cat([prompt_ids, completion_ids], dim=1),
-                torch.cat([prompt_mask, completion_mask], dim=1),
-                completion_ids.size(1),
-                batch_size=1,
-            )[0]
-        return [row[: len(ids)].float().cpu() for row, ids in zip(logprobs, completions, strict=True)]
+            for row, wanted in zip(rows, labels, strict=True):
+                ids = torch.tensor([[*row.prompt_ids, *row.completion_ids]], device=self.accelerator.device)
+                asked = torch.full_like(ids, -100)
+                asked[0, len(row.prompt_ids) :] = torch.tensor(wanted)
+                with self.accelerator.autocast():
+                    output = model(
+                        input_ids=ids, attention_mask=torch.ones_like(ids), labels=asked, fused_lm_head=True
+                    )
+                scores.append(output.log_probs[0, -len(wanted) :].float().cpu())
+        return scores
 
     def go_on_from(self, checkpoint: Path | None) -> None:
         """Train to the end, from a checkpoint or from the start."""

@@ -115,7 +115,7 @@ def test_every_turn_of_a_rollout_is_sampled_with_a_seed_of_its_own_and_the_same_
 
 @pytest.fixture(scope="module")
 def model():
-    """Its distribution depends little on what came before, so that draws with a shared seed repeat each other."""
+    """Its distribution depends little on what came before: draws with a shared seed repeat each other."""
     torch.manual_seed(0)
     config = Qwen3Config(
         vocab_size=len(TOKENIZER),
@@ -225,9 +225,8 @@ def test_the_count_of_repeats_is_that_of_independent_draws():
         first = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
         second = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
         chance = probabilities.gather(1, first[:, None])[:, 0]
-        repeats += Repeats(
-            60, int((first == second).sum()), chance.sum().item(), (chance * (1 - chance)).sum().item()
-        )
+        seen, variance = int((first == second).sum()), (chance * (1 - chance)).sum().item()
+        repeats += Repeats(60, seen, chance.sum().item(), variance)
         zs.append(repeats.z)
     assert abs(sum(zs) / 200) < 3 / math.sqrt(200)
     assert 0.8 < sum(z * z for z in zs) / 200 < 1.25

@@ -1,0 +1,150 @@
+"""The run-time check of what trains: rows of every environment, both numbers, and draws beside chance."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+import torch
+
+from gymexp.config import EnvConfig, ModelConfig, RolloutConfig, RunConfig
+from gymexp.errors import DrawError, DriftError
+from gymexp.rollout.outcome import Completed, Failed, Outcome, Rollout, Task, Truncated, Turn
+from gymexp.training.drift import Row, Tally, check_draws, check_drift, choose_rows, tally
+
+
+def rollout(env: str, number: int, *turns: tuple[list[int], list[int]]) -> Rollout:
+    task = Task(f"{env}/train/{number}", env, "a", {})
+    return Rollout(task, [Turn(p, c, [-0.5 - i / 4 for i in range(len(c))]) for p, c in turns], 1.0, [])
+
+
+def batch(*envs: str, groups: int = 4, members: int = 4) -> list[Outcome]:
+    return [
+        Completed(rollout(env, group, ([1, group], [member, 7, 8])))
+        for group in range(groups)
+        for env in envs
+        for member in range(members)
+    ]
+
+
+def test_rows_come_from_every_environment_and_from_several_of_its_tasks():
+    outcomes = batch("a", "b", "c") + batch("rare", groups=1, members=2)
+    rows = choose_rows(outcomes, 8, 0)
+    counts = {env: sum(row.env == env for row in rows) for env in ("a", "b", "c", "rare")}
+    assert len(rows) == 8
+    assert set(counts.values()) == {2}
+    for env in "abc":
+        assert len({tuple(row.prompt_ids) for row in rows if row.env == env}) > 1
+
+
+def test_failures_are_no_rows_and_missing_rows_are_filled_up():
+    outcomes = [Failed(Task("a/train/0", "a", "a", {}), "timeout", "slow"), *batch("a", groups=1, members=2)]
+    rows = choose_rows(outcomes, 3, 9)
+    assert [row.env for row in rows] == ["a", "a", ""]
+    assert rows[-1] == Row("", [9], [9], [False], [0.0], [None])
+    nothing = [torch.zeros(len(row.completion_ids)) for row in rows]
+    assert set(tally(rows, nothing, nothing)) == {"a"}
+
+
+def test_a_truncated_rollout_is_compared_as_any_other():
+    cut = Truncated(rollout("a", 0, ([1], [2, 3])), "length")
+    assert choose_rows([cut], 1, 0)[0].completion_ids == [2, 3]
+
+
+def test_a_token_is_compared_with_the_turn_before_and_in_a_first_turn_with_the_groups_rollout_before():
+    first = rollout("a", 0, ([1, 1], [11, 12, 13]))
+    second = rollout(
+        "a",
+        0,
+        ([1, 1], [21, 22]),
+        ([1, 1, 21, 22, 50, 51], [31, 32, 33]),
+        ([1, 1, 21, 22, 50, 51, 31, 32, 33, 52], [41]),
+    )
+    other_task = rollout("a", 1, ([2], [61]))
+    rows = choose_rows([Completed(first), Completed(second), Completed(other_task)], 3, 0)
+    [row] = [row for row in rows if 21 in row.completion_ids]
+    assert row.completion_ids == [21, 22, 50, 51, 31, 32, 33, 52, 41]
+    assert row.sampled == [True, True, False, False, True, True, True, False, True]
+    assert row.elsewhere == [11, 12, None, None, 21, 22, None, None, 31]
+    assert rows[0] is row, "rows with nothing to compare come last"
+    assert sum(token is not None for other in rows[1:] for token in other.elsewhere) == 0
+
+
+def test_tallies_are_sums_over_what_was_sampled():
+    row = Row("a", [1], [5, 6, 7], [True, False, True], [-1.0, 0.0, -2.0], [5, None, 9])
+    ours = torch.tensor([-1.5, -9.0, -1.75])
+    chance = torch.tensor([0.25, 0.9, 0.5]).log()
+    found = tally([row, row], [ours, ours], [chance, chance])["a"]
+    assert found.num_tokens == 4 and found.drift == pytest.approx((0.5 + 0.25) / 2)
+    assert (found.engine, found.trainer) == (pytest.approx(-6.0), pytest.approx(-6.5))
+    assert (found.repeats, found.expected) == (2, pytest.approx(1.5))
+    assert found.variance == pytest.approx(2 * (0.25 * 0.75 + 0.25))
+
+
+def config(dtype: str = "bfloat16", max_drift: float | None = None) -> RunConfig:
+    env = {"sudoku": EnvConfig(config_path="c", agent="a")}
+    model = ModelConfig("m", "p", dtype=dtype)
+    return RunConfig(model=model, env=env, rollout=RolloutConfig(max_drift=max_drift))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "max_drift", "drift", "ends"),
+    [
+        ("bfloat16", None, 0.01, False),
+        ("bfloat16", None, 0.03, True),
+        ("float32", None, 0.001, False),
+        ("float32", None, 0.01, True),
+        ("float32", 0.05, 0.01, False),
+        ("bfloat16", 0.001, 0.01, True),
+        ("bfloat16", None, math.nan, True),
+    ],
+)
+def test_drift_of_one_environment_ends_the_run_with_both_numbers(dtype, max_drift, drift, ends):
+    tallies = {
+        "workplace": Tally(100, 0.0, -50.0, -50.0),
+        "sudoku": Tally(10, 10 * drift, -5.0, -5.0 - drift),
+    }
+    if not ends:
+        return check_drift(tallies, config(dtype, max_drift), 7)
+    with pytest.raises(
+        DriftError, match=r"env\.sudoku differ .* \(engine -0\.5000, trainer .*10 tokens, step 7"
+    ):
+        check_drift(tallies, config(dtype, max_drift), 7)
+
+
+def coins(shared: bool, positions: int, generator: random.Random) -> Tally:
+    """Draws of two generations from like distributions, by one uniform or by two."""
+    found = Tally()
+    for _ in range(positions):
+        p = generator.betavariate(0.3, 0.3)
+        first = generator.random()
+        second = first if shared else generator.random()
+        drawn, elsewhere = second < p, first < p
+        chance = p if elsewhere else 1 - p
+        found += Tally(1, 0, 0, 0, drawn == elsewhere, chance, chance * (1 - chance))
+    return found
+
+
+def test_independent_draws_pass_however_long_the_run():
+    generator = random.Random(0)
+    for _ in range(20):
+        found = Tally()
+        for _ in range(50):
+            found += coins(False, 40, generator)
+            check_draws(found)
+
+
+def test_draws_with_a_shared_seed_end_the_run():
+    generator = random.Random(0)
+    found = Tally()
+    with pytest.raises(DrawError, match="repeat the one drawn at the same place of the turn before"):
+        for _ in range(20):
+            found += coins(True, 20, generator)
+            check_draws(found)
+    assert found.num_tokens <= 300
+
+
+def test_one_unlikely_repeat_is_no_proof():
+    check_draws(Tally(1, 0, 0, 0, 1, 1e-6, 1e-6))
+    check_draws(Tally())
