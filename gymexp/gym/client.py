@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import copy
 import math
-import secrets
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -25,13 +24,13 @@ from gymexp.rollout.outcome import Cause, Completed, Played, Rollout, Task, Trun
 @dataclass(frozen=True)
 class Sampling:
     """How the policy samples in a rollout. seed: of this rollout; the gateway derives the seed of each of its
-    sampling calls from it. weights_version: optimizer steps behind the weights it samples with."""
+    sampling calls from it. play: names one playing of the rollout; the gateway knows its calls by that."""
 
     temperature: float
     top_p: float
     max_output_tokens: int
     seed: int
-    weights_version: int = 0
+    play: str = ""
 
 
 class RolloutFailure(Exception):
@@ -63,7 +62,7 @@ async def play(
         raise RolloutFailure(_cause_in(body), f"{url}/run answered {response.status}: {text}")
     try:
         reply = orjson.loads(body)
-        return read_reply(task, reply, vocab_size, time.monotonic() - began, sampling.weights_version)
+        return read_reply(task, reply, vocab_size, time.monotonic() - began)
     except TokenMismatch as error:
         raise RolloutFailure("token_mismatch", str(error)) from None
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -79,21 +78,19 @@ def _cause_in(body: bytes) -> Cause:
 
 def request_body(task: Task, sampling: Sampling) -> bytes:
     """The row as it is, with sampling parameters where NeMo Gym has them. `extra_body` goes to the policy
-    with every turn: through it the gateway gets the rollout's seed and a name for this playing of it."""
+    with every turn: through it the gateway gets the rollout's seed and the name of this playing."""
     row = dict(task.row)
     params = copy.copy(row["responses_create_params"])
     params["temperature"] = sampling.temperature
     params["top_p"] = sampling.top_p
     params["max_output_tokens"] = sampling.max_output_tokens
-    extra_body = {"seed": sampling.seed, "play": secrets.token_hex(8)}
+    extra_body = {"seed": sampling.seed, "play": sampling.play}
     params["metadata"] = (params.get("metadata") or {}) | {"extra_body": orjson.dumps(extra_body).decode()}
     row["responses_create_params"] = params
     return orjson.dumps(row)
 
 
-def read_reply(
-    task: Task, reply: dict[str, Any], vocab_size: int, seconds: float, weights_version: int = 0
-) -> Played:
+def read_reply(task: Task, reply: dict[str, Any], vocab_size: int, seconds: float) -> Played:
     """A verified outcome from `/run`'s reply. Raises TokenMismatch; on another shape ValueError, KeyError
     …"""
     response = reply["response"]
@@ -118,7 +115,7 @@ def read_reply(
     if not math.isfinite(reward):
         raise ValueError(f"reward must be finite, got {reward}")
     kept = [{k: v for k, v in item.items() if k not in _TOKEN_FIELDS} for item in items]
-    rollout = Rollout(task, turns, reward, kept, weights_version, {"total": round(seconds, 4)})
+    rollout = Rollout(task, turns, reward, kept, seconds={"total": round(seconds, 4)})
     return Truncated(rollout, limit) if limit else Completed(rollout)
 
 

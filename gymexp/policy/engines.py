@@ -9,7 +9,7 @@ import asyncio
 import logging
 from collections import OrderedDict
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import aiohttp
@@ -39,11 +39,16 @@ class EngineRefusal(Exception):
 
 @dataclass(frozen=True)
 class Generation:
-    """token_ids as sampled, with the end-of-turn token if it was; logprobs of equal length."""
+    """token_ids as sampled, with the end-of-turn token if it was; logprobs of equal length.
+
+    weights_versions: of the weights that sampled the first and the last token, in optimizer steps done. The
+    hf engine says it itself; of vLLM it is what was sent to it last, before and after. None: nobody has said.
+    """
 
     token_ids: list[int]
     logprobs: list[float]
     finish_reason: str
+    weights_versions: tuple[int, int] | None = None
 
 
 class Engines:
@@ -58,20 +63,28 @@ class Engines:
         requests only after `open`, and no more once it went away: it may come back with other weights."""
         self.in_flight = dict.fromkeys((url.rstrip("/") for url in urls), 0)
         self.held = set(self.in_flight) if hold else set[str]()
+        self._versions: dict[str, int] = {}  # of the weights that each engine was sent last
         self._hold = hold
         self._opened = asyncio.Event()
         self._timeout_s = timeout_s
         self._url_of_turn: OrderedDict[int, str] = OrderedDict()
         self._session: aiohttp.ClientSession | None = None
 
-    def open(self, url: str) -> None:
-        """Give it requests."""
+    def open(self, url: str, weights_version: int | None) -> None:
+        """Give it requests. weights_version: of what it samples with, where that is known."""
         self.held.discard(url)
+        self.sent_weights(url, weights_version)
         self._opened.set()
         self._opened = asyncio.Event()
 
+    def sent_weights(self, url: str, version: int | None) -> None:
+        """It samples with weights of that version from now on, unless it went away meanwhile."""
+        if url not in self.held and version is not None:
+            self._versions[url] = version
+
     def hold(self, url: str) -> None:
         """Give it no more requests."""
+        self._versions.pop(url, None)
         self.held.add(url)
 
     async def connect(self, app: web.Application) -> AsyncIterator[None]:
@@ -113,6 +126,7 @@ class Engines:
     async def _ask(self, url: str, payload: bytes) -> Generation:
         assert self._session is not None, "connect first"
         headers = {"Content-Type": "application/json"}
+        first_version = self._versions.get(url)
         self.in_flight[url] += 1
         try:
             async with self._session.post(
@@ -129,7 +143,11 @@ class Engines:
             ill = self._hold and await self._check(url)  # vLLM answers 500 while it goes down
             kind = EngineLost if ill else EngineError
             raise kind(f"engine {url} answered {status}: {_text(body)}")
-        return _read_generation(url, body)
+        generation = _read_generation(url, body)
+        last_version = self._versions.get(url)
+        if generation.weights_versions or first_version is None or last_version is None:
+            return generation
+        return replace(generation, weights_versions=(first_version, last_version))
 
     async def ill(self) -> dict[str, str]:
         """The engines that do not answer their health check, with what they did instead."""
@@ -164,7 +182,9 @@ class Engines:
 
 def _read_generation(url: str, body: bytes) -> Generation:
     try:
-        choice = orjson.loads(body)["choices"][0]
+        answer = orjson.loads(body)
+        choice = answer["choices"][0]
+        last_version = answer.get("weights_version")
         token_ids = choice["token_ids"]
         logprobs = [entry["logprob"] for entry in choice["logprobs"]["content"]]
         finish_reason = choice["finish_reason"]
@@ -176,7 +196,9 @@ def _read_generation(url: str, body: bytes) -> Generation:
         raise EngineError(f"engine {url} gave {len(token_ids)} token_ids and {len(logprobs)} logprobs")
     if finish_reason not in ("stop", "length"):  # vLLM: "abort" when it is paused or its weights are replaced
         raise EngineError(f"engine {url} ended the generation with finish_reason {finish_reason!r}")
-    return Generation(token_ids, logprobs, finish_reason)
+    first_version = answer.get("first_weights_version", last_version)
+    versions = None if last_version is None else (first_version, last_version)
+    return Generation(token_ids, logprobs, finish_reason, versions)
 
 
 def _text(body: bytes) -> str:

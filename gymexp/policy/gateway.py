@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 1 << 28
 CACHED_PROMPTS = 2048
+REMEMBERED_PLAYS = 65536
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ class Gateway:
         self.engines = Engines(config.engine_urls, config.engine_timeout_s, config.hold)
         self.prompts: OrderedDict[bytes, list[int]] = OrderedDict()
         self.seeds = CallSeeds()
+        self.versions: OrderedDict[str, tuple[int, int]] = OrderedDict()  # by play, oldest and newest
         self.stats: dict[str, float] = dict.fromkeys(
             (
                 "requests",
@@ -111,8 +113,15 @@ class Gateway:
     ) -> Generation:
         if (rollout_seed := sampling_params.get("seed")) is None:
             return await self.engines.generate(prompt_ids, sampling_params, continues)
-        with self.seeds.take(chat.read_play(body), rollout_seed, prompt_ids) as seed:
-            return await self.engines.generate(prompt_ids, sampling_params | {"seed": seed}, continues)
+        play = chat.read_play(body)
+        with self.seeds.take(play, rollout_seed, prompt_ids) as seed:
+            generation = await self.engines.generate(prompt_ids, sampling_params | {"seed": seed}, continues)
+        if play is not None and (versions := generation.weights_versions):
+            earlier = self.versions.pop(play, versions)
+            self.versions[play] = (min(*earlier, *versions), max(*earlier, *versions))
+            if len(self.versions) > REMEMBERED_PLAYS:
+                self.versions.popitem(last=False)
+        return generation
 
     def prompt_ids(self, body: dict[str, Any]) -> tuple[list[int], int]:
         """(ids, how many of them are the previous turn's prompt and generation; 0 in a first turn)."""
@@ -161,13 +170,29 @@ class Gateway:
         engines = {"engines": self.engines.in_flight, "held": sorted(self.engines.held)}
         return json_response(self.stats | engines)
 
+    async def read_versions(self, request: web.Request) -> web.Response:
+        """{"plays": […]}: the oldest and the newest weights that sampled in each; null where nobody knows."""
+        plays = chat.read_object(await request.read()).get("plays")
+        if not isinstance(plays, list) or not all(isinstance(play, str) for play in plays):
+            raise chat.BadRequest("plays must be a list of texts")
+        return json_response({"versions": [self.versions.get(play) for play in plays]})
+
     async def change_engine(self, request: web.Request) -> web.Response:
-        """{"url": …, "open": true}: its weights are the policy's; false: they are not, or it is not there."""
+        """{"url": …, "open": true, "weights_version": …}: it holds the policy's weights, of that version.
+        Without "open": it was sent them. "open": false: it holds others, or it is not there."""
         body = chat.read_object(await request.read())
         if (url := body.get("url")) not in self.engines.in_flight:
             raise chat.BadRequest(f"url must be one of {' '.join(self.engines.in_flight)}, got {url!r}")
-        change = self.engines.open if body.get("open") else self.engines.hold
-        change(url)
+        version = body.get("weights_version")
+        match body.get("open"):
+            case True:
+                self.engines.open(url, version)
+            case False:
+                self.engines.hold(url)
+            case None:
+                self.engines.sent_weights(url, version)
+            case other:
+                raise chat.BadRequest(f"open must be true, false or left out, got {other!r}")
         return json_response({"held": sorted(self.engines.held)})
 
 
@@ -184,6 +209,7 @@ def build_app(config: GatewayConfig, tokenizer: Any) -> web.Application:
             web.get("/health", gateway.health),
             web.get("/stats", gateway.read_stats),
             web.post("/engine", gateway.change_engine),
+            web.post("/versions", gateway.read_versions),
         ]
     )
     return app

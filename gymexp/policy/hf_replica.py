@@ -25,6 +25,7 @@ from gymexp.config import from_yaml
 from gymexp.policy.hf import HFEngine
 from gymexp.policy.hf_server import build_app
 from gymexp.policy.model import end_token_ids, load_model, load_tokenizer
+from gymexp.policy.weights import VERSION_KEY
 from gymexp.run.lifeline import die_with_parent
 from gymexp.run.ports import adopt, url_of
 
@@ -56,7 +57,8 @@ class Weights:
             with torch.no_grad(), self._engine.paused():
                 for name, parameter in held.items():
                     parameter.copy_(file.get_tensor(name))
-                self._engine.weights_version += 1  # keys and values of other weights are of no use
+                # What the file says of itself; keys and values of other weights are dropped for it.
+                self._engine.weights_version = int(file.metadata()[VERSION_KEY])
 
     async def _pause(self, _: web.Request) -> web.Response:
         if not self._is_paused:

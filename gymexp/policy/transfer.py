@@ -36,7 +36,7 @@ class DiskTransfer:
 
     def send(self, replicas: Replicas, version: int, specs: TensorSpecs, weights: NamedTensors) -> None:
         target = self._directory / f"{version % 2}"
-        write_weights(target, weights)
+        write_weights(target, weights, version)
         reload_weights(replicas, target)
 
     def forget(self) -> None:

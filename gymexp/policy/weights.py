@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 NamedTensors = Iterator[tuple[str, torch.Tensor]]  # parameters under the names of the model's checkpoint
 TensorSpecs = list[tuple[str, torch.dtype, list[int]]]  # their names, dtypes and shapes, in that order
 PHASE_TIMEOUT_S = 300.0
+VERSION_KEY = "weights_version"
 _HEALTH_TIMEOUT_S = 10.0
 
 
@@ -114,11 +115,18 @@ class WeightSync:
     those back that went away.
 
     directory: for the weights of a replica that is back. sleeps: replicas share their GPUs with the trainer,
-    and give up their memory with `sleep` until the next update.
+    and give up their memory with `sleep` until the next update. first_version: of the weights that replicas
+    begin with; None: unknown.
     """
 
     def __init__(
-        self, replicas: Replicas, transfer: Transfer, gateway_url: str, directory: Path, sleeps: bool = False
+        self,
+        replicas: Replicas,
+        transfer: Transfer,
+        gateway_url: str,
+        directory: Path,
+        sleeps: bool = False,
+        first_version: int | None = 0,
     ) -> None:
         self._replicas = replicas
         self._transfer = transfer
@@ -127,8 +135,9 @@ class WeightSync:
         self._sleeps = sleeps
         self._asleep = False
         self._version: int | None = None  # the last one sent; None: replicas hold what they began with
+        self._first_version = first_version
         for url in replicas.urls:
-            self._tell_gateway(url, is_open=True)
+            self._tell_gateway(url, first_version, open=True)
 
     def update(self, version: int, specs: TensorSpecs, weights: NamedTensors) -> None:
         """Raises ServiceError with replica and phase. Requests wait meanwhile and are not lost."""
@@ -138,6 +147,8 @@ class WeightSync:
         try:
             self._transfer.send(there, version, specs, weights)
             there.post("/reset_prefix_cache")
+            for url in there.urls:
+                self._tell_gateway(url, version)
         finally:
             there.post("/wake_up?tags=kv_cache" if self._asleep else "/resume")
             there.close()
@@ -161,14 +172,15 @@ class WeightSync:
             return
         if self._version is not None:
             self._transfer.forget()
-            write_weights(self._directory, weights())
+            write_weights(self._directory, weights(), self._version)
             reload_weights(back, self._directory)
             back.post("/reset_prefix_cache")
             shutil.rmtree(self._directory)
         back.close()
         for url in back.urls:
             log.info("the engine at %s is back, with the weights of step %s", url, self._version or 0)
-            self._tell_gateway(url, is_open=True)
+            known = self._first_version if self._version is None else self._version
+            self._tell_gateway(url, known, open=True)
 
     def close(self) -> None:
         self._transfer.close()
@@ -180,15 +192,15 @@ class WeightSync:
         for url, reason in self._replicas.ill().items():
             if url not in held:
                 log.warning("the engine at %s is away: %s", url, reason)
-                self._tell_gateway(url, is_open=False)
+                self._tell_gateway(url, None, open=False)
                 held.append(url)
         return [url for url in self._replicas.urls if url not in held]
 
     def _held(self) -> list[str]:
         return self._ask_gateway("/stats")["held"]
 
-    def _tell_gateway(self, url: str, is_open: bool) -> None:
-        self._ask_gateway("/engine", {"url": url, "open": is_open})
+    def _tell_gateway(self, url: str, version: int | None, **state: bool) -> None:
+        self._ask_gateway("/engine", {"url": url, "weights_version": version} | state)
 
     def _ask_gateway(self, path: str, body: dict[str, Any] | None = None) -> Any:
         data = None if body is None else json.dumps(body).encode()
@@ -198,14 +210,14 @@ class WeightSync:
             raise ServiceError(f"the gateway did not answer {path}: {error}") from None
 
 
-def write_weights(directory: Path, weights: NamedTensors) -> None:
-    """A checkpoint's `model.safetensors`."""
+def write_weights(directory: Path, weights: NamedTensors, version: int) -> None:
+    """A checkpoint's `model.safetensors`, which says what version it is."""
     from safetensors.torch import save_file
 
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights}
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt", VERSION_KEY: str(version)})
 
 
 def reload_weights(replicas: Replicas, directory: Path) -> None:

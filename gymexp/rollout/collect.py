@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import secrets
 import threading
 import time
 from collections import Counter
@@ -32,6 +33,7 @@ log = logging.getLogger(__name__)
 _AFTER_FAILURE_S = 0.3
 _CONTROL_LOST_S = 10.0
 _PROGRESS_S = 0.5
+_GATEWAY_TIMEOUT_S = 60.0
 _MEANWHILE_S = 1.0
 
 
@@ -69,6 +71,7 @@ class Collector:
     """`collect` plays tasks and returns their outcomes in order.
 
     replicas: by environment. control_url: the controller, None where nobody supervises the servers.
+    gateway_url: what knows which weights sampled a rollout; None where nobody does.
     report: called about twice a second with the current Progress while a collection runs.
     """
 
@@ -79,6 +82,7 @@ class Collector:
         rollout: RolloutConfig,
         vocab_size: int,
         control_url: str | None = None,
+        gateway_url: str | None = None,
         report: Callable[[Progress], None] = lambda _: None,
     ) -> None:
         self._seats = {
@@ -89,6 +93,7 @@ class Collector:
         self._rollout = rollout
         self._vocab_size = vocab_size
         self._control_url = control_url
+        self._gateway_url = gateway_url
         self._report = report
         self._services: dict[str, dict[str, Any]] = {}
         self._loop = asyncio.new_event_loop()
@@ -103,7 +108,8 @@ class Collector:
         samplings: Sequence[Sampling],
         meanwhile: Callable[[], None] | None = None,
     ) -> list[Outcome]:
-        """Play every task with the sampling of the same index. Raises Stopped after `stop`.
+        """Play every task with the sampling of the same index. Raises Stopped after `stop`, ServiceError for
+        a rollout that was sampled with weights of two versions.
 
         meanwhile: called about once a second, in the caller's thread; what it raises ends the collection.
         """
@@ -210,7 +216,8 @@ class Collector:
             asyncio.create_task(self._one(t, s, progress)) for t, s in zip(tasks, samplings, strict=True)
         ]
         try:
-            return list(await asyncio.gather(*plays))
+            outcomes, names = zip(*await asyncio.gather(*plays), strict=True) if plays else ((), ())
+            return await self._with_versions(outcomes, names)
         finally:
             for one in plays:
                 one.cancel()
@@ -218,20 +225,35 @@ class Collector:
             ticking.cancel()
             self._report(progress)
 
+    async def _with_versions(self, outcomes: Sequence[Outcome], names: Sequence[str]) -> list[Outcome]:
+        """The same with the version of the weights that sampled each. names: of their last playings."""
+        if self._gateway_url is None:
+            return list(outcomes)
+        try:
+            async with (
+                asyncio.timeout(_GATEWAY_TIMEOUT_S),
+                self._http.post(f"{self._gateway_url}/versions", json={"plays": names}) as response,
+            ):
+                versions = orjson.loads(await response.read())["versions"]
+        except (aiohttp.ClientError, TimeoutError, KeyError, ValueError) as error:
+            raise ServiceError(f"the gateway did not say which weights sampled: {error!r}") from None
+        return [_with_version(*pair) for pair in zip(outcomes, versions, strict=True)]
+
     async def _tick(self, progress: Progress) -> None:
         while True:
             self._report(progress)
             await asyncio.sleep(_PROGRESS_S)
 
-    async def _one(self, task: Task, sampling: Sampling, progress: Progress) -> Outcome:
-        """Play one task to its outcome, again where an attempt failed or its server was restarted under
-        it."""
+    async def _one(self, task: Task, sampling: Sampling, progress: Progress) -> tuple[Outcome, str]:
+        """Play one task to its outcome, again where an attempt failed or its server was restarted under it.
+        Returns the name of the last playing, too."""
         env = self._envs[task.env]
         failures: list[RolloutFailure] = []
         async with self._limits[task.env]:
             while True:
                 seat = await self._seat_for(task)
-                attempt = replace(sampling, seed=attempt_seed(sampling.seed, len(failures)))
+                seed = attempt_seed(sampling.seed, len(failures))
+                attempt = replace(sampling, seed=seed, play=secrets.token_hex(8))
                 flight = asyncio.create_task(
                     play(self._http, seat.replica.url, task, attempt, env.timeout_s, self._vocab_size)
                 )
@@ -252,13 +274,15 @@ class Collector:
                 if outcome is not None:
                     progress.done += 1
                     progress.tokens += sum(len(turn.completion_ids) for turn in outcome.rollout.turns)
-                    return replace(outcome, failures=[failure.cause for failure in failures])
+                    played = replace(outcome, failures=[failure.cause for failure in failures])
+                    return played, attempt.play
                 if len(failures) > self._rollout.max_retries:
                     progress.done += 1
                     progress.failed += 1
                     last = failures[-1]
                     causes: list[Cause] = [failure.cause for failure in failures]
-                    return Failed(task, last.cause, last.detail, self._log_for(seat, last), causes)
+                    failed = Failed(task, last.cause, last.detail, self._log_for(seat, last), causes)
+                    return failed, attempt.play
                 progress.retried += 1
                 await asyncio.sleep(_AFTER_FAILURE_S)
 
@@ -302,6 +326,17 @@ class Collector:
     def _log_for(self, seat: _Seat, failure: RolloutFailure) -> str:
         name = "gateway" if failure.cause == "engine" else seat.replica.name
         return self._services.get(name, {}).get("log", "")
+
+
+def _with_version(outcome: Outcome, versions: Sequence[int] | None) -> Outcome:
+    if versions is None or isinstance(outcome, Failed):
+        return outcome
+    oldest, newest = versions
+    if oldest != newest:
+        raise ServiceError(
+            f"{outcome.rollout.task.key} was sampled with the weights of step {oldest} and those of {newest}"
+        )
+    return replace(outcome, rollout=replace(outcome.rollout, weights_version=newest))
 
 
 def check_failed_share(outcomes: Sequence[Outcome], max_share: float) -> None:

@@ -40,13 +40,17 @@ class Turn:
 @dataclass(frozen=True)
 class Rollout:
     """One episode of one task: its turns, its reward, and what was said and done (`items`, NeMo Gym's
-    output)."""
+    output).
+
+    weights_version: optimizer steps behind the weights that sampled it, as the engine says; None where the
+    gateway was restarted and nobody knows any more.
+    """
 
     task: Task
     turns: list[Turn]
     reward: float
     items: list[dict[str, Any]]
-    weights_version: int = 0
+    weights_version: int | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
 

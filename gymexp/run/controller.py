@@ -337,11 +337,11 @@ class Controller:
         trainer_address: str,
     ) -> None:
         replicas = {name: [dataclasses.asdict(r) for r in some] for name, some in layout.replicas.items()}
-        said = {"control_url": control_url, "engine": self._placement.engine, "replicas": replicas}
+        said = {"control_url": control_url, "gateway_url": gateway_url, "replicas": replicas}
+        said["engine"] = self._placement.engine
         if self._placement.in_trainer:
             said["engine_fd"] = at[0].fd
         else:
-            said["gateway_url"] = gateway_url
             said["engine_urls"] = self._engine_urls(at)
             said["shared"] = self._placement.shared
             said["transfer"] = vllm.transfer_of(self._config, self._placement)

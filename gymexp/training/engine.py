@@ -140,8 +140,8 @@ def join_servers(
     started = services["engine"] == "vllm" and not config.engine.urls
     replicas = Replicas(services["engine_urls"], on_cpu=started and device.type == "cpu")
     replicas.wait_healthy(config.engine.start_timeout_s, asked)
-    sync = WeightSync(
-        replicas, transfer, services["gateway_url"], run.path / "weights-again", services["shared"]
-    )
+    first_version = None if config.engine.urls else 0  # servers that gymexp did not start hold any weights
+    again = run.path / "weights-again"
+    sync = WeightSync(replicas, transfer, services["gateway_url"], again, services["shared"], first_version)
     stack.callback(sync.close)
     return ServerSampling(sync, services["shared"])

@@ -149,7 +149,10 @@ def _open_collector(
 
     replicas = {name: [Replica(**r) for r in some] for name, some in services["replicas"].items()}
     control_url = services["control_url"]
-    collector = Collector(replicas, config.env, config.rollout, vocab_size, control_url, teller.progress)
+    gateway_url = services["gateway_url"]
+    collector = Collector(
+        replicas, config.env, config.rollout, vocab_size, control_url, gateway_url, teller.progress
+    )
     stack.callback(collector.close)
     threading.Thread(target=lambda: (asked.wait(), collector.stop()), daemon=True).start()
     return collector

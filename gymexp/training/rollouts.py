@@ -16,10 +16,11 @@ import orjson
 import zstandard
 
 from gymexp.config import RunConfig
+from gymexp.errors import ServiceError
 from gymexp.gym.client import Sampling
 from gymexp.rollout.batch import build_batch
 from gymexp.rollout.collect import Collector, check_failed_share
-from gymexp.rollout.outcome import Outcome, Task, outcome_to_json
+from gymexp.rollout.outcome import Failed, Outcome, Task, outcome_to_json
 from gymexp.training.metrics import flat_groups, rollout_metrics
 
 if TYPE_CHECKING:
@@ -54,6 +55,16 @@ def on_main_rank(accelerator: Accelerator, work: Callable[[], T]) -> T:
     if box[1] is not None:
         raise box[1]
     return box[0]
+
+
+def check_weights(outcomes: Sequence[Outcome], version: int) -> None:
+    """Raises ServiceError for a rollout that an engine sampled with weights of another version."""
+    for outcome in outcomes:
+        if not isinstance(outcome, Failed) and outcome.rollout.weights_version not in (None, version):
+            raise ServiceError(
+                f"{outcome.rollout.task.key} was sampled with the weights of step "
+                f"{outcome.rollout.weights_version}, where the policy's are those of step {version}"
+            )
 
 
 class Rollouts:
@@ -117,13 +128,13 @@ class Rollouts:
                     trainer.get("top_p", 1.0),
                     env.max_output_tokens,
                     seed_of(self._config.seed, step, key, index),
-                    weights_version,
                 )
             )
         with self._engine.sampling(weights_version):
             tasks = [self._tasks[key] for key in keys]
             outcomes = self._collector.collect(tasks, samplings, self._engine.tend)
         check_failed_share(outcomes, self._config.rollout.max_failed_share)
+        check_weights(outcomes, weights_version)
         return outcomes
 
     def _for_all_ranks(self, prompts: list[str], trainer: PolicyTrainer, step: int) -> list[Outcome]:

@@ -508,3 +508,48 @@ def test_ids_survive_nemo_gyms_own_conversion(tmp_path, gym_python):
         results = "\n<tool_response>\ntwo mails\n</tool_response>" * len(first.get("tool_calls", []))
         expected = f"\n<|im_start|>user{results}<|im_end|>\n" if results else "<|im_end|>\n"
         assert tail == expected + "<|im_start|>assistant\n"
+
+
+def test_which_weights_sampled_a_rollout_is_what_its_engine_said():
+    async def run():
+        engine = FakeEngine("Grid" + END, "Grid" + END)
+        async with engine.serve() as url, gateway(url) as http:
+            await chat(http, seed=1, play="first")
+            await chat(http, seed=1)
+            async with http.post("/versions", json={"plays": ["first", "unheard of"]}) as response:
+                return await response.json()
+
+    assert asyncio.run(run()) == {"versions": [[3, 3], None]}
+
+
+class SilentEngine(FakeEngine):
+    """As vLLM up to 0.31: it does not say which weights sampled."""
+
+    async def generate(self, request):
+        answer = await super().generate(request)
+        body = {k: v for k, v in json.loads(answer.body).items() if k != "weights_version"}
+        return web.json_response(body)
+
+
+def test_of_an_engine_that_says_no_version_it_is_what_was_sent_to_it_before_and_during_the_rollout():
+    async def run():
+        engine = SilentEngine(*["Grid" + END] * 4)
+        async with engine.serve() as url, gateway(url, hold=True) as http:
+
+            async def tell(**change):
+                async with http.post("/engine", json={"url": url} | change) as response:
+                    assert response.status == 200
+
+            await tell(open=True, weights_version=4)
+            await chat(http, seed=1, play="old")
+            await chat(http, seed=1, play="both")
+            await tell(weights_version=5)
+            await chat(http, seed=2, play="both")
+            await tell(open=False)
+            await tell(weights_version=6)  # it went away while they were sent
+            await tell(open=True)
+            await chat(http, seed=3, play="unknown")
+            async with http.post("/versions", json={"plays": ["old", "both", "unknown"]}) as response:
+                return await response.json()
+
+    assert asyncio.run(run()) == {"versions": [[4, 4], [4, 5], None]}

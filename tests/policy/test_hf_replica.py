@@ -74,6 +74,7 @@ def test_it_samples_with_the_models_weights_then_with_those_that_it_is_sent(repl
         replicas.post("/reset_prefix_cache")
         replicas.post("/resume")
         assert distance(model, replicas) < 1e-4
+        assert replicas.get("/stats")[0]["weights_version"] == version
 
 
 def test_what_is_sampled_waits_while_it_is_paused_however_often_that_is_said(replicas):

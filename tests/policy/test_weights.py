@@ -54,6 +54,7 @@ class Gateway:
 
     def __init__(self, urls: list[str]) -> None:
         self.held = list(urls)
+        self.versions: dict[str, int | None] = {}
 
     def app(self) -> web.Application:
         app = web.Application()
@@ -65,7 +66,9 @@ class Gateway:
 
     async def change(self, request: web.Request) -> web.Response:
         body = await request.json()
-        self.held = [url for url in self.held if url != body["url"]] + [body["url"]] * (not body["open"])
+        if "open" in body:
+            self.held = [url for url in self.held if url != body["url"]] + [body["url"]] * (not body["open"])
+        self.versions[body["url"]] = body["weights_version"]
         return web.json_response({})
 
 
@@ -106,9 +109,11 @@ def weights(value: float) -> tuple[TensorSpecs, NamedTensors]:
     return [(name, tensor.dtype, list(tensor.shape)) for name, tensor in named], iter(named)
 
 
-def test_every_replica_is_paused_given_the_weights_and_let_go_on(two):
+def test_every_replica_is_paused_given_the_weights_and_let_go_on(site, two):
     sync, servers, _ = two
+    assert set(site.gateway.versions.values()) == {0}
     sync.update(3, *weights(1.5))
+    assert set(site.gateway.versions.values()) == {3}
     for server in servers:
         assert server.asked == ["pause?mode=keep", "collective_rpc", "reset_prefix_cache", "resume"]
         assert server.loaded["a.weight"].shape == (3, 2)
@@ -148,7 +153,7 @@ def test_a_replica_that_is_away_is_left_out_and_has_the_policys_weights_before_i
     sync.tend(lambda: weights(2.0)[1])
     assert second.asked == ["collective_rpc", "reset_prefix_cache"] and first.asked == []
     assert set(second.loaded["b.weight"].tolist()) == {2.0}
-    assert site.gateway.held == []
+    assert site.gateway.held == [] and set(site.gateway.versions.values()) == {2}
     sync.tend(lambda: pytest.fail("all is well: no weights are asked for"))
 
 
@@ -157,6 +162,14 @@ def test_one_that_comes_back_before_any_weights_were_sent_has_the_right_ones(sit
     site.gateway.held = [site.replicas.urls[0]]
     sync.tend(lambda: pytest.fail("no weights are needed"))
     assert site.gateway.held == [] and site.servers[0].asked == []
+    assert set(site.gateway.versions.values()) == {0}
+
+
+def test_of_servers_that_gymexp_did_not_start_nobody_knows_what_they_hold_until_it_is_sent(site):
+    sync = site.sync(first_version=None)
+    assert set(site.gateway.versions.values()) == {None}
+    sync.update(0, *weights(1.0))
+    assert set(site.gateway.versions.values()) == {0}
 
 
 def test_with_nobody_there_an_update_still_walks_over_the_weights_which_is_every_ranks(site):

@@ -114,6 +114,7 @@ def playing(
     more: Behave | None = None,
     env: dict | None = None,
     rollout: dict | None = None,
+    gateway: web.Application | None = None,
     report: Callable[[Progress], None] = lambda _: None,
 ):
     """A collector of one environment, with one replica, or two where `more` says how the second behaves."""
@@ -130,12 +131,14 @@ def playing(
             names = [s if index == 0 else f"{s}-{index}" for s in services]
             replicas.append(Replica(names[0], "a", url, names, names[:1]))
         control_url = stack.enter_context(serving(controller.app())) if controller else None
+        gateway_url = stack.enter_context(serving(gateway)) if gateway else None
         collector = Collector(
             {"e": replicas},
             {"e": config},
             RolloutConfig(**({"max_retries": 2} | (rollout or {}))),
             VOCAB_SIZE,
             control_url,
+            gateway_url,
             report,
         )
         stack.callback(collector.close)
@@ -397,6 +400,48 @@ def in_background(collector: Collector, count: int) -> tuple[threading.Thread, l
     thread = threading.Thread(target=lambda: outcomes.extend(play(collector, count)), daemon=True)
     thread.start()
     return thread, outcomes
+
+
+def gateway_that_says(versions_of: Callable[[list[str]], object]) -> web.Application:
+    async def versions(request: web.Request) -> web.Response:
+        return web.json_response({"versions": versions_of((await request.json())["plays"])})
+
+    app = web.Application()
+    app.add_routes([web.post("/versions", versions)])
+    return app
+
+
+def test_a_rollout_says_which_weights_sampled_it_as_the_gateway_knows_by_the_name_of_its_last_playing():
+    async def at_second_try(key: str, attempt: int) -> Answer:
+        return reply() if attempt == 2 else (500, "first try")
+
+    asked: list[str] = []
+
+    def versions_of(plays: list[str]) -> list[list[int] | None]:
+        asked.extend(plays)
+        return [[7, 7], [7, 7], None]
+
+    with playing(at_second_try, gateway=gateway_that_says(versions_of)) as (collector, agent):
+        outcomes = play(collector, 3)
+    assert [outcome.rollout.weights_version for outcome in outcomes] == [7, 7, None]
+    assert set(asked) == {name for _, name in drawn(agent)[-3:]}
+
+
+def test_a_rollout_of_weights_of_two_versions_ends_the_run():
+    mixed = gateway_that_says(lambda plays: [[6, 7] for _ in plays])
+    with (
+        playing(fine, gateway=mixed) as (collector, _),
+        pytest.raises(ServiceError, match="sampled with the weights of step 6 and those of 7"),
+    ):
+        play(collector, 1)
+
+
+def test_a_gateway_that_does_not_say_which_weights_sampled_ends_the_run():
+    with (
+        playing(fine, gateway=web.Application()) as (collector, _),
+        pytest.raises(ServiceError, match="the gateway did not say which weights sampled"),
+    ):
+        play(collector, 1)
 
 
 def test_a_rollout_whose_server_was_restarted_is_played_again_and_is_no_failure():

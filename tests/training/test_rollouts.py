@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gymexp.config import EnvConfig, ModelConfig, RunConfig
-from gymexp.errors import RolloutError
+from gymexp.errors import RolloutError, ServiceError
 from gymexp.rollout.outcome import Completed, Failed, Rollout, Task, Turn
 from gymexp.training.rollouts import Rollouts, seed_of
 
@@ -21,7 +21,8 @@ TASKS = {key: Task(key, "e", "a", {"large": "row"}) for key in ("e/train/0", "e/
 class Collector:
     """Plays at once; says what it was asked, and whether the engine was sampling."""
 
-    def __init__(self, fail: bool = False) -> None:
+    def __init__(self, fail: bool = False, version: int | None = None) -> None:
+        self.version = version
         self.samplings: list = []
         self.sampling = False
         self.fail = fail
@@ -31,7 +32,7 @@ class Collector:
         self.samplings.append(samplings)
         if self.fail:
             return [Failed(task, "engine", "gone", "logs/gateway.log") for task in tasks]
-        return [Completed(Rollout(task, [Turn([1], [2], [-0.5])], 1.0, [])) for task in tasks]
+        return [Completed(Rollout(task, [Turn([1], [2], [-0.5])], 1.0, [], self.version)) for task in tasks]
 
 
 def rollouts(collector: Collector, directory, **settings) -> Rollouts:
@@ -88,8 +89,14 @@ def test_held_out_tasks_are_played_with_the_same_seeds_every_time(tmp_path):
         plays.play(["e/train/0", "e/train/1"], version, 1.0, held_out=True)
     first, second = collector.samplings
     assert [one.seed for one in first] == [one.seed for one in second]
-    assert (first[0].weights_version, second[0].weights_version) == (0, 30)
     assert collector.samplings[0][0].top_p == 0.9
+
+
+def test_rollouts_of_other_weights_than_the_policys_end_the_run(tmp_path):
+    plays = rollouts(Collector(version=4), tmp_path)
+    assert plays.play(["e/train/0"], 4, 1.0, held_out=True)
+    with pytest.raises(ServiceError, match=r"e/train/0 was sampled with the weights of step 4, .* of step 5"):
+        plays.play(["e/train/0"], 5, 1.0, held_out=True)
 
 
 def test_too_many_failures_end_the_run_and_the_engine_rests_again(tmp_path):
