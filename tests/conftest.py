@@ -45,8 +45,8 @@ def started(folder: Path) -> Iterator[Callable[..., Run]]:
     """Starts a run; what a failed test leaves of it is ended."""
     runs: list[Run] = []
 
-    def start(name: str, *overrides: str, resume: bool = False) -> Run:
-        runs.append(Run(folder / name, *overrides, resume=resume))
+    def start(name: str, *overrides: str, resume: bool = False, own: Path | None = None) -> Run:
+        runs.append(Run(folder / name, *overrides, resume=resume, own=own))
         return runs[-1]
 
     yield start  # pytest comes back here after a failure too

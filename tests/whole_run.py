@@ -40,11 +40,16 @@ PATIENCE_S = 300
 class Run:
     """A run in a process of its own. `descendants`: every process it ever had below it, as far as seen."""
 
-    def __init__(self, directory: Path, *overrides: str, resume: bool = False) -> None:
+    def __init__(
+        self, directory: Path, *overrides: str, resume: bool = False, own: Path | None = None
+    ) -> None:
+        """own: a working directory with servers of the user's own, and options for these in its conf/."""
         self.directory = directory
         directory.parent.mkdir(parents=True, exist_ok=True)
         self.output = directory.parent / f"{directory.name}.{len(list(directory.parent.iterdir()))}.txt"
         where = [f"resume={directory}"] if resume else [f"hydra.run.dir='{directory}'", *OVERRIDES]
+        if own:
+            where = ["--config-dir", str(own / "conf"), f"hydra.run.dir='{directory}'"]
         hydra = [f"hydra.run.dir='{directory.parent / 'hydra'}'"] if resume else []
         with self.output.open("w") as out:
             self.process = subprocess.Popen(
@@ -52,7 +57,7 @@ class Run:
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=out,
-                cwd=ROOT,
+                cwd=own or ROOT,
                 env=os.environ | NO_WAY_OUT,
                 start_new_session=True,
             )
