@@ -7,30 +7,24 @@ import json
 import os
 import re
 import signal
-import sys
 import time
 import urllib.request
 from pathlib import Path
 
 import pytest
-from vllm_cpu import ensure_vllm
+from vllm_cpu import vllm_here
 from whole_run import BATCH, STEPS, Run
-
-from gymexp.run.directory import cache_dir
 
 pytestmark = [
     pytest.mark.e2e,
     pytest.mark.vllm,
     pytest.mark.timeout(900),
-    pytest.mark.skipif(sys.platform != "linux", reason="vllm-cpu is built for Linux"),
 ]
 
 
 @pytest.fixture(scope="session")
 def vllm_python() -> Path:
-    if " " in f"{cache_dir()}{sys.prefix}":
-        pytest.skip("vLLM's and torch's compilers split paths at spaces")
-    return ensure_vllm(cache_dir())
+    return vllm_here()
 
 
 @pytest.fixture

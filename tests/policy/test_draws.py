@@ -9,18 +9,16 @@ from itertools import pairwise
 
 import pytest
 import torch
-from chat_tokenizers import build_tokenizer
+from conversing import TOKENIZER, build_model, converse
 from hypothesis import given
 from hypothesis import strategies as st
 from repeats import Repeats, repeats_beyond_chance
 from test_gateway import FakeEngine, chat, gateway
-from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from gymexp.policy.draws import CallSeeds, attempt_seed, call_seed
 from gymexp.policy.hf import HFEngine
 from gymexp.policy.hf_server import serve
 
-TOKENIZER = build_tokenizer("qwen3")
 END = "<|im_end|>"
 IDS = st.lists(st.integers(0, 300_000), max_size=40)
 
@@ -115,36 +113,7 @@ def test_every_turn_of_a_rollout_is_sampled_with_a_seed_of_its_own_and_the_same_
 
 @pytest.fixture(scope="module")
 def model():
-    """Its distribution depends little on what came before: draws with a shared seed repeat each other."""
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=len(TOKENIZER),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        max_position_embeddings=512,
-        tie_word_embeddings=False,
-    )
-    model = Qwen3ForCausalLM(config).eval()
-    with torch.no_grad():
-        model.model.embed_tokens.weight.normal_(1.0, 0.3)
-        model.lm_head.weight.normal_(0.0, 0.35)
-    return model
-
-
-async def play(http, index: int, seed: int, play: str, turns: int = 3) -> list[dict]:
-    """The sampled messages of one conversation with the policy."""
-    messages = [{"role": "user", "content": f"Puzzle {index % 7}."}]
-    sampled = []
-    for _ in range(turns):
-        status, answer = await chat(http, messages, seed=seed, play=play, max_tokens=8)
-        assert status == 200, answer
-        sampled.append(answer["choices"][0]["message"])
-        messages = [*messages, sampled[-1], {"role": "user", "content": "And now?"}]
-    return sampled
+    return build_model()
 
 
 def sample(model, seeds: dict[str, int]) -> dict[str, list[dict]]:
@@ -154,7 +123,7 @@ def sample(model, seeds: dict[str, int]) -> dict[str, list[dict]]:
 
     async def run() -> list[list[dict]]:
         async with gateway(server.url) as http:
-            plays = [play(http, i, seed, name) for i, (name, seed) in enumerate(seeds.items())]
+            plays = [converse(http, i, seed, name) for i, (name, seed) in enumerate(seeds.items())]
             return await asyncio.gather(*plays)
 
     try:
