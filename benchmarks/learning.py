@@ -3,9 +3,10 @@
     python benchmarks/learning.py docs/results/NAME RUN_DIR RUN_DIR RUN_DIR
 
 A RUN_DIR is what gymexp.train leaves: outputs/<name>/<date_time>. Written are summary.md, held_out.svg,
-training.svg and, for each run, seed_<n>/ with what these are made of: metrics.jsonl as it is, versions.txt
-with the commit, config.yaml and overrides.yaml. In the last two an absolute path is shortened to
-<machine>/<its last part>: the rest says nothing elsewhere.
+training.svg and, for each run, seed_<n>/ with what these are made of: metrics.jsonl as it is, held_out.csv
+with the reward of each held-out task in the first and the last evaluation, versions.txt with the commit,
+config.yaml and overrides.yaml. In the last two an absolute path is shortened to <machine>/<its last part>: the
+rest says nothing elsewhere.
 """
 
 from __future__ import annotations
@@ -19,9 +20,12 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import orjson
+import zstandard
 from omegaconf import OmegaConf
 
 from gymexp.errors import GymexpError
@@ -31,7 +35,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-FILES = ("metrics.jsonl", "result.json", "config.yaml", "overrides.yaml", "versions.txt")
+FILES = ("metrics.jsonl", "result.json", "config.yaml", "overrides.yaml", "versions.txt", "rollouts")
 MAY_DIFFER = re.compile(r"seed|dataset\.seed|name|resume|output_dir|(tracker|gym|placement)(\..*)?")
 PATH = re.compile(r"(?:(?<=file://)|(?<![\w.<>}~/-]))~?/(?=[\w.])[^\s'\",\[\]{}]*")
 RATIO = "sampling/importance_sampling_ratio/mean"
@@ -61,11 +65,16 @@ class Run:
     config: dict[str, Any]
     lines: list[dict[str, Any]]
 
+    @property
+    def evaluated(self) -> list[int]:
+        """The steps of its evaluations, in order."""
+        return sorted({line["step"] for line in self.lines if any(key.startswith("eval_") for key in line)})
+
 
 def read_run(directory: Path) -> Run:
     """Raises GymexpError unless the directory holds a run that came to its end and logged each step."""
     for name in FILES:
-        if not (directory / name).is_file():
+        if not (directory / name).exists():
             raise GymexpError(
                 f"RUN_DIR must hold {name}, {directory} does not: name a finished run's directory"
             )
@@ -150,6 +159,44 @@ def smooth(values_NS: np.ndarray, width: int) -> np.ndarray:
     return np.stack(means, axis=1)
 
 
+def read_held_out(run: Run) -> dict[str, list[float | None]]:
+    """{task key: [reward before, reward after]} of the first and the last evaluation; None for a failure."""
+    rewards: dict[str, list[float | None]] = {}
+    for place, step in enumerate((run.evaluated[0], run.evaluated[-1])):
+        packed = (run.directory / "rollouts" / f"eval-{step:06d}.jsonl.zst").read_bytes()
+        for line in zstandard.decompress(packed).splitlines():
+            record = orjson.loads(line)
+            task = (record.get("rollout") or record)["task"]["key"]
+            rewards.setdefault(task, [None, None])[place] = (record.get("rollout") or {}).get("reward")
+    return rewards
+
+
+def paired_changes(runs: Sequence[Run], env: str) -> np.ndarray:
+    """(N, T): after less before, of each run and each held-out task that no run failed at."""
+    held_out = [read_held_out(run) for run in runs]
+    tasks = [task for task in held_out[0] if task.startswith(f"{env}/")]
+    whole = [task for task in tasks if all(None not in rewards.get(task, [None]) for rewards in held_out)]
+    pairs: Any = [[rewards[task] for task in whole] for rewards in held_out]
+    return np.diff(np.array(pairs, float), axis=2)[:, :, 0]
+
+
+def margin(changes_T: np.ndarray) -> float:
+    """Half of the 95 % interval of a mean over tasks: Student's t on paired differences."""
+    num = len(changes_T)
+    return student_t(0.975, num - 1) * changes_T.std(ddof=1) / math.sqrt(num)
+
+
+def student_t(probability: float, df: int) -> float:
+    """The quantile, for df >= 20 to 1e-4. Source: Abramowitz and Stegun, formula 26.7.5."""
+    z = NormalDist().inv_cdf(probability)
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+    )
+    return z + sum(term / df**power for power, term in enumerate(terms, 1))
+
+
 def count_rollouts(runs: Sequence[Run], prefix: str) -> dict[str, float]:
     """How many rollouts there were, and what went wrong in them; NaN for what older runs did not count.
 
@@ -176,6 +223,8 @@ def copy_run(run: Run, target: Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(run.directory / "metrics.jsonl", target / "metrics.jsonl")
     shutil.copyfile(run.directory / "config.yaml", target / "config.yaml")
+    rows = [",".join([task, *map(_shown, pair)]) for task, pair in sorted(read_held_out(run).items())]
+    (target / "held_out.csv").write_text("\n".join(["task,before,after", *rows]) + "\n")
     if (config := without_paths(run.config)) != run.config:
         note = "# Absolute paths are shortened to <machine>/<last part>.\n"
         (target / "config.yaml").write_text(note + OmegaConf.to_yaml(OmegaConf.create(config)))
@@ -188,18 +237,24 @@ def copy_run(run: Run, target: Path) -> None:
     (target / "versions.txt").write_text(versions)
 
 
+def _shown(reward: float | None) -> str:
+    return "" if reward is None else f"{reward:.6g}"
+
+
 def build_summary(name: str, runs: Sequence[Run]) -> str:
     rows, steps = [], []
     for env in runs[0].config["env"]:
         steps, rewards_NS = series(runs, f"eval_{env}/reward")
         columns_3N = np.stack([rewards_NS[:, 0], rewards_NS[:, -1], rewards_NS[:, -1] - rewards_NS[:, 0]])
-        for run, (before, after, change) in zip(runs, columns_3N.T, strict=True):
-            rows.append(f"| {env} | {run.seed} | {before:.3f} | {after:.3f} | {change:+.3f} |")
+        changes_NT = paired_changes(runs, env)
+        for run, (before, after, change), changes_T in zip(runs, columns_3N.T, changes_NT, strict=True):
+            changed = f"{change:+.3f} ± {margin(changes_T):.3f}"
+            rows.append(f"| {env} | {run.seed} | {before:.3f} | {after:.3f} | {changed} |")
         before, after, change = columns_3N.mean(axis=1)
         spread = [f" ({one:.3f})" if len(runs) > 1 else "" for one in deviation(columns_3N.T)]
         rows.append(
             f"| **{env}** | **mean** | **{before:.3f}{spread[0]}** | **{after:.3f}{spread[1]}** | "
-            f"**{change:+.3f}{spread[2]}** |"
+            f"**{change:+.3f} ± {margin(changes_NT.mean(axis=0)):.3f}{spread[2]}** |"
         )
     trained, held_out = count_rollouts(runs, ""), count_rollouts(runs, "eval_")
     counts = "\n".join(
@@ -214,7 +269,8 @@ def build_summary(name: str, runs: Sequence[Run]) -> str:
     table = "\n".join(rows)
     return f"""# {name}
 
-Mean reward on held-out tasks; in parentheses the standard deviation over seeds (n - 1).
+Mean reward on held-out tasks. ±: the 95 % interval of the change over tasks, paired (Student's t; for the mean
+of seeds, of each task's mean). In parentheses the standard deviation over seeds (n - 1).
 
 | environment | seed | step {steps[0]} | step {steps[-1]} | change |
 |---|---|---|---|---|
