@@ -5,8 +5,8 @@
 A RUN_DIR is what gymexp.train leaves: outputs/<name>/<date_time>. Written are summary.md, held_out.svg,
 training.svg and, for each run, seed_<n>/ with what these are made of: metrics.jsonl as it is, held_out.csv
 with the reward of each held-out task in the first and the last evaluation, versions.txt with the commit,
-config.yaml and overrides.yaml. In the last two an absolute path is shortened to <machine>/<its last part>: the
-rest says nothing elsewhere.
+config.yaml and overrides.yaml. In the last two an absolute path is shortened to <machine>/<its last part>, as
+the rest says nothing elsewhere.
 """
 
 from __future__ import annotations
@@ -269,8 +269,8 @@ def build_summary(name: str, runs: Sequence[Run]) -> str:
     table = "\n".join(rows)
     return f"""# {name}
 
-Mean reward on held-out tasks. ±: the 95 % interval of the change over tasks, paired (Student's t; for the mean
-of seeds, of each task's mean). In parentheses the standard deviation over seeds (n - 1).
+Mean reward on held-out tasks. ±: the 95 % interval of the change over tasks, paired (Student's t; for the
+mean of seeds, of each task's mean). In parentheses the standard deviation over seeds (n - 1).
 
 | environment | seed | step {steps[0]} | step {steps[-1]} | change |
 |---|---|---|---|---|
