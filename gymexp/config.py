@@ -157,7 +157,7 @@ class RolloutConfig:
     truncated: str = "scored"  # scored: trained on with the environment's reward; masked: no gradient
     drift_every: int = 20  # optimizer steps between two checks of log-probabilities and draws
     # mean absolute difference of the trainer's and the engine's log-probabilities (nats), in any environment,
-    # that ends the run; None: 0.002 in float32, 0.02 in bfloat16 and float16
+    # that ends the run; None: 0.001 in float32, 0.02 in bfloat16 and float16
     max_drift: float | None = None
 
 

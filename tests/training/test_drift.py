@@ -93,8 +93,8 @@ def config(dtype: str = "bfloat16", max_drift: float | None = None) -> RunConfig
     [
         ("bfloat16", None, 0.01, False),
         ("bfloat16", None, 0.03, True),
-        ("float32", None, 0.001, False),
-        ("float32", None, 0.01, True),
+        ("float32", None, 0.0005, False),
+        ("float32", None, 0.002, True),
         ("float32", 0.05, 0.01, False),
         ("bfloat16", 0.001, 0.01, True),
         ("bfloat16", None, math.nan, True),
