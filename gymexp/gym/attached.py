@@ -64,7 +64,11 @@ def replicas_of(head: Mapping[str, Any], envs: Mapping[str, EnvConfig]) -> dict[
                 f"{nearest(env.agent, list(agents))}. They have: {', '.join(agents) or 'none'}"
             )
         at = agents[env.agent]
-        found[name] = [Replica(env.agent, env.agent, f"http://{at['host']}:{at['port']}", ["gym"], [])]
+        found[name] = [
+            Replica(
+                env.agent, env.agent, f"http://{at['host']}:{at['port']}", ["gym"], [], at.get("max_steps")
+            )
+        ]
     return found
 
 

@@ -43,9 +43,16 @@ class RolloutFailure(Exception):
 
 
 async def play(
-    http: aiohttp.ClientSession, url: str, task: Task, sampling: Sampling, timeout_s: float, vocab_size: int
+    http: aiohttp.ClientSession,
+    url: str,
+    task: Task,
+    sampling: Sampling,
+    timeout_s: float,
+    vocab_size: int,
+    max_steps: int | None = None,
 ) -> Played:
-    """One attempt at `task` with the agent at `url`. Raises RolloutFailure."""
+    """One attempt at `task` with the agent at `url`, whose limit of turns is max_steps. Raises
+    RolloutFailure."""
     began = time.monotonic()
     try:
         async with asyncio.timeout(timeout_s):
@@ -62,7 +69,7 @@ async def play(
         raise RolloutFailure(_cause_in(body), f"{url}/run answered {response.status}: {text}")
     try:
         reply = orjson.loads(body)
-        return read_reply(task, reply, vocab_size, time.monotonic() - began)
+        return read_reply(task, reply, vocab_size, time.monotonic() - began, max_steps)
     except TokenMismatch as error:
         raise RolloutFailure("token_mismatch", str(error)) from None
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -90,9 +97,13 @@ def request_body(task: Task, sampling: Sampling) -> bytes:
     return orjson.dumps(row)
 
 
-def read_reply(task: Task, reply: dict[str, Any], vocab_size: int, seconds: float) -> Played:
-    """A verified outcome from `/run`'s reply. Raises TokenMismatch; on another shape ValueError, KeyError
-    …"""
+def read_reply(
+    task: Task, reply: dict[str, Any], vocab_size: int, seconds: float, max_steps: int | None = None
+) -> Played:
+    """A verified outcome from `/run`'s reply. Raises TokenMismatch; on another shape ValueError, KeyError …
+
+    max_steps: the agent's limit of model turns, None where it has none.
+    """
     response = reply["response"]
     items = response["output"]
     turns = []
@@ -109,7 +120,7 @@ def read_reply(task: Task, reply: dict[str, Any], vocab_size: int, seconds: floa
             else "the policy's answer has no token ids",
         )
     verify_turns(turns, vocab_size)
-    if limit is None and items[-1].get("type") != "message":
+    if limit is None and _ran_out_of_turns(reply, items, len(turns), max_steps):
         limit = "turns"
     reward = float(reply["reward"])
     if not math.isfinite(reward):
@@ -117,6 +128,22 @@ def read_reply(task: Task, reply: dict[str, Any], vocab_size: int, seconds: floa
     kept = [{k: v for k, v in item.items() if k not in _TOKEN_FIELDS} for item in items]
     rollout = Rollout(task, turns, reward, kept, seconds={"total": round(seconds, 4)})
     return Truncated(rollout, limit) if limit else Completed(rollout)
+
+
+def _ran_out_of_turns(
+    reply: dict[str, Any], items: list[dict[str, Any]], num_turns: int, max_steps: int | None
+) -> bool:
+    """Whether a limit ended the episode, not policy or environment.
+
+    An agent may say it (`truncated`, `terminated`: NeMo Gym's gymnasium_agent). Otherwise one that has
+    reached its limit was ended by it, unless the policy's last act was to say something, or to call a tool
+    that its agent does not run.
+    """
+    if reply.get("truncated") or reply.get("terminated"):
+        return bool(reply.get("truncated"))
+    if max_steps is None or num_turns < max_steps:
+        return False
+    return items[-1].get("type") not in ("message", "function_call")
 
 
 _TOKEN_FIELDS = frozenset(("prompt_token_ids", "generation_token_ids", "generation_log_probs"))

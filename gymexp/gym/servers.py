@@ -39,6 +39,7 @@ class Replica:
     url: str
     services: list[str]
     resources: list[str]  # those of them that are resources servers
+    max_steps: int | None = None  # the agent's limit of model turns
 
 
 @dataclass
@@ -94,7 +95,9 @@ def plan(
                 urls[old] = add(new, kind, implementation, values)
             services = [*names.values(), model]
             resources = [new for new in names.values() if KINDS[0] in layout.config[new]]
-            replica = Replica(names[env.agent], env.agent, urls[env.agent], services, resources)
+            _, _, agent = _server_of(layout.config[names[env.agent]])
+            limit = agent.get("max_steps")
+            replica = Replica(names[env.agent], env.agent, urls[env.agent], services, resources, limit)
             layout.replicas[env_name].append(replica)
     return layout
 

@@ -25,6 +25,7 @@ from gymexp.errors import TokenMismatch
 from gymexp.policy import chat, tokens
 from gymexp.policy.draws import CallSeeds
 from gymexp.policy.engines import EngineError, EngineRefusal, Engines, Generation
+from gymexp.policy.model import end_token_ids
 from gymexp.run.lifeline import die_with_parent
 from gymexp.run.ports import adopt, listen, url_of
 
@@ -38,13 +39,15 @@ REMEMBERED_PLAYS = 65536
 @dataclass(frozen=True)
 class GatewayConfig:
     """max_model_len: prompt + generation, in tokens. engine_timeout_s: for one generation, the wait for an
-    engine included. hold: see `Engines`."""
+    engine included. hold: see `Engines`. stop_token_ids: what ends a generation; None: what the tokenizer and
+    its chat template say."""
 
     engine_urls: tuple[str, ...]
     model_name: str = "policy"
     max_model_len: int | None = None
     engine_timeout_s: float = 1800.0
     hold: bool = False
+    stop_token_ids: tuple[int, ...] | None = None
 
 
 class Gateway:
@@ -58,7 +61,8 @@ class Gateway:
         )  # imports transformers; load_tokenizer keeps torch out first
 
         self.parser = ReplyParser(tokenizer)
-        self.stop_token_ids = tokens.end_of_turn_ids(tokenizer)
+        stops = config.stop_token_ids
+        self.stop_token_ids = tokens.end_of_turn_ids(tokenizer) if stops is None else list(stops)
         self.engines = Engines(config.engine_urls, config.engine_timeout_s, config.hold)
         self.prompts: OrderedDict[bytes, list[int]] = OrderedDict()
         self.seeds = CallSeeds()
@@ -268,10 +272,16 @@ def main() -> None:
     )
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    tokenizer = load_tokenizer(args.tokenizer)
     config = GatewayConfig(
-        tuple(args.engine_url), args.model_name, args.max_model_len, args.engine_timeout_s, args.hold
+        tuple(args.engine_url),
+        args.model_name,
+        args.max_model_len,
+        args.engine_timeout_s,
+        args.hold,
+        tuple(end_token_ids(tokenizer, args.tokenizer)),
     )
-    app = build_app(config, load_tokenizer(args.tokenizer))
+    app = build_app(config, tokenizer)
     sock = listen(args.host, args.port, "--port") if args.fd is None else adopt(args.fd)
     log.info("gateway on %s, engines %s", url_of(sock), " ".join(config.engine_urls))
     web.run_app(

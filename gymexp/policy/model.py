@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from gymexp.config import ModelConfig
 from gymexp.errors import ConfigError
+from gymexp.policy.tokens import end_of_turn_ids
 
 if TYPE_CHECKING:
     import torch
@@ -100,21 +101,24 @@ def save_policy(
     path.write_text(json.dumps(described, indent=2) + "\n")
 
 
-def end_token_ids(tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> list[int]:
-    """The ids that end a generation: the tokenizer's end token first, then those of the model's generation
-    config."""
-    from transformers import GenerationConfig
+def end_token_ids(tokenizer: PreTrainedTokenizerBase, path: str, revision: str | None = None) -> list[int]:
+    """The ids that end a generation, in the engine as for the loss: the tokenizer's end token, those of the
+    model's generation_config.json, and the special token that ends a turn of the chat template.
 
-    ids: list[int] = [tokenizer.eos_token_id]  # pyright: ignore[reportAssignmentType]
-    try:
-        generation = GenerationConfig.from_pretrained(
-            resolve_path(config.path), revision=config.revision or "main"
-        )
-        more = generation.eos_token_id
-    except OSError:  # a model may come without generation_config.json
-        more = None
+    path: `model.path`, resolved. Needs no torch: the gateway, which has none, stops at the same ids.
+    """
+    from transformers.utils.hub import cached_file
+
+    file = cached_file(
+        path,
+        "generation_config.json",
+        revision=revision,
+        _raise_exceptions_for_missing_entries=False,  # a model may come without
+        _raise_exceptions_for_connection_errors=False,
+    )
+    more = json.loads(Path(file).read_text()).get("eos_token_id") if file else None
     more = more if isinstance(more, list) else [] if more is None else [more]
-    return ids + [token for token in more if token not in ids]
+    return sorted({*end_of_turn_ids(tokenizer), *more})
 
 
 def _from_pretrained(auto: Any, config: ModelConfig, what: str, **options: Any) -> Any:

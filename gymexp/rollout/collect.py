@@ -254,9 +254,11 @@ class Collector:
                 seat = await self._seat_for(task)
                 seed = attempt_seed(sampling.seed, len(failures))
                 attempt = replace(sampling, seed=seed, play=secrets.token_hex(8))
-                flight = asyncio.create_task(
-                    play(self._http, seat.replica.url, task, attempt, env.timeout_s, self._vocab_size)
+                agent = seat.replica
+                playing = play(
+                    self._http, agent.url, task, attempt, env.timeout_s, self._vocab_size, agent.max_steps
                 )
+                flight = asyncio.create_task(playing)
                 seat.flights.add(flight)
                 seat.played += 1
                 progress.in_flight += 1

@@ -86,11 +86,11 @@ def serve_hf(config: RunConfig, model: Any, tokenizer: Any, fd: int, stack: Exit
 
     from gymexp.policy.hf import HFEngine
     from gymexp.policy.hf_server import serve
-    from gymexp.policy.model import end_token_ids
+    from gymexp.policy.model import end_token_ids, resolve_path
 
     engine = HFEngine(
         model,
-        eos_token_ids=end_token_ids(tokenizer, config.model),
+        eos_token_ids=end_token_ids(tokenizer, resolve_path(config.model.path), config.model.revision),
         pad_token_id=tokenizer.pad_token_id,
         max_batch_size=config.engine.max_batch_size,
         max_model_len=config.model.max_model_len,

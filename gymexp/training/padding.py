@@ -7,9 +7,12 @@ most of it is padding, and on a CPU, or with long contexts, most of the trainer'
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from trl.trainer.grpo_config import GRPOConfig
 
 _OVER_COMPLETION = (  # (B, T), right-padded
     "completion_ids",
@@ -22,7 +25,25 @@ _OVER_COMPLETION = (  # (B, T), right-padded
 )
 _OVER_PROMPT = ("prompt_ids", "prompt_mask")  # (B, P), left-padded
 # Losses that weigh a row the same in whichever micro-batch of the optimizer step it stands. `bnpo` does not.
-ORDER_FREE = frozenset(("grpo", "dr_grpo", "dapo", "cispo"))
+_ORDER_FREE = frozenset(("grpo", "dr_grpo", "dapo", "cispo"))
+
+
+def may_regroup(args: GRPOConfig, with_router_loss: bool) -> bool:
+    """Whether the objective of an optimizer step stays the same when its rows change micro-batches.
+
+    TRL takes means over a micro-batch's tokens for bnpo, for the entropy bonus and for a router's loss, and
+    the quantile of its entropies; rows of like length together would change what these are. Ratios of
+    sequences are exact only where both passes over a row see the same micro-batch.
+    """
+    return (
+        args.loss_type in _ORDER_FREE
+        and args.steps_per_generation == args.gradient_accumulation_steps
+        and args.importance_sampling_level == "token"
+        and args.entropy_coef == 0
+        and not args.use_adaptive_entropy
+        and args.top_entropy_quantile == 1
+        and not with_router_loss
+    )
 
 
 def trim(inputs: dict[str, Any]) -> dict[str, Any]:
@@ -81,3 +102,13 @@ def score_by_length(
         scores[rows, :completion] = part
     assert scores is not None, "no rows"
     return scores
+
+
+def effective_sample(weights: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """(sum, sum of squares, number) of the importance weights of what is trained on.
+
+    weights: (B, T) of tokens, or (B, 1) of whole rollouts. mask: (B, T), 1 for tokens that are trained on.
+    """
+    counted = mask.bool() if weights.size(1) > 1 or mask.size(1) == 1 else mask.bool().any(1, keepdim=True)
+    some = weights[counted].double()
+    return some.sum(), (some**2).sum(), some.numel()

@@ -22,7 +22,7 @@ from gymexp.config import RunConfig
 from gymexp.data.prepare import Prepared
 from gymexp.errors import ServiceError
 from gymexp.policy import lora
-from gymexp.policy.model import save_policy
+from gymexp.policy.model import end_token_ids, resolve_path, save_policy
 from gymexp.policy.weights import NamedTensors, TensorSpecs
 from gymexp.rollout.outcome import Outcome
 from gymexp.run.directory import RunDirectory
@@ -98,6 +98,8 @@ class PolicyTrainer(GRPOTrainer):
             rollout_func=rollouts,  # pyright: ignore[reportArgumentType]
             peft_config=lora.build_peft_config(config.model.lora, model) if config.model.lora.r else None,
         )
+        # TRL counts a rollout as cut unless its last token is one of these.
+        self.eos_token_ids = end_token_ids(tokenizer, resolve_path(config.model.path), config.model.revision)
         if self.is_fsdp_enabled:
             self.model.register_forward_pre_hook(gather_head)  # pyright: ignore[reportOptionalMemberAccess]
         self.remove_callback(PrinterCallback)  # metrics.jsonl has the numbers, and the live view shows them
@@ -244,12 +246,32 @@ class PolicyTrainer(GRPOTrainer):
     def _prepare_inputs(self, generation_batch: Any) -> Any:
         buffered = self._buffered_inputs
         inputs = super()._prepare_inputs(generation_batch)
-        fresh = self._buffered_inputs is not buffered and self._buffered_inputs is not None
-        one_update = self.grpo.steps_per_generation == self.grpo.gradient_accumulation_steps
-        if fresh and one_update and self.loss_type in padding.ORDER_FREE:
+        if self._buffered_inputs is buffered or self._buffered_inputs is None:
+            return inputs
+        if padding.may_regroup(self.grpo, self.aux_loss_enabled):
             self._buffered_inputs = padding.group_by_length(self._buffered_inputs)
-            inputs = self._buffered_inputs[self._step % len(self._buffered_inputs)]
-        return inputs
+        elif self.importance_sampling_level == "sequence":
+            self._buffered_inputs = [self._rescored(batch) for batch in self._buffered_inputs]
+        return self._buffered_inputs[self._step % len(self._buffered_inputs)]
+
+    def _rescored(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The micro-batch with old log-probabilities from a pass of its own shape, as the update's is.
+
+        In bfloat16 a row's log-probabilities depend on the shape of the batch around it. The mean over a
+        rollout makes that a bias of the order of trainer=gspo's clip range.
+        """
+        if (old := batch.get("old_per_token_logps")) is None:
+            return batch
+        part = padding.trim(batch)
+        ids = torch.cat([part["prompt_ids"], part["completion_ids"]], dim=1)
+        mask = torch.cat([part["prompt_mask"], part["completion_mask"]], dim=1)
+        width = part["completion_ids"].size(1)
+        with torch.no_grad():
+            score = super()._get_per_token_logps_and_entropies
+            logprobs = score(self.model, ids, mask, width)[0]
+        whole = old.clone()
+        whole[:, :width] = logprobs
+        return batch | {"old_per_token_logps": whole}
 
     def _get_per_token_logps_and_entropies(
         self,
@@ -280,10 +302,25 @@ class PolicyTrainer(GRPOTrainer):
     def _generate_and_score_completions(self, inputs: Any) -> Any:
         began, synced = time.monotonic(), self._seconds["sync"]
         output = super()._generate_and_score_completions(inputs)
+        self._log_effective_sample(output)
         apart = self._rollouts.seconds + self._seconds["sync"] - synced
         self._seconds["rollout"] += self._rollouts.seconds
         self._seconds["logprobs"] += time.monotonic() - began - apart
         return output
+
+    def _log_effective_sample(self, batch: Mapping[str, Any]) -> None:
+        """Kish's effective sample size, (sum w)^2 / sum w^2, of the importance weights, as a share of their
+        number: of tokens, or of rollouts with a sequence mode. Over all ranks.
+
+        Source: Kish, "Survey Sampling" (1965), section 11.7.
+        """
+        if (weights := batch.get("importance_sampling_ratio")) is None:
+            return
+        mask = batch["completion_mask"] * batch.get("tool_mask", 1)
+        sums = torch.stack([torch.as_tensor(one) for one in padding.effective_sample(weights, mask)])
+        total, squares, number = self.accelerator.reduce(sums.to(weights.device), reduction="sum").tolist()  # pyright: ignore[reportAttributeAccessIssue]
+        if squares > 0:
+            self.add_metrics({"sampling/effective_sample_size": total**2 / squares / number})
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         before = sum(self._seconds.values())

@@ -553,3 +553,10 @@ def test_of_an_engine_that_says_no_version_it_is_what_was_sent_to_it_before_and_
                 return await response.json()
 
     assert asyncio.run(run()) == {"versions": [[4, 4], [4, 5], None]}
+
+
+def test_a_generation_ends_at_the_tokens_that_the_gateway_was_told():
+    _, _, [sent] = ask("Grid" + END, config={"stop_token_ids": (5, 7)})
+    assert sent["sampling_params"]["stop_token_ids"] == [5, 7]
+    _, _, [sent] = ask("Grid" + END)
+    assert sent["sampling_params"]["stop_token_ids"] == [TOKENIZER.convert_tokens_to_ids(END)]

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from chat_tokenizers import build_tokenizer
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 from whole_run import TINY
@@ -69,9 +70,17 @@ def test_a_missing_pad_token_is_filled_in(tmp_path):
 def test_end_tokens_come_from_tokenizer_and_generation_config(tmp_path):
     save_tokenizer(tmp_path, chat_template="{{ messages[0].content }}")
     tokenizer = load_tokenizer(config(tmp_path))
-    assert end_token_ids(tokenizer, config(tmp_path)) == [1]
-    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 0]}))
-    assert end_token_ids(tokenizer, config(tmp_path)) == [1, 0]
+    assert end_token_ids(tokenizer, str(tmp_path)) == [1]
+    for given in (0, [1, 0]):
+        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": given}))
+        assert end_token_ids(tokenizer, str(tmp_path)) == [0, 1]
+
+
+def test_the_token_that_ends_a_turn_of_the_chat_template_is_an_end_token(tmp_path):
+    tokenizer = build_tokenizer("qwen3")
+    end_of_turn = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    tokenizer.eos_token = "<think>"  # as base models have another than their template
+    assert end_token_ids(tokenizer, str(tmp_path)) == sorted([end_of_turn, tokenizer.eos_token_id])
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])

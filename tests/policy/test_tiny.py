@@ -171,7 +171,7 @@ def test_the_shipped_model_loads_in_float32_and_is_small(shipped):
     assert 1e6 <= model.num_parameters() <= 4e6
     assert sum(f.stat().st_size for f in ASSETS.rglob("*") if f.is_file()) <= 8 * 2**20
     tokenizer = load_tokenizer(shipped)
-    assert end_token_ids(tokenizer, shipped) == [tokenizer.convert_tokens_to_ids("<|im_end|>")]
+    assert end_token_ids(tokenizer, str(ASSETS)) == [tokenizer.convert_tokens_to_ids("<|im_end|>")]
 
 
 SUDOKU = """In 4x4 Mini Sudoku:

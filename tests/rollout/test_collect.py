@@ -114,6 +114,7 @@ def playing(
     more: Behave | None = None,
     env: dict | None = None,
     rollout: dict | None = None,
+    max_steps: int | None = None,
     gateway: web.Application | None = None,
     report: Callable[[Progress], None] = lambda _: None,
 ):
@@ -129,7 +130,7 @@ def playing(
             app.add_routes([web.post("/run", agent.run)])
             url = stack.enter_context(serving(app))
             names = [s if index == 0 else f"{s}-{index}" for s in services]
-            replicas.append(Replica(names[0], "a", url, names, names[:1]))
+            replicas.append(Replica(names[0], "a", url, names, names[:1], max_steps))
         control_url = stack.enter_context(serving(controller.app())) if controller else None
         gateway_url = stack.enter_context(serving(gateway)) if gateway else None
         collector = Collector(
@@ -347,12 +348,50 @@ def test_an_answer_without_tokens_is_the_engines_failure():
         assert only(collector).cause == "engine"
 
 
+CALL, RESULT = turn([1], [2], type="function_call"), {"type": "function_call_output"}
+
+
 def test_a_rollout_cut_by_the_turn_limit_is_truncated_by_turns():
-    call = turn([1], [2], type="function_call")
-    with playing(always(reply(call, {"type": "function_call_output"}, reward=0.25))) as (collector, _):
+    with playing(always(reply(CALL, RESULT, reward=0.25)), max_steps=1) as (collector, _):
         outcome = only(collector)
     assert isinstance(outcome, Truncated)
     assert (outcome.limit, outcome.rollout.reward) == ("turns", 0.25)
+
+
+THINKING = turn([1], [2], type="reasoning")
+LENGTH = {"incomplete_details": {"reason": "max_output_tokens"}}
+
+
+@pytest.mark.parametrize(
+    ("answer", "max_steps", "limit"),
+    [
+        # simple_agent, cvdp_agent, finance_agent: the loop ends at max_steps with the last tool's result
+        (reply(CALL, RESULT), 1, "turns"),
+        (reply(THINKING), 1, "turns"),
+        # finance_agent's tool that says it is done, aviary_agent's environment that does
+        (reply(CALL, RESULT), 2, None),
+        (reply(CALL, RESULT), None, None),
+        # tool_simulation_agent, non_executing_simple_agent: the call is the answer
+        (reply(CALL), 1, None),
+        (reply(CALL), None, None),
+        # an answer in the last turn allowed
+        (reply(turn([1], [2])), 1, None),
+        # gymnasium_agent says it itself
+        (reply(turn([1], [2])) | {"truncated": True, "terminated": False}, None, "turns"),
+        (reply(turn([1], [2])) | {"truncated": True, "terminated": True}, None, "turns"),
+        (reply(CALL, RESULT) | {"truncated": False, "terminated": True}, 1, None),
+        # the last generation was cut, whatever the environment made of it
+        (reply(turn([1], [2]), **LENGTH) | {"terminated": True}, 5, "length"),
+        # a full context: the model server answers with an empty message without ids
+        (reply(CALL, RESULT, {"type": "message", "content": []}, **LENGTH), 5, "length"),
+    ],
+)
+def test_an_episode_is_truncated_where_a_limit_ended_it_and_completed_where_policy_or_environment_did(
+    answer, max_steps, limit
+):
+    with playing(always(answer), max_steps=max_steps) as (collector, _):
+        outcome = only(collector)
+    assert getattr(outcome, "limit", None) == limit
 
 
 def test_a_rollout_cut_by_the_token_limit_is_truncated_by_length():
