@@ -169,7 +169,7 @@ def test_every_sweep_composes_and_every_point_of_it_loads(name):
     [
         ("env=[]", r"env must name at least one environment, got \[\].*sudoku.*workplace"),
         ("env.sudoku.weight=-1", r"env\.sudoku\.weight must be a number >= 0, got -1\.0"),
-        ("env.sudoku.weight=nan", r"env\.sudoku\.weight must be a number >= 0, got nan"),
+        ("env.sudoku.weight=nan", r"env\.sudoku\.weight must be a finite number, got nan"),
         ("env.sudoku.weight=0", r"weight must be > 0 for at least one environment, got 0 for all: sudoku"),
         ("env.sudoku.replicas=0", r"env\.sudoku\.replicas must be >= 1, got 0"),
         (

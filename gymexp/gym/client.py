@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import json
 import math
 import time
 from dataclasses import dataclass
@@ -21,13 +22,24 @@ from gymexp.policy.tokens import verify_turns
 from gymexp.rollout.outcome import Cause, Completed, Played, Rollout, Task, Truncated, Turn
 
 
-@dataclass(frozen=True)
-class Sampling:
+@dataclass(frozen=True, kw_only=True)
+class Distribution:
+    """What tokens are drawn from: the policy's softmax at a temperature (0: the likeliest token), and what
+    vLLM's sampling parameters of these names make of it. Training is at their defaults, as the trainer
+    computes log-probabilities of nothing else."""
+
+    temperature: float
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling(Distribution):
     """How the policy samples in a rollout. seed: of this rollout; the engine derives every token's draw from
     it. weights_version: optimizer steps behind the weights it samples with."""
 
-    temperature: float
-    top_p: float
     max_output_tokens: int
     seed: int
     weights_version: int = 0
@@ -77,14 +89,18 @@ def _cause_in(body: bytes) -> Cause:
 
 
 def request_body(task: Task, sampling: Sampling) -> bytes:
-    """The row as it is, with sampling parameters where NeMo Gym has them; the seed goes through its
-    `extra_body`."""
+    """The row as it is, with sampling parameters where NeMo Gym has them; the seed, and those that OpenAI's
+    responses have no field for, go through its `extra_body`."""
     row = dict(task.row)
     params = copy.copy(row["responses_create_params"])
     params["temperature"] = sampling.temperature
     params["top_p"] = sampling.top_p
     params["max_output_tokens"] = sampling.max_output_tokens
-    params["metadata"] = (params.get("metadata") or {}) | {"extra_body": f'{{"seed": {sampling.seed}}}'}
+    extra: dict[str, Any] = {"seed": sampling.seed}
+    for name in ("top_k", "min_p", "repetition_penalty"):
+        if (value := getattr(sampling, name)) != getattr(Distribution, name):
+            extra[name] = value
+    params["metadata"] = (params.get("metadata") or {}) | {"extra_body": json.dumps(extra)}
     row["responses_create_params"] = params
     return orjson.dumps(row)
 

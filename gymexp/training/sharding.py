@@ -28,8 +28,13 @@ _AUTO_ZERO = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param
 
 
 def check(config: RunConfig, placement: Placement) -> None:
-    """Raises ConfigError where there is nothing to spread over."""
+    """Raises ConfigError where there is nothing to spread over, or the seed is too large for so many ranks."""
     trainer, count = config.trainer, placement.num_ranks
+    if config.seed > 2**32 - count:
+        raise ConfigError(
+            f"seed must be at most 2**32 - {count} with {count} training processes, each of which adds its "
+            f"number to it, got {config.seed}"
+        )
     key = next((key for key in ("fsdp", "deepspeed") if trainer.get(key)), None)
     if key is None:
         return

@@ -185,11 +185,10 @@ class PolicyTrainer(GRPOTrainer):
         """Compare the engine's log-probabilities with the trainer's own, on the first batch and then now and
         again.
 
-        Raises DriftError with both numbers. With top_p < 1 the engine's distribution is another one by
-        intent, and nothing is compared.
+        Raises DriftError with both numbers.
         """
         step = self.state.global_step
-        if self.grpo.top_p != 1.0 or (step % self._config.rollout.drift_every and step != self._first_step):
+        if step % self._config.rollout.drift_every and step != self._first_step:
             return
         # As many rows on every rank, whatever has failed: a pass through a sharded model is all ranks' work.
         rows = sorted(range(len(batch.env_mask)), key=lambda i: not any(batch.env_mask[i]))[:_DRIFT_ROWS]
