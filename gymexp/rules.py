@@ -130,7 +130,7 @@ def _seed_problems(config: RunConfig) -> Iterator[str]:
 
 
 def _distribution_problems(evaluation: EvaluationConfig) -> Iterator[str]:
-    """What vLLM takes as it is: it samples at 0.01 where a lower temperature is asked for, and not above 2."""
+    """What vLLM does as asked: below a temperature of 0.01 it samples at 0.01, and it takes none above 2."""
     temperature = evaluation.temperature
     if temperature is not None and temperature != 0 and not 0.01 <= temperature <= 2:
         yield (

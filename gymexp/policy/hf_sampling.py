@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 
@@ -13,13 +14,13 @@ import torch
 class SamplingParams:
     """How one request is sampled; names and meanings are vLLM's.
 
-    temperature: 0 is greedy. top_p, top_k: nucleus and count that are kept (1.0 and 0: everything). min_p: the
-    likeliest token's probability times this is the least that is kept (0: everything). repetition_penalty:
-    logits of tokens that stand in the prompt or were generated are divided by it where they are positive, and
-    multiplied where they are negative (1.0: as they are). max_tokens: None is as many as the model's length allows. seed: the same seed, prompt and weights give the
-    same tokens, whatever else is in the batch (up to float noise). stop: texts that end the generation; their
-    tokens stay in it. stop_token_ids: ids that end it, besides the engine's eos_token_ids, which ignore_eos
-    switches off.
+    temperature: 0 is greedy. top_p, top_k: nucleus and count that are kept (1.0 and 0: everything). min_p: a
+    token is kept if it has at least this times the likeliest one's probability (0: everything).
+    repetition_penalty: divides the positive logits of tokens of the prompt or the generation, and multiplies
+    their negative ones (1.0: as they are). max_tokens: None is as many as the model's length allows. seed:
+    the same seed, prompt and weights give the same tokens, whatever else is in the batch (up to float noise).
+    stop: texts that end the generation; their tokens stay in it. stop_token_ids: ids that end it, besides the
+    engine's eos_token_ids, which ignore_eos switches off.
     """
 
     temperature: float = 1.0
@@ -54,7 +55,9 @@ class SamplingParams:
 
 
 def penalise_repetition(
-    logits: torch.Tensor, params: Sequence[SamplingParams], histories: Sequence[Sequence[int]]
+    logits: torch.Tensor,
+    params: Sequence[SamplingParams],
+    histories: Sequence[Sequence[int] | np.ndarray],
 ) -> torch.Tensor:
     """Logits [n, V] after each row's repetition_penalty on the tokens of its history, prompt included.
 
@@ -71,8 +74,8 @@ def penalise_repetition(
 
 
 def cut_tails(logits: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
-    """Logits [n, V] with -inf below min_p, then outside the top_k tokens, then outside the smallest set holding
-    top_p of what is left: vLLM's order."""
+    """Logits [n, V] with -inf below min_p, then outside the top_k tokens, then outside the smallest set that
+    holds top_p of what is left: vLLM's order."""
     device, vocab = logits.device, logits.shape[-1]
     top_k = torch.tensor([p.top_k or vocab for p in params], device=device)[:, None]
     top_p = torch.tensor([p.top_p for p in params], device=device, dtype=logits.dtype)[:, None]
@@ -91,15 +94,16 @@ def sample_tokens(
     logits: torch.Tensor,
     params: Sequence[SamplingParams],
     uniforms: Sequence[float],
-    histories: Sequence[Sequence[int]] = (),
+    histories: Sequence[Sequence[int] | np.ndarray] = (),
 ) -> tuple[list[int], list[float]]:
     """One token a row, and its log-probability under the distribution it was drawn from.
 
     logits: [n, V]. uniforms: one number in [0, 1) a row; the token is where the cumulative distribution
     passes it, so a row's choice depends on its own logits and number alone. histories: the ids of each row's
-    prompt and of what it has generated, which a repetition_penalty looks at. The log-probability is that after repetition_penalty, temperature,
-    min_p, top_k and top_p, in this order; a greedy row (temperature 0) reports the one at temperature 1,
-    uncut, as vLLM does under processed_logprobs. Where logits are not finite, it is NaN.
+    prompt and of what it has generated, for a repetition_penalty. The log-probability is that after
+    repetition_penalty, temperature, min_p, top_k and top_p, in this order; a greedy row (temperature 0)
+    reports the one at temperature 1, uncut, as vLLM does under processed_logprobs. Where logits are not
+    finite, it is NaN.
     """
     device = logits.device
     logits = logits.float()

@@ -103,7 +103,9 @@ def _gpus() -> list[str | None]:
 
 def _files(trainer: dict[str, Any]) -> list[str]:
     """What stands in the files that are named in place of keys."""
-    paths = [Path(named) for name in ("deepspeed", "fsdp_config") if isinstance(named := trainer.get(name), str)]
+    paths = [
+        Path(named) for name in ("deepspeed", "fsdp_config") if isinstance(named := trainer.get(name), str)
+    ]
     return [path.read_text() for path in paths if path.is_file()]
 
 

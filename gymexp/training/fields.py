@@ -13,33 +13,40 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-CARRIED = frozenset(
-    # steps and batches
-    "per_device_train_batch_size gradient_accumulation_steps generation_batch_size steps_per_generation "
-    "num_generations num_iterations num_train_epochs max_steps "
-    # optimizer and schedule
-    "learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps optim optim_args optim_target_modules "
-    "weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm "
-    # objective
-    "temperature loss_type scale_rewards multi_objective_aggregation importance_sampling_level epsilon "
-    "epsilon_high delta beta use_bias_correction_kl sync_ref_model ref_model_mixup_alpha "
-    "ref_model_sync_steps top_entropy_quantile entropy_coef use_adaptive_entropy entropy_coef_min "
-    "entropy_coef_max entropy_coef_delta entropy_target off_policy_mask_threshold sapo_temperature_neg "
-    "sapo_temperature_pos vespo_k_pos vespo_lambda_pos vespo_k_neg vespo_lambda_neg router_aux_loss_coef "
-    "max_completion_length disable_dropout vllm_importance_sampling_correction "
-    "vllm_importance_sampling_mode vllm_importance_sampling_clip_max vllm_importance_sampling_clip_min "
-    # memory and speed
-    "gradient_checkpointing gradient_checkpointing_kwargs torch_compile torch_compile_backend "
-    "torch_compile_mode use_liger_kernel liger_kernel_config torch_empty_cache_steps tf32 "
-    # several training processes
-    "fsdp fsdp_config deepspeed accelerator_config ddp_find_unused_parameters ddp_bucket_cap_mb "
-    "ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout "
-    # what is logged and saved
-    "logging_strategy logging_steps logging_first_step log_on_each_node logging_nan_inf_filter log_level "
-    "log_level_replica include_num_input_tokens_seen skip_memory_metrics debug log_completions "
-    "num_completions_to_print log_unique_prompts save_strategy save_steps trackio_space_id trackio_bucket_id "
-    "trackio_static_space_id".split()
-)
+_CARRIED = {
+    "steps and batches": (
+        "per_device_train_batch_size gradient_accumulation_steps generation_batch_size steps_per_generation "
+        "num_generations num_iterations num_train_epochs max_steps"
+    ),
+    "optimizer and schedule": (
+        "learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps optim optim_args "
+        "optim_target_modules weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm"
+    ),
+    "objective": (
+        "temperature loss_type scale_rewards multi_objective_aggregation importance_sampling_level epsilon "
+        "epsilon_high delta beta use_bias_correction_kl sync_ref_model ref_model_mixup_alpha "
+        "ref_model_sync_steps top_entropy_quantile entropy_coef use_adaptive_entropy entropy_coef_min "
+        "entropy_coef_max entropy_coef_delta entropy_target off_policy_mask_threshold sapo_temperature_neg "
+        "sapo_temperature_pos vespo_k_pos vespo_lambda_pos vespo_k_neg vespo_lambda_neg router_aux_loss_coef "
+        "max_completion_length disable_dropout vllm_importance_sampling_correction "
+        "vllm_importance_sampling_mode vllm_importance_sampling_clip_max vllm_importance_sampling_clip_min"
+    ),
+    "memory and speed": (
+        "gradient_checkpointing gradient_checkpointing_kwargs torch_compile torch_compile_backend "
+        "torch_compile_mode use_liger_kernel liger_kernel_config torch_empty_cache_steps tf32"
+    ),
+    "several training processes": (
+        "fsdp fsdp_config deepspeed accelerator_config ddp_find_unused_parameters ddp_bucket_cap_mb "
+        "ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout"
+    ),
+    "what is logged and saved": (
+        "logging_strategy logging_steps logging_first_step log_on_each_node logging_nan_inf_filter log_level "
+        "log_level_replica include_num_input_tokens_seen skip_memory_metrics debug log_completions "
+        "num_completions_to_print log_unique_prompts save_strategy save_steps trackio_space_id "
+        "trackio_bucket_id trackio_static_space_id"
+    ),
+}
+CARRIED = frozenset(name for names in _CARRIED.values() for name in names.split())
 
 OWNED = {
     "output_dir": "output_dir (of the run)",
@@ -60,7 +67,6 @@ OWNED = {
     "vllm_gpu_memory_utilization": "engine.args.gpu_memory_utilization",
     "vllm_max_model_length": "model.max_model_len",
     "vllm_tensor_parallel_size": "engine.tensor_parallel_size",
-    "vllm_importance_sampling_cap": "trainer.vllm_importance_sampling_clip_max",
     "use_transformers_continuous_batching": "engine",
     "transformers_continuous_batching_config": "engine",
     "use_transformers_paged": "engine",
@@ -132,6 +138,9 @@ REFUSED: dict[str, Refusal] = {
     ),
     "reward_weights": Refusal(
         (None, [1.0]), "as a rollout has one reward, its environment's", "env.<name>.weight says its share"
+    ),
+    "vllm_importance_sampling_cap": Refusal(
+        (None,), "as TRL gives this name up", "trainer.vllm_importance_sampling_clip_max=… is the same"
     ),
     "cache_implementation": Refusal((None,), _GENERATES, _LEAVE),
     "use_cache": Refusal((False,), _GENERATES, _LEAVE),
@@ -318,6 +327,6 @@ def _accelerator_problems(given: Any) -> Iterator[str]:
     config.pop("non_blocking", None)
     if config or not isinstance(gradients, Mapping) or set(gradients) - {"sync_each_batch"}:
         yield (
-            "trainer.accelerator_config may have non_blocking and gradient_accumulation_kwargs.sync_each_batch "
-            f"alone, as TRL makes the batches, got {given!r}"
+            "trainer.accelerator_config may have non_blocking and "
+            f"gradient_accumulation_kwargs.sync_each_batch alone, as TRL makes the batches, got {given!r}"
         )

@@ -28,7 +28,7 @@ _AUTO_ZERO = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param
 
 
 def check(config: RunConfig, placement: Placement) -> None:
-    """Raises ConfigError where there is nothing to spread over, or the seed is too large for so many ranks."""
+    """Raises ConfigError where there is nothing to spread over, or the seed leaves no room for the ranks'."""
     trainer, count = config.trainer, placement.num_ranks
     if config.seed > 2**32 - count:
         raise ConfigError(

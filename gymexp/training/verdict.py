@@ -30,8 +30,7 @@ _WORDS = (
     "multi_objective_aggregation",
     "vllm_importance_sampling_mode",
 )
-_MOST_STEPS = 10_000  # of a schedule that are looked at
-_TINY = {
+_TINY: dict[str, Any] = {
     "vocab_size": 32,
     "hidden_size": 32,
     "intermediate_size": 32,
@@ -101,17 +100,18 @@ def _check_objective(args: GRPOConfig) -> None:
     mode = args.vllm_importance_sampling_mode
     if args.loss_type == "vespo" and args.vllm_importance_sampling_correction and "token" not in mode:
         raise ValueError(
-            "trainer.vllm_importance_sampling_mode must be token_truncate or token_mask with loss_type=vespo, "
-            f"whose weights are a token's, got {mode!r}"
+            "trainer.vllm_importance_sampling_mode must be token_truncate or token_mask with "
+            f"loss_type=vespo, whose weights are a token's, got {mode!r}"
         )
 
 
 def _check_kernels(args: GRPOConfig) -> None:
-    from transformers.utils import is_liger_kernel_available
+    from transformers.utils.import_utils import is_liger_kernel_available
 
     if args.use_liger_kernel and not is_liger_kernel_available():
         raise ValueError(
-            "trainer.use_liger_kernel needs a package that is not installed, got True: pip install liger-kernel"
+            "trainer.use_liger_kernel needs a package that is not installed, got True: "
+            "pip install liger-kernel"
         )
     if args.torch_compile:
         import torch
@@ -140,25 +140,27 @@ def _optimizer_problem(args: GRPOConfig) -> str:
         parameters = options.pop("params", None) or layer.parameters()
         optimizer = cls(parameters, **options)
     except Exception as error:  # whatever a package of its own raises
-        name = args.optim.value  # pyright: ignore[reportAttributeAccessIssue]
-        return f"trainer.optim must be an optimizer that works here, with what it is given, got {name!r}: {_told(error)}"
+        return (
+            "trainer.optim must be an optimizer that works here, with what it is given, "
+            f"got {str(args.optim.value)!r}: {_told(error)}"  # pyright: ignore[reportAttributeAccessIssue]
+        )
+    schedule_type: str = args.lr_scheduler_type.value  # pyright: ignore[reportAttributeAccessIssue]
     steps = args.max_steps if args.max_steps > 0 else 1000
     try:
-        schedule = get_scheduler(
+        schedule: Any = get_scheduler(
             args.lr_scheduler_type,
             optimizer,
             args.get_warmup_steps(steps),
             steps,
             args.lr_scheduler_kwargs,  # pyright: ignore[reportArgumentType]
         )
-        for _ in range(min(steps, _MOST_STEPS)):
-            rate = float(schedule.get_last_lr()[0])
-            if not (math.isfinite(rate) and rate >= 0):
-                raise ValueError(f"it has learning rate {rate} in step {schedule.last_epoch}")
-            schedule.step()
+        for step in (*range(0, steps, max(1, steps // 100)), steps):
+            factor = schedule.lr_lambdas[0](step)
+            if not (math.isfinite(factor) and factor >= 0):
+                raise ValueError(f"the learning rate of step {step} would be {factor} times the given one")
     except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
         return (
-            f"trainer.lr_scheduler_kwargs must suit lr_scheduler_type={args.lr_scheduler_type.value}, "
+            f"trainer.lr_scheduler_kwargs must suit lr_scheduler_type={schedule_type}, "
             f"got {args.lr_scheduler_kwargs!r}: {_told(error)}"
         )
     return ""
@@ -187,15 +189,16 @@ class _Read(dict[str, str]):
 def _check_optim_args(args: GRPOConfig) -> None:
     """Raises ValueError for keys of `optim_args` that the optimizer does not read."""
     import torch
-    from transformers import Trainer, trainer
+    import transformers.trainer
 
     if not args.optim_args:
         return
+    trainer: Any = transformers.trainer
     parse = trainer._parse_optim_args
     read = _Read(parse(args.optim_args))
     trainer._parse_optim_args = lambda _: read
     try:
-        Trainer.get_optimizer_cls_and_kwargs(args, torch.nn.Sequential(torch.nn.Linear(2, 2)))  # pyright: ignore
+        trainer.Trainer.get_optimizer_cls_and_kwargs(args, torch.nn.Sequential(torch.nn.Linear(2, 2)))
     finally:
         trainer._parse_optim_args = parse
     given = set(parse(args.optim_args))
@@ -241,9 +244,11 @@ def _find_attention(name: str) -> None:
     from transformers.integrations.hub_kernels import is_kernel
     from transformers.modeling_flash_attention_utils import FLASH_ATTENTION_COMPATIBILITY_MATRIX
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-    from transformers.utils import is_kernels_available
+    from transformers.utils.import_utils import is_kernels_available
 
-    flash = {f"flash_attention_{version}": facts for version, facts in FLASH_ATTENTION_COMPATIBILITY_MATRIX.items()}
+    flash = {
+        f"flash_attention_{version}": facts for version, facts in FLASH_ATTENTION_COMPATIBILITY_MATRIX.items()
+    }
     if name in flash:
         installed = flash[name]["pkg_availability_check"]() or is_kernels_available()
     elif is_kernel(name):
@@ -251,7 +256,9 @@ def _find_attention(name: str) -> None:
     elif name in ALL_ATTENTION_FUNCTIONS.valid_keys():
         installed = True
     else:
-        raise ValueError(f"transformers has {', '.join(sorted({*ALL_ATTENTION_FUNCTIONS.valid_keys(), *flash}))}")
+        raise ValueError(
+            f"transformers has {', '.join(sorted({*ALL_ATTENTION_FUNCTIONS.valid_keys(), *flash}))}"
+        )
     if not installed:
         raise ImportError("its package is not installed: pip install flash-attn, or kernels")
 

@@ -1,4 +1,4 @@
-"""The hf engine's sampling distribution against an independent one, computed token by token in plain Python."""
+"""The hf engine's sampling distribution against one that is computed token by token in plain Python."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from collections import Counter
 
 import pytest
 import torch
-
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from gymexp.policy.hf import HFEngine
@@ -112,9 +111,7 @@ def test_the_engine_penalises_what_stands_in_the_prompt_and_what_it_has_generate
 
 def test_the_servers_take_what_vllm_takes_and_refuse_what_it_refuses():
     given = {"min_p": 0.1, "repetition_penalty": 1.2, "top_k": 5, "temperature": 0.5}
-    assert build_params(given) == SamplingParams(
-        temperature=0.5, top_k=5, min_p=0.1, repetition_penalty=1.2
-    )
+    assert build_params(given) == SamplingParams(temperature=0.5, top_k=5, min_p=0.1, repetition_penalty=1.2)
     for key, value in [("min_p", 1.1), ("min_p", -0.1), ("repetition_penalty", 0), ("top_k", -2)]:
         with pytest.raises(ValueError, match=key):
             build_params({key: value})
