@@ -304,6 +304,8 @@ def _dependent_problems(trainer: Mapping[str, Any]) -> Iterator[str]:
             f"trainer.max_completion_length is what loss_type=dr_grpo divides by, got {length!r} with "
             f"loss_type={loss}: env.<name>.max_output_tokens=… is what cuts a turn"
         )
+    if trainer.get("num_generations", 8) is None:
+        yield "trainer.num_generations must be an integer >= 2, got None"
     if trainer.get("sync_ref_model") and not trainer.get("beta"):
         yield (
             "trainer.sync_ref_model must be false with trainer.beta=0, which has no reference, "

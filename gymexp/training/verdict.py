@@ -14,6 +14,7 @@ import math
 import sys
 import types
 import typing
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from gymexp.config import nearest
@@ -44,12 +45,15 @@ def judge(trainer: dict[str, Any], dtype: str, attn_implementation: str, here: b
     """What is wrong, or nothing. here: the run is this machine's; elsewhere there may be other GPUs."""
     import torch
 
+    apart = {"ddp_backend"}  # it needs other ranks
     if not (here or torch.cuda.is_available()):
-        trainer = {name: value for name, value in trainer.items() if name != "tf32"}  # it needs a GPU
+        apart.add("tf32")  # it needs a GPU
     try:
         _check_values(trainer)
-        args = construct(trainer, dtype, output_dir="unused", report_to=[])
+        alone = {name: value for name, value in trainer.items() if name not in apart}
+        args = construct(alone, dtype, output_dir="unused", report_to=[])
         _check_objective(args)
+        _check_names(args, trainer.get("ddp_backend"))
         _check_kernels(args)
     except (TypeError, ValueError, ImportError) as error:
         said = str(error)
@@ -105,6 +109,29 @@ def _check_objective(args: GRPOConfig) -> None:
         )
 
 
+def _check_names(args: GRPOConfig, ddp_backend: str | None) -> None:
+    """Words that are looked up late, or compared with nothing."""
+    import torch
+    from transformers.training_args import trainer_log_levels
+
+    known: dict[str, Sequence[str]] = {
+        "log_level": list(trainer_log_levels),
+        "log_level_replica": list(trainer_log_levels),
+        "include_num_input_tokens_seen": ("all", "non_padding", "no"),
+    }
+    if args.torch_compile:
+        known["torch_compile_backend"] = torch._dynamo.list_backends(exclude_tags=())
+    if args.torch_compile_mode is not None:
+        known["torch_compile_mode"] = list(torch._inductor.list_mode_options())
+    given = {name: getattr(args, name) for name in known}
+    if ddp_backend is not None:
+        known["ddp_backend"], given["ddp_backend"] = torch.distributed.Backend.backend_list, ddp_backend
+    for name, words in known.items():
+        if (value := given[name]) not in words:
+            near = nearest(str(value), list(words))
+            raise ValueError(f"trainer.{name} must be one of {', '.join(words)}, got {value!r}{near}")
+
+
 def _check_kernels(args: GRPOConfig) -> None:
     from transformers.utils.import_utils import is_liger_kernel_available
 
@@ -113,15 +140,25 @@ def _check_kernels(args: GRPOConfig) -> None:
             "trainer.use_liger_kernel needs a package that is not installed, got True: "
             "pip install liger-kernel"
         )
-    if args.torch_compile:
-        import torch
-
-        known = torch._dynamo.list_backends(exclude_tags=())
-        backend = args.torch_compile_backend
-        if backend not in known:
+    if args.gradient_checkpointing and args.gradient_checkpointing_kwargs:
+        try:
+            _try_checkpointing(args.gradient_checkpointing_kwargs)
+        except (TypeError, ValueError) as error:
             raise ValueError(
-                f"trainer.torch_compile_backend must be one of {', '.join(known)}, got {backend!r}"
-            )
+                "trainer.gradient_checkpointing_kwargs must be arguments of torch.utils.checkpoint, "
+                f"got {args.gradient_checkpointing_kwargs!r}: {_told(error)}"
+            ) from None
+
+
+def _try_checkpointing(options: Any) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**_TINY)).train()
+    options = {name: value for name, value in options.items() if name not in ("every_n_layers", "offload")}
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options or None)
+    ids = torch.arange(4)[None]
+    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
 
 
 def _optimizer_problem(args: GRPOConfig) -> str:

@@ -196,6 +196,7 @@ GOOD: list[dict[str, Any]] = [
         "vllm_importance_sampling_mode": "token_truncate",
         "torch_compile_backend": "eager",
     },
+    {"gradient_checkpointing_kwargs": {"use_reentrant": True}, "log_level": "info", "ddp_backend": "gloo"},
 ]
 # TRL's constructor takes all but the first two as they are, and the run fails minutes later, or not at all.
 BAD: list[tuple[str, dict[str, Any]]] = [
@@ -222,6 +223,11 @@ BAD: list[tuple[str, dict[str, Any]]] = [
     ("lr_end (1e-07) must be smaller", {"lr_scheduler_type": "polynomial", "learning_rate": 1e-9}),
     ("trainer.use_liger_kernel needs a package that is not installed", {"use_liger_kernel": True}),
     ("trainer.torch_compile_backend must be one of", {"torch_compile_backend": "inductr"}),
+    ("trainer.torch_compile_mode must be one of", {"torch_compile_mode": "max"}),
+    ("trainer.log_level must be one of", {"log_level": "loud"}),
+    ("trainer.ddp_backend must be one of", {"ddp_backend": "nckl"}),
+    ("trainer.include_num_input_tokens_seen must be one of", {"include_num_input_tokens_seen": "some"}),
+    ("trainer.gradient_checkpointing_kwargs must be", {"gradient_checkpointing_kwargs": {"reentrant": 1}}),
     ("--tf32 requires", {"tf32": True}),
 ]
 # (model.attn_implementation, whether the run is this machine's, what is said)

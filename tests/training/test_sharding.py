@@ -159,6 +159,13 @@ def test_a_seed_leaves_room_for_every_ranks_own():
         sharding.check(dataclasses.replace(configured(), seed=2**32 - 1), placed("vllm", 2))
 
 
+def test_a_backend_between_ranks_is_for_several_of_them():
+    """transformers would fail on it where a single process trains."""
+    with pytest.raises(ConfigError, match=r"trainer\.ddp_backend must be left out .* got 'gloo'"):
+        sharding.check(configured(ddp_backend="gloo"), placed("vllm", 1))
+    sharding.check(configured(ddp_backend="gloo"), placed("vllm", 2))
+
+
 @pytest.mark.parametrize(
     ("engine", "num_gpus", "said"),
     [
