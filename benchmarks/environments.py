@@ -285,7 +285,11 @@ class WholeStack:
 
     async def play(self, tasks: list[Task]) -> Rewards:
         samplings = [
-            Sampling(1.0, 1.0, task.row["responses_create_params"]["max_output_tokens"], seed)
+            Sampling(
+                temperature=1.0,
+                max_output_tokens=task.row["responses_create_params"]["max_output_tokens"],
+                seed=seed,
+            )
             for seed, task in enumerate(tasks)
         ]
         outcomes = await asyncio.to_thread(self.collector.collect, tasks, samplings)

@@ -280,7 +280,7 @@ async def play_rounds(args: argparse.Namespace, stack: Stack, tasks: list[Task],
 async def warm_up(args: argparse.Namespace, stack: Stack, tasks: list[Task]) -> list[list[int]]:
     """Both ways once with as much in flight as later, and short replies; returns each task's prompt ids."""
     most = max(args.concurrency)
-    samplings = [Sampling(1.0, 1.0, 16, seed) for seed in range(len(tasks))]
+    samplings = [Sampling(temperature=1.0, max_output_tokens=16, seed=seed) for seed in range(len(tasks))]
     outcomes = await asyncio.to_thread(stack.collectors[most].collect, tasks, samplings)
     failed = [o for o in outcomes if isinstance(o, Failed)]
     if failed:
@@ -290,7 +290,7 @@ async def warm_up(args: argparse.Namespace, stack: Stack, tasks: list[Task]) -> 
     batch = Batch(
         [tasks[i % len(tasks)] for i in everything],
         [prompts[i % len(tasks)] for i in everything],
-        [Sampling(1.0, 1.0, 16, seed) for seed in everything],
+        [Sampling(temperature=1.0, max_output_tokens=16, seed=seed) for seed in everything],
     )
     for play in (stack.ask, stack.play):
         count = await play(batch, most)
@@ -307,7 +307,8 @@ def build_batch(
     samplings = []
     for _ in rollouts:
         length = round(args.tokens * draw.uniform(1 - args.spread, 1 + args.spread))
-        samplings.append(Sampling(1.0, 1.0, max(1, length), draw.getrandbits(31)))
+        num, seed = max(1, length), draw.getrandbits(31)
+        samplings.append(Sampling(temperature=1.0, max_output_tokens=num, seed=seed))
     rows = [i // args.group % len(tasks) for i in rollouts]
     return Batch([tasks[i] for i in rows], [prompts[i] for i in rows], samplings)
 

@@ -163,12 +163,17 @@ class RolloutConfig:
 
 @dataclass
 class EvaluationConfig:
-    """Held-out tasks played with the policy as it is."""
+    """Held-out tasks played with the policy as it is. Tokens may be drawn from another distribution than in
+    training; the words are vLLM's."""
 
     every_steps: int = 0  # 0: only before and after training
     before: bool = True
     after: bool = True
-    temperature: float | None = None  # None: as in training
+    temperature: float | None = None  # None: as in training; 0: the likeliest token, every time
+    top_p: float = 1.0  # of the likeliest tokens, those that hold this share of the probability
+    top_k: int = 0  # the likeliest tokens, this many; 0: all
+    min_p: float = 0.0  # tokens at least this times as probable as the likeliest one
+    repetition_penalty: float = 1.0  # above 1, tokens of the prompt and of what was sampled are less likely
     num_tasks: int | None = None  # an environment; None: all
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from gymexp.config import (
     DataConfig,
     EngineConfig,
+    EvaluationConfig,
     LauncherConfig,
     LoraConfig,
     RunConfig,
@@ -40,14 +41,30 @@ def _positive(key: str, value: float | None) -> Iterator[str]:
         yield f"{key} must be > 0, got {value!r}"
 
 
+def not_finite(at: str, value: Any) -> Iterator[str]:
+    """Keys at or below `at` whose number is nan or infinite: no key means anything by that."""
+    if isinstance(value, float) and not math.isfinite(value):
+        yield f"{at} must be a finite number, got {value!r}"
+    elif isinstance(value, dict):
+        for name, inner in value.items():
+            yield from not_finite(f"{at}.{name}" if at else str(name), inner)
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            yield from not_finite(f"{at}[{index}]", inner)
+
+
 def problems_of(config: RunConfig) -> Iterator[str]:
     """Every rule that the configuration breaks, said with key, rule and value."""
+    if endless := list(not_finite("", dataclasses.asdict(config))):
+        yield from endless
+        return  # other rules compare these numbers
+    yield from _seed_problems(config)
     if not config.env:
         known = ", ".join(options("env"))
         yield f"env must name at least one environment, got []: say e.g. env=[sudoku]. Known: {known}"
     for name, env in config.env.items():
         at = f"env.{name}"
-        if not (math.isfinite(env.weight) and env.weight >= 0):
+        if not env.weight >= 0:
             yield f"{at}.weight must be a number >= 0, got {env.weight!r}"
         for key in ("replicas", "max_concurrency", "max_output_tokens"):
             yield from _at_least(f"{at}.{key}", getattr(env, key), 1)
@@ -94,11 +111,45 @@ def problems_of(config: RunConfig) -> Iterator[str]:
     yield from _positive("rollout.max_drift", config.rollout.max_drift)
     yield from _at_least("evaluation.every_steps", config.evaluation.every_steps, 0)
     yield from _at_least("evaluation.num_tasks", config.evaluation.num_tasks, 1)
-    yield from _at_least("evaluation.temperature", config.evaluation.temperature, 0)
+    yield from _distribution_problems(config.evaluation)
     yield from _checkpoint_problems(config)
     yield from _search_problems(config)
     yield from _one_of("tracker.kind", config.tracker.kind, ("none", "wandb", "trackio", "tensorboard"))
     yield from _one_of("tracker.mode", config.tracker.mode, (None, "online", "offline", "disabled"))
+
+
+def _seed_problems(config: RunConfig) -> Iterator[str]:
+    """numpy, which transformers and Optuna seed, takes 32 bits. A trial adds its number to search.seed."""
+    if not 0 <= config.seed < 2**32:
+        yield f"seed must be between 0 and 2**32 - 1, got {config.seed!r}"
+    if not 0 <= config.search.seed <= 2**32 - max(1, config.search.num_trials):
+        yield (
+            "search.seed must be between 0 and 2**32 - 1, and so with search.num_trials added, got "
+            f"{config.search.seed!r}"
+        )
+
+
+def _distribution_problems(evaluation: EvaluationConfig) -> Iterator[str]:
+    """What vLLM does as asked: below a temperature of 0.01 it samples at 0.01, and it takes none above 2."""
+    temperature = evaluation.temperature
+    if temperature is not None and temperature != 0 and not 0.01 <= temperature <= 2:
+        yield (
+            "evaluation.temperature must be between 0.01 and 2, or 0 for the likeliest token every time, got "
+            f"{temperature!r}"
+        )
+    if not 0 < evaluation.top_p <= 1:
+        yield f"evaluation.top_p must be > 0 and <= 1, got {evaluation.top_p!r}"
+    yield from _at_least("evaluation.top_k", evaluation.top_k, 0)
+    if not 0 <= evaluation.min_p <= 1:
+        yield f"evaluation.min_p must be between 0 and 1, got {evaluation.min_p!r}"
+    yield from _positive("evaluation.repetition_penalty", evaluation.repetition_penalty)
+    if temperature == 0:
+        for key, neutral in (("top_p", 1.0), ("top_k", 0), ("min_p", 0.0)):
+            if (value := getattr(evaluation, key)) != neutral:
+                yield (
+                    f"evaluation.{key} must be {neutral} with evaluation.temperature=0, which takes the "
+                    f"likeliest token, got {value!r}"
+                )
 
 
 def _placement_problems(config: RunConfig) -> Iterator[str]:
@@ -307,3 +358,5 @@ def _data_problems(at: str, data: DataConfig) -> Iterator[str]:
         value = getattr(data, key)
         if value is not None and value < 1:
             yield f"{at}.{key} must be >= 1, got {value!r}"
+    for key in ("train_seed", "validation_seed"):  # Python's Random makes the same of seed and -seed
+        yield from _at_least(f"{at}.{key}", getattr(data, key), 0)

@@ -3,17 +3,22 @@ fix."""
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import os
 import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
 
 from gymexp import config as configuration
 from gymexp.config import CONF_DIR, ConfigError, explain_key, load, options
@@ -37,6 +42,49 @@ def test_every_option_composes_and_loads(group, option):
     assert config.env
     if group == "env":
         assert list(config.env) == [option]
+
+
+def floats(node: Any, at: str = "") -> Iterator[str]:
+    """The keys below a configuration whose schema is a number with a fraction, and all of trainer's."""
+    for field in dataclasses.fields(node):
+        value = getattr(node, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from floats(value, f"{at}{field.name}.")
+        elif field.name == "env":
+            yield from floats(value["sudoku"], "env.sudoku.")
+        elif "float" in str(field.type):
+            yield f"{at}{field.name}"
+
+
+def test_no_key_takes_a_number_that_is_not_finite():
+    base = composed()
+    keys = list(floats(load(base)))
+    assert {"rollout.max_drift", "env.sudoku.timeout_s", "evaluation.top_p", "gym.start_timeout_s"} < set(
+        keys
+    )
+    open_ = ["trainer.learning_rate", "trainer.fsdp_config.a.b", "engine.args.gpu_memory_utilization"]
+    open_ += ["env.sudoku.data.options.difficulty", "search.params.trainer.beta.high"]
+    for key in [*keys, *open_]:
+        for value in ("nan", "inf", "-inf"):
+            with pytest.raises(
+                ConfigError, match=rf"^{re.escape(key)} must be a finite number, got {value}$"
+            ):
+                cfg = copy.deepcopy(base)
+                OmegaConf.update(cfg, key, float(value), force_add=True)
+                load(cfg)
+
+
+def test_a_greedy_evaluation_and_the_widest_seeds_load():
+    config = load(
+        composed("evaluation.temperature=0", "evaluation.repetition_penalty=1.1", f"seed={2**32 - 1}")
+    )
+    assert (config.evaluation.temperature, config.seed) == (0, 2**32 - 1)
+
+
+def test_dapo_masks_cut_rollouts_and_the_command_line_may_say_otherwise():
+    assert load(composed("trainer=dapo")).rollout.truncated == "masked"
+    assert load(composed("trainer=dapo", "rollout.truncated=scored")).rollout.truncated == "scored"
+    assert load(composed("experiment=sudoku_qwen2_5_1_5b")).rollout.truncated == "masked"
 
 
 def test_all_environments_together_and_every_trainer_with_every_model_that_has_settings_of_its_own():
@@ -169,7 +217,7 @@ def test_every_sweep_composes_and_every_point_of_it_loads(name):
     [
         ("env=[]", r"env must name at least one environment, got \[\].*sudoku.*workplace"),
         ("env.sudoku.weight=-1", r"env\.sudoku\.weight must be a number >= 0, got -1\.0"),
-        ("env.sudoku.weight=nan", r"env\.sudoku\.weight must be a number >= 0, got nan"),
+        ("env.sudoku.weight=nan", r"env\.sudoku\.weight must be a finite number, got nan"),
         ("env.sudoku.weight=0", r"weight must be > 0 for at least one environment, got 0 for all: sudoku"),
         ("env.sudoku.replicas=0", r"env\.sudoku\.replicas must be >= 1, got 0"),
         (
@@ -196,6 +244,25 @@ def test_every_sweep_composes_and_every_point_of_it_loads(name):
         ("model.lora.lora_alpha=64", r"model\.lora\.r must be the adapter's rank .* got None"),
         ("+model.lora.alpha=64", r"did you mean model\.lora\.lora_alpha\?"),
         ("gym.runtime=attach", r"gym\.policy_port must be"),
+        ("seed=-1", r"^seed must be between 0 and 2\*\*32 - 1, got -1"),
+        (f"seed={2**32}", r"^seed must be between 0 and 2\*\*32 - 1, got 4294967296"),
+        ("search.seed=-1", r"search\.seed must be between 0 and"),
+        ("env.sudoku.data.train_seed=-1", r"env\.sudoku\.data\.train_seed must be >= 0, got -1"),
+        (
+            "evaluation.temperature=-1",
+            r"evaluation\.temperature must be between 0\.01 and 2, or 0 .*got -1\.0",
+        ),
+        ("evaluation.temperature=0.001", r"evaluation\.temperature must be between .*got 0\.001"),
+        ("evaluation.temperature=3", r"evaluation\.temperature must be between .*got 3\.0"),
+        ("evaluation.top_p=0", r"evaluation\.top_p must be > 0 and <= 1, got 0\.0"),
+        ("evaluation.top_p=1.5", r"evaluation\.top_p must be > 0 and <= 1, got 1\.5"),
+        ("evaluation.top_k=-1", r"evaluation\.top_k must be >= 0, got -1"),
+        ("evaluation.min_p=1.1", r"evaluation\.min_p must be between 0 and 1, got 1\.1"),
+        ("evaluation.repetition_penalty=0", r"evaluation\.repetition_penalty must be > 0, got 0\.0"),
+        (
+            "evaluation={temperature:0,top_p:0.9}",
+            r"evaluation\.top_p must be 1\.0 with evaluation\.temperature=0, .*got 0\.9",
+        ),
     ],
 )
 def test_a_broken_rule_is_named_with_key_and_value(override, said):

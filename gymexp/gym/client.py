@@ -21,13 +21,24 @@ from gymexp.policy.tokens import verify_turns
 from gymexp.rollout.outcome import Cause, Completed, Played, Rollout, Task, Truncated, Turn
 
 
-@dataclass(frozen=True)
-class Sampling:
+@dataclass(frozen=True, kw_only=True)
+class Distribution:
+    """What tokens are drawn from: the policy's softmax at a temperature (0: the likeliest token), and what
+    vLLM's sampling parameters of these names make of it. Training is at their defaults, as the trainer
+    computes log-probabilities of nothing else."""
+
+    temperature: float
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling(Distribution):
     """How the policy samples in a rollout. seed: of this rollout; the gateway derives the seed of each of its
     sampling calls from it. play: names one playing of the rollout; the gateway knows its calls by that."""
 
-    temperature: float
-    top_p: float
     max_output_tokens: int
     seed: int
     play: str = ""
@@ -85,14 +96,18 @@ def _cause_in(body: bytes) -> Cause:
 
 def request_body(task: Task, sampling: Sampling) -> bytes:
     """The row as it is, with sampling parameters where NeMo Gym has them. `extra_body` goes to the policy
-    with every turn: through it the gateway gets the rollout's seed and the name of this playing."""
+    with every turn: through it the gateway gets what OpenAI's responses have no field for, the rollout's seed
+    and the name of this playing."""
     row = dict(task.row)
     params = copy.copy(row["responses_create_params"])
     params["temperature"] = sampling.temperature
     params["top_p"] = sampling.top_p
     params["max_output_tokens"] = sampling.max_output_tokens
-    extra_body = {"seed": sampling.seed, "play": sampling.play}
-    params["metadata"] = (params.get("metadata") or {}) | {"extra_body": orjson.dumps(extra_body).decode()}
+    extra: dict[str, Any] = {"seed": sampling.seed, "play": sampling.play}
+    for name in ("top_k", "min_p", "repetition_penalty"):
+        if (value := getattr(sampling, name)) != getattr(Distribution, name):
+            extra[name] = value
+    params["metadata"] = (params.get("metadata") or {}) | {"extra_body": orjson.dumps(extra).decode()}
     row["responses_create_params"] = params
     return orjson.dumps(row)
 

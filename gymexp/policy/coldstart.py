@@ -20,6 +20,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from gymexp import config as run_config
+from gymexp import rules
 from gymexp.config import EnvConfig, GymConfig, ModelConfig
 from gymexp.errors import ConfigError, DataError
 from gymexp.policy.tiny import Shape
@@ -115,6 +116,9 @@ def load(cfg: DictConfig) -> ColdstartConfig:
     problems += [f"shape.{key} must be >= 1, got {value}" for key, value in sizes.items() if value < 1]
     if config.shape != Shape() and not config.from_scratch:
         problems.append("shape.* is for from_scratch=true: a model that is there has its own")
+    problems += rules.not_finite("sft", dataclasses.asdict(config.sft))
+    if not 0 <= config.sft.seed < 2**32:
+        problems.append(f"sft.seed must be between 0 and 2**32 - 1, got {config.sft.seed}")
     if config.sft.learning_rate <= 0:
         problems.append(f"sft.learning_rate must be > 0, got {config.sft.learning_rate}")
     if problems:

@@ -65,7 +65,9 @@ class Batch:
             ids = np.array([[row.ids[row.length - 1]] for row in self.rows])
             logits = self._forward(0, ids, np.array([row.length - 1 for row in self.rows]))
             uniforms = [row.rng.random() for row in self.rows]
-            tokens, logprobs = sample_tokens(logits, [row.params for row in self.rows], uniforms)
+            params = [row.params for row in self.rows]
+            histories = [row.ids[: row.length] for row in self.rows]
+            tokens, logprobs = sample_tokens(logits, params, uniforms, histories)
         if not all(map(math.isfinite, logprobs)):
             raise FloatingPointError(f"the logits are not finite (weights_version {version})")
         self.tokens += len(tokens)

@@ -28,11 +28,9 @@ MAX_REQUEST_BYTES = 64 * 2**20
 # What the engine does not do is refused unless it asks for nothing; log-probabilities are always returned.
 NEUTRAL = {
     "n": 1,
-    "min_p": 0,
     "min_tokens": 0,
     "presence_penalty": 0,
     "frequency_penalty": 0,
-    "repetition_penalty": 1,
     "include_stop_str_in_output": True,
 }
 WITHOUT_EFFECT = {"logprobs", "prompt_logprobs", "detokenize", "skip_special_tokens", "output_kind"}
@@ -182,6 +180,8 @@ PARAM_KINDS: dict[str, tuple[type, ...]] = {
     "temperature": (int, float),
     "top_p": (int, float),
     "top_k": (int,),
+    "min_p": (int, float),
+    "repetition_penalty": (int, float),
     "max_tokens": (int,),
     "seed": (int,),
     "stop": (list,),

@@ -125,7 +125,7 @@ def _from_pretrained(auto: Any, config: ModelConfig, what: str, **options: Any) 
     path = resolve_path(config.path)
     try:
         return auto.from_pretrained(path, revision=config.revision, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         where = f" at model.revision={config.revision}" if config.revision else ""
         raise ConfigError(

@@ -1,24 +1,20 @@
 """`trainer.*` and TRL's GRPOConfig: checked before anything starts, and built in the trainer.
 
-TRL's constructor is the schema. Unknown names are found without importing TRL, by reading its source; the
-values are checked by constructing the object in a process of its own, whose good verdict is kept for the same
-values and versions. Run as a program (`python -m gymexp.training.arguments`), it reads a JSON object and
-constructs.
+TRL's constructor is the schema. Unknown names are found without importing TRL, by reading its source, and
+what gymexp refuses by a table (`fields`); the other values are tried out in a process of its own (`verdict`),
+whose good verdict is kept for the same values, packages and GPUs.
 """
 
 from __future__ import annotations
 
 import ast
 import hashlib
-import importlib.metadata
 import importlib.util
 import json
 import math
 import os
 import subprocess
 import sys
-import types
-import typing
 from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
@@ -29,7 +25,7 @@ from omegaconf import OmegaConf
 from gymexp.config import RunConfig, nearest
 from gymexp.errors import ConfigError
 from gymexp.search.space import ends, flat
-from gymexp.training import sharding
+from gymexp.training import fields, sharding
 
 if TYPE_CHECKING:
     from trl.trainer.grpo_config import GRPOConfig
@@ -39,58 +35,42 @@ _SOURCES = (
     ("trl", "trainer/base_config.py", "_BaseConfig"),
     ("transformers", "training_args.py", "TrainingArguments"),
 )
-# What gymexp sets itself, and where its users say it.
-_OWNED = {
-    "output_dir": "output_dir (of the run)",
-    "seed": "seed",
-    "report_to": "tracker",
-    "run_name": "name",
-    "project": "tracker.project",
-    "use_vllm": "engine",
-    "vllm_mode": "engine",
-    "model_init_kwargs": "model",
-    "bf16": "model.dtype",
-    "fp16": "model.dtype",
-    "use_transformers_continuous_batching": "engine",
-    "resume_from_checkpoint": "resume",
-    "save_total_limit": "checkpoint.keep_last",
-    "load_best_model_at_end": "checkpoint.keep_best",
-    "do_eval": "evaluation",
-    "eval_strategy": "evaluation",
-    "eval_steps": "evaluation.every_steps",
-    "chat_template_kwargs": "model.chat_template_kwargs",
-    "shuffle_dataset": "dataset.order",
-}
-# Words that TRL compares only in the middle of a step; which ones it knows is read from its source.
-_WORDS = ("loss_type", "scale_rewards", "importance_sampling_level", "multi_objective_aggregation")
 _CHECK_TIMEOUT_S = 120
 _MOST_COMBINATIONS = 64
 
 
 def check(config: RunConfig, cache: Path) -> None:
-    """Raises ConfigError if TRL would not take `trainer.*`. Under a second if these values passed before."""
-    (problem,) = problems([config], cache)
+    """Raises ConfigError if a run on this machine could not be as `trainer.*` and `model.attn_implementation`
+    say. Under a second if these values passed before."""
+    (problem,) = problems([config], cache, here=True)
     if problem:
         raise ConfigError(problem)
 
 
-def problems(configs: Sequence[RunConfig], cache: Path) -> list[str]:
-    """Why TRL would not take each config's `trainer.*`, empty where it would. TRL is imported once for all,
-    and not at all for values that passed before."""
+def problems(configs: Sequence[RunConfig], cache: Path, here: bool = False) -> list[str]:
+    """Why each config's `trainer.*` or `model.attn_implementation` would not do, empty where they would. TRL
+    is imported once for all, and not at all for values that passed before. here: the runs are this machine's;
+    elsewhere there may be GPUs that this one has not."""
     told = [_named_problems(config) for config in configs]
     asked: dict[Path, dict[str, Any]] = {}
     verdicts: list[tuple[int, str, Path]] = []
-    versions = [importlib.metadata.version(package) for package in ("trl", "transformers", "torch")]
+    machine = [here, _installed(), _gpus(), _rules_read()]
     for index, config in enumerate(configs):
         for tried, trainer in [] if told[index] else _trainers(config):
-            if wrong := _group_problem(trainer):
+            if wrong := "\n".join(fields.problems(trainer)) or _group_problem(trainer):
                 told[index] = tried + wrong
                 break
-            facts = json.dumps([trainer, config.model.dtype, versions], sort_keys=True)
+            question = {
+                "trainer": trainer,
+                "dtype": config.model.dtype,
+                "attn_implementation": config.model.attn_implementation,
+                "here": here,
+            }
+            facts = json.dumps([question, machine, _files(trainer)], sort_keys=True)
             verdict = cache / "arguments" / hashlib.sha256(facts.encode()).hexdigest()[:24]
             if not verdict.exists():
                 verdicts.append((index, tried, verdict))
-                asked[verdict] = {"trainer": trainer, "dtype": config.model.dtype}
+                asked[verdict] = question
     verdicts = [one for one in verdicts if not told[one[0]]]
     if asked := {verdict: asked[verdict] for _, _, verdict in verdicts}:
         answers = dict(zip(asked, _construct_elsewhere(list(asked.values())), strict=True))
@@ -103,9 +83,41 @@ def problems(configs: Sequence[RunConfig], cache: Path) -> list[str]:
     return told
 
 
+def _installed() -> list[str]:
+    """Every package that Python finds, with its version."""
+    places = [Path(place) for place in dict.fromkeys(sys.path) if place]
+    return sorted(
+        entry.name
+        for place in places
+        if place.is_dir()
+        for entry in place.iterdir()
+        if entry.suffix in (".dist-info", ".egg-info")
+    )
+
+
+def _gpus() -> list[str | None]:
+    """This machine's GPUs as the driver describes them, and which of them may be used."""
+    found = sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
+    return [*(path.read_text() for path in found), os.environ.get("CUDA_VISIBLE_DEVICES")]
+
+
+def _files(trainer: dict[str, Any]) -> list[str]:
+    """What stands in the files that are named in place of keys."""
+    paths = [
+        Path(named) for name in ("deepspeed", "fsdp_config") if isinstance(named := trainer.get(name), str)
+    ]
+    return [path.read_text() for path in paths if path.is_file()]
+
+
+def _rules_read() -> str:
+    """A digest of what judges the values: a verdict is not kept longer than its judge."""
+    judges = (Path(__file__).with_name(name) for name in ("verdict.py", "arguments.py", "sharding.py"))
+    return hashlib.sha256(b"".join(judge.read_bytes() for judge in judges)).hexdigest()
+
+
 def _trainers(config: RunConfig) -> Iterator[tuple[str, dict[str, Any]]]:
-    """`trainer.*` as it is; of a trial as its study may make it, with what to say of each: ranges' ends and
-    choices, in every combination where they are few."""
+    """`trainer.*` as it is, or as a study may make it, with what to say of each: ranges' ends and choices, in
+    every combination where they are few."""
     tried = {
         key.removeprefix("trainer."): ends(space)
         for key, space in flat(config.search.params).items()
@@ -113,6 +125,7 @@ def _trainers(config: RunConfig) -> Iterator[tuple[str, dict[str, Any]]]:
     }
     if config.search.trial is None or not tried:
         yield "", config.trainer
+    if not tried:
         return
     pairs = [[(key, value) for value in values] for key, values in tried.items()]
     some = (
@@ -133,14 +146,17 @@ def _named_problems(config: RunConfig) -> str:
     """What is seen without TRL's import."""
     known = _known_names()
     found = []
-    for name in dict.fromkeys((*config.trainer, *config.search.params.get("trainer", {}))):
-        if name in _OWNED:
-            found.append(f"trainer.{name} is set by gymexp: use {_OWNED[name]} instead")
-        elif name not in known:
+    searched = dict.fromkeys(config.search.params.get("trainer", {}))
+    for name in searched | config.trainer:
+        if name not in known:
             found.append(
                 f"trainer.{name} is not an argument of trl.GRPOConfig"
                 f"{nearest(name, sorted(known), 'trainer.')}"
             )
+    found.extend(fields.problems({n: None for n in searched if n in fields.OWNED} | config.trainer))
+    for name in ("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"):
+        if config.trainer.get(name) is not None and config.tracker.kind != "trackio":
+            found.append(f"trainer.{name} is for tracker=trackio, got tracker.kind={config.tracker.kind}")
     if config.trainer.get("deepspeed") and not importlib.util.find_spec("deepspeed"):
         found.append(
             "trainer.deepspeed needs a package that is not installed: pip install 'gymexp[deepspeed]'"
@@ -158,16 +174,19 @@ def _named_problems(config: RunConfig) -> str:
 
 
 def _construct_elsewhere(asked: list[dict[str, Any]]) -> list[str]:
-    """What GRPOConfig says of each, in a process of its own."""
-    shown = subprocess.run(
-        [sys.executable, "-m", "gymexp.training.arguments"],
-        input=json.dumps(asked),
-        capture_output=True,
-        text=True,
-        timeout=_CHECK_TIMEOUT_S,
-        env=os.environ | {"TRL_EXPERIMENTAL_SILENCE": "1"},
-        check=False,
-    )
+    """What `verdict` says of each, in a process of its own."""
+    try:
+        shown = subprocess.run(
+            [sys.executable, "-m", "gymexp.training.verdict"],
+            input=json.dumps(asked),
+            capture_output=True,
+            text=True,
+            timeout=_CHECK_TIMEOUT_S,
+            env=os.environ | {"TRL_EXPERIMENTAL_SILENCE": "1"},
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise ConfigError(f"trainer: trying its values out took more than {_CHECK_TIMEOUT_S} s") from None
     if shown.returncode:
         raise ConfigError(
             f"trainer: trl.GRPOConfig could not be constructed:\n{shown.stderr.strip()[-2000:]}"
@@ -178,7 +197,7 @@ def _construct_elsewhere(asked: list[dict[str, Any]]) -> list[str]:
 def build(config: RunConfig, output_dir: Path, run_name: str) -> GRPOConfig:
     """TRL's arguments for this run (imports torch). run_name: what trackers call it."""
     tracker = config.tracker
-    return _construct(
+    return construct(
         config.trainer,
         config.model.dtype,
         output_dir=str(output_dir),
@@ -189,7 +208,8 @@ def build(config: RunConfig, output_dir: Path, run_name: str) -> GRPOConfig:
     )
 
 
-def _construct(trainer: dict[str, Any], dtype: str, **more: Any) -> GRPOConfig:
+def construct(trainer: dict[str, Any], dtype: str, **more: Any) -> GRPOConfig:
+    """GRPOConfig with what gymexp sets. Raises TypeError, ValueError."""
     import torch
     from trl.trainer.grpo_config import GRPOConfig
 
@@ -231,7 +251,7 @@ def _group_problem(trainer: dict[str, Any]) -> str:
 def _known_names() -> set[str]:
     names: set[str] = set()
     for package, file, cls in _SOURCES:
-        tree = _source(package, file)
+        tree = read_source(package, file)
         body = next(n.body for n in tree.body if isinstance(n, ast.ClassDef) and n.name == cls)
         names.update(
             n.target.id for n in body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)
@@ -239,59 +259,7 @@ def _known_names() -> set[str]:
     return {n for n in names if not n.startswith("_")}
 
 
-def _source(package: str, file: str) -> ast.Module:
+def read_source(package: str, file: str) -> ast.Module:
     spec = importlib.util.find_spec(package)
     assert spec is not None and spec.submodule_search_locations
     return ast.parse((Path(spec.submodule_search_locations[0]) / file).read_text())
-
-
-def _known_words() -> dict[str, set[str]]:
-    """Option -> the strings that TRL's trainer compares it with."""
-    words: dict[str, set[str]] = {name: set() for name in _WORDS}
-    for node in ast.walk(_source("trl", "trainer/grpo_trainer.py")):
-        if isinstance(node, ast.Compare) and isinstance(node.left, ast.Attribute) and node.left.attr in words:
-            found = [c.value for c in ast.walk(node.comparators[0]) if isinstance(c, ast.Constant)]
-            words[node.left.attr].update(value for value in found if isinstance(value, str))
-    return words
-
-
-def _check_values(trainer: dict[str, Any]) -> None:
-    """What the constructor takes and the trainer would fail on later. Raises ValueError."""
-    from trl.trainer.grpo_config import GRPOConfig
-
-    hints, words = typing.get_type_hints(GRPOConfig), _known_words()
-    for name, value in trainer.items():
-        if not _fits(value, hints[name]):
-            wanted = getattr(hints[name], "__name__", hints[name])
-            raise ValueError(f"trainer.{name} must be of type {wanted}, got {value!r}")
-        if isinstance(value, str) and words.get(name) and value not in words[name]:
-            known = sorted(words[name])
-            raise ValueError(
-                f"trainer.{name} must be one of {', '.join(known)}, got {value!r}{nearest(value, known)}"
-            )
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return any(_fits(value, one) for one in typing.get_args(hint))
-    if hint in (int, float):
-        return isinstance(value, int if hint is int else int | float) and not isinstance(value, bool)
-    if hint is str:
-        return isinstance(value, str | bool)  # TRL itself takes scale_rewards: false
-    if hint in (bool, types.NoneType):
-        return isinstance(value, hint)
-    return True  # lists, dicts and enums are the constructor's to judge
-
-
-def _verdict(trainer: dict[str, Any], dtype: str) -> str:
-    try:
-        _check_values(trainer)
-        _construct(trainer, dtype, output_dir="unused", report_to=[])
-    except (TypeError, ValueError) as error:
-        said = str(error)
-        return said if said.startswith("trainer.") else f"trainer: trl.GRPOConfig refuses it: {said}"
-    return ""
-
-
-if __name__ == "__main__":
-    print("\n" + json.dumps([_verdict(**one) for one in json.load(sys.stdin)]))

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TrainerCallback
 
-from gymexp.config import RunConfig
+from gymexp.config import EvaluationConfig, RunConfig
 from gymexp.data.prepare import Prepared
+from gymexp.gym.client import Distribution
 from gymexp.rollout.collect import Progress
 from gymexp.run.direct import open_url
 from gymexp.run.directory import append_line, replace_file
@@ -133,11 +134,9 @@ class Evaluation(TrainerCallback):
 
         def play() -> dict[str, float]:
             self._teller.tell(phase="evaluate", step=step)
-            temperature = self._config.evaluation.temperature
             began = time.monotonic()
-            if temperature is None:
-                temperature = trainer.grpo.temperature
-            outcomes = self._rollouts.play(self._keys, step, temperature, held_out=True)
+            distribution = held_out_distribution(self._config.evaluation, trainer.grpo.temperature)
+            outcomes = self._rollouts.play(self._keys, step, distribution, held_out=True)
             metrics = {f"eval_{k}": v for k, v in rollout_metrics(outcomes, self._config.env).items()}
             self._rollouts.write(f"eval-{step:06d}", outcomes)
             return metrics | {"eval_seconds": time.monotonic() - began}
@@ -146,6 +145,17 @@ class Evaluation(TrainerCallback):
         trainer.log_evaluation(dict(metrics), metrics["eval_seconds"])
         self.newest = metrics
         return metrics
+
+
+def held_out_distribution(evaluation: EvaluationConfig, temperature: float) -> Distribution:
+    """What an evaluation samples from. temperature: of training, where the evaluation names none."""
+    return Distribution(
+        temperature=temperature if evaluation.temperature is None else evaluation.temperature,
+        top_p=evaluation.top_p,
+        top_k=evaluation.top_k,
+        min_p=evaluation.min_p,
+        repetition_penalty=evaluation.repetition_penalty,
+    )
 
 
 class EndWhenAsked(TrainerCallback):

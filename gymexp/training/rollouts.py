@@ -6,6 +6,7 @@ writer.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +18,7 @@ import zstandard
 
 from gymexp.config import RunConfig
 from gymexp.errors import ServiceError
-from gymexp.gym.client import Sampling
+from gymexp.gym.client import Distribution, Sampling
 from gymexp.rollout.batch import build_batch
 from gymexp.rollout.collect import Collector, check_failed_share
 from gymexp.rollout.outcome import Failed, Outcome, Task, outcome_to_json
@@ -107,7 +108,7 @@ class Rollouts:
         }
 
     def play(
-        self, keys: Sequence[str], weights_version: int, temperature: float, held_out: bool
+        self, keys: Sequence[str], weights_version: int, distribution: Distribution, held_out: bool
     ) -> list[Outcome]:
         """Rollouts of `keys` on this process, each with a seed of its own. Raises RolloutError, Stopped.
 
@@ -115,7 +116,6 @@ class Rollouts:
         alone.
         """
         assert self._collector is not None
-        trainer = self._config.trainer
         step = None if held_out else weights_version
         count: dict[str, int] = {}
         samplings = []
@@ -124,10 +124,9 @@ class Rollouts:
             env = self._config.env[self._tasks[key].env]
             samplings.append(
                 Sampling(
-                    temperature,
-                    trainer.get("top_p", 1.0),
-                    env.max_output_tokens,
-                    seed_of(self._config.seed, step, key, index),
+                    **dataclasses.asdict(distribution),
+                    max_output_tokens=env.max_output_tokens,
+                    seed=seed_of(self._config.seed, step, key, index),
                 )
             )
         with self._engine.sampling(weights_version):
@@ -144,7 +143,8 @@ class Rollouts:
         everyone: list[str] = gather_object(prompts)
 
         def play() -> list[Outcome]:
-            outcomes = self.play(everyone, step, trainer.grpo.temperature, held_out=False)
+            softmax = Distribution(temperature=trainer.grpo.temperature)
+            outcomes = self.play(everyone, step, softmax, held_out=False)
             self.write(f"step-{step + 1:06d}", outcomes)
             trainer.add_metrics(rollout_metrics(outcomes, self._config.env))
             trainer.add_metrics({"groups_without_variance": flat_groups(outcomes)})

@@ -28,8 +28,18 @@ _AUTO_ZERO = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param
 
 
 def check(config: RunConfig, placement: Placement) -> None:
-    """Raises ConfigError where there is nothing to spread over."""
+    """Raises ConfigError for what does not suit the number of ranks."""
     trainer, count = config.trainer, placement.num_ranks
+    if config.seed > 2**32 - count:
+        raise ConfigError(
+            f"seed must be at most 2**32 - {count} with {count} training processes, each of which adds its "
+            f"number to it, got {config.seed}"
+        )
+    if count < 2 and trainer.get("ddp_backend") is not None:
+        raise ConfigError(
+            "trainer.ddp_backend must be left out where a single process trains, got "
+            f"{trainer['ddp_backend']!r}"
+        )
     key = next((key for key in ("fsdp", "deepspeed") if trainer.get(key)), None)
     if key is None:
         return

@@ -134,6 +134,15 @@ def test_an_answer_has_openais_shape_and_carries_its_tokens():
     }
 
 
+def test_vllms_own_sampling_parameters_reach_the_engine_as_they_were_given():
+    status, _, [sent] = ask(
+        "Yes." + END, temperature=0, top_k=20, min_p=0.05, repetition_penalty=1.1, max_tokens=9
+    )
+    assert status == 200
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+    assert [sent["sampling_params"].get(name) for name in names] == [0, 1.0, 20, 0.05, 1.1]
+
+
 def test_turns_with_tool_results_continue_the_very_ids_that_were_sampled():
     # Not as the tokenizer would write this text: letter by letter. And the template drops the reasoning.
     letters = [i for letter in "<think>hm</think>" for i in encode(TOKENIZER, letter)]
@@ -236,7 +245,11 @@ def test_a_malformed_call_is_content(call):
     [
         ({"n": 2}, "n must be 1 here, got 2"),
         ({"stream": True}, "stream must be False"),
-        ({"top_k": 20}, "top_k must be 0 or -1"),
+        ({"top_k": -2}, "top_k must be an integer >= 1, or 0 or -1 for all tokens, got -2"),
+        ({"top_k": 2.5}, "top_k must be an integer"),
+        ({"min_p": "x"}, "min_p must be a number >= 0"),
+        ({"repetition_penalty": -1}, "repetition_penalty must be a number >= 0"),
+        ({"presence_penalty": 0.5}, "presence_penalty must be 0"),
         ({"top_logprobs": 5}, "top_logprobs"),
         ({"tool_choice": "required"}, "tool_choice must be 'auto' or 'none'"),
         ({"temperature": "hot"}, "temperature must be a number >= 0, got 'hot'"),

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 
 from gymexp import config as configuration
@@ -80,7 +83,6 @@ def test_every_name_that_trl_knows_is_known():
     """Read from the sources; a new version of TRL that moves its fields elsewhere shows here."""
     names = arguments._known_names()
     assert {"num_generations", "beta", "learning_rate", "max_steps", "save_steps", "temperature"} <= names
-    assert set(arguments._OWNED) <= names
     assert not [name for name in names if name.startswith("_")]
 
 
@@ -134,29 +136,136 @@ def test_a_constructor_that_breaks_shows_the_end_of_what_it_said(tmp_path, const
     assert len(str(caught.value)) < 2500
 
 
+def test_a_verdict_holds_for_the_packages_gpus_files_and_place_that_it_looked_at(
+    tmp_path, constructed_by, monkeypatch
+):
+    asked = constructed_by()
+    site = tmp_path / "site"
+    (site / "liger_kernel-0.6.dist-info").mkdir(parents=True)
+    settings = tmp_path / "zero.json"
+    settings.write_text("{}")
+    one = config(fsdp_config=str(settings))
+
+    def count() -> int:
+        arguments.check(one, tmp_path)
+        return len(asked)
+
+    assert [count(), count()] == [1, 1]
+    monkeypatch.syspath_prepend(str(site))
+    assert [count(), count()] == [2, 2], "a package more"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5")
+    assert [count(), count()] == [3, 3], "another GPU"
+    settings.write_text('{"a": 1}')
+    assert [count(), count()] == [4, 4], "another file of the same name"
+    one = dataclasses.replace(one, model=dataclasses.replace(one.model, attn_implementation="eager"))
+    assert [count(), count()] == [5, 5]
+    assert arguments.problems([one], tmp_path) == [""] and len(asked) == 6, "not of this machine"
+    assert [some[0]["here"] for some in asked] == [True] * 5 + [False]
+
+
+def test_a_check_that_takes_too_long_says_so(tmp_path, monkeypatch):
+    def run(command, timeout, **_):
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    with pytest.raises(ConfigError, match="trying its values out took more than 120 s"):
+        arguments.check(config(), tmp_path)
+
+
+BELOW_0: dict[str, Any] = {
+    "lr_scheduler_type": "cosine_warmup_with_min_lr",
+    "lr_scheduler_kwargs": {"min_lr_rate": 0.1, "warmup_lr_rate": -2.0},
+    "warmup_steps": 5,
+}
+GOOD: list[dict[str, Any]] = [
+    {"learning_rate": 1e-6, "num_generations": 4, "scale_rewards": False, "beta": 0},
+    {
+        "optim": "sgd",
+        "optim_args": "momentum=0.9",
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 9,
+        "max_steps": 3,
+    },
+    {
+        "optim": "adafactor",
+        "lr_scheduler_type": "warmup_stable_decay",
+        "lr_scheduler_kwargs": {"num_decay_steps": 3},
+    },
+    {
+        "loss_type": "vespo",
+        "vllm_importance_sampling_mode": "token_truncate",
+        "torch_compile_backend": "eager",
+    },
+    {"gradient_checkpointing_kwargs": {"use_reentrant": True}, "log_level": "info", "ddp_backend": "gloo"},
+]
+# TRL's constructor takes all but the first two as they are, and the run fails minutes later, or not at all.
+BAD: list[tuple[str, dict[str, Any]]] = [
+    ("cosinus is not a valid SchedulerType", {"lr_scheduler_type": "cosinus"}),
+    ("'generation_batch_size' and 'steps_per_gen", {"steps_per_generation": 2, "generation_batch_size": 16}),
+    ("trainer.loss_type must be one of bnpo, ", {"loss_type": "grop"}),
+    ("trainer.scale_rewards must be one of batch, group, none, got 'gruop'", {"scale_rewards": "gruop"}),
+    ("trainer.learning_rate must be of type float, got '1e-6x'", {"learning_rate": "1e-6x"}),
+    ("trainer.max_steps must be of type int, got 'ten'", {"max_steps": "ten"}),
+    ("trainer.num_generations must be of type int | None, got True", {"num_generations": True}),
+    ("trainer.vllm_importance_sampling_mode must be one of", {"vllm_importance_sampling_mode": "token"}),
+    ("sampling_mode must be token_truncate or token_mask with loss_type=vespo", {"loss_type": "vespo"}),
+    ("got 'adamw_8bit': You need to install `bitsandbytes`", {"optim": "adamw_8bit"}),
+    ("got 'galore_adamw': You need to install", {"optim": "galore_adamw", "optim_target_modules": ["q"]}),
+    ("got 'adamw_torch_4bit': You need to have `torchao", {"optim": "adamw_torch_4bit"}),
+    ("got 'adamw_anyprecision': ", {"optim": "adamw_anyprecision"}),
+    ("got 'adamw_torch_fused': it does not read momentum", {"optim_args": "momentum=0.9"}),
+    ("got 'adamw_torch_fused': Invalid beta parameter", {"adam_beta1": 1.5}),
+    (
+        "lr_scheduler_type=cosine_with_min_lr, got None: One of min_lr",
+        {"lr_scheduler_type": "cosine_with_min_lr"},
+    ),
+    ("the learning rate of step 0 would be -", BELOW_0),
+    ("lr_end (1e-07) must be smaller", {"lr_scheduler_type": "polynomial", "learning_rate": 1e-9}),
+    ("trainer.use_liger_kernel needs a package that is not installed", {"use_liger_kernel": True}),
+    ("trainer.torch_compile_backend must be one of", {"torch_compile_backend": "inductr"}),
+    ("trainer.torch_compile_mode must be one of", {"torch_compile_mode": "max"}),
+    ("trainer.log_level must be one of", {"log_level": "loud"}),
+    ("trainer.ddp_backend must be one of", {"ddp_backend": "nckl"}),
+    ("trainer.include_num_input_tokens_seen must be one of", {"include_num_input_tokens_seen": "some"}),
+    ("trainer.gradient_checkpointing_kwargs must be", {"gradient_checkpointing_kwargs": {"reentrant": 1}}),
+    ("--tf32 requires", {"tf32": True}),
+]
+# (model.attn_implementation, whether the run is this machine's, what is said)
+ATTENTION = [
+    ("eager", True, ""),
+    ("flash_attention_2", True, "the package for FlashAttention2 doesn't seem to be installed"),
+    ("flash_attention_3", False, "its package is not installed"),
+    ("kernels-community/flash-attn2", True, "`kernels` is either not installed"),
+    ("kernels-community/flash-attn2", False, "its package is not installed"),
+    ("flex_attention", False, ""),
+    ("spda", True, "got 'spda'"),
+    ("spda", False, "got 'spda': transformers has "),
+    ("paged|sdpa", False, "it generates, and does not train"),
+]
+MISSING = ("bitsandbytes", "galore_torch", "torchao", "torchdistx", "liger_kernel", "flash_attn", "kernels")
+
+
+@pytest.mark.skipif(
+    any(map(importlib.util.find_spec, MISSING)) or torch.cuda.is_available(),
+    reason="what is said here of missing packages and GPUs is there",
+)
 def test_trl_itself_takes_the_good_and_every_experiment_and_refuses_the_bad(tmp_path, monkeypatch):
-    """TRL's constructor takes the words and types of the last five as they are, and fails minutes later."""
-    said = {
-        "": {"learning_rate": 1e-6, "num_generations": 4, "scale_rewards": False, "beta": 0},
-        "cosinus is not a valid SchedulerType": {"lr_scheduler_type": "cosinus"},
-        "'generation_batch_size' and 'steps_per_generation'": {
-            "steps_per_generation": 2,
-            "generation_batch_size": 16,
-        },
-        "trainer.loss_type must be one of bnpo, ": {"loss_type": "grop"},
-        "trainer.scale_rewards must be one of batch, group, none, got 'gruop'": {"scale_rewards": "gruop"},
-        "trainer.learning_rate must be of type float, got '1e-6x'": {"learning_rate": "1e-6x"},
-        "trainer.max_steps must be of type int, got 'ten'": {"max_steps": "ten"},
-        "trainer.num_generations must be of type int | None, got True": {"num_generations": True},
-    }
     configuration.register()
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
         composed = [compose("train", [f"experiment={name}"]) for name in options("experiment")]
+        composed += [compose("train", [f"trainer={name}"]) for name in options("trainer")]
     configs = [configuration.load(cfg) for cfg in composed]
-    asked = [*said.values(), *(one.trainer for one in configs)]
-    told = arguments._construct_elsewhere([{"trainer": one, "dtype": "float32"} for one in asked])
-    for line, start in zip(told, said, strict=False):
-        assert start in line and bool(start) == bool(line)
-    assert told[len(said) :] == [""] * len(configs)
+    same = {"dtype": "float32", "attn_implementation": "sdpa", "here": True}
+    asked = [{"trainer": one} | same for one in (*GOOD, *(one.trainer for one in configs))]
+    asked += [{"trainer": one} | same for _, one in BAD]
+    asked += [
+        {"trainer": {}} | same | {"attn_implementation": name, "here": here} for name, here, _ in ATTENTION
+    ]
+    asked.append({"trainer": {"tf32": True}} | same | {"here": False})
+    told = arguments._construct_elsewhere(asked)
+    assert told[: len(GOOD) + len(configs)] == [""] * (len(GOOD) + len(configs))
+    expected = [said for said, _ in BAD] + [said for *_, said in ATTENTION] + [""]
+    for line, said in zip(told[len(GOOD) + len(configs) :], expected, strict=True):
+        assert said in line and bool(said) == bool(line)
     monkeypatch.setattr(arguments, "_construct_elsewhere", lambda some: [""] * len(some))
     assert arguments.problems(configs, tmp_path) == [""] * len(configs), "names, and whole groups"

@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 
 from gymexp.config import EnvConfig, ModelConfig, RunConfig
 from gymexp.errors import RolloutError, ServiceError
+from gymexp.gym.client import Distribution
 from gymexp.rollout.outcome import Completed, Failed, Rollout, Task, Turn
 from gymexp.training.rollouts import Rollouts, seed_of
 
+SOFTMAX = Distribution(temperature=1.0)
 TASKS = {key: Task(key, "e", "a", {"large": "row"}) for key in ("e/train/0", "e/train/1")}
 
 
@@ -76,7 +78,7 @@ def test_each_of_a_group_has_its_own_seed_and_another_step_has_others(tmp_path):
     plays = rollouts(collector, tmp_path)
     keys = ["e/train/0", "e/train/0", "e/train/1"]
     for version in (0, 1):
-        plays.play(keys, version, 0.8, held_out=False)
+        plays.play(keys, version, Distribution(temperature=0.8), held_out=False)
     first, second = collector.samplings
     assert len({sampling.seed for sampling in first + second}) == 6
     assert {(s.temperature, s.top_p, s.max_output_tokens) for s in first} == {(0.8, 1.0, 9)}
@@ -84,32 +86,34 @@ def test_each_of_a_group_has_its_own_seed_and_another_step_has_others(tmp_path):
 
 def test_held_out_tasks_are_played_with_the_same_seeds_every_time(tmp_path):
     collector = Collector()
-    plays = rollouts(collector, tmp_path, trainer={"top_p": 0.9})
+    plays = rollouts(collector, tmp_path)
+    asked = Distribution(temperature=1.0, top_p=0.9, top_k=5, min_p=0.1, repetition_penalty=1.2)
     for version in (0, 30):
-        plays.play(["e/train/0", "e/train/1"], version, 1.0, held_out=True)
+        plays.play(["e/train/0", "e/train/1"], version, asked, held_out=True)
     first, second = collector.samplings
     assert [one.seed for one in first] == [one.seed for one in second]
-    assert collector.samplings[0][0].top_p == 0.9
+    [one, *_] = first
+    assert (one.temperature, one.top_p, one.top_k, one.min_p, one.repetition_penalty) == (1, 0.9, 5, 0.1, 1.2)
 
 
 def test_rollouts_of_other_weights_than_the_policys_end_the_run(tmp_path):
     plays = rollouts(Collector(version=4), tmp_path)
-    assert plays.play(["e/train/0"], 4, 1.0, held_out=True)
+    assert plays.play(["e/train/0"], 4, SOFTMAX, held_out=True)
     with pytest.raises(ServiceError, match=r"e/train/0 was sampled with the weights of step 4, .* of step 5"):
-        plays.play(["e/train/0"], 5, 1.0, held_out=True)
+        plays.play(["e/train/0"], 5, SOFTMAX, held_out=True)
 
 
 def test_too_many_failures_end_the_run_and_the_engine_rests_again(tmp_path):
     collector = Collector(fail=True)
     with pytest.raises(RolloutError, match=r"2 of 2 rollouts failed(.|\n)*Look into logs/gateway\.log"):
-        rollouts(collector, tmp_path).play(["e/train/0", "e/train/1"], 0, 1.0, held_out=False)
+        rollouts(collector, tmp_path).play(["e/train/0", "e/train/1"], 0, SOFTMAX, held_out=False)
     assert not collector.sampling
 
 
 def test_a_rollout_file_has_an_outcome_a_line_without_the_tasks_row(tmp_path):
     collector = Collector()
     plays = rollouts(collector, tmp_path)
-    outcomes = plays.play(["e/train/0", "e/train/1"], 0, 1.0, held_out=False)
+    outcomes = plays.play(["e/train/0", "e/train/1"], 0, SOFTMAX, held_out=False)
     plays.write("step-000001", [*outcomes, Failed(TASKS["e/train/0"], "timeout", "slow")])
     [path] = tmp_path.iterdir()
     assert path.name == "step-000001.jsonl.zst"

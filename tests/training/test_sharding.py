@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -149,6 +150,20 @@ def placed(engine: str, num_gpus: int) -> Placement:
 
 def configured(**trainer) -> RunConfig:
     return RunConfig(env={"e": EnvConfig("c", "a")}, trainer=trainer)
+
+
+def test_a_seed_leaves_room_for_every_ranks_own():
+    """transformers seeds numpy, which takes 32 bits, with the run's seed and the rank's number."""
+    sharding.check(dataclasses.replace(configured(), seed=2**32 - 2), placed("vllm", 2))
+    with pytest.raises(ConfigError, match=r"seed must be at most 2\*\*32 - 2 with 2 training processes"):
+        sharding.check(dataclasses.replace(configured(), seed=2**32 - 1), placed("vllm", 2))
+
+
+def test_a_backend_between_ranks_is_for_several_of_them():
+    """transformers would fail on it where a single process trains."""
+    with pytest.raises(ConfigError, match=r"trainer\.ddp_backend must be left out .* got 'gloo'"):
+        sharding.check(configured(ddp_backend="gloo"), placed("vllm", 1))
+    sharding.check(configured(ddp_backend="gloo"), placed("vllm", 2))
 
 
 @pytest.mark.parametrize(
