@@ -104,11 +104,11 @@ def score_by_length(
     return scores
 
 
-def effective_sample(weights: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
+def effective_sample(weights: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """(sum, sum of squares, number) of the importance weights of what is trained on.
 
     weights: (B, T) of tokens, or (B, 1) of whole rollouts. mask: (B, T), 1 for tokens that are trained on.
     """
     counted = mask.bool() if weights.size(1) > 1 or mask.size(1) == 1 else mask.bool().any(1, keepdim=True)
     some = weights[counted].double()
-    return some.sum(), (some**2).sum(), some.numel()
+    return some.sum(), (some**2).sum(), torch.ones_like(some).sum()

@@ -317,8 +317,8 @@ class PolicyTrainer(GRPOTrainer):
         if (weights := batch.get("importance_sampling_ratio")) is None:
             return
         mask = batch["completion_mask"] * batch.get("tool_mask", 1)
-        sums = torch.stack([torch.as_tensor(one) for one in padding.effective_sample(weights, mask)])
-        total, squares, number = self.accelerator.reduce(sums.to(weights.device), reduction="sum").tolist()  # pyright: ignore[reportAttributeAccessIssue]
+        sums = torch.stack(padding.effective_sample(weights, mask))
+        total, squares, number = self.accelerator.reduce(sums, reduction="sum").tolist()  # pyright: ignore[reportAttributeAccessIssue]
         if squares > 0:
             self.add_metrics({"sampling/effective_sample_size": total**2 / squares / number})
 
