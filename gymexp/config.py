@@ -90,7 +90,7 @@ class EnvConfig:
 
 @dataclass
 class DatasetConfig:
-    """How the selected environments' tasks become one training set, which every epoch plays in another order."""
+    """How the selected environments' tasks become one training set; every epoch plays it in another order."""
 
     train_size: int | None = None  # of an epoch; None: as many as the weights allow without repeating one
     validation_size: int | None = None  # tasks an environment; None: all

@@ -9,10 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gymexp.config import DataConfig, DatasetConfig, EnvConfig, ModelConfig, RunConfig
+from gymexp.config import DataConfig, DatasetConfig, EnvConfig, ModelConfig, RunConfig, SearchConfig
+from gymexp.data import prepare
+from gymexp.data.prepare import Prepared
 from gymexp.errors import ConfigError
+from gymexp.gym import install
+from gymexp.launch import check as launch_check
 from gymexp.rollout.outcome import Task
-from gymexp.training import schedule
+from gymexp.train import train
+from gymexp.training import arguments, schedule
 from gymexp.training.schedule import Schedule
 
 
@@ -98,3 +103,25 @@ def test_a_run_that_goes_on_is_where_it_was_also_with_other_ranks(batch, uses, s
     assert before.going_on(step, before.epoch(step)) == before
     after = Schedule(before.num_tasks, batch, uses).going_on(step, before.epoch(step))
     assert after.epoch(step) == pytest.approx(before.epoch(step), abs=1 / before.num_tasks)
+
+
+def test_too_few_tasks_end_a_run_before_its_directory_is_taken(tmp_path, monkeypatch):
+    """What the configuration says, before NeMo Gym is asked for; else right after the tasks are there."""
+    asked: list[str] = []
+    tasks = [Task(f"e/train/{n}", "e", "x", {}) for n in range(3)]
+    monkeypatch.setattr(arguments, "check", lambda *_: None)
+    monkeypatch.setattr(install, "ensure_python", lambda *_: asked.append("python"))
+    monkeypatch.setattr(install, "site_packages", lambda *_: tmp_path)
+    monkeypatch.setattr(prepare, "prepare", lambda *_: Prepared(tasks, {"e": []}, {}))
+    for made, known in ((config(3, **SIXTEEN), []), (config(None, {"e": None}, **SIXTEEN), ["python"])):
+        with pytest.raises(ConfigError, match=r"at least 16, .*, got 3"):
+            train(made, [], tmp_path / "run")
+        assert asked == known and not (tmp_path / "run").exists()
+
+
+def test_a_sweep_says_so_of_a_job_but_leaves_a_trials_batch_to_its_study():
+    made = config(3, **SIXTEEN)
+    assert "dataset.train_size must be at least 16" in launch_check._too_few_tasks(made)
+    assert not launch_check._too_few_tasks(config(16, **SIXTEEN))
+    made.search = SearchConfig(num_trials=2, trial=0)
+    assert not launch_check._too_few_tasks(made)
