@@ -90,9 +90,9 @@ class EnvConfig:
 
 @dataclass
 class DatasetConfig:
-    """How the selected environments' tasks become one training set."""
+    """How the selected environments' tasks become one training set; every epoch plays it in another order."""
 
-    train_size: int | None = None  # tasks in all; None: as many as the weights allow without repeating one
+    train_size: int | None = None  # of an epoch; None: as many as the weights allow without repeating one
     validation_size: int | None = None  # tasks an environment; None: all
     order: str = "interleave"  # interleave: every batch holds each environment in proportion; shuffle
     seed: int = 0

@@ -40,8 +40,10 @@ def main(cfg: DictConfig) -> None:
         for split, rows in {"train": made["available"], "validation": made["validation_tasks"]}.items():
             sha256, file = made[f"{split}_sha256"][:12], made[f"{split}_file"]
             say(f"  {split:<10} {rows:>6} rows  sha256 {sha256}  {file}")
-    parts = ", ".join(f"{name} {made['used']} ({made['share']:.0%})" for name, made in mix["envs"].items())
-    say(f"training set: {mix['size']} tasks: {parts}")
+    parts = ", ".join(
+        f"{name} {made['in_epoch']} ({made['share']:.0%})" for name, made in mix["envs"].items()
+    )
+    say(f"training set: {mix['size']} tasks an epoch: {parts}")
     say(f"order: {mix['order']}, seed {mix['seed']}, sha256 {mix['sha256'][:12]}")
     say(f"prepared in {time.perf_counter() - start:.1f} s")
 

@@ -53,7 +53,7 @@ def train(
     from gymexp.run import controller
     from gymexp.run.directory import RunDirectory, cache_dir
     from gymexp.run.placement import num_nodes, place, visible_gpus
-    from gymexp.training import arguments, sharding
+    from gymexp.training import arguments, schedule, sharding
     from gymexp.view.progress import View
     from gymexp.view.table import held_out_table
 
@@ -63,17 +63,21 @@ def train(
         config = configuration.resumed(held.config, str(held.path))
         if ignored := [o for o in overrides if not o.startswith("resume=")]:
             view.say(f"a resumed run goes on with its own configuration; ignored: {' '.join(ignored)}")
-        load_prepared(held.data)
+    trained = len(load_prepared(held.data).train) if held else None
     arguments.check(config, cache_dir())
     # With several nodes, as if all had what this one has; what they do have is known once they are there.
     placement = place(config, [visible_gpus()] * num_nodes(config.placement))
     sharding.check(config, placement)
+    schedule.check(config, placement.num_ranks, trained)
     if placement.engine == "vllm" and not config.engine.urls:
         vllm.read_version(config.engine)
     python = ensure_python(config.gym, [e.config_path for e in config.env.values()], cache_dir(), view.say)
     site = site_packages(python)
     if held is None:
         prepared = prepare(config, python, cache_dir(), view.say)
+        planned = schedule.plan(config, placement.num_ranks, prepared.train)
+        view.say(schedule.told(planned, len(prepared.train)))
+        prepared.summary["training"] = planned
         held = RunDirectory.claim(directory)
         write_prepared(prepared, held.data)
         held.describe(config, overrides)

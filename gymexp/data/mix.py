@@ -8,6 +8,7 @@ import random
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
+from itertools import chain
 from typing import Any
 
 from gymexp.errors import DataError
@@ -39,6 +40,37 @@ def mix(
     mixed = [next(queues[env]) for env, count in counts.items() for _ in range(count)]
     random.Random(f"{seed}/shuffle").shuffle(mixed)
     return mixed
+
+
+def epoch_order(mixed: Sequence[Task], epoch: int, order: str, seed: int) -> list[int]:
+    """Which task of `mixed` comes when in an epoch of training, as indices; epoch 0 is `mixed` as it is.
+
+    A later epoch has the same tasks in another order, which the arguments alone decide. order "interleave"
+    leaves each environment its places, so that what `mix` promises of the first k tasks, and of any window,
+    holds over any number of epochs; in its places an environment's tasks come in another order. Of a mix that
+    has tasks several times, each comes once before one comes again.
+    """
+    if epoch == 0:
+        return list(range(len(mixed)))
+    if order == "shuffle":
+        shuffled = list(range(len(mixed)))
+        random.Random(f"{seed}/shuffle/{epoch}").shuffle(shuffled)
+        return shuffled
+    assert order == "interleave", order
+    rounds: dict[str, list[list[int]]] = {}
+    times: Counter[str] = Counter()
+    for index, task in enumerate(mixed):
+        of_env = rounds.setdefault(task.env, [])
+        if times[task.key] == len(of_env):
+            of_env.append([])
+        of_env[times[task.key]].append(index)
+        times[task.key] += 1
+    for env, of_env in rounds.items():
+        draws = random.Random(f"{seed}/{env}/again/{epoch}")
+        for one in of_env:
+            draws.shuffle(one)
+    queues = {env: chain.from_iterable(of_env) for env, of_env in rounds.items()}
+    return [next(queues[task.env]) for task in mixed]
 
 
 def share_out(available: Mapping[str, int], weights: Mapping[str, float], size: int | None) -> dict[str, int]:
@@ -104,8 +136,11 @@ def describe(
     order: str,
     seed: int,
 ) -> dict[str, Any]:
-    """What `data/mix.json` says of a mix. `repeats`: how many of the tasks used had been used before."""
-    used = Counter(task.env for task in mixed)
+    """What `data/mix.json` says of a mix, which is one epoch of training.
+
+    in_epoch: tasks of the environment in it. repeats: how many of these had come before.
+    """
+    counts = Counter(task.env for task in mixed)
     return {
         "order": order,
         "seed": seed,
@@ -115,9 +150,9 @@ def describe(
             env: {
                 "weight": weights[env],
                 "available": len(tasks),
-                "used": used[env],
-                "repeats": max(0, used[env] - len(tasks)),
-                "share": used[env] / len(mixed),
+                "in_epoch": counts[env],
+                "repeats": max(0, counts[env] - len(tasks)),
+                "share": counts[env] / len(mixed),
             }
             for env, tasks in tasks_by_env.items()
         },

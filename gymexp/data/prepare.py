@@ -58,8 +58,8 @@ def prepare(config: RunConfig, gym_python: Path | None, cache: Path, say: Say) -
     for name, stated in summary["envs"].items():
         stated |= {"validation_tasks": len(validation[name])} | sources[name]
         if stated["repeats"]:
-            used, there = stated["used"], stated["available"]
-            say(f"{name}: {used} training tasks out of {there}: {used / there:.1f} epochs of them")
+            count, there = stated["in_epoch"], stated["available"]
+            say(f"{name}: {count} training tasks out of {there}: each {count / there:.1f} times an epoch")
     return Prepared(train, validation, summary)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import math
+import json
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -79,12 +79,19 @@ async def play(
         text = body.decode(errors="replace")[:2000]
         raise RolloutFailure(_cause_in(body), f"{url}/run answered {response.status}: {text}")
     try:
-        reply = orjson.loads(body)
+        reply = _parse(body)
         return read_reply(task, reply, vocab_size, time.monotonic() - began, max_steps)
     except TokenMismatch as error:
         raise RolloutFailure("token_mismatch", str(error)) from None
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise RolloutFailure("environment", f"{url}/run answered what is not a rollout: {error!r}") from None
+
+
+def _parse(body: bytes) -> Any:
+    try:
+        return orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return json.loads(body)  # takes NaN and Infinity, as Python writes them: a reward is refused by name
 
 
 def _cause_in(body: bytes) -> Cause:
@@ -115,7 +122,8 @@ def request_body(task: Task, sampling: Sampling) -> bytes:
 def read_reply(
     task: Task, reply: dict[str, Any], vocab_size: int, seconds: float, max_steps: int | None = None
 ) -> Played:
-    """A verified outcome from `/run`'s reply. Raises TokenMismatch; on another shape ValueError, KeyError …
+    """A verified outcome from `/run`'s reply. Raises TokenMismatch, RolloutFailure; on another shape
+    ValueError, KeyError …
 
     max_steps: the agent's limit of model turns, None where it has none.
     """
@@ -137,9 +145,7 @@ def read_reply(
     verify_turns(turns, vocab_size)
     if limit is None and _ran_out_of_turns(reply, items, len(turns), max_steps):
         limit = "turns"
-    reward = float(reply["reward"])
-    if not math.isfinite(reward):
-        raise ValueError(f"reward must be finite, got {reward}")
+    reward = _read_reward(task, reply["reward"])
     kept = [{k: v for k, v in item.items() if k not in _TOKEN_FIELDS} for item in items]
     rollout = Rollout(task, turns, reward, kept, seconds={"total": round(seconds, 4)})
     return Truncated(rollout, limit) if limit else Completed(rollout)
@@ -161,4 +167,23 @@ def _ran_out_of_turns(
     return items[-1].get("type") not in ("message", "function_call")
 
 
+# TRL computes a group's mean and deviation in float32: with rewards of 1e19 the deviation is infinite and
+# each advantage 0. Squares of 1e16 can be added up over 1e6 rollouts.
+MAX_REWARD = 1e16
 _TOKEN_FIELDS = frozenset(("prompt_token_ids", "generation_token_ids", "generation_log_probs"))
+
+
+def _read_reward(task: Task, value: Any) -> float:
+    """A number, as NeMo Gym's `BaseVerifyResponse.reward` is. Raises RolloutFailure for anything else: to
+    turn it into a number unasked would hide a mistake in the server."""
+    said = f"the reward that {task.agent} (env.{task.env}) gave must be"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        shown = "null, as NeMo Gym writes NaN and infinities" if value is None else json.dumps(value)[:80]
+        raise RolloutFailure("environment", f"{said} a number, got {shown}")
+    if not abs(value) <= MAX_REWARD:
+        raise RolloutFailure(
+            "environment",
+            f"{said} finite and within ±{MAX_REWARD:g}, as float32 does not hold the squares of larger ones, "
+            f"which a group's deviation takes, got {str(value)[:40]}: scale it in the resources server",
+        )
+    return float(value)

@@ -19,7 +19,7 @@ from gymexp.config import ConfigError, RunConfig
 from gymexp.errors import GymexpError, LaunchError
 from gymexp.launch.freeze import FrozenJob, name_of, swept_of
 from gymexp.run.directory import cache_dir
-from gymexp.training import arguments
+from gymexp.training import arguments, schedule
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def check_jobs(
     if not wrong:
         told = arguments.problems([job.config for job in jobs.values()], cache_dir())
         for num, text in zip(jobs, told, strict=True):
-            if text:
+            if text := text or _too_few_tasks(jobs[num].config):
                 wrong.setdefault(text, []).append(names[num])
     if wrong:
         count = sum(len(which) for which in wrong.values())
@@ -84,6 +84,17 @@ def returns(jobs: Mapping[int, FrozenJob], ends: Mapping[int, End]) -> list[JobR
         )
         for num, end in ends.items()
     ]
+
+
+def _too_few_tasks(config: RunConfig) -> str:
+    """Why even one training process would have nothing to train on; of a trial its own start says so, as the
+    batch may be the study's to choose."""
+    try:
+        if config.search.trial is None:
+            schedule.check(config, num_ranks=1)
+    except ConfigError as error:
+        return str(error)
+    return ""
 
 
 def _compose(launcher: Any, overrides: Sequence[str]) -> RunConfig:

@@ -41,12 +41,12 @@ def rollout_metrics(outcomes: Sequence[Outcome], envs: Mapping[str, EnvConfig]) 
     return metrics
 
 
-def flat_groups(outcomes: Sequence[Outcome]) -> float:
-    """Share of groups (rollouts of the same task) whose rewards are all equal: they give no gradient."""
-    groups: dict[str, set[float]] = defaultdict(set)
-    for outcome in outcomes:
-        groups[task_of(outcome).key].update(() if isinstance(outcome, Failed) else (outcome.rollout.reward,))
-    return sum(len(rewards) < 2 for rewards in groups.values()) / len(groups) if groups else math.nan
+def flat_groups(outcomes: Sequence[Outcome], num_generations: int) -> float:
+    """Share of groups whose rewards are all equal: they give no gradient. A group is `num_generations`
+    rollouts in a row; where an epoch ends, a batch may have two of the same task."""
+    groups = [outcomes[i : i + num_generations] for i in range(0, len(outcomes), num_generations)]
+    rewards = [{o.rollout.reward for o in group if not isinstance(o, Failed)} for group in groups]
+    return fmean(len(some) < 2 for some in rewards) if rewards else math.nan
 
 
 def mean_reward(outcomes: Sequence[Outcome]) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -86,6 +87,8 @@ class Rollouts:
         self._tasks = tasks
         self._directory = directory
         self.seconds = 0.0  # spent in the last call
+        self._step = -1  # the one that is being trained, which may play several collections
+        self._count: Counter[str] = Counter()  # rollouts of each task in it
 
     def __call__(self, prompts: list[str], trainer: PolicyTrainer) -> dict[str, list[Any]]:
         """See `trl.GRPOTrainer`, `rollout_func`: this rank's prompts, each repeated num_generations times."""
@@ -110,17 +113,19 @@ class Rollouts:
     def play(
         self, keys: Sequence[str], weights_version: int, distribution: Distribution, held_out: bool
     ) -> list[Outcome]:
-        """Rollouts of `keys` on this process, each with a seed of its own. Raises RolloutError, Stopped.
+        """Rollouts of `keys` on this process, each with a seed of its own, also where a step plays a task
+        again in a later collection. Raises RolloutError, Stopped.
 
         Held-out tasks are played with the same seeds every time, so that two evaluations differ by the policy
         alone.
         """
         assert self._collector is not None
         step = None if held_out else weights_version
-        count: dict[str, int] = {}
+        count = Counter[str]() if held_out else self._count_in(weights_version)
         samplings = []
         for key in keys:
-            index = count[key] = count.get(key, -1) + 1
+            index = count[key]
+            count[key] += 1
             env = self._config.env[self._tasks[key].env]
             samplings.append(
                 Sampling(
@@ -136,6 +141,12 @@ class Rollouts:
         check_weights(outcomes, weights_version)
         return outcomes
 
+    def _count_in(self, step: int) -> Counter[str]:
+        """Rollouts of each task that the step has played already."""
+        if step != self._step:
+            self._step, self._count = step, Counter()
+        return self._count
+
     def _for_all_ranks(self, prompts: list[str], trainer: PolicyTrainer, step: int) -> list[Outcome]:
         from accelerate.utils import gather_object
 
@@ -143,21 +154,27 @@ class Rollouts:
         everyone: list[str] = gather_object(prompts)
 
         def play() -> list[Outcome]:
+            again = step == self._step
             softmax = Distribution(temperature=trainer.grpo.temperature)
             outcomes = self.play(everyone, step, softmax, held_out=False)
-            self.write(f"step-{step + 1:06d}", outcomes)
+            self.write(f"step-{step + 1:06d}", outcomes, more=again)
             trainer.add_metrics(rollout_metrics(outcomes, self._config.env))
-            trainer.add_metrics({"groups_without_variance": flat_groups(outcomes)})
+            num_generations = trainer.grpo.num_generations
+            assert num_generations
+            trainer.add_metrics({"groups_without_variance": flat_groups(outcomes, num_generations)})
             return outcomes
 
         outcomes = on_main_rank(accelerator, play)
         start = accelerator.process_index * len(prompts)
         return outcomes[start : start + len(prompts)]
 
-    def write(self, name: str, outcomes: Sequence[Outcome]) -> None:
-        """`rollouts/<name>.jsonl.zst`, an Outcome a line; there whole or not at all."""
+    def write(self, name: str, outcomes: Sequence[Outcome], more: bool = False) -> None:
+        """`rollouts/<name>.jsonl.zst`, an Outcome a line; there whole or not at all. more: behind those it
+        has."""
         path = self._directory / f"{name}.jsonl.zst"
         part = path.with_name(path.name + ".part")
+        # One frame again: zstandard's `decompress` reads no further.
+        before = zstandard.decompress(path.read_bytes()) if more else b""
         lines = b"".join(orjson.dumps(outcome_to_json(outcome)) + b"\n" for outcome in outcomes)
-        part.write_bytes(zstandard.compress(lines))
+        part.write_bytes(zstandard.compress(before + lines))
         part.replace(path)

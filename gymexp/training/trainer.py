@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import astuple
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from gymexp.policy.model import end_token_ids, resolve_path, save_policy
 from gymexp.policy.weights import NamedTensors, TensorSpecs
 from gymexp.rollout.outcome import Outcome
 from gymexp.run.directory import RunDirectory
-from gymexp.training import checkpoints, drift, padding
+from gymexp.training import batches, checkpoints, drift, padding
 from gymexp.training.engine import ServerSampling
 from gymexp.training.rollouts import Rollouts, on_main_rank
 
@@ -64,6 +65,14 @@ def gather_head(model: Any, *_: Any) -> None:
         head.unshard()
 
 
+@cache
+def know_cpu_ranks() -> None:
+    """Without GPUs accelerate names the ranks' devices cpu:0, cpu:1, …; torch.load knows cpu alone."""
+    torch.serialization.register_package(
+        50, lambda _: None, lambda storage, place: storage if place.startswith("cpu:") else None
+    )
+
+
 class PolicyTrainer(GRPOTrainer):
     """Trains the policy on rollouts. Every log entry says where the step's seconds went (`time/*`)."""
 
@@ -86,7 +95,9 @@ class PolicyTrainer(GRPOTrainer):
         self.pad_token_id: int = tokenizer.pad_token_id  # pyright: ignore[reportAttributeAccessIssue]
         self.grpo = args
         self._directory = directory
-        self._draws = drift.Tally()  # over the checks so far
+        self._checked = False  # whether a batch was compared since the start
+        self._draws = drift.Tally()  # over the comparisons so far
+        self._tasks = prepared.train  # in the first epoch's order
         self._tokenizer = tokenizer
         self.stopped = False  # asked to end before its last step
         super().__init__(
@@ -102,6 +113,8 @@ class PolicyTrainer(GRPOTrainer):
         self.eos_token_ids = end_token_ids(tokenizer, resolve_path(config.model.path), config.model.revision)
         if self.is_fsdp_enabled:
             self.model.register_forward_pre_hook(gather_head)  # pyright: ignore[reportOptionalMemberAccess]
+        self._schedule = batches.build_schedule(args, len(prepared.train))
+        self.add_callback(batches.Epochs(lambda: self._schedule))
         self.remove_callback(PrinterCallback)  # metrics.jsonl has the numbers, and the live view shows them
 
     def add_metrics(self, metrics: Mapping[str, float]) -> None:
@@ -189,8 +202,9 @@ class PolicyTrainer(GRPOTrainer):
         outcomes: this rank's part of the batch. Raises DriftError, DrawError, on every rank alike.
         """
         step = self.state.global_step
-        if step % self._config.rollout.drift_every and step != self._first_step:
+        if self._checked and step % self._config.rollout.drift_every:
             return
+        self._checked = True
         rows = drift.choose_rows(outcomes, min(drift.NUM_ROWS, len(outcomes)), self.pad_token_id)
         ids = [row.completion_ids for row in rows]
         elsewhere = [[-100 if token is None else token for token in row.elsewhere] for row in rows]
@@ -228,14 +242,19 @@ class PolicyTrainer(GRPOTrainer):
 
     def go_on_from(self, checkpoint: Path | None) -> None:
         """Train to the end, from a checkpoint or from the start."""
-        # Without GPUs accelerate names the ranks' devices cpu:0, cpu:1, …; torch.load knows cpu alone.
-        torch.serialization.register_package(
-            50, lambda _: None, lambda storage, place: storage if place.startswith("cpu:") else None
-        )
-        self._first_step = checkpoints.step_of(checkpoint) if checkpoint else 0
+        know_cpu_ranks()
+        first_step = checkpoints.step_of(checkpoint) if checkpoint else 0
+        if checkpoint:
+            self._schedule = self._schedule.going_on(first_step, batches.read_epoch(checkpoint))
+            batches.go_on_in_generation(self, checkpoint, first_step)
+        if self._config.trainer.get("max_steps", -1) < 0:
+            self.args.max_steps = self._schedule.num_steps(self.args.num_train_epochs)
         self._step_began = time.monotonic()
         self._seconds = dict.fromkeys(self._seconds, 0.0)
         self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+
+    def _get_train_sampler(self, dataset: Any = None) -> batches.TaskSampler:
+        return batches.TaskSampler(self._tasks, self._config.dataset, self._schedule, self.grpo)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # transformers looks for the last step only after one more: a run that goes on from its last
@@ -303,6 +322,8 @@ class PolicyTrainer(GRPOTrainer):
         began, synced = time.monotonic(), self._seconds["sync"]
         output = super()._generate_and_score_completions(inputs)
         self._log_effective_sample(output)
+        if self.use_vllm and self._engine.shared:
+            self._last_loaded_step = -1  # it sleeps now: a step's next collection wakes it by another sync
         apart = self._rollouts.seconds + self._seconds["sync"] - synced
         self._seconds["rollout"] += self._rollouts.seconds
         self._seconds["logprobs"] += time.monotonic() - began - apart
@@ -354,6 +375,8 @@ class PolicyTrainer(GRPOTrainer):
         target = self._directory / f"checkpoint-{self.state.global_step}"
         with checkpoints.writing(target) if self.accelerator.is_main_process else nullcontext():
             super()._save_checkpoint(model, trial)
+            if self.state.global_step % self._schedule.steps_per_batch:
+                batches.save_generation(target, self.args.process_index, self._buffered_inputs)
             self.accelerator.wait_for_everyone()  # every rank writes a part of what is sealed
         self._prune()
 

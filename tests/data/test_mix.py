@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gymexp.data.mix import describe, keys_sha256, mix, share_out
+from gymexp.data.mix import describe, epoch_order, keys_sha256, mix, share_out
 from gymexp.errors import DataError
 from gymexp.rollout.outcome import Task
 
@@ -84,6 +84,72 @@ def test_an_environments_own_order_does_not_depend_on_the_others(made, seed):
     assert mixed == alone[: len(mixed)]
 
 
+def through_epochs(mixed: list[Task], order: str, seed: int, epochs: int = 3) -> list[Task]:
+    return [mixed[index] for epoch in range(epochs) for index in epoch_order(mixed, epoch, order, seed)]
+
+
+@given(mixes(), ORDERS, st.integers(0, 3))
+def test_every_epoch_has_the_same_tasks_and_the_first_is_the_mix_itself(made, order, seed):
+    available, weights, size = made
+    mixed = mix(available, weights, size, order, seed)
+    assert epoch_order(mixed, 0, order, seed) == list(range(len(mixed)))
+    for epoch in (1, 2, 7):
+        indices = epoch_order(mixed, epoch, order, seed)
+        assert sorted(indices) == list(range(len(mixed)))
+        assert indices == epoch_order(mixed, epoch, order, seed)
+
+
+@given(mixes(sizes=st.integers(30, 300)), ORDERS, st.integers(0, 3))
+def test_no_two_epochs_and_no_two_seeds_have_the_same_order(made, order, seed):
+    available, weights, size = made
+    mixed = mix(available, weights, size, order, seed)
+    orders = [epoch_order(mixed, epoch, order, seed) for epoch in range(4)]
+    orders += [epoch_order(mixed, epoch, order, seed + 1) for epoch in range(1, 4)]
+    assert len(set(map(tuple, orders))) == 7
+
+
+@given(mixes())
+def test_interleaving_keeps_the_shares_from_the_first_task_on_through_any_number_of_epochs(made):
+    available, weights, size = made
+    mixed = mix(available, weights, size, "interleave", 0)
+    counts, used = Counter(task.env for task in mixed), Counter()
+    for position, task in enumerate(through_epochs(mixed, "interleave", 0), start=1):
+        used[task.env] += 1
+        assert all(abs(used[e] - Fraction(counts[e] * position, len(mixed))) < 1 for e in counts)
+
+
+@given(mixes(max_envs=2), st.integers(1, 40))
+def test_with_two_environments_a_window_over_an_epochs_end_is_within_one_task_as_well(made, width):
+    available, weights, size = made
+    mixed = mix(available, weights, size, "interleave", 0)
+    counts, order = Counter(task.env for task in mixed), through_epochs(mixed, "interleave", 0)
+    for start in range(len(order) - width + 1):
+        window = Counter(task.env for task in order[start : start + width])
+        assert all(abs(window[e] - Fraction(counts[e] * width, len(mixed))) <= 1 for e in counts)
+
+
+@given(mixes(sizes=st.integers(100, 400)), st.integers(1, 3))
+def test_in_every_epoch_a_task_comes_again_only_after_all_others_of_its_environment(made, epoch):
+    available, weights, size = made
+    mixed = mix(available, weights, size, "interleave", 0)
+    order = [mixed[index] for index in epoch_order(mixed, epoch, "interleave", 0)]
+    for env, tasks_of_env in available.items():
+        keys = [task.key for task in order if task.env == env]
+        whole = len(keys) // len(tasks_of_env) * len(tasks_of_env)
+        for start in range(0, whole, len(tasks_of_env)):
+            assert len(set(keys[start : start + len(tasks_of_env)])) == len(tasks_of_env)
+        assert len(set(keys[whole:])) == len(keys) - whole
+
+
+def test_later_epochs_are_the_same_on_every_machine():
+    available = {"a": tasks("a", 30), "b": tasks("b", 30)}
+    found = {}
+    for order in ("interleave", "shuffle"):
+        mixed = mix(available, {"a": 1, "b": 2}, 40, order, 7)
+        found[order] = keys_sha256(through_epochs(mixed, order, 7)[40:])[:12]
+    assert found == {"interleave": "67c80d7b2839", "shuffle": "5fea7b489453"}
+
+
 def test_the_order_is_the_same_on_every_machine():
     available = {"a": tasks("a", 30), "b": tasks("b", 30)}
     found = {
@@ -122,7 +188,13 @@ def test_the_description_says_what_was_used_how_often():
     )
     mixed = mix(available, weights, 50, "interleave", 3)
     stated = describe(mixed, available, weights, "interleave", 3)
-    assert stated["envs"]["a"] == {"weight": 1.0, "available": 10, "used": 25, "repeats": 15, "share": 0.5}
-    assert stated["envs"]["b"]["repeats"] == 0 and stated["envs"]["c"]["used"] == 0
+    assert stated["envs"]["a"] == {
+        "weight": 1.0,
+        "available": 10,
+        "in_epoch": 25,
+        "repeats": 15,
+        "share": 0.5,
+    }
+    assert stated["envs"]["b"]["repeats"] == 0 and stated["envs"]["c"]["in_epoch"] == 0
     assert (stated["order"], stated["seed"], stated["size"]) == ("interleave", 3, 50)
     assert stated["sha256"] == keys_sha256(mixed)

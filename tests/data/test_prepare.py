@@ -57,9 +57,9 @@ def test_the_summary_names_sources_counts_and_repeats(config, tmp_path):
     said: list[str] = []
     summary = prepare(config, None, tmp_path, said.append).summary
     one = summary["envs"]["one"]
-    assert (one["source"], one["available"], one["used"], one["repeats"]) == ("jsonl", 12, 30, 18)
+    assert (one["source"], one["available"], one["in_epoch"], one["repeats"]) == ("jsonl", 12, 30, 18)
     assert one["validation_tasks"] == 4 and len(one["train_sha256"]) == 64
-    assert said == ["one: 30 training tasks out of 12: 2.5 epochs of them"]
+    assert said == ["one: 30 training tasks out of 12: each 2.5 times an epoch"]
 
 
 def test_size_limits_cut_each_split(config, tmp_path):

@@ -28,7 +28,7 @@ def test_it_says_what_a_run_would_train_on_and_leaves_nothing_behind(tmp_path, o
     done = run(tmp_path, *own_files)
     assert done.returncode == 0, done.stderr
     assert "train           3 rows  sha256" in done.stdout
-    assert "training set: 3 tasks: sudoku 3 (100%)" in done.stdout
+    assert "training set: 3 tasks an epoch: sudoku 3 (100%)" in done.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["mine.jsonl"]
 
 

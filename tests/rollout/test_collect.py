@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import threading
 import time
 from collections import Counter
@@ -11,12 +12,14 @@ from collections.abc import Awaitable, Callable
 from contextlib import ExitStack, contextmanager
 
 import pytest
+import torch
 from aiohttp import web
 from loopback import serving
+from trl.trainer.utils import nanstd
 
 from gymexp.config import EnvConfig, RolloutConfig
 from gymexp.errors import RolloutError, ServiceError
-from gymexp.gym.client import Sampling
+from gymexp.gym.client import Sampling, read_reply
 from gymexp.gym.servers import Replica
 from gymexp.rollout import collect
 from gymexp.rollout.collect import Collector, Progress, Stopped, check_failed_share
@@ -312,10 +315,7 @@ def test_an_agent_that_never_answers_is_a_timeout_within_the_deadline():
         '{"reward": 1.0}',
         '{"reward": 1.0, "response": {"output": ["text"]}}',
         '{"reward": 1.0, "response": {"output": 3}}',
-        json.dumps(reply(turn([1], [2]), reward=None)),  # type: ignore[arg-type]
         json.dumps(reply(turn([1], [2], prompt_token_ids=["one"]))),
-        json.dumps(reply(turn([1], [2]), reward="NaN")),  # type: ignore[arg-type]
-        json.dumps(reply(turn([1], [2]))).replace("1.0", "1e999"),
     ],
 )
 def test_an_answer_that_is_no_rollout_is_the_environments_failure(answer):
@@ -324,6 +324,42 @@ def test_an_answer_that_is_no_rollout_is_the_environments_failure(answer):
     assert isinstance(outcome, Failed)
     assert outcome.cause == "environment"
     assert "answered what is not a rollout" in outcome.detail
+
+
+@pytest.mark.parametrize(
+    ("reward", "said"),
+    [
+        ("1e39", "within ±1e+16, .* got 1e+39"),
+        ("-1e308", "got -1e+308"),
+        ("1e999", "got inf"),
+        ("1" + "0" * 400, "got 1000"),
+        ("NaN", "finite .* got nan"),
+        ("-Infinity", "got -inf"),
+        ("null", "a number, got null, as NeMo Gym writes NaN and infinities"),
+        ("true", "a number, got true"),
+        ('"1.0"', 'a number, got "1.0"'),
+        ('"NaN"', 'a number, got "NaN"'),
+        ("[1.0]", r"a number, got \[1.0\]"),
+    ],
+)
+def test_a_reward_that_is_no_number_to_train_on_is_the_environments_failure(reward, said):
+    answer = json.dumps(reply(turn([1], [2]), reward=0.125)).replace("0.125", reward)
+    with playing(always(answer), rollout={"max_retries": 0}) as (collector, _):
+        outcome = only(collector)
+    assert isinstance(outcome, Failed) and outcome.cause == "environment"
+    named = rf"the reward that {outcome.task.agent} \(env\.{outcome.task.env}\) gave must be .*"
+    assert re.search(named + said.replace("+", r"\+"), outcome.detail)
+
+
+@pytest.mark.parametrize("rewards", [[1e16, -1e16] * 4, [1e16] + [0.0] * 7, [-1e16, 1.0] * 4])
+def test_trl_finds_the_advantages_of_every_reward_that_is_taken(rewards):
+    """TRL's own float32 arithmetic; with 1e19 in the place of 1e16 the deviation is infinite."""
+    task, size = Task("e/train/0", "e", "a", {}), len(rewards)
+    taken = [read_reply(task, reply(reward=r), VOCAB_SIZE, 0.0).rollout.reward for r in rewards]
+    group = torch.tensor(taken * 4).view(1, size * 4)
+    deviation = nanstd(group, dim=1)
+    expected = torch.tensor(taken, dtype=torch.float64).repeat(4).std()
+    assert deviation.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -135,7 +135,6 @@ def gradient_of(trainer: Any) -> torch.Tensor:
     """Of the first optimizer step."""
     gradients = Gradients()
     trainer.add_callback(gradients)
-    trainer._first_step = 0
     trainer.train()
     return gradients.flat
 

@@ -105,8 +105,21 @@ def test_a_group_is_flat_when_all_that_was_scored_of_it_is_equal():
         *(played("b", 0.3, number=1), failed("b", number=1)),
         *(failed("b", number=2), failed("b", number=2)),
     ]
-    assert flat_groups(outcomes) == 0.75
-    assert math.isnan(flat_groups([]))
+    assert flat_groups(outcomes, 2) == 0.75
+    assert math.isnan(flat_groups([], 2))
+
+
+def test_two_groups_of_one_task_are_two_groups():
+    rewards = (1.0, 1.0), (0.0, 0.0), (0.0, 1.0)
+    assert flat_groups([played("a", r) for group in rewards for r in group], 2) == pytest.approx(2 / 3)
+
+
+def test_rewards_as_large_as_float32_holds_have_a_mean_and_a_deviation():
+    metrics = rollout_metrics(
+        [played("a", 3e38), played("a", 3e38), played("b", 3e38), played("b", -3e38)], ENVS
+    )
+    assert (metrics["a/reward"], metrics["a/reward_std"]) == (3e38, 0.0)
+    assert (metrics["b/reward"], metrics["b/reward_std"]) == (0.0, 3e38)
 
 
 def test_the_mean_reward_is_over_what_was_scored():

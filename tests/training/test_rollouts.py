@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import orjson
 import pytest
@@ -42,6 +45,28 @@ def rollouts(collector: Collector, directory, **settings) -> Rollouts:
     config = RunConfig(model=ModelConfig("m", "p"), env={"e": env}, seed=3, **settings)
 
     return Rollouts(config, collector, TASKS, directory, Engine(collector))  # type: ignore[arg-type]
+
+
+class Trainer:
+    """What `rollout_func` is given, as far as it is looked at: one process, the state, metrics."""
+
+    pad_token_id = 0
+    grpo = SimpleNamespace(temperature=1.0, num_generations=2)
+    accelerator = SimpleNamespace(num_processes=1, process_index=0)
+
+    def __init__(self) -> None:
+        self.state = SimpleNamespace(global_step=0)
+
+    def add_metrics(self, metrics: dict) -> None:
+        pass
+
+    def check_samples(self, outcomes: list) -> None:
+        pass
+
+
+def keys_in(path: Path) -> list[str]:
+    lines = zstandard.decompress(path.read_bytes()).splitlines()
+    return [orjson.loads(line)["rollout"]["task"]["key"] for line in lines]
 
 
 class Engine:
@@ -122,3 +147,29 @@ def test_a_rollout_file_has_an_outcome_a_line_without_the_tasks_row(tmp_path):
     assert records[0]["rollout"]["task"] == {"key": "e/train/0", "env": "e", "agent": "a"}
     assert records[0]["rollout"]["turns"] == [{"prompt_ids": [1], "completion_ids": [2], "logprobs": [-0.5]}]
     assert (records[2]["cause"], records[2]["schema"]) == ("timeout", 1)
+
+
+def test_a_step_that_plays_several_collections_has_them_all_in_its_file_each_with_its_own_seeds(tmp_path):
+    collector, trainer = Collector(), Trainer()
+    plays: Any = rollouts(collector, tmp_path)
+    first, second = ["e/train/0"] * 2, ["e/train/1", "e/train/0"]
+    for collection in (first, second):
+        plays(collection, trainer)
+    assert keys_in(tmp_path / "step-000001.jsonl.zst") == [*first, *second]
+    trainer.state.global_step = 1
+    plays(second, trainer)
+    assert keys_in(tmp_path / "step-000002.jsonl.zst") == second
+    assert keys_in(tmp_path / "step-000001.jsonl.zst") == [*first, *second]
+    seeds = [sampling.seed for some in collector.samplings for sampling in some]
+    assert len(set(seeds)) == len(seeds) == 6
+
+
+def test_a_step_that_is_played_again_after_a_resume_has_the_same_seeds_and_replaces_its_file(tmp_path):
+    collectors = Collector(), Collector()
+    for collector in collectors:
+        plays: Any = rollouts(collector, tmp_path)
+        trainer = Trainer()
+        for _ in range(2):
+            plays(["e/train/0"] * 2, trainer)
+    assert keys_in(tmp_path / "step-000001.jsonl.zst") == ["e/train/0"] * 4
+    assert collectors[0].samplings == collectors[1].samplings

@@ -1,0 +1,124 @@
+"""The trainer's way through the training order: its sampler, the epochs it counts, and what a checkpoint
+keeps of a generation that is trained on over several steps."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from fractions import Fraction
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.data import Sampler
+from transformers import TrainerCallback
+
+from gymexp.config import DatasetConfig
+from gymexp.data.mix import epoch_order
+from gymexp.errors import ConfigError, RunDirectoryError
+from gymexp.rollout.outcome import Task
+from gymexp.training.schedule import Schedule
+
+if TYPE_CHECKING:
+    from trl.trainer.grpo_config import GRPOConfig
+
+
+def build_schedule(args: GRPOConfig, num_tasks: int) -> Schedule:
+    """As `schedule.check` has found it before the run, with the training processes that there are."""
+    assert args.generation_batch_size and args.steps_per_generation and args.num_generations
+    batch_tasks = args.generation_batch_size // args.num_generations
+    if batch_tasks > num_tasks:
+        raise ConfigError(
+            f"the training set must have at least {batch_tasks} tasks, those of one batch of rollouts on "
+            f"{args.world_size} training processes, got {num_tasks}: make the batch smaller"
+        )
+    uses = args.steps_per_generation * args.num_iterations
+    return Schedule(num_tasks, batch_tasks, Fraction(uses, args.gradient_accumulation_steps))
+
+
+class TaskSampler(Sampler[int]):
+    """Indices of `tasks` for all of training. transformers takes it for one epoch, into which it skips on
+    resume: its own epochs leave out what does not fill a batch at their end.
+
+    A generation batch is repeated as TRL's RepeatSampler does: each task `num_generations` times in a row,
+    the whole once for every micro-batch that trains on it. Every rank reads the same indices and takes its
+    part of each batch.
+    """
+
+    def __init__(
+        self, tasks: Sequence[Task], dataset: DatasetConfig, schedule: Schedule, args: GRPOConfig
+    ) -> None:
+        """tasks: in the first epoch's order. args: of TRL, with `max_steps`."""
+        assert args.steps_per_generation and args.num_generations
+        self._schedule = schedule
+        self._num_batches = max(1, schedule.num_batches(args.max_steps))
+        self._num_generations = args.num_generations
+        self._repeats = args.steps_per_generation * args.num_iterations
+        # A batch has no more tasks than an epoch, and so touches two at most.
+        order = partial(epoch_order, tasks, order=dataset.order, seed=dataset.seed)
+        self._epoch = lru_cache(maxsize=2)(order)
+
+    def __iter__(self) -> Iterator[int]:
+        count = self._schedule.batch_tasks
+        for number in range(self._num_batches):
+            first = self._schedule.offset + number * count
+            batch = [self._at(position) for position in range(first, first + count)]
+            for _ in range(self._repeats):
+                for index in batch:
+                    yield from [index] * self._num_generations
+
+    def __len__(self) -> int:
+        return self._num_batches * self._schedule.batch_tasks * self._num_generations * self._repeats
+
+    def _at(self, position: int) -> int:
+        epoch, place = divmod(position, self._schedule.num_tasks)
+        return self._epoch(epoch)[place]
+
+
+class Epochs(TrainerCallback):
+    """Counts epochs in tasks, as transformers sees one epoch only; logs and saves at their ends if asked."""
+
+    def __init__(self, schedule: Callable[[], Schedule]) -> None:
+        self._schedule = schedule
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        schedule = self._schedule()
+        state.epoch = schedule.epoch(state.global_step)
+        ended = int(state.epoch) > int(schedule.epoch(state.global_step - 1))
+        if ended and state.global_step < state.max_steps:  # transformers does so at the end of training
+            control.should_save |= args.save_strategy == "epoch"
+            control.should_log |= args.logging_strategy == "epoch"
+
+
+def read_epoch(checkpoint: Path) -> float:
+    return json.loads((checkpoint / "trainer_state.json").read_text())["epoch"]
+
+
+def save_generation(checkpoint: Path, rank: int, buffered: Any) -> None:
+    """This rank's part of a generation that later steps still train on."""
+    torch.save(buffered, checkpoint / f"generation-{rank}.pt")
+
+
+def go_on_in_generation(trainer: Any, checkpoint: Path, step: int) -> None:
+    """Let TRL's trainer go on after `step` steps as if it had not ended: with its count of micro-batches,
+    which says when to generate, and with what it trains on until then."""
+    args = trainer.args
+    trainer._step = step * args.gradient_accumulation_steps
+    trainer._buffered_inputs = load_generation(
+        checkpoint, args.process_index, args.world_size, trainer.accelerator.device
+    )
+
+
+def load_generation(checkpoint: Path, rank: int, num_ranks: int, device: torch.device) -> Any:
+    """What `save_generation` wrote; None where the checkpoint ends a generation."""
+    parts = list(checkpoint.glob("generation-*.pt"))
+    if not parts:
+        return None
+    if len(parts) != num_ranks:
+        raise RunDirectoryError(
+            f"{checkpoint} lies in the middle of a generation, of which each of {len(parts)} training "
+            f"processes has a part, got {num_ranks}: resume with as many GPUs, or remove this checkpoint to "
+            "go on from the one before it"
+        )
+    return torch.load(checkpoint / f"generation-{rank}.pt", map_location=device, weights_only=True)
