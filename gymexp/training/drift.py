@@ -8,9 +8,11 @@ compared with those drawn at the same place elsewhere: shared seeds make more of
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from itertools import zip_longest
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -18,6 +20,9 @@ from gymexp.config import RunConfig
 from gymexp.errors import DrawError, DriftError
 from gymexp.policy.tokens import flatten
 from gymexp.rollout.outcome import Failed, Outcome, Rollout, task_of
+
+if TYPE_CHECKING:
+    from gymexp.training.trainer import PolicyTrainer
 
 NUM_ROWS = 8  # of each rank's part of a batch
 # In nats, where rollout.max_drift is None. docs/results.md ("Drift") has what was measured.
@@ -62,6 +67,74 @@ class Tally:
     def drift(self) -> float:
         """Mean absolute difference of log-probabilities, in nats."""
         return self.difference / self.num_tokens
+
+
+class Checks:
+    """Compares engine and trainer, on a process's first batch and then every rollout.drift_every steps."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self._config = config
+        self._began = False
+        self._draws = Tally()  # over all comparisons so far
+
+    def look(self, trainer: PolicyTrainer, outcomes: Sequence[Outcome]) -> None:
+        """Called on every rank. outcomes: the rank's part of the batch. Raises DriftError, DrawError, on
+        every rank alike."""
+        step = trainer.state.global_step
+        if self._began and step % self._config.rollout.drift_every:
+            return
+        self._began = True
+        rows = choose_rows(outcomes, min(NUM_ROWS, len(outcomes)), trainer.pad_token_id)
+        ids = [row.completion_ids for row in rows]
+        elsewhere = [[-100 if token is None else token for token in row.elsewhere] for row in rows]
+        found = tally(rows, score(trainer, rows, ids), score(trainer, rows, elsewhere))
+        tallies = self._over_ranks(trainer, found)
+        if not tallies:
+            return
+        whole = sum(tallies.values(), Tally())
+        self._draws += whole
+        trainer.add_metrics({f"{env}/drift": one.drift for env, one in tallies.items()})
+        trainer.add_metrics(
+            {"drift": whole.drift, "repeats/seen": whole.repeats, "repeats/expected": whole.expected}
+        )
+        check_drift(tallies, self._config, step)
+        check_draws(self._draws)
+
+    def _over_ranks(self, trainer: PolicyTrainer, found: Mapping[str, Tally]) -> dict[str, Tally]:
+        accelerator, envs = trainer.accelerator, list(self._config.env)
+        sums = torch.tensor([astuple(found.get(env, Tally())) for env in envs], dtype=torch.float64)
+        whole: Any = accelerator.reduce(sums.to(accelerator.device), reduction="sum")
+        tallies = {env: Tally(*row) for env, row in zip(envs, whole.tolist(), strict=True)}
+        return {env: one for env, one in tallies.items() if one.num_tokens}
+
+
+def score(trainer: PolicyTrainer, rows: Sequence[Row], labels: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+    """The trainer's log-probabilities of `labels` at the places of each row's completion, on the CPU.
+    labels: one for each completion token; -100 where none is asked for."""
+    model: Any = trainer.model
+    scores = []
+    with torch.no_grad(), without_dropout(model):
+        for row, wanted in zip(rows, labels, strict=True):
+            ids = torch.tensor([[*row.prompt_ids, *row.completion_ids]], device=trainer.accelerator.device)
+            asked = torch.full_like(ids, -100)
+            asked[0, len(row.prompt_ids) :] = torch.tensor(wanted)
+            with trainer.accelerator.autocast():
+                output = model(
+                    input_ids=ids, attention_mask=torch.ones_like(ids), labels=asked, fused_lm_head=True
+                )
+            scores.append(output.log_probs[0, -len(wanted) :].float().cpu())
+    return scores
+
+
+@contextmanager
+def without_dropout(model: torch.nn.Module) -> Iterator[None]:
+    """As the engine samples; afterwards the model trains or rests as before."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 def choose_rows(outcomes: Sequence[Outcome], num_rows: int, placeholder_id: int) -> list[Row]:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import astuple
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -44,17 +43,6 @@ class _NoSilentFailures(logging.Filter):
 def reward(reward: list[float | None], **_: Any) -> list[float | None]:
     """The environment's rewards, as `rollout_func` returned them; None where a rollout has none."""
     return reward
-
-
-@contextmanager
-def without_dropout(model: torch.nn.Module) -> Iterator[None]:
-    """As the engine samples; afterwards the model trains or rests as before."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 def gather_head(model: Any, *_: Any) -> None:
@@ -95,8 +83,7 @@ class PolicyTrainer(GRPOTrainer):
         self.pad_token_id: int = tokenizer.pad_token_id  # pyright: ignore[reportAttributeAccessIssue]
         self.grpo = args
         self._directory = directory
-        self._checked = False  # whether a batch was compared since the start
-        self._draws = drift.Tally()  # over the comparisons so far
+        self._checks = drift.Checks(config)
         self._tasks = prepared.train  # in the first epoch's order
         self._tokenizer = tokenizer
         self.stopped = False  # asked to end before its last step
@@ -197,48 +184,8 @@ class PolicyTrainer(GRPOTrainer):
         return self.named_weights()
 
     def check_samples(self, outcomes: Sequence[Outcome]) -> None:
-        """Compare engine and trainer on the first batch and then now and again, over all ranks.
-
-        outcomes: this rank's part of the batch. Raises DriftError, DrawError, on every rank alike.
-        """
-        step = self.state.global_step
-        if self._checked and step % self._config.rollout.drift_every:
-            return
-        self._checked = True
-        rows = drift.choose_rows(outcomes, min(drift.NUM_ROWS, len(outcomes)), self.pad_token_id)
-        ids = [row.completion_ids for row in rows]
-        elsewhere = [[-100 if token is None else token for token in row.elsewhere] for row in rows]
-        found = drift.tally(rows, self._score(rows, ids), self._score(rows, elsewhere))
-        envs = list(self._config.env)
-        sums = torch.tensor([astuple(found.get(env, drift.Tally())) for env in envs], dtype=torch.float64)
-        sums = self.accelerator.reduce(sums.to(self.accelerator.device), reduction="sum")
-        tallies = {env: drift.Tally(*row) for env, row in zip(envs, sums.tolist(), strict=True)}  # pyright: ignore[reportAttributeAccessIssue]
-        tallies = {env: one for env, one in tallies.items() if one.num_tokens}
-        if not tallies:
-            return
-        whole = sum(tallies.values(), drift.Tally())
-        self._draws += whole
-        self.add_metrics({f"{env}/drift": one.drift for env, one in tallies.items()} | {"drift": whole.drift})
-        self.add_metrics({"repeats/seen": whole.repeats, "repeats/expected": whole.expected})
-        drift.check_drift(tallies, self._config, step)
-        drift.check_draws(self._draws)
-
-    def _score(self, rows: Sequence[drift.Row], labels: Sequence[Sequence[int]]) -> list[torch.Tensor]:
-        """The trainer's log-probabilities of `labels` at the places of each row's completion, on the CPU.
-        labels: one for each completion token; -100 where none is asked for."""
-        model: Any = self.model
-        scores = []
-        with torch.no_grad(), without_dropout(model):
-            for row, wanted in zip(rows, labels, strict=True):
-                ids = torch.tensor([[*row.prompt_ids, *row.completion_ids]], device=self.accelerator.device)
-                asked = torch.full_like(ids, -100)
-                asked[0, len(row.prompt_ids) :] = torch.tensor(wanted)
-                with self.accelerator.autocast():
-                    output = model(
-                        input_ids=ids, attention_mask=torch.ones_like(ids), labels=asked, fused_lm_head=True
-                    )
-                scores.append(output.log_probs[0, -len(wanted) :].float().cpu())
-        return scores
+        """outcomes: this rank's part of the batch. Raises DriftError, DrawError, on every rank alike."""
+        self._checks.look(self, outcomes)
 
     def go_on_from(self, checkpoint: Path | None) -> None:
         """Train to the end, from a checkpoint or from the start."""

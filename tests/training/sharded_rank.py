@@ -24,7 +24,7 @@ from gymexp.policy.model import load_model, load_tokenizer
 from gymexp.rollout.batch import Batch
 from gymexp.rollout.outcome import Task
 from gymexp.training import arguments, checkpoints
-from gymexp.training.drift import Row
+from gymexp.training.drift import Row, score
 from gymexp.training.trainer import PolicyTrainer
 
 
@@ -58,7 +58,7 @@ class MadeUp:
             Row("e", prompt, ids, [True] * len(ids), [0.0] * len(ids), [None] * len(ids))
             for prompt, ids in zip(batch.prompt_ids, batch.completion_ids, strict=True)
         ]
-        own = trainer._score(made_up, batch.completion_ids)
+        own = score(trainer, made_up, batch.completion_ids)
         self.logprobs = torch.cat(own).tolist()
         return {
             "prompt_ids": batch.prompt_ids,

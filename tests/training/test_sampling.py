@@ -44,12 +44,14 @@ class Trainer(SimpleNamespace):
     def __init__(self, temperature: float) -> None:
         accelerator = SimpleNamespace(num_processes=1, process_index=0, is_main_process=True)
         super().__init__(
-            grpo=SimpleNamespace(temperature=temperature), accelerator=accelerator, pad_token_id=0
+            grpo=SimpleNamespace(temperature=temperature, num_generations=1),
+            accelerator=accelerator,
+            pad_token_id=0,
         )
         self.state = SimpleNamespace(global_step=0)
 
     def add_metrics(self, metrics: Any) -> None: ...
-    def check_drift(self, batch: Any) -> None: ...
+    def check_samples(self, outcomes: Any) -> None: ...
     def sync_weights(self) -> None: ...
     def log_evaluation(self, metrics: Any, seconds: float) -> None: ...
 
@@ -83,7 +85,7 @@ def test_training_samples_from_the_softmax_at_its_temperature_whatever_an_evalua
     assert sampling == Sampling(temperature=0.8, max_output_tokens=9, seed=sampling.seed)
     body = json.loads(request_body(TASK, sampling))["responses_create_params"]
     assert (body["temperature"], body["top_p"]) == (0.8, 1.0), "whatever the row says"
-    assert json.loads(body["metadata"]["extra_body"]) == {"seed": sampling.seed}
+    assert json.loads(body["metadata"]["extra_body"]) == {"seed": sampling.seed, "play": sampling.play}
 
 
 @pytest.mark.parametrize("greedy", [False, True])
@@ -92,7 +94,7 @@ def test_an_evaluation_samples_from_what_it_asks_for(tmp_path, monkeypatch, gree
     sampling = played(tmp_path, evaluation, held_out=True, monkeypatch=monkeypatch)
     body = json.loads(request_body(TASK, sampling))["responses_create_params"]
     extra = json.loads(body["metadata"]["extra_body"])
-    assert extra.pop("seed") == sampling.seed
+    assert (extra.pop("seed"), extra.pop("play")) == (sampling.seed, sampling.play)
     found = {"temperature": body["temperature"], "top_p": body["top_p"]} | extra
     assert found == ({"temperature": 0.0, "top_p": 1.0} if greedy else ASKED)
 
