@@ -37,14 +37,14 @@ MODULES = {  # the tests that notice a fault; slow ones last, as the first failu
     "policy/tokens": "policy/test_tokens.py policy/test_history.py",
     "policy/history": "policy/test_history.py",
     "policy/gateway": "policy/test_gateway.py policy/test_history.py policy/test_draws.py",
-    "policy/chat": "policy/test_gateway.py",
+    "policy/chat": "policy/test_chat.py policy/test_gateway.py",
     "policy/weights": "policy/test_weights.py",
     "training/rollouts": "training/test_rollouts.py",
     "training/padding": "training/test_padding.py training/test_objective.py",
     "training/callbacks": "training/test_callbacks.py",
     "rollout/batch": "rollout/test_batch.py",
     "rollout/collect": "rollout/test_collect.py",
-    "gym/client": "rollout/test_collect.py",
+    "gym/client": "gym/test_client.py rollout/test_collect.py",
 }
 SLOW = "gym or e2e or ranks or vllm or ray or gpu or slurm"
 PRELOADED = ("torch", "transformers", "datasets", "trl.trainer.grpo_trainer", "aiohttp", "hypothesis", "pytest")

@@ -53,7 +53,7 @@ class Trainer:
             num_processes=num_processes,
             is_main_process=True,
             device=torch.device("cpu"),
-            reduce=lambda tensor, reduction: tensor + others_ask,
+            reduce=lambda tensor, reduction: {"sum": tensor + others_ask}[reduction],
         )
 
     def sync_weights(self) -> None:
@@ -235,7 +235,14 @@ def test_a_controller_that_is_away_costs_the_trainer_nothing_and_hears_the_rest_
     threads = threading.active_count()
     Teller(None).tell(phase="train")
     assert threading.active_count() == threads, "other ranks have nobody to tell"
-    Teller("http://127.0.0.1:9").tell(phase="train")  # returns at once
+    began = time.monotonic()
+    alone = Teller("http://127.0.0.1:9")
+    alone.tell(phase="train")
+    assert time.monotonic() - began < 1
+    told = Told()
+    alone.tell = told.tell  # type: ignore[method-assign]
+    alone.progress(Progress(total=1, began=time.monotonic() + 60))
+    assert told.facts[0]["tokens_per_s"] == 0.0, "nothing can be said of no time"
 
 
 def test_numbers_of_an_evaluation_by_environment():
