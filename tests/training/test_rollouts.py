@@ -267,3 +267,14 @@ def test_held_out_tasks_have_other_draws_than_training_has(tmp_path):
         plays.play(["e/train/0"], 0, 1.0, held_out=held_out)
     [[held], [trained]] = collector.samplings
     assert held.seed == seed_of(3, None, "e/train/0", 0) != trained.seed == seed_of(3, 0, "e/train/0", 0)
+
+
+def test_a_file_that_could_not_be_written_to_its_end_is_not_there(tmp_path, monkeypatch):
+    def fill_the_disk(path, data):
+        path.open("wb").write(data[:3])
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.write_bytes", fill_the_disk)
+    with pytest.raises(OSError, match="No space left"):
+        rollouts(Collector(), tmp_path).write("step-000001", [])
+    assert list(tmp_path.glob("*.zst")) == []
