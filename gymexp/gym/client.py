@@ -76,13 +76,14 @@ async def play(
     except aiohttp.ClientError as error:
         raise RolloutFailure("environment", f"{url}/run: {type(error).__name__}: {error}") from None
     if response.status != 200:
-        text = body.decode(errors="replace")[:2000]
-        raise RolloutFailure(_cause_in(body), f"{url}/run answered {response.status}: {text}")
+        cause, text = _cause_in(body), body.decode(errors="replace")[:2000]
+        who = f"agent {task.agent}: " if cause == "token_mismatch" else ""
+        raise RolloutFailure(cause, f"{who}{url}/run answered {response.status}: {text}")
     try:
         reply = _parse(body)
         return read_reply(task, reply, vocab_size, time.monotonic() - began, max_steps)
     except TokenMismatch as error:
-        raise RolloutFailure("token_mismatch", str(error)) from None
+        raise RolloutFailure("token_mismatch", f"agent {task.agent}: {error}") from None
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise RolloutFailure("environment", f"{url}/run answered what is not a rollout: {error!r}") from None
 

@@ -25,6 +25,7 @@ from gymexp.errors import TokenMismatch
 from gymexp.policy import chat, tokens
 from gymexp.policy.draws import CallSeeds
 from gymexp.policy.engines import EngineError, EngineRefusal, Engines, Generation
+from gymexp.policy.history import Conversation, History
 from gymexp.policy.model import end_token_ids
 from gymexp.run.lifeline import die_with_parent
 from gymexp.run.ports import adopt, listen, url_of
@@ -60,6 +61,7 @@ class Gateway:
             ReplyParser,
         )  # imports transformers; load_tokenizer keeps torch out first
 
+        self.history = History(tokenizer)
         self.parser = ReplyParser(tokenizer)
         stops = config.stop_token_ids
         self.stop_token_ids = tokens.end_of_turn_ids(tokenizer) if stops is None else list(stops)
@@ -97,7 +99,8 @@ class Gateway:
     async def _complete(self, body: dict[str, Any]) -> dict[str, Any]:
         chat.check_neutral(body)
         stop = chat.read_stop(body)
-        prompt_ids, continues = self.prompt_ids(body)
+        conversation = read_conversation(body)
+        prompt_ids, continues = self.prompt_ids(conversation)
         sampling_params = chat.sampling_params(body, len(prompt_ids), self.config.max_model_len)
         sampling_params["stop_token_ids"] = self.stop_token_ids
         generation = await self._sample(body, prompt_ids, sampling_params, continues)
@@ -106,6 +109,7 @@ class Gateway:
         tools = None if body.get("tool_choice") == "none" else body.get("tools")
         parallel = body.get("parallel_tool_calls") is not False
         reply = self.parser.parse(generation.token_ids, prompt_ids, tools, parallel, stop)
+        self.history.remember(conversation, prompt_ids, generation.token_ids, reply)
         # Who asks for ids in place of token texts (NeMo Gym) has them on the message; a second copy costs as
         # much again.
         wants_texts = body.get("logprobs") and not body.get("return_tokens_as_token_ids")
@@ -127,22 +131,17 @@ class Gateway:
                 self.versions.popitem(last=False)
         return generation
 
-    def prompt_ids(self, body: dict[str, Any]) -> tuple[list[int], int]:
+    def prompt_ids(self, conversation: Conversation) -> tuple[list[int], int]:
         """(ids, how many of them are the previous turn's prompt and generation; 0 in a first turn)."""
-        messages, tools = body.get("messages"), body.get("tools") or None
-        template_kwargs = body.get("chat_template_kwargs") or {}
-        if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
-            raise chat.BadRequest("messages must be a list of at least one object")
         try:
-            if (index := tokens.last_sampled(messages)) is not None:
-                sampled = messages[index]
-                ids = tokens.splice(self.tokenizer, messages, tools, template_kwargs)
+            if (index := tokens.last_sampled(conversation.messages)) is not None:
+                self.history.verify(conversation)
+                sampled = conversation.messages[index]
+                ids = conversation.prompt_ids(self.tokenizer)
                 return ids, len(sampled["prompt_token_ids"]) + len(sampled["generation_token_ids"])
-            key = orjson.dumps((messages, tools, template_kwargs, body.get("add_generation_prompt")))
+            key = conversation.key()
             if (ids := self.prompts.pop(key, None)) is None:
-                with_prompt = body.get("add_generation_prompt", True)
-                text = tokens.render(self.tokenizer, messages, tools, template_kwargs, with_prompt)
-                ids = tokens.encode(self.tokenizer, text)
+                ids = conversation.prompt_ids(self.tokenizer)
             else:
                 self.stats["cached_prompts"] += 1
         except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -157,7 +156,7 @@ class Gateway:
         if isinstance(prompt := body.get("prompt"), str):
             ids = self.tokenizer.encode(prompt, add_special_tokens=body.get("add_special_tokens", True))
         else:
-            ids, _ = self.prompt_ids(body)
+            ids, _ = self.prompt_ids(read_conversation(body))
         return json_response({"count": len(ids), "max_model_len": self.config.max_model_len, "tokens": ids})
 
     async def models(self, request: web.Request) -> web.Response:
@@ -198,6 +197,15 @@ class Gateway:
             case other:
                 raise chat.BadRequest(f"open must be true, false or left out, got {other!r}")
         return json_response({"held": sorted(self.engines.held)})
+
+
+def read_conversation(body: dict[str, Any]) -> Conversation:
+    messages, with_prompt = body.get("messages"), body.get("add_generation_prompt", True)
+    if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
+        raise chat.BadRequest("messages must be a list of at least one object")
+    return Conversation(
+        messages, body.get("tools") or None, body.get("chat_template_kwargs") or {}, with_prompt
+    )
 
 
 def build_app(config: GatewayConfig, tokenizer: Any) -> web.Application:

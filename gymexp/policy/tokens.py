@@ -27,13 +27,14 @@ SENTINEL = f"sampled{uuid4().hex}"
 LOGPROB_ROUNDING = 1e-5
 
 
+def is_sampled(message: Message) -> bool:
+    """Whether it is an assistant's and carries the ids of what the policy said."""
+    return message.get("role") == "assistant" and bool(message.get("generation_token_ids"))
+
+
 def last_sampled(messages: Sequence[Message]) -> int | None:
     """Index of the last assistant message that carries its token ids, or None."""
-    for index in range(len(messages) - 1, -1, -1):
-        message = messages[index]
-        if message.get("role") == "assistant" and message.get("generation_token_ids"):
-            return index
-    return None
+    return next((i for i in reversed(range(len(messages))) if is_sampled(messages[i])), None)
 
 
 def render(
@@ -202,21 +203,22 @@ def flatten(turns: Sequence[Turn]) -> tuple[list[int], list[int], list[int], lis
 
 def _plain(message: Message, knows_developer: bool) -> Message:
     plain = {key: value for key, value in message.items() if key in _TEMPLATE_KEYS}
-    plain["content"] = _content(message)
+    plain["content"] = content_text(message)
     if message.get("role") == "developer" and not knows_developer:
         plain["role"] = "system"
     if calls := message.get("tool_calls"):
         plain["tool_calls"] = [
             {
                 **call,
-                "function": {**call["function"], "arguments": _as_object(call["function"].get("arguments"))},
+                "function": {**call["function"], "arguments": as_object(call["function"].get("arguments"))},
             }
             for call in calls
         ]
     return plain
 
 
-def _content(message: Message) -> str:
+def content_text(message: Message) -> str:
+    """Raises ValueError for parts that are not text."""
     content = message.get("content") or ""
     if isinstance(content, list):
         kinds = [part.get("type") for part in content if part.get("type") != "text"]
@@ -232,7 +234,8 @@ def _content(message: Message) -> str:
 _TEMPLATE_KEYS = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content", "reasoning")
 
 
-def _as_object(arguments: Any) -> Any:
+def as_object(arguments: Any) -> Any:
+    """A tool call's arguments as a dict; what is no JSON object stays as it is."""
     if not isinstance(arguments, str):
         return arguments
     try:
@@ -254,7 +257,7 @@ def _text_after_sentinel(text: str, messages: Sequence[Message], index: int) -> 
             f"it did {len(parts) - 1} times; use a template that keeps earlier turns"
         )
     for number, message in enumerate(messages[index + 1 :], index + 1):
-        content = _content(message).strip()
+        content = content_text(message).strip()
         is_shown = content in parts[1] or json.dumps(content, ensure_ascii=False)[1:-1] in parts[1]
         if message.get("role") != "assistant" and not is_shown:
             raise TokenMismatch(

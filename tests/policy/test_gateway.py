@@ -1,6 +1,8 @@
 import asyncio
+import copy
 import json
 import subprocess
+import sys
 import time
 from contextlib import AsyncExitStack, asynccontextmanager
 
@@ -8,6 +10,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 from chat_tokenizers import build_tokenizer
+from tokenizers import processors
 
 from gymexp.policy.draws import call_seed
 from gymexp.policy.gateway import GatewayConfig, build_app
@@ -573,3 +576,220 @@ def test_a_generation_ends_at_the_tokens_that_the_gateway_was_told():
     assert sent["sampling_params"]["stop_token_ids"] == [5, 7]
     _, _, [sent] = ask("Grid" + END)
     assert sent["sampling_params"]["stop_token_ids"] == [TOKENIZER.convert_tokens_to_ids(END)]
+
+
+def test_other_tools_template_options_or_no_generation_prompt_make_another_prompt_of_the_same_messages():
+    other = [{"type": "function", "function": {"name": "delete", "parameters": {}}}]
+    requests = [
+        {},
+        {"tools": TOOLS},
+        {"tools": other},
+        {"chat_template_kwargs": {"enable_thinking": False}},
+        {"add_generation_prompt": False},
+    ]
+
+    async def run():
+        engine = FakeEngine(*["x" + END] * 10)
+        async with engine.serve() as url, gateway(url) as http:
+            for fields in requests * 2:
+                assert (await chat(http, **fields))[0] == 200
+            stats = await (await http.get("/stats")).json()
+        return [TOKENIZER.decode(sent["token_ids"]) for sent in engine.requests], stats
+
+    prompts, stats = asyncio.run(run())
+    assert len(set(prompts)) == 5 and prompts[:5] == prompts[5:] and stats["cached_prompts"] == 5
+    plain, with_tools, with_others, no_thought, no_start = prompts[:5]
+    user = "<|im_start|>user\nLook up the mails.<|im_end|>\n"
+    assert plain == user + "<|im_start|>assistant\n" and no_start == user
+    assert '"search"' in with_tools and '"delete"' in with_others and '"search"' not in with_others
+    assert no_thought == plain + "<think>\n\n</think>\n\n"
+
+
+def test_cached_prompts_are_bounded_and_the_least_recently_used_goes_first(monkeypatch):
+    monkeypatch.setattr("gymexp.policy.gateway.CACHED_PROMPTS", 2)
+
+    async def run():
+        async with FakeEngine(*["x" + END] * 6).serve() as url, gateway(url) as http:
+            cached = []
+            for text in ("a", "b", "a", "c", "a", "b"):
+                await chat(http, [{"role": "user", "content": text}])
+                cached.append((await (await http.get("/stats")).json())["cached_prompts"])
+            return cached
+
+    assert asyncio.run(run()) == [0, 0, 1, 1, 2, 2]
+
+
+def test_stats_count_requests_tokens_seconds_and_errors():
+    async def slow():
+        await asyncio.sleep(0.1)
+        return web.Response(status=500, text="broken")
+
+    async def run():
+        engine = FakeEngine("one two" + END, slow)
+        async with engine.serve() as url, gateway(url) as http:
+            fresh = await (await http.get("/stats")).json()
+            await chat(http)
+            await chat(http)
+            await http.post("/v1/chat/completions", data=b"not json")
+            return url, fresh, await (await http.get("/stats")).json(), engine.requests
+
+    url, fresh, stats, (first, _) = asyncio.run(run())
+    empty = dict.fromkeys(("requests", "in_flight", "prompt_tokens", "generation_tokens", "seconds"), 0)
+    assert fresh == empty | {"errors": 0, "cached_prompts": 0, "engines": {url: 0}, "held": []}
+    assert 0.1 <= stats.pop("seconds") < 5
+    assert stats == {
+        "requests": 3,
+        "in_flight": 0,
+        "prompt_tokens": len(first["token_ids"]),
+        "generation_tokens": len(encode(TOKENIZER, "one two" + END)),
+        "errors": 2,
+        "cached_prompts": 1,
+        "engines": {url: 0},
+        "held": [],
+    }
+
+
+def test_its_other_routes_answer_in_openais_and_vllms_shape_and_refuse_what_they_do_not_know():
+    async def run():
+        engine = FakeEngine("x" + END)
+        async with engine.serve() as url, gateway(url, model_name="mine", max_model_len=77) as http:
+            models = await (await http.get("/v1/models")).json()
+            well = await (await http.get("/health")).json()
+            engine.ill = True
+            ill = await http.get("/health")
+            refused = [
+                await http.post(path, json=body)
+                for path, body in (
+                    ("/versions", {}),
+                    ("/versions", {"plays": "x"}),
+                    ("/versions", {"plays": [1]}),
+                    ("/engine", {"url": url, "open": "yes"}),
+                    ("/engine", {}),
+                    ("/tokenize", {"messages": "x"}),
+                    ("/tokenize", {"messages": [1]}),
+                )
+            ]
+            answers = [(one.status, await one.json()) for one in refused]
+            return url, models, well, (ill.status, await ill.json()), answers
+
+    url, models, well, (status, ill), answers = asyncio.run(run())
+    assert models == {
+        "object": "list",
+        "data": [{"id": "mine", "object": "model", "created": 0, "owned_by": "gymexp", "max_model_len": 77}],
+    }
+    assert well == {"ill": {}} and status == 503 and url in ill["ill"]
+    for status, answer in answers:
+        assert (status, answer["error"]["code"], answer["error"]["type"]) == (
+            400,
+            400,
+            "invalid_request_error",
+        )
+    texts = [answer["error"]["message"] for _, answer in answers]
+    assert texts[0] == texts[1] == texts[2] == "plays must be a list of texts"
+    assert texts[3] == "open must be true, false or left out, got 'yes'"
+    assert texts[4] == f"url must be one of {url}, got None"
+    assert texts[5] == texts[6] == "messages must be a list of at least one object"
+
+
+def test_errors_have_openais_shape_and_are_never_those_that_nemo_gym_repeats_for_ever():
+    async def broken():
+        return web.Response(status=503, text="out of memory")
+
+    status, answer, _ = ask(broken)
+    assert (status, answer["error"]["type"], answer["error"]["code"]) == (500, "engine_error", 500)
+
+    async def refuse():
+        return web.Response(status=400, text="no")
+
+    status, answer, _ = ask(refuse)
+    assert (status, answer["error"]["type"], answer["error"]["code"]) == (400, "invalid_request_error", 400)
+
+
+def test_versions_are_remembered_for_the_newest_plays_from_the_oldest_to_the_newest_weights(monkeypatch):
+    monkeypatch.setattr("gymexp.policy.gateway.REMEMBERED_PLAYS", 2)
+
+    def says(version):
+        async def answer():
+            ids = encode(TOKENIZER, "x" + END)
+            content = [{"logprob": -1.0}] * len(ids)
+            choice = {"token_ids": ids, "logprobs": {"content": content}, "finish_reason": "stop"}
+            return web.json_response({"choices": [choice], "weights_version": version})
+
+        return answer
+
+    async def run():
+        engine = FakeEngine(says(5), says(3), says(7), says(6), says(6), says(6))
+        async with engine.serve() as url, gateway(url) as http:
+            for play in ("a", "a", "a", "b", None):
+                await chat(http, seed=1, play=play)
+            async with http.post("/versions", json={"plays": ["a", "b", "none"]}) as response:
+                both = await response.json()
+            await chat(http, seed=1, play="c")
+            async with http.post("/versions", json={"plays": ["a", "b", "c"]}) as response:
+                return both, await response.json()
+
+    both, later = asyncio.run(run())
+    assert both == {"versions": [[3, 7], [6, 6], None]}
+    assert later == {"versions": [None, [6, 6], [6, 6]]}
+
+
+def test_plain_text_is_tokenized_with_the_special_tokens_that_the_tokenizer_adds_unless_asked_not_to():
+    tokenizer = with_beginning()
+    begin = tokenizer.convert_tokens_to_ids("<think>")
+
+    async def run():
+        app = build_app(GatewayConfig(("http://127.0.0.1:9",)), tokenizer)
+        async with serve(app) as url, aiohttp.ClientSession(url) as http:
+            bodies = [{"prompt": "user"}, {"prompt": "user", "add_special_tokens": False}, {"messages": USER}]
+            return [await (await http.post("/tokenize", json=body)).json() for body in bodies]
+
+    added, bare, rendered = (answer["tokens"] for answer in asyncio.run(run()))
+    assert added == [begin, *bare]
+    assert begin not in rendered, "the template has written what the prompt begins with"
+
+
+def with_beginning():
+    """A tokenizer that puts a token before every text, as Llama's and Gemma's do."""
+    tokenizer = copy.deepcopy(build_tokenizer("plain"))
+    begin = tokenizer.convert_tokens_to_ids("<think>")
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<think> $A", special_tokens=[("<think>", begin)]
+    )
+    return tokenizer
+
+
+def test_a_calls_texts_are_given_where_openais_own_logprobs_are_asked_for():
+    _, answer, _ = ask("a b" + END, logprobs=True, return_tokens_as_token_ids=True)
+    assert answer["choices"][0]["logprobs"] is None, "NeMo Gym has the ids on the message"
+    _, answer, _ = ask("a b" + END)
+    assert answer["choices"][0]["logprobs"] is None
+    _, answer, _ = ask("a b" + END, logprobs=True)
+    texts = [entry["token"] for entry in answer["choices"][0]["logprobs"]["content"]]
+    assert "".join(texts) == "a b" + END and len(texts) > 1
+
+
+LOAD = """
+import sys
+from gymexp.policy.gateway import load_tokenizer
+tokenizer = load_tokenizer(sys.argv[1])
+assert sys.modules.get("torch") is None and tokenizer.chat_template
+try:
+    load_tokenizer(sys.argv[2])
+except SystemExit as end:
+    assert str(end) == f"--tokenizer must have a chat template, {sys.argv[2]} has none", end
+    print("ok")
+"""
+
+
+def test_the_tokenizer_is_loaded_without_torch_and_must_have_a_chat_template(tmp_path):
+    bare = copy.deepcopy(TOKENIZER)
+    TOKENIZER.save_pretrained(tmp_path / "with")
+    bare.chat_template = None
+    bare.save_pretrained(tmp_path / "without")
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD, tmp_path / "with", tmp_path / "without"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.stdout, done.stderr) == ("ok\n", ""), "nothing of what it warns of"

@@ -12,10 +12,13 @@ import aiohttp
 import pytest
 import torch
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -24,6 +27,7 @@ from transformers import (
 )
 
 from gymexp.policy.hf import EngineError, Generation, HFEngine, SamplingParams
+from gymexp.policy.hf_cache import check_supported, slot_attention
 from gymexp.policy.hf_sampling import sample_tokens
 from gymexp.policy.hf_server import build_params, serve
 
@@ -212,10 +216,10 @@ def test_arithmetic_of_less_precision_than_the_weights_is_that_of_autocast(model
 def test_tokens_follow_the_softmax(model, start, temperature):
     engine = start(model)
     prompt = random_prompts(20)[0]
-    params = SamplingParams(temperature=temperature, max_tokens=1)
-    num = 1500
+    num = 1500  # each with a seed of its own, and the same ones every time: the bound below is passed or not
+    params = [SamplingParams(temperature=temperature, max_tokens=1, seed=seed) for seed in range(num)]
     counts = Counter(
-        future.result(60).token_ids[0] for future in [engine.submit(prompt, params) for _ in range(num)]
+        future.result(60).token_ids[0] for future in [engine.submit(prompt, one) for one in params]
     )
     with torch.no_grad():
         probs = (model(torch.tensor([prompt])).logits[0, -1] / temperature).softmax(-1).tolist()
@@ -403,6 +407,50 @@ def test_models_with_sliding_windows_are_refused():
         HFEngine(MistralForCausalLM(config), eos_token_ids=[], pad_token_id=0)
 
 
+@pytest.mark.parametrize(
+    ("config", "has"),
+    [
+        ({"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 8}, "sliding_attention"),
+        ({"layer_types": ["full_attention", "linear_attention"]}, "linear_attention"),
+        ({"sliding_window": 8}, "sliding_window=8"),
+        ({"sliding_window": 8, "use_sliding_window": True}, "sliding_window=8"),
+        ({"is_encoder_decoder": True}, "encoder-decoder"),
+    ],
+)
+def test_what_a_slot_cannot_hold_is_refused_by_name(config, has):
+    with pytest.raises(NotImplementedError, match=f"and acme has {has}; use engine=vllm"):
+        check_supported(PreTrainedConfig(**config), "acme")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"layer_types": ["full_attention"] * 2, "sliding_window": 8},
+        {"sliding_window": 8, "use_sliding_window": False},
+        {"sliding_window": None},
+    ],
+)
+def test_full_attention_is_supported_though_a_window_is_named_that_no_layer_has(config):
+    check_supported(PreTrainedConfig(**config), "acme")
+
+
+@pytest.mark.parametrize("name", ["sliding_window", "softcap", "s_aux", "position_bias"])
+def test_attention_that_needs_more_than_a_slot_has_is_refused_by_name(name):
+    """What no configuration says in advance, such as Gemma 2's capped logits."""
+    states = torch.ones(1, 1, 2, 4)
+    with pytest.raises(NotImplementedError, match=f"cannot sample from Linear: it needs {name}"):
+        slot_attention(torch.nn.Linear(1, 1), states, states, states, None, **{name: 5.0})
+    slot_attention(torch.nn.Linear(1, 1), states, states, states, None, **{name: None})
+
+
+def test_a_model_with_capped_attention_is_refused_before_it_samples_anything_wrong():
+    shape = SHAPE | {"head_dim": 8, "attn_logit_softcapping": 5.0, "sliding_window": 4}
+    model = Gemma2ForCausalLM(Gemma2Config(**shape))
+    with pytest.raises(NotImplementedError, match="sliding_attention; use engine=vllm"):
+        HFEngine(model, eos_token_ids=[], pad_token_id=0)
+
+
 def test_free_memory_keeps_running_rows_exact(model, start):
     engine = start(model)
     prompt = random_prompts(30)[0]
@@ -520,3 +568,34 @@ def test_serves_on_a_socket_that_was_handed_down(model, start):
 def test_params_of_a_request_become_sampling_params():
     given = {"stop": "x", "stop_token_ids": [3], "seed": 5, "temperature": 1, "max_tokens": None}
     assert build_params(given) == SamplingParams(temperature=1, stop=("x",), stop_token_ids=(3,), seed=5)
+
+
+NOTHING_ASKED = {
+    "n": 1,
+    "min_p": 0,
+    "min_tokens": 0,
+    "presence_penalty": 0,
+    "frequency_penalty": 0.0,
+    "repetition_penalty": 1.0,
+    "include_stop_str_in_output": True,
+}
+
+
+@pytest.mark.parametrize("name", NOTHING_ASKED)
+def test_what_the_engine_does_not_do_is_refused_unless_it_asks_for_nothing(name):
+    assert build_params({name: NOTHING_ASKED[name]}) == build_params({name: None}) == SamplingParams()
+    for value in (2, 0.5, -1, "x", False if name == "include_stop_str_in_output" else 3):
+        with pytest.raises(ValueError, match=f"sampling_params.{name}=.* is not supported .* only .* is"):
+            build_params({name: value})
+
+
+@pytest.mark.parametrize("name", ["logit_bias", "bad_words", "allowed_token_ids", "best_of", "no_such"])
+def test_what_nobody_knows_is_refused_whatever_it_asks_for(name):
+    with pytest.raises(ValueError, match=f"sampling_params.{name}=0 is not supported by the hf engine$"):
+        build_params({name: 0})
+
+
+def test_what_has_no_effect_on_the_draws_passes_and_top_k_of_minus_1_is_every_token():
+    given = {"logprobs": 5, "prompt_logprobs": 1, "detokenize": False, "skip_special_tokens": False}
+    assert build_params(given | {"output_kind": 2, "top_k": -1}) == SamplingParams()
+    assert build_params({"top_k": 7}).top_k == 7

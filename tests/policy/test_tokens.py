@@ -8,6 +8,7 @@ import pytest
 from chat_tokenizers import FORGETFUL, ONLY_BEHIND_CALLS, TEMPLATES, build_tokenizer
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
+from tokenizers import processors
 
 from gymexp.errors import TokenMismatch
 from gymexp.policy.tokens import (
@@ -345,3 +346,114 @@ def test_good_turns_pass():
 def test_turns_that_contradict_each_other_are_a_token_mismatch_that_says_where(turns, text):
     with pytest.raises(TokenMismatch, match=text):
         verify_turns(turns, 10)
+
+
+def test_the_prompt_has_the_tools_that_the_request_names_and_ends_where_the_reply_begins():
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Go."}]
+    system = "<|im_start|>system\nBe brief."
+    tools = f"\n# Tools\n{json.dumps(TOOLS[0])}\n<|im_end|>\n"
+    user = "<|im_start|>user\nGo.<|im_end|>\n"
+    tokenizer = build_tokenizer("qwen2_5")
+    assert render(tokenizer, messages, TOOLS) == system + tools + user + "<|im_start|>assistant\n"
+    assert render(tokenizer, messages, []) == system + "<|im_end|>\n" + user + "<|im_start|>assistant\n"
+    assert render(tokenizer, messages, TOOLS, add_generation_prompt=False) == system + tools + user
+    spoken = [*messages, sampled([1], [2]), {"role": "user", "content": "On."}]
+    behind_a_user = build_tokenizer(TOOLS_BEHIND_THE_LAST_USER)
+    tail = behind_a_user.decode(splice(behind_a_user, spoken, TOOLS, {"mark": "!"})[2:])
+    assert tail.endswith("On." + json.dumps(TOOLS[0]) + "!"), "of a template that shows them late"
+
+
+TOOLS_BEHIND_THE_LAST_USER = """{%- for m in messages %}{{ m.role + ': ' + m.content }}
+{%- if loop.last and tools %}{{ tools[0] | tojson }}{% endif %}{% endfor %}{{ mark }}"""
+
+
+def test_parts_are_joined_with_newlines_and_what_a_template_knows_of_a_message_reaches_it():
+    parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
+    shown = build_tokenizer(
+        "{%- for m in messages %}{{ m.role ~ '|' ~ m.content ~ '|' ~ m.name ~ '|' ~ m.tool_call_id ~ '|' ~ "
+        "m.reasoning_content ~ '|' ~ m.reasoning ~ '|' ~ m.tool_calls[0].function.arguments.q ~ '|' ~ "
+        "(m.prompt_token_ids is defined) }}\n{% endfor %}"
+    )
+    call = {"id": "c", "type": "function", "function": {"name": "search", "arguments": '{"q": 7}'}}
+    message = {"name": "n", "tool_call_id": "t", "reasoning_content": "hm", "reasoning": "aha"}
+    messages = [sampled([1], [2], content=parts, tool_calls=[call], **message)]
+    assert render(shown, messages).strip() == "assistant|one\ntwo|n|t|hm|aha|7|False"
+
+
+def test_a_developer_stays_one_where_the_template_knows_the_role():
+    template = "{%- for m in messages %}{{ '[' + m.role + ']' + m.content }}{% endfor %}"
+    messages = [{"role": "developer", "content": "Be brief."}]
+    assert render(build_tokenizer(template), messages) == "[system]Be brief."
+    knows = template + "{# developer #}"
+    assert render(build_tokenizer(knows), messages) == "[developer]Be brief."
+
+
+def test_rendered_text_gets_no_special_tokens_but_those_that_the_template_wrote():
+    tokenizer = copy.deepcopy(build_tokenizer("plain"))
+    begin = tokenizer.convert_tokens_to_ids("<think>")
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<think> $A", special_tokens=[("<think>", begin)]
+    )
+    assert tokenizer.encode("x")[0] == begin, "as Llama's and Gemma's do"
+    assert begin not in encode(tokenizer, "x<|im_end|>")
+    messages = [sampled([1], [2]), {"role": "user", "content": "x"}]
+    assert begin not in splice(tokenizer, messages)
+
+
+@pytest.mark.parametrize(
+    ("closing", "is_end"),
+    [("<|im_end|>", True), (" \n<|im_end|>", True), ("\n", False), (" The end.", False), ("</s>", False)],
+)
+def test_only_a_special_token_that_closes_a_turn_ends_a_generation(closing, is_end):
+    """An ordinary token, such as a newline, would end a reply at its first line."""
+    tokenizer = copy.copy(
+        build_tokenizer(
+            "{%- for m in messages %}{{ m.role + ': ' + m.content + '" + closing + "' }}{% endfor %}"
+        )
+    )
+    tokenizer.eos_token = "<think>"
+    eos = tokenizer.convert_tokens_to_ids("<think>")
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert end_of_turn_ids(tokenizer) == sorted([eos, end] if is_end else [eos])
+    tokenizer.eos_token = None
+    assert end_of_turn_ids(tokenizer) == ([end] if is_end else [])
+
+
+def test_a_template_that_refuses_a_conversation_of_two_leaves_the_tokenizers_own_end():
+    tokenizer = build_tokenizer("{{ raise_exception('no') }}")
+    assert end_of_turn_ids(tokenizer) == [tokenizer.eos_token_id]
+
+
+@pytest.mark.parametrize("position", range(4))
+def test_every_id_of_the_turn_before_is_compared(position):
+    prompt = [1, 2, 3, 4, 5]
+    prompt[position] = 6
+    with pytest.raises(TokenMismatch, match=rf"turn 1: .* at position {position} expected .*, got 6"):
+        verify_turns([GOOD[0], Turn(prompt, [6], [-2.0])], 7)
+    third = Turn([1, 2, 3, 4, 5, 6, 0], [1], [-1.0])
+    verify_turns([*GOOD, third], 7)
+    third.prompt_ids[position] = 0
+    with pytest.raises(TokenMismatch, match=rf"turn 2: .* of turn 1; at position {position} "):
+        verify_turns([*GOOD, third], 7)
+
+
+def test_a_certain_token_may_be_above_zero_by_rounding_and_no_more():
+    for logprob in (1e-5, 0, 0.0, -1, -1e30):
+        verify_turns([Turn([1], [2], [logprob])], 7)
+    for logprob in (1.1e-5, math.inf, "0"):
+        with pytest.raises(TokenMismatch):
+            verify_turns([Turn([1], [2], [logprob])], 7)
+
+
+def test_what_came_after_counts_as_shown_only_behind_the_sampled_turn_and_may_be_escaped():
+    """The same text stands before it: that the template drops the second one must not go unnoticed."""
+    drops = "{%- for m in messages %}{% if m.role != 'tool' or loop.first %}{{ m.content }}{% endif %}{% endfor %}"
+    result = tool_message("found", 0)
+    with pytest.raises(TokenMismatch, match=r"leaves out or changes the tool message at messages\[2\]"):
+        splice(build_tokenizer(drops), [result, sampled([1], [2]), result])
+    as_json = (
+        "{%- for m in messages %}{{ m.content if m.content == sentinel else m.content | tojson }}{% endfor %}"
+    )
+    said = [sampled([1], [2]), tool_message('é "x"\n', 0)]
+    tokenizer = build_tokenizer(as_json)
+    assert tokenizer.decode(splice(tokenizer, said, None, {"sentinel": SENTINEL})[2:]) == '"é \\"x\\"\\n"'

@@ -3,8 +3,10 @@ fails."""
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +16,19 @@ import pytest
 import torch
 from aiohttp import web
 from loopback import serving
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from gymexp.errors import ServiceError
 from gymexp.policy.transfer import DiskTransfer
-from gymexp.policy.weights import NamedTensors, Replicas, TensorSpecs, WeightSync
+from gymexp.policy.weights import (
+    NamedTensors,
+    Replicas,
+    TensorSpecs,
+    WeightSync,
+    reload_weights,
+    write_weights,
+)
 
 
 class Server:
@@ -28,14 +38,20 @@ class Server:
         self.asked: list[str] = []
         self.loaded: dict[str, torch.Tensor] = {}
         self.fails: str | None = None
+        self.called: list[str] = []
+        self.on_load: Callable[[Path], None] = lambda path: None
 
     def app(self) -> web.Application:
         app = web.Application()
         app.add_routes([web.post("/{phase}", self.answer), web.get("/health", self.health)])
+        app.add_routes([web.get("/plain", self.plain)])
         return app
 
     async def health(self, request: web.Request) -> web.Response:
         return web.Response(status=503 if self.fails == "health" else 200)
+
+    async def plain(self, request: web.Request) -> web.Response:
+        return web.Response()
 
     async def answer(self, request: web.Request) -> web.Response:
         phase = request.match_info["phase"]
@@ -44,8 +60,15 @@ class Server:
             return web.Response(status=500, text="no such luck")
         body = await request.json()
         if phase == "collective_rpc":
-            assert body["method"] == "reload_weights"
-            self.loaded = load_file(Path(body["kwargs"]["weights_path"]) / "model.safetensors")
+            self.called.append(body["method"])
+            if body["method"] == "reload_weights":
+                path = Path(body["kwargs"]["weights_path"])
+                self.on_load(path)
+                self.loaded = load_file(path / "model.safetensors")
+        if phase == "slow":
+            await asyncio.sleep(0.5)
+        if phase == "echo":
+            return web.json_response(body)
         return web.json_response({})
 
 
@@ -204,3 +227,113 @@ def test_waiting_for_health_ends_with_health_a_deadline_or_the_runs_end(two):
     began = time.monotonic()
     replicas.wait_healthy(30.0, asked)
     assert time.monotonic() - began < 5
+
+
+def test_a_replica_that_was_woken_is_awake_and_is_paused_the_next_time(site):
+    sync = site.sync(sleeps=True)
+    sync.sleep()
+    sync.update(1, *weights(1.0))
+    for server in site.servers:
+        server.asked.clear()
+    sync.update(2, *weights(2.0))
+    loading = ["collective_rpc", "reset_prefix_cache"]
+    assert site.servers[1].asked == ["pause?mode=keep", *loading, "resume"]
+
+
+def test_a_failed_update_lets_replicas_that_slept_go_on_and_leaves_the_version_as_it_was(site):
+    sync = site.sync(sleeps=True)
+    sync.update(1, *weights(1.0))
+    sync.sleep()
+    site.servers[0].fails = "reset_prefix_cache"
+    with pytest.raises(ServiceError, match="answered reset_prefix_cache with 500"):
+        sync.update(2, *weights(2.0))
+    assert site.servers[0].asked[-1] == site.servers[1].asked[-1] == "wake_up?tags=kv_cache"
+    assert set(site.gateway.versions.values()) == {1}
+    site.servers[0].fails, site.gateway.held = None, [site.replicas.urls[0]]
+    sync.tend(lambda: weights(1.0)[1])
+    assert site.gateway.versions[site.replicas.urls[0]] == 1, "the last one that was sent"
+
+
+def test_replicas_with_gpus_of_their_own_never_sleep(site):
+    sync = site.sync()
+    sync.sleep()
+    assert site.servers[0].asked == []
+
+
+class Remembering(DiskTransfer):
+    """A way of the weights that has agreed on something with the replicas, as NCCL has."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        self.happened: list[str] = []
+
+    def forget(self) -> None:
+        self.happened.append("forget")
+
+    def close(self) -> None:
+        self.happened.append("close")
+        super().close()
+
+
+def test_what_was_agreed_on_is_forgotten_when_a_replica_is_back_and_nothing_is_left_in_the_end(site):
+    transfer = Remembering(site.directory / "weights")
+    sync = WeightSync(site.replicas, transfer, site.gateway_url, site.directory / "again")
+    sync.update(3, *weights(1.0))
+    site.gateway.held = [site.replicas.urls[1]]
+    read: list[dict] = []
+    site.servers[1].on_load = lambda path: read.append(metadata_of(path))
+    sync.tend(lambda: weights(3.0)[1])
+    assert transfer.happened == ["forget"] and read == [{"format": "pt", "weights_version": "3"}]
+    assert not (site.directory / "again").exists(), "read, and gone"
+    (site.directory / "again").mkdir()
+    sync.close()
+    assert transfer.happened == ["forget", "close"] and list(site.directory.iterdir()) == []
+
+
+def metadata_of(path: Path) -> dict[str, str]:
+    with safe_open(path / "model.safetensors", "pt") as file:
+        return file.metadata()
+
+
+def test_only_a_vllm_on_a_cpu_packs_its_tied_head_again(site):
+    for on_cpu, methods in ((True, ["reload_weights", "pack_tied_head"]), (False, ["reload_weights"])):
+        server = site.servers[0]
+        server.called = []
+        write_weights(site.directory / "w", weights(1.0)[1], 1)
+        reload_weights(Replicas(site.replicas.urls[:1], on_cpu=on_cpu), site.directory / "w")
+        assert server.called == methods
+    assert Replicas([], on_cpu=True).only(["x"]).on_cpu and Replicas([], 7.0).only([]).timeout_s == 7.0
+
+
+def test_replicas_are_asked_all_at_once_each_with_its_own_or_all_with_one_body(site):
+    replicas = Replicas([f"{url}/" for url in site.replicas.urls], timeout_s=5.0)
+    assert replicas.post("/echo", [{"a": 1}, {"a": 2}]) == [{"a": 1}, {"a": 2}]
+    assert replicas.post("/echo", {"a": 3}) == [{"a": 3}] * 2
+    assert replicas.post("/echo") == [{}] * 2
+    assert replicas.get("/plain") == [None] * 2, "an empty answer is none"
+    with pytest.raises(ValueError):
+        replicas.post("/echo", [{}])
+    began = time.monotonic()
+    assert replicas.post("/slow", {}) == [{}] * 2
+    assert time.monotonic() - began < 0.9, "0.5 s each, both at once"
+    started = replicas.start("/slow", {})
+    assert time.monotonic() - began < 1.4 and [future.result() for future in started] == [{}] * 2
+    replicas.close()
+
+
+def test_a_replica_that_does_not_answer_or_answers_too_late_is_named_with_the_phase(site):
+    gone = Replicas(["http://127.0.0.1:9"], timeout_s=1.0)
+    with pytest.raises(
+        ServiceError, match=r"^weights: the engine at http://127\.0\.0\.1:9 did not answer pause: "
+    ):
+        gone.post("/pause?mode=keep")
+    slow = Replicas(site.replicas.urls[:1], timeout_s=0.1)
+    with pytest.raises(ServiceError, match="did not answer slow"):
+        slow.post("/slow")
+    assert list(gone.ill()) == ["http://127.0.0.1:9"] and "refused" in gone.ill()["http://127.0.0.1:9"]
+    assert slow.ill() == {}
+
+
+def test_a_gateway_that_does_not_answer_is_named(site, tmp_path):
+    with pytest.raises(ServiceError, match="^the gateway did not answer /engine: "):
+        WeightSync(site.replicas, DiskTransfer(tmp_path), "http://127.0.0.1:9", tmp_path)

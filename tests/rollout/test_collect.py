@@ -286,6 +286,14 @@ def test_tokens_that_the_gateway_refused_are_a_mismatch_and_the_rollout_that_fol
     assert outcome.failures == ["token_mismatch"]
 
 
+def test_an_agent_whose_history_the_gateway_refuses_is_named():
+    behave = always((500, '{"error": {"type": "token_mismatch", "message": "the history was rewritten"}}'))
+    with playing(behave, rollout={"max_retries": 0}) as (collector, _):
+        outcome = only(collector)
+    assert outcome.cause == "token_mismatch"
+    assert outcome.detail.startswith("agent a: http") and "the history was rewritten" in outcome.detail
+
+
 @pytest.mark.parametrize("padding", [0, 5000])
 def test_an_engine_error_is_the_engines_however_far_into_the_answer_it_is_said(padding):
     controller = Controller(server=10.0, gateway=10.0)
@@ -376,7 +384,7 @@ def test_tokens_that_contradict_each_other_are_a_mismatch_never_trained_on(items
         outcome = only(collector)
     assert isinstance(outcome, Failed)
     assert outcome.cause == "token_mismatch"
-    assert outcome.detail.startswith("turn ")
+    assert outcome.detail.startswith("agent a: turn "), "who did it, and where"
 
 
 def test_an_answer_without_tokens_is_the_engines_failure():

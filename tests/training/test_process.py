@@ -1,13 +1,27 @@
-"""The trainer's process: what it leaves behind when it cannot go on."""
+"""The trainer's process: in which order it does what, and what it leaves behind when it cannot go on."""
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import threading
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import wandb
 from whole_run import ROOT
+
+from gymexp.config import EnvConfig, EvaluationConfig, RunConfig, TrackerConfig
+from gymexp.errors import GymexpError
+from gymexp.gym.servers import Replica
+from gymexp.rollout.collect import Stopped
+from gymexp.training import process
 
 FAILING = """
 import sys
@@ -50,3 +64,194 @@ def test_an_error_that_nobody_foresaw_leaves_its_traceback_and_no_result(fail):
     said, result = fail("RuntimeError('no such thing')")
     assert "Traceback" in said and said.rstrip().endswith("RuntimeError: no such thing")
     assert result == {}
+
+
+class Trainer:
+    """Trains to `last`, or is stopped on the way."""
+
+    def __init__(self, stops: bool = False, last: int = 6, fails: Exception | None = None) -> None:
+        self.state = SimpleNamespace(global_step=0)
+        self.stopped = False
+        self.began_from: list[Path | None] = []
+        self._stops, self._last, self._fails = stops, last, fails
+
+    def go_on_from(self, resume: Path | None) -> None:
+        self.began_from.append(resume)
+        self.state.global_step = self._last
+        self.stopped = self._stops
+        if self._fails:
+            raise self._fails
+
+
+class Evaluation:
+    """The reward is the step's number."""
+
+    def __init__(self, pruned: str | None = None, fails: Exception | None = None) -> None:
+        self.ran: list[int] = []
+        self.pruned = pruned
+        self.newest = {"eval_maze/reward": 99.0}
+        self._fails = fails
+
+    def run(self, step: int) -> dict[str, float]:
+        self.ran.append(step)
+        if self._fails:
+            raise self._fails
+        return {"eval_maze/reward": float(step), "eval_seconds": 1.0}
+
+
+@pytest.fixture
+def train(tmp_path):
+    """`_train` with fakes: (what result.json says, the trainer, the evaluation, the run's directory)."""
+
+    def run(trainer: Trainer, evaluation: Evaluation, resume: Path | None = None, **changes):
+        config = RunConfig(evaluation=EvaluationConfig(**changes))
+        directory = SimpleNamespace(path=tmp_path)
+        return process._train(trainer, evaluation, config, directory, resume)  # type: ignore[arg-type]
+
+    return run
+
+
+def test_held_out_tasks_are_played_before_and_after_and_the_result_has_them_in_this_order(train, tmp_path):
+    trainer, evaluation = Trainer(), Evaluation()
+    assert train(trainer, evaluation) == {"maze": {"reward": [0.0, 6.0]}}
+    assert evaluation.ran == [0, 6] and trainer.began_from == [None]
+    assert json.loads((tmp_path / "before.json").read_text()) == {
+        "eval_maze/reward": 0.0,
+        "eval_seconds": 1.0,
+    }
+
+
+def test_a_resumed_run_remembers_what_was_measured_before(train, tmp_path):
+    checkpoint = tmp_path / "checkpoint-3"
+    train(Trainer(stops=True), Evaluation())
+    trainer, evaluation = Trainer(), Evaluation()
+    assert train(trainer, evaluation, resume=checkpoint) == {"maze": {"reward": [0.0, 6.0]}}
+    assert evaluation.ran == [6] and trainer.began_from == [checkpoint]
+    (tmp_path / "before.json").unlink()
+    assert train(Trainer(), Evaluation(), resume=checkpoint) == {"maze": {"reward": [None, 6.0]}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "ran", "result"),
+    [
+        ({"before": False}, [6], {"maze": {"reward": [None, 6.0]}}),
+        ({"after": False}, [0], {}),
+        ({"before": False, "after": False}, [], {}),
+    ],
+)
+def test_what_is_not_asked_for_is_not_played(train, tmp_path, changes, ran, result):
+    evaluation = Evaluation()
+    assert train(Trainer(), evaluation, **changes) == result
+    assert evaluation.ran == ran
+    assert (tmp_path / "before.json").exists() == (0 in ran)
+
+
+def test_a_run_that_was_asked_to_end_measures_nothing_more(train):
+    trainer, evaluation = Trainer(stops=True), Evaluation()
+    assert train(trainer, evaluation) == {} and evaluation.ran == [0]
+    for trainer, evaluation in (
+        (Trainer(fails=Stopped()), Evaluation()),
+        (Trainer(), Evaluation(fails=Stopped())),
+    ):
+        assert train(trainer, evaluation) == {}
+        assert trainer.stopped, "in the middle of a step's rollouts, or of an evaluation"
+
+
+def test_a_trial_that_was_given_up_is_measured_by_its_newest_evaluation(train):
+    evaluation = Evaluation(pruned="below the median")
+    assert train(Trainer(stops=True, last=4), evaluation) == {"maze": {"reward": [0.0, 99.0]}}
+    assert evaluation.ran == [0]
+
+
+def test_other_ranks_write_nothing(train, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    train(Trainer(), Evaluation())
+    assert list(tmp_path.iterdir()) == []
+    assert (process._rank(), process._rank("NO_SUCH")) == (1, 0)
+
+
+def test_the_collector_stops_when_the_run_is_asked_to_end_and_is_closed_with_it(monkeypatch):
+    made: list[Any] = []
+
+    class Collector:
+        def __init__(self, *facts: Any) -> None:
+            self.facts = facts
+            self.stopped = threading.Event()
+            self.closed = False
+            made.append(self)
+
+        def stop(self) -> None:
+            self.stopped.set()
+
+        def close(self) -> None:
+            self.closed = True
+
+    monkeypatch.setattr("gymexp.rollout.collect.Collector", Collector)
+    config = RunConfig(env={"maze": EnvConfig("c", "a")})
+    replica: dict[str, Any] = {"name": "maze-0", "agent": "a", "url": "http://x", "max_steps": 3}
+    replica |= {"services": ["s"], "resources": ["r"]}
+    services = {"replicas": {"maze": [replica]}, "control_url": "http://c", "gateway_url": "http://g"}
+    teller: Any = SimpleNamespace(progress=lambda progress: None)
+    asked = threading.Event()
+    with ExitStack() as stack:
+        collector: Any = process._open_collector(config, services, 77, teller, asked, stack)
+        assert made == [collector] and not collector.stopped.is_set()
+        replicas, *facts = collector.facts
+        assert replicas == {"maze": [Replica(**replica)]}
+        assert facts == [config.env, config.rollout, 77, "http://c", "http://g", teller.progress]
+        asked.set()
+        assert collector.stopped.wait(5) and not collector.closed
+    assert collector.closed
+
+
+def test_a_tracker_writes_into_the_run_directory_and_a_resumed_run_goes_on_in_its_own(monkeypatch, tmp_path):
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "elsewhere")
+    run: Any = SimpleNamespace(path=tmp_path)
+    process._open_tracker(RunConfig(), run, ExitStack())
+    assert os.environ["TENSORBOARD_LOGGING_DIR"] == str(tmp_path / "tensorboard")
+    assert list(tmp_path.iterdir()) == []
+
+    opened, ended = [], []
+    monkeypatch.setattr("wandb.init", lambda **options: opened.append(options))
+    monkeypatch.setattr("wandb.finish", lambda exit_code: ended.append(exit_code))
+    config = RunConfig(name="n", tracker=TrackerConfig(kind="wandb", project="p", mode="offline"))
+    with ExitStack() as stack:
+        process._open_tracker(config, run, stack)
+    with pytest.raises(KeyError), ExitStack() as stack:
+        process._open_tracker(config, run, stack)
+        raise KeyError
+    assert ended == [0, 1], "whether the run has failed"
+    first, second = opened
+    assert first["id"] == second["id"] == (tmp_path / "wandb_run_id").read_text() != ""
+    assert (first["resume"], first["mode"], first["project"], first["dir"]) == (
+        "allow",
+        "offline",
+        "p",
+        tmp_path,
+    )
+    assert first["name"] == f"n {tmp_path.name}" and first["config"]["tracker"]["project"] == "p"
+
+    def refuse(**options: Any) -> None:
+        raise wandb.Error("no key")
+
+    monkeypatch.setattr("wandb.init", refuse)
+    with pytest.raises(GymexpError, match=r"tracker=wandb: no key\. Log in with `wandb login`, or say"):
+        process._open_tracker(config, run, ExitStack())
+
+
+def test_the_result_is_written_by_the_first_rank_and_nothing_keeps_the_process(tmp_path):
+    code = (
+        "from gymexp.training import process\n"
+        "import threading, time\n"
+        "process.work = lambda *_: threading.Thread(target=time.sleep, args=[60]).start() or {'step': 3}\n"
+        "process.from_yaml = lambda path: None\n"
+        "process.main()\n"
+    )
+    for rank, written in (("1", False), ("0", True)):
+        began = time.monotonic()
+        subprocess.run(
+            [sys.executable, "-c", code, tmp_path], env=os.environ | {"RANK": rank}, cwd=ROOT, check=True
+        )
+        assert time.monotonic() - began < 30
+        assert (tmp_path / "result.json").exists() == written
+    assert json.loads((tmp_path / "result.json").read_text()) == {"step": 3}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,11 +13,11 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gymexp.config import EnvConfig, ModelConfig, RunConfig
+from gymexp.config import EnvConfig, ModelConfig, RolloutConfig, RunConfig
 from gymexp.errors import RolloutError, ServiceError
 from gymexp.gym.client import Distribution
-from gymexp.rollout.outcome import Completed, Failed, Rollout, Task, Turn
-from gymexp.training.rollouts import Rollouts, seed_of
+from gymexp.rollout.outcome import Completed, Failed, Rollout, Task, Truncated, Turn
+from gymexp.training.rollouts import Rollouts, on_main_rank, seed_of
 
 SOFTMAX = Distribution(temperature=1.0)
 TASKS = {key: Task(key, "e", "a", {"large": "row"}) for key in ("e/train/0", "e/train/1")}
@@ -173,3 +173,164 @@ def test_a_step_that_is_played_again_after_a_resume_has_the_same_seeds_and_repla
             plays(["e/train/0"] * 2, trainer)
     assert keys_in(tmp_path / "step-000001.jsonl.zst") == ["e/train/0"] * 4
     assert collectors[0].samplings == collectors[1].samplings
+
+
+class Accelerator:
+    """One of two ranks; `sent` is what the first one tells the other."""
+
+    def __init__(self, process_index: int, sent: list) -> None:
+        self.num_processes = 2
+        self.process_index = process_index
+        self.is_main_process = process_index == 0
+        self.sent = sent
+
+    def broadcast(self, box: list) -> None:
+        if self.is_main_process:
+            self.sent[:] = box
+        box[:] = self.sent
+
+
+class RankTrainer:
+    pad_token_id = 0
+
+    def __init__(self, accelerator: Accelerator, step: int = 4) -> None:
+        self.accelerator = accelerator
+        self.state = SimpleNamespace(global_step=step)
+        self.grpo = SimpleNamespace(temperature=0.6, num_generations=2)
+        self.metrics: dict[str, float] = {}
+        self.checked: list = []
+
+    def add_metrics(self, metrics) -> None:
+        self.metrics |= metrics
+
+    def check_samples(self, outcomes) -> None:
+        self.checked.append(outcomes)
+
+
+class Numbered(Collector):
+    """Every rollout says another token, and its reward is its number."""
+
+    def collect(self, tasks, samplings, meanwhile):
+        self.samplings.append(samplings)
+        self.tasks = tasks
+        return [
+            Completed(Rollout(task, [Turn([7], [number], [-0.5])], float(number), [], 4))
+            for number, task in enumerate(tasks)
+        ]
+
+
+@pytest.fixture
+def ranks(tmp_path, monkeypatch):
+    """Both ranks of a step, the first one first: what `rollout_func` returns on each, and what they did."""
+
+    def run(*prompts: list[str], collector: Collector, step: int = 4, **settings):
+        sent: list = []
+        batches, trainers = [], []
+        for index, own in enumerate(prompts):
+            accelerator = Accelerator(index, sent)
+            monkeypatch.setattr("accelerate.utils.broadcast_object_list", accelerator.broadcast)
+            monkeypatch.setattr("accelerate.utils.gather_object", lambda _: [*prompts[0], *prompts[1]])
+            plays = rollouts(collector if index == 0 else None, tmp_path, **settings)
+            trainers.append(RankTrainer(accelerator, step))
+            batches.append(plays(own, trainers[-1]))
+            assert 0 < plays.seconds < 60
+        return batches, trainers
+
+    return run
+
+
+def test_each_rank_trains_on_the_rollouts_of_its_own_prompts(ranks, tmp_path):
+    collector = Numbered()
+    first, second = ["e/train/0"] * 2, ["e/train/1"] * 2
+    batches, trainers = ranks(first, second, collector=collector)
+    assert [batch["completion_ids"] for batch in batches] == [[[0], [1]], [[2], [3]]]
+    assert [batch["reward"] for batch in batches] == [[0.0, 1.0], [2.0, 3.0]]
+    assert [len(batch["prompt_ids"]) for batch in batches] == [2, 2]
+    assert [task.key for task in collector.tasks] == [*first, *second], "the first rank plays for all"
+    for trainer, keys in zip(trainers, (first, second), strict=True):
+        [outcomes] = trainer.checked
+        assert [outcome.rollout.task.key for outcome in outcomes] == keys
+    assert trainers[0].metrics["e/rollouts"] == 4 and trainers[0].metrics["groups_without_variance"] == 0
+    assert trainers[1].metrics == {}, "counted once"
+    [path] = tmp_path.iterdir()
+    assert path.name == "step-000005.jsonl.zst", "the step that they are for, counted from 1"
+
+
+def test_what_ends_the_first_rank_ends_the_other_with_the_same_words(ranks, tmp_path):
+    with pytest.raises(RolloutError) as first:
+        ranks(["e/train/0"], ["e/train/1"], collector=Failing())
+    sent = [None, first.value]
+    accelerator = Accelerator(1, sent)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RolloutError) as second:
+        patch.setattr("accelerate.utils.broadcast_object_list", accelerator.broadcast)
+        on_main_rank(accelerator, lambda: pytest.fail("the first rank's work"))  # type: ignore[arg-type]
+    assert second.value is first.value
+
+
+class Failing(Collector):
+    def collect(self, tasks, samplings, meanwhile):
+        return [Failed(task, "engine", "gone", "logs/gateway.log") for task in tasks]
+
+
+def test_training_samples_at_the_trainers_temperature_with_draws_of_its_own_in_every_step(ranks):
+    collector = Numbered()
+    for step in (4, 5):
+        with pytest.raises(ServiceError) if step == 5 else nullcontext():  # sampled by step 4's weights
+            ranks(["e/train/0"] * 2, ["e/train/1"] * 2, collector=collector, step=step)
+    first, second = collector.samplings
+    assert {sampling.temperature for sampling in first} == {0.6}
+    assert len({sampling.seed for sampling in first + second}) == 8
+    assert [sampling.seed for sampling in first] == [
+        seed_of(3, 4, key, place) for key in ("e/train/0", "e/train/1") for place in (0, 1)
+    ]
+
+
+def test_what_was_cut_is_trained_on_only_where_the_configuration_says_so(ranks):
+    class Cut(Collector):
+        def collect(self, tasks, samplings, meanwhile):
+            return [
+                Truncated(Rollout(t, [Turn([1], [2, 3], [-0.5, -0.5])], 1.0, []), "length") for t in tasks
+            ]
+
+    for truncated, mask in (("scored", [1, 1]), ("masked", [0, 0])):
+        (batch, _), _ = ranks(
+            ["e/train/0"], ["e/train/1"], collector=Cut(), rollout=RolloutConfig(truncated=truncated)
+        )
+        assert batch["env_mask"] == [mask]
+
+
+def test_one_process_plays_by_itself():
+    alone = SimpleNamespace(num_processes=1)
+    assert on_main_rank(alone, lambda: 5) == 5  # type: ignore[arg-type]
+
+
+def test_while_rollouts_are_played_the_engine_is_tended_and_a_file_is_there_whole_or_not_at_all(tmp_path):
+    collector = Collector()
+    plays = rollouts(collector, tmp_path)
+    seen = []
+    collector.collect = lambda tasks, samplings, meanwhile: seen.append(meanwhile) or []  # type: ignore[method-assign]
+    plays.play(["e/train/0"], 0, SOFTMAX, held_out=False)
+    assert seen == [plays._engine.tend]
+    plays.write("step-000001", [])
+    plays.write("step-000001", [Failed(TASKS["e/train/0"], "timeout", "slow")])
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000001.jsonl.zst"]
+
+
+def test_held_out_tasks_have_other_draws_than_training_has(tmp_path):
+    collector = Collector()
+    plays = rollouts(collector, tmp_path)
+    for held_out in (True, False):
+        plays.play(["e/train/0"], 0, SOFTMAX, held_out=held_out)
+    [[held], [trained]] = collector.samplings
+    assert held.seed == seed_of(3, None, "e/train/0", 0) != trained.seed == seed_of(3, 0, "e/train/0", 0)
+
+
+def test_a_file_that_could_not_be_written_to_its_end_is_not_there(tmp_path, monkeypatch):
+    def fill_the_disk(path, data):
+        path.open("wb").write(data[:3])
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.write_bytes", fill_the_disk)
+    with pytest.raises(OSError, match="No space left"):
+        rollouts(Collector(), tmp_path).write("step-000001", [])
+    assert list(tmp_path.glob("*.zst")) == []
