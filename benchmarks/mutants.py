@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import difflib
 import importlib
 import os
@@ -47,13 +48,22 @@ MODULES = {  # the tests that notice a fault; slow ones last, as the first failu
     "gym/client": "gym/test_client.py rollout/test_collect.py",
 }
 SLOW = "gym or e2e or ranks or vllm or ray or gpu or slurm"
-PRELOADED = ("torch", "transformers", "datasets", "trl.trainer.grpo_trainer", "aiohttp", "hypothesis", "pytest")
+PRELOADED = (
+    "torch",
+    "transformers",
+    "datasets",
+    "trl.trainer.grpo_trainer",
+    "aiohttp",
+    "hypothesis",
+    "pytest",
+)
 NO_EFFECT = {"log", "logging", "warnings"}
 OTHER = {
-    ast.Eq: ast.NotEq, ast.NotEq: ast.Eq, ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt,
-    ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In, ast.And: ast.Or, ast.Or: ast.And,
-    ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult,
-    ast.Mod: ast.Mult, ast.Pow: ast.Mult, ast.BitOr: ast.BitAnd, ast.BitAnd: ast.BitOr, ast.RShift: ast.LShift,
+    ast.Eq: ast.NotEq, ast.NotEq: ast.Eq, ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE,
+    ast.GtE: ast.Gt, ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In,
+    ast.And: ast.Or, ast.Or: ast.And, ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div,
+    ast.Div: ast.Mult, ast.FloorDiv: ast.Mult, ast.Mod: ast.Mult, ast.Pow: ast.Mult,
+    ast.BitOr: ast.BitAnd, ast.BitAnd: ast.BitOr, ast.RShift: ast.LShift,
 }  # fmt: skip
 
 
@@ -183,10 +193,8 @@ def tests_fail(copy: Path, tests: str, timeout_s: float) -> bool:
     deadline = time.monotonic() + timeout_s
     while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < deadline:
         time.sleep(0.05)
-    try:
+    with contextlib.suppress(ProcessLookupError):  # what its tests have started ends with it
         os.killpg(child, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     if ended == (0, 0):
         os.waitpid(child, 0)
     return os.waitstatus_to_exitcode(ended[1]) != 0 if ended[0] else True

@@ -60,7 +60,9 @@ def test_a_row_is_sent_as_it_is_with_how_to_sample_where_nemo_gym_has_it():
         "max_output_tokens": 32,
     }
     bare = Task("k", "e", "a", {"responses_create_params": {"input": [], "metadata": None}})
-    assert list(json.loads(request_body(bare, SAMPLING))["responses_create_params"]["metadata"]) == ["extra_body"]
+    assert list(json.loads(request_body(bare, SAMPLING))["responses_create_params"]["metadata"]) == [
+        "extra_body"
+    ]
 
 
 def test_turns_are_the_items_that_carry_ids_and_items_are_kept_without_them():

@@ -666,7 +666,11 @@ def test_its_other_routes_answer_in_openais_and_vllms_shape_and_refuse_what_they
     }
     assert well == {"ill": {}} and status == 503 and url in ill["ill"]
     for status, answer in answers:
-        assert (status, answer["error"]["code"], answer["error"]["type"]) == (400, 400, "invalid_request_error")
+        assert (status, answer["error"]["code"], answer["error"]["type"]) == (
+            400,
+            400,
+            "invalid_request_error",
+        )
     texts = [answer["error"]["message"] for _, answer in answers]
     assert texts[0] == texts[1] == texts[2] == "plays must be a list of texts"
     assert texts[3] == "open must be true, false or left out, got 'yes'"

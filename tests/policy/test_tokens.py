@@ -407,7 +407,9 @@ def test_rendered_text_gets_no_special_tokens_but_those_that_the_template_wrote(
 def test_only_a_special_token_that_closes_a_turn_ends_a_generation(closing, is_end):
     """An ordinary token, such as a newline, would end a reply at its first line."""
     tokenizer = copy.copy(
-        build_tokenizer("{%- for m in messages %}{{ m.role + ': ' + m.content + '" + closing + "' }}{% endfor %}")
+        build_tokenizer(
+            "{%- for m in messages %}{{ m.role + ': ' + m.content + '" + closing + "' }}{% endfor %}"
+        )
     )
     tokenizer.eos_token = "<think>"
     eos = tokenizer.convert_tokens_to_ids("<think>")
@@ -445,11 +447,14 @@ def test_a_certain_token_may_be_above_zero_by_rounding_and_no_more():
 
 def test_what_came_after_counts_as_shown_only_behind_the_sampled_turn_and_may_be_escaped():
     """The same text stands before it: that the template drops the second one must not go unnoticed."""
-    drops = "{%- for m in messages %}{% if m.role != 'tool' or loop.first %}{{ m.content }}{% endif %}{% endfor %}"
+    each = "{%- for m in messages %}ONE{% endfor %}"
+    drops = each.replace("ONE", "{% if m.role != 'tool' or loop.first %}{{ m.content }}{% endif %}")
     result = tool_message("found", 0)
     with pytest.raises(TokenMismatch, match=r"leaves out or changes the tool message at messages\[2\]"):
         splice(build_tokenizer(drops), [result, sampled([1], [2]), result])
-    as_json = "{%- for m in messages %}{{ m.content if m.content == sentinel else m.content | tojson }}{% endfor %}"
+    as_json = (
+        "{%- for m in messages %}{{ m.content if m.content == sentinel else m.content | tojson }}{% endfor %}"
+    )
     said = [sampled([1], [2]), tool_message('é "x"\n', 0)]
     tokenizer = build_tokenizer(as_json)
     assert tokenizer.decode(splice(tokenizer, said, None, {"sentinel": SENTINEL})[2:]) == '"é \\"x\\"\\n"'

@@ -1,4 +1,4 @@
-"""Beside the steps: what is measured with which weights, what is written and taken back, when training ends."""
+"""Beside the steps: what is measured with which weights, what is written and told, when training ends."""
 
 from __future__ import annotations
 
@@ -221,9 +221,7 @@ def test_what_is_told_reaches_the_controller_all_together_and_the_newest_of_each
         teller = Teller(url)
         teller.tell(phase="train", step=1)
         began = time.monotonic() - 2.0
-        teller.progress(
-            Progress(total=8, done=3, in_flight=5, failed=1, retried=2, tokens=100, began=began)
-        )
+        teller.progress(Progress(total=8, done=3, in_flight=5, failed=1, retried=2, tokens=100, began=began))
         assert there.wait(10)
     rate = got[-1].pop("tokens_per_s")
     assert rate == pytest.approx(50, rel=0.1)
@@ -246,7 +244,12 @@ def test_a_controller_that_is_away_costs_the_trainer_nothing_and_hears_the_rest_
 
 
 def test_numbers_of_an_evaluation_by_environment():
-    metrics = {"eval_maze/reward": 0.5, "eval_maze/success": 0.25, "eval_a/b/reward": 1.0, "eval_seconds": 3.0}
+    metrics = {
+        "eval_maze/reward": 0.5,
+        "eval_maze/success": 0.25,
+        "eval_a/b/reward": 1.0,
+        "eval_seconds": 3.0,
+    }
     assert by_env(metrics) == {"maze": {"reward": 0.5, "success": 0.25}, "a/b": {"reward": 1.0}}
 
 

@@ -115,7 +115,10 @@ def test_held_out_tasks_are_played_before_and_after_and_the_result_has_them_in_t
     trainer, evaluation = Trainer(), Evaluation()
     assert train(trainer, evaluation) == {"maze": {"reward": [0.0, 6.0]}}
     assert evaluation.ran == [0, 6] and trainer.began_from == [None]
-    assert json.loads((tmp_path / "before.json").read_text()) == {"eval_maze/reward": 0.0, "eval_seconds": 1.0}
+    assert json.loads((tmp_path / "before.json").read_text()) == {
+        "eval_maze/reward": 0.0,
+        "eval_seconds": 1.0,
+    }
 
 
 def test_a_resumed_run_remembers_what_was_measured_before(train, tmp_path):
@@ -220,7 +223,12 @@ def test_a_tracker_writes_into_the_run_directory_and_a_resumed_run_goes_on_in_it
     assert ended == [0, 1], "whether the run has failed"
     first, second = opened
     assert first["id"] == second["id"] == (tmp_path / "wandb_run_id").read_text() != ""
-    assert (first["resume"], first["mode"], first["project"], first["dir"]) == ("allow", "offline", "p", tmp_path)
+    assert (first["resume"], first["mode"], first["project"], first["dir"]) == (
+        "allow",
+        "offline",
+        "p",
+        tmp_path,
+    )
     assert first["name"] == f"n {tmp_path.name}" and first["config"]["tracker"]["project"] == "p"
 
     def refuse(**options: Any) -> None:

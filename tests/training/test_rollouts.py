@@ -234,7 +234,9 @@ def test_training_samples_at_the_trainers_temperature_with_draws_of_its_own_in_e
 def test_what_was_cut_is_trained_on_only_where_the_configuration_says_so(ranks):
     class Cut(Collector):
         def collect(self, tasks, samplings, meanwhile):
-            return [Truncated(Rollout(t, [Turn([1], [2, 3], [-0.5, -0.5])], 1.0, []), "length") for t in tasks]
+            return [
+                Truncated(Rollout(t, [Turn([1], [2, 3], [-0.5, -0.5])], 1.0, []), "length") for t in tasks
+            ]
 
     for truncated, mask in (("scored", [1, 1]), ("masked", [0, 0])):
         (batch, _), _ = ranks(

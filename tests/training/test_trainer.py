@@ -25,7 +25,9 @@ def policy(tmp_path_factory):
 @pytest.fixture(scope="module")
 def build(policy, tmp_path_factory):
     """A trainer of the small policy that has not trained yet."""
-    return lambda **more: build_trainer(policy, tmp_path_factory.mktemp("run") / "checkpoints", MadeUp(), **more)
+    return lambda **more: build_trainer(
+        policy, tmp_path_factory.mktemp("run") / "checkpoints", MadeUp(), **more
+    )
 
 
 class Sync:
