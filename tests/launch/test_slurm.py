@@ -45,6 +45,7 @@ class Submitted:
 
     def __init__(self, sweep: Path, *overrides: str, project: Path = ROOT) -> None:
         self.sweep = sweep
+        self.gates = project / "gates"
         sweep.parent.mkdir(parents=True, exist_ok=True)
         self._output = sweep.parent / f"{sweep.name}.txt"
         where = f"hydra.sweep.dir='{sweep}'"
@@ -83,10 +84,12 @@ class Submitted:
         return path.read_text() if path.exists() else ""
 
     def held_after_a_step(self, num: int) -> psutil.Process:
-        """The job's trainer, stopped after its first step."""
+        """The job's trainer, stopped after its first step, where the job waits for it (`waiting_project`)."""
         self.wait_for(lambda: 1 in steps_of(self.sweep / str(num)), f"a step of job {num}")
         trainer = self.trainer(num)
         trainer.suspend()
+        (self.gates / str(num)).unlink()
+        assert steps_of(self.sweep / str(num)) == [1], "it has not waited"
         return trainer
 
     def trainer(self, num: int) -> psutil.Process:
@@ -124,6 +127,48 @@ def submitted(slurm, gym_python, tmp_path) -> Iterator[Callable[..., Submitted]]
         one.end()
 
 
+GATE = """
+
+import asyncio, functools, os
+from pathlib import Path
+
+
+def behind_a_gate(verify):
+    @functools.wraps(verify)
+    async def wait(self, body):
+        logs = Path(os.readlink("/proc/self/fd/1")).parent
+        gate, metrics = Path(GATES) / logs.parent.name, logs.parent / "metrics.jsonl"
+        while gate.exists() and metrics.exists() and '"loss"' in metrics.read_text():
+            await asyncio.sleep(0.05)
+        return await verify(self, body)
+    return wait
+
+
+ReasoningGymResourcesServer.verify = behind_a_gate(ReasoningGymResourcesServer.verify)
+"""
+
+
+def with_own_server(project: Path, gym_python: Path, code: str) -> Path:
+    """A project with gymexp's sources and a copy of NeMo Gym's server that has more code at its end."""
+    for name in ("gymexp", "conf"):
+        shutil.copytree(ROOT / name, project / name, ignore=shutil.ignore_patterns("__pycache__"))
+    server = Path("resources_servers", "reasoning_gym")
+    shutil.copytree(site_packages(gym_python) / server, project / server)
+    app = project / server / "app.py"
+    app.write_text(app.read_text().partition('if __name__ == "__main__"')[0] + code)
+    return app
+
+
+def waiting_project(project: Path, gym_python: Path, *jobs: int) -> Path:
+    """A project in which these jobs, once they have trained a step, score nothing more until the test has
+    taken their gate away: however slow the test is, they cannot end before it does something to them."""
+    (project / "gates").mkdir(parents=True)
+    for num in jobs:
+        (project / "gates" / str(num)).touch()
+    with_own_server(project, gym_python, GATE.replace("GATES", repr(str(project / "gates"))))
+    return project
+
+
 def collected(sweep: Path) -> list[dict[str, str]]:
     """The rows of `gymexp.sweep collect`."""
     command = [sys.executable, "-m", "gymexp.sweep", "collect", str(sweep)]
@@ -140,11 +185,15 @@ def said_by(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def test_a_sweep_names_what_failed_and_goes_on_after_preemption_and_a_time_limit(submitted):
+def test_a_sweep_names_what_failed_and_goes_on_after_preemption_and_a_time_limit(
+    submitted, gym_python, tmp_path
+):
     """2x2x2 jobs, one a node. Each of three is disturbed; the one after it, of the same seed, is not."""
     swept = ["trainer.num_generations=2,4", "seed=0,1", "trainer.learning_rate=1e-4,2e-4"]
-    sweep = submitted(*swept, "launcher.partition=low", "launcher.cpus=9", "launcher.array_parallelism=3")
     preempted, limited, failing = 0, 2, 4
+    project = waiting_project(tmp_path / "project", gym_python, preempted, limited, failing)
+    where = ["launcher.partition=low", "launcher.cpus=9", "launcher.array_parallelism=3"]
+    sweep = submitted(*swept, *where, project=project)
     ids = sweep.ids()
 
     held = sweep.held_after_a_step(limited)  # so that it cannot end before Slurm looks at its limit
@@ -208,12 +257,7 @@ def test_a_waiting_job_runs_what_was_submitted_and_needs_no_submitter(submitted,
     """Held in the queue while its submitter is killed, and its project's code, configuration and own server
     change."""
     project = tmp_path / "project"
-    for name in ("gymexp", "conf"):
-        shutil.copytree(ROOT / name, project / name, ignore=shutil.ignore_patterns("__pycache__"))
-    server = Path("resources_servers", "reasoning_gym")
-    shutil.copytree(site_packages(gym_python) / server, project / server)
-    app = project / server / "app.py"
-    app.write_text(app.read_text() + "\nprint('the server as it was')\n")
+    app = with_own_server(project, gym_python, "\nprint('the server as it was')\n")
     changes = ["trainer.max_steps=1", "evaluation.before=false", "evaluation.after=false"]
     sweep = submitted(*changes, "+hydra.launcher.additional_parameters.hold=true", project=project)
     (job_id,) = sweep.ids()

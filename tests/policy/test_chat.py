@@ -82,7 +82,7 @@ def test_a_number_is_a_number_that_is_not_negative(name, value):
 
 @pytest.mark.parametrize("seed", [1.0, "1", True])
 def test_a_seed_is_an_integer(seed):
-    with pytest.raises(chat.BadRequest, match="^seed must be an integer, got "):
+    with pytest.raises(chat.BadRequest, match=r"^seed must be an integer, got "):
         chat.sampling_params({"seed": seed}, 1, 10)
 
 
@@ -101,7 +101,7 @@ def test_the_newer_name_for_the_number_of_tokens_comes_first():
 
 @pytest.mark.parametrize("asked", [0, -1, 1.0, "5", True])
 def test_a_number_of_tokens_is_an_integer_of_1_at_least(asked):
-    with pytest.raises(chat.BadRequest, match="^max_completion_tokens must be an integer >= 1, got "):
+    with pytest.raises(chat.BadRequest, match=r"^max_completion_tokens must be an integer >= 1, got "):
         chat.room({"max_tokens": asked}, 1, 30)
 
 
@@ -125,19 +125,19 @@ def test_stop_is_a_text_or_several(stop, texts):
 
 @pytest.mark.parametrize("stop", [[""], [1], 5, {"a": 1}])
 def test_a_stop_that_is_no_text_is_refused(stop):
-    with pytest.raises(chat.BadRequest, match="^stop must be a text or a list of texts, got "):
+    with pytest.raises(chat.BadRequest, match=r"^stop must be a text or a list of texts, got "):
         chat.read_stop({"stop": stop})
 
 
 @pytest.mark.parametrize("data", [b"", b"{", b"[]", b'"x"', b"null"])
 def test_a_body_is_a_json_object(data):
-    with pytest.raises(chat.BadRequest, match="^the body must be "):
+    with pytest.raises(chat.BadRequest, match=r"^the body must be "):
         chat.read_object(data)
 
 
 def test_a_play_is_a_text_or_nothing():
     assert chat.read_play({"play": "x"}) == "x" and chat.read_play({}) is None
-    with pytest.raises(chat.BadRequest, match="^play must be a text, got 5"):
+    with pytest.raises(chat.BadRequest, match=r"^play must be a text, got 5"):
         chat.read_play({"play": 5})
 
 

@@ -447,7 +447,8 @@ def test_a_certain_token_may_be_above_zero_by_rounding_and_no_more():
 
 def test_what_came_after_counts_as_shown_only_behind_the_sampled_turn_and_may_be_escaped():
     """The same text stands before it: that the template drops the second one must not go unnoticed."""
-    drops = "{%- for m in messages %}{% if m.role != 'tool' or loop.first %}{{ m.content }}{% endif %}{% endfor %}"
+    each = "{%- for m in messages %}ONE{% endfor %}"
+    drops = each.replace("ONE", "{% if m.role != 'tool' or loop.first %}{{ m.content }}{% endif %}")
     result = tool_message("found", 0)
     with pytest.raises(TokenMismatch, match=r"leaves out or changes the tool message at messages\[2\]"):
         splice(build_tokenizer(drops), [result, sampled([1], [2]), result])

@@ -335,5 +335,5 @@ def test_a_replica_that_does_not_answer_or_answers_too_late_is_named_with_the_ph
 
 
 def test_a_gateway_that_does_not_answer_is_named(site, tmp_path):
-    with pytest.raises(ServiceError, match="^the gateway did not answer /engine: "):
+    with pytest.raises(ServiceError, match=r"^the gateway did not answer /engine: "):
         WeightSync(site.replicas, DiskTransfer(tmp_path), "http://127.0.0.1:9", tmp_path)

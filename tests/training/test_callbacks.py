@@ -1,4 +1,4 @@
-"""Beside the steps: what is measured with which weights, what is written and taken back, when training ends."""
+"""Beside the steps: what is measured with which weights, what is written and told, when training ends."""
 
 from __future__ import annotations
 
