@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 
 from gymexp.policy import coldstart
 from gymexp.run.entry import hydra_main
+from gymexp.run.environment import forget_launchers
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +26,7 @@ coldstart.register()
 @hydra_main(config_name="coldstart", schema=coldstart.ColdstartConfig)
 def main(cfg: DictConfig) -> None:
     config = coldstart.load(cfg)
+    forget_launchers()  # it trains in this process
     start = time.perf_counter()
     conversations = gather(config)
     sha256 = hashlib.sha256(b"\n".join(orjson.dumps(c) for c in conversations)).hexdigest()

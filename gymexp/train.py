@@ -52,12 +52,15 @@ def train(
     from gymexp.policy import vllm
     from gymexp.run import controller
     from gymexp.run.directory import RunDirectory, cache_dir
+    from gymexp.run.environment import of_other_launchers
     from gymexp.run.placement import num_nodes, place, visible_gpus
     from gymexp.training import arguments, schedule, sharding
     from gymexp.view.progress import View
     from gymexp.view.table import held_out_table
 
     view = View()
+    if others := of_other_launchers():
+        view.say(f"not used, as another launcher's: {' '.join(others)}; see placement.* and model.dtype")
     held = RunDirectory.reopen(directory) if config.resume else None
     if held:
         config = configuration.resumed(held.config, str(held.path))

@@ -24,6 +24,7 @@ import psutil
 
 from gymexp.errors import NodeLost, ServiceError
 from gymexp.run import lifeline
+from gymexp.run.environment import without_launchers
 
 log = logging.getLogger(__name__)
 _TERM_GRACE_S = 15.0
@@ -164,7 +165,7 @@ async def spawn(
             stdin=asyncio.subprocess.DEVNULL,
             stdout=out,
             stderr=out,
-            env={**os.environ, **(env or {})},
+            env={**without_launchers(), **(env or {})},
             pass_fds=fds,
             cwd=cwd,
             start_new_session=True,

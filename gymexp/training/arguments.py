@@ -24,6 +24,7 @@ from omegaconf import OmegaConf
 
 from gymexp.config import RunConfig, nearest
 from gymexp.errors import ConfigError
+from gymexp.run.environment import without_launchers
 from gymexp.search.space import ends, flat
 from gymexp.training import fields, sharding
 
@@ -182,7 +183,7 @@ def _construct_elsewhere(asked: list[dict[str, Any]]) -> list[str]:
             capture_output=True,
             text=True,
             timeout=_CHECK_TIMEOUT_S,
-            env=os.environ | {"TRL_EXPERIMENTAL_SILENCE": "1"},
+            env=without_launchers() | {"TRL_EXPERIMENTAL_SILENCE": "1"},
             check=False,
         )
     except subprocess.TimeoutExpired:
