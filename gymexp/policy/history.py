@@ -149,7 +149,7 @@ def _said(reasoning: str, content: str, calls: Sequence[dict[str, Any]]) -> tupl
     functions = [call["function"] for call in calls]
     called = [(function["name"], as_object(function.get("arguments"))) for function in functions]
     arguments = json.dumps(called, sort_keys=True)  # not orjson's: the policy writes integers of any size
-    spoken = ("".join(text.split()).encode(errors="replace") for text in (first, rest))
+    spoken = ("".join(text.split()).encode() for text in (first, rest))
     return *map(_digest, spoken), _digest(arguments.encode())
 
 

@@ -204,6 +204,28 @@ def test_a_sampled_message_that_is_written_in_another_way_passes(fields):
         history.verify(Conversation(messages[:end], TOOLS))
 
 
+@pytest.mark.parametrize(
+    ("reply", "sent"),
+    [
+        (Reply("<think>a</think>b<think>c</think>d"), {"reasoning_content": "a", "content": "bd"}),
+        (Reply("b<think>c</think>d", "a"), {"reasoning_content": "a", "content": "bd"}),
+        (Reply("<think></think>b<think>c</think>"), {"reasoning_content": "c", "content": "b"}),
+        (Reply("<th<think>a</think>ink>b</think>c"), {"reasoning_content": "a", "content": "c"}),
+        (Reply("<think>\na\nb</think>"), {"reasoning_content": "a b", "content": None}),
+    ],
+)
+def test_thoughts_that_nemo_gym_takes_out_of_a_text_may_be_missing_but_for_the_first(reply, sent):
+    """As its model server does: it makes them a reasoning item each, and sends the first one back."""
+    tokenizer = build_tokenizer("qwen3")
+    history = History(tokenizer)
+    user = {"role": "user", "content": "Go on."}
+    said = answer(history, tokenizer, Conversation([user]), [70], reply)
+    history.verify(Conversation([user, said | sent, user]))
+    for wrong in ({"reasoning_content": "z"}, {"content": "z"}, {"reasoning_content": None}):
+        with pytest.raises(TokenMismatch):
+            history.verify(Conversation([user, said | sent | wrong, user]))
+
+
 def test_turns_that_nemo_gym_merges_pass():
     """A turn of reasoning alone, with nothing after it: the next one comes back in the same message."""
     tokenizer = build_tokenizer("qwen3")
