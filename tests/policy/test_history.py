@@ -245,6 +245,18 @@ def test_turns_that_nemo_gym_merges_pass():
         history.verify(Conversation([user, other, second, user]))
 
 
+def test_a_conversations_prompt_ends_where_the_reply_begins_unless_it_is_told_not_to():
+    tokenizer = build_tokenizer("plain")
+    user = [{"role": "user", "content": "x"}]
+    whole, bare = Conversation(user), Conversation(user, add_generation_prompt=False)
+    text = "<|im_start|>user\nx<|im_end|>\n"
+    assert tokenizer.decode(whole.prompt_ids(tokenizer)) == text + "<|im_start|>assistant\n"
+    assert tokenizer.decode(bare.prompt_ids(tokenizer)) == text
+    variants = [whole, bare, Conversation(user, TOOLS), Conversation(user, None, {"a": 1}), Conversation([])]
+    assert len({one.key() for one in variants}) == 5
+    assert bare.until(0) == Conversation([], add_generation_prompt=False)
+
+
 def test_what_is_remembered_is_bounded_and_the_newest():
     tokenizer = build_tokenizer("qwen3")
     history = History(tokenizer, remembered=2)
