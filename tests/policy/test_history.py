@@ -273,17 +273,15 @@ def test_what_is_remembered_is_bounded_and_the_newest():
                 history.verify(conversation)
 
 
-def test_numbers_of_any_size_in_a_calls_arguments_are_no_error():
+def test_numbers_of_any_size_and_in_any_order_in_a_calls_arguments_are_no_error():
     tokenizer = build_tokenizer("qwen3")
     history = History(tokenizer)
-    call = {
-        "id": "c",
-        "type": "function",
-        "function": {"name": "f", "arguments": '{"n": 99999999999999999999}'},
-    }
+    call = calling('{"n": 99999999999999999999, "a": 1}')
     user = {"role": "user", "content": "x"}
     said = answer(history, tokenizer, Conversation([user]), [70], Reply("", tool_calls=[call]))
-    history.verify(Conversation([user, said, tool_message("y", 0)]))
+    turned = said | {"tool_calls": [calling('{"a": 1, "n": 99999999999999999999}')]}
+    for one in (said, turned):
+        history.verify(Conversation([user, one, tool_message("y", 0)]))
 
 
 def test_the_gateway_answers_a_rewritten_history_with_a_400_that_nemo_gym_does_not_hide():
