@@ -176,20 +176,28 @@ def mutants_of(module: str) -> tuple[str, list[tuple[str, list[str]]]]:
     return original, list(found.items())
 
 
+def run_tests(copy: Path, tests: str) -> None:
+    """In a process and a process group of its own, which end here; what they say is in `output.txt`."""
+    os.setsid()
+    os.chdir(copy)
+    output = os.open("output.txt", os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.environ["PYTHONPATH"] = str(copy)
+    sys.path.insert(0, str(copy))
+    import pytest
+
+    files = [f"tests/{name}" for name in tests.split()]
+    os._exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-m", f"not ({SLOW})", *files]))
+
+
 def tests_fail(copy: Path, tests: str, timeout_s: float) -> bool:
     """Run them in a fork of this process, which has what is slow to import. A timeout counts as a failure."""
     if (child := os.fork()) == 0:
-        os.setsid()
-        os.chdir(copy)
-        nowhere = os.open("output.txt", os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
-        os.dup2(nowhere, 1)
-        os.dup2(nowhere, 2)
-        os.environ["PYTHONPATH"] = str(copy)
-        sys.path.insert(0, str(copy))
-        import pytest
-
-        files = [f"tests/{name}" for name in tests.split()]
-        os._exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-m", f"not ({SLOW})", *files]))
+        try:
+            run_tests(copy, tests)
+        finally:
+            os._exit(1)  # whatever happens there, it must not go on with this process's work
     deadline = time.monotonic() + timeout_s
     while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < deadline:
         time.sleep(0.05)

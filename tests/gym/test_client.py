@@ -184,6 +184,9 @@ def test_a_playing_that_fails_says_whose_failure_it_is(agent, cause, detail):
     failure = played(agent)
     assert isinstance(failure, RolloutFailure), failure
     assert failure.cause == cause and detail in failure.detail
+    assert failure.detail.startswith(
+        "agent simple_agent: " if cause == "token_mismatch" else ("http", "the pol")
+    )
     assert len(failure.detail) < 2100
 
 

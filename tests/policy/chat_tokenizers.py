@@ -93,7 +93,7 @@ FORGETFUL = PLAIN.replace(
 # Shows a tool's result only where the message before it made the call, as gpt-oss and Gemma 4 do.
 ONLY_BEHIND_CALLS = """{%- for m in messages %}
 {%- if m.role == 'tool' %}{% if loop.previtem.tool_calls %}{{- '[' + loop.previtem.tool_calls[0].function.name + '] ' + m.content + '<|im_end|>\n' }}{% endif %}
-{%- elif m.tool_calls %}{{- '<|im_start|>assistant\n' + (m.tool_calls[0].function.arguments | tojson) + '<|im_end|>' }}
+{%- elif m.role == 'assistant' and m.tool_calls %}{{- '<|im_start|>assistant\n' + (m.tool_calls[0].function.arguments | tojson) + '<|im_end|>' }}
 {%- else %}{{- '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endif %}{% endfor -%}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
 

@@ -572,11 +572,9 @@ def test_params_of_a_request_become_sampling_params():
 
 NOTHING_ASKED = {
     "n": 1,
-    "min_p": 0,
     "min_tokens": 0,
     "presence_penalty": 0,
     "frequency_penalty": 0.0,
-    "repetition_penalty": 1.0,
     "include_stop_str_in_output": True,
 }
 

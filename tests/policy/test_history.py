@@ -245,6 +245,18 @@ def test_turns_that_nemo_gym_merges_pass():
         history.verify(Conversation([user, other, second, user]))
 
 
+def test_a_conversations_prompt_ends_where_the_reply_begins_unless_it_is_told_not_to():
+    tokenizer = build_tokenizer("plain")
+    user = [{"role": "user", "content": "x"}]
+    whole, bare = Conversation(user), Conversation(user, add_generation_prompt=False)
+    text = "<|im_start|>user\nx<|im_end|>\n"
+    assert tokenizer.decode(whole.prompt_ids(tokenizer)) == text + "<|im_start|>assistant\n"
+    assert tokenizer.decode(bare.prompt_ids(tokenizer)) == text
+    variants = [whole, bare, Conversation(user, TOOLS), Conversation(user, None, {"a": 1}), Conversation([])]
+    assert len({one.key() for one in variants}) == 5
+    assert bare.until(0) == Conversation([], add_generation_prompt=False)
+
+
 def test_what_is_remembered_is_bounded_and_the_newest():
     tokenizer = build_tokenizer("qwen3")
     history = History(tokenizer, remembered=2)
@@ -261,17 +273,15 @@ def test_what_is_remembered_is_bounded_and_the_newest():
                 history.verify(conversation)
 
 
-def test_numbers_of_any_size_in_a_calls_arguments_are_no_error():
+def test_numbers_of_any_size_and_in_any_order_in_a_calls_arguments_are_no_error():
     tokenizer = build_tokenizer("qwen3")
     history = History(tokenizer)
-    call = {
-        "id": "c",
-        "type": "function",
-        "function": {"name": "f", "arguments": '{"n": 99999999999999999999}'},
-    }
+    call = calling('{"n": 99999999999999999999, "a": 1}')
     user = {"role": "user", "content": "x"}
     said = answer(history, tokenizer, Conversation([user]), [70], Reply("", tool_calls=[call]))
-    history.verify(Conversation([user, said, tool_message("y", 0)]))
+    turned = said | {"tool_calls": [calling('{"a": 1, "n": 99999999999999999999}')]}
+    for one in (said, turned):
+        history.verify(Conversation([user, one, tool_message("y", 0)]))
 
 
 def test_the_gateway_answers_a_rewritten_history_with_a_400_that_nemo_gym_does_not_hide():

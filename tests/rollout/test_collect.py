@@ -652,3 +652,22 @@ def test_failures_within_the_allowed_share_pass(failures, share):
 def test_no_failure_is_allowed_with_a_share_of_zero():
     with pytest.raises(RolloutError):
         check_failed_share([failed("engine")] + [completed()] * 99, 0.0)
+
+
+def test_as_many_rollouts_as_the_configuration_allows_are_in_flight_and_each_has_its_own_deadline_alone():
+    """Not as many as an HTTP client allows by itself (100), nor as long."""
+    agents: list[Agent] = []
+
+    async def until_all_are_there(key: str, attempt: int) -> Answer:
+        while agents[0].most_in_flight < 120:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(1.2)
+        return reply()
+
+    with playing(until_all_are_there, env={"max_concurrency": 120}, rollout={"max_retries": 0}) as (
+        collector,
+        agent,
+    ):
+        agents.append(agent)
+        outcomes = play(collector, 120)
+    assert {type(outcome) for outcome in outcomes} == {Completed}
