@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -31,6 +31,10 @@ class EngineError(Exception):
 
 class EngineLost(EngineError):
     """The engine went away under a request, of which nothing was kept: another one may take it."""
+
+
+class EngineReplaced(EngineLost):
+    """The engine was started anew under the request, which waited in its socket: other weights answered."""
 
 
 class EngineRefusal(Exception):
@@ -64,6 +68,7 @@ class Engines:
         self.in_flight = dict.fromkeys((url.rstrip("/") for url in urls), 0)
         self.held = set(self.in_flight) if hold else set[str]()
         self._versions: dict[str, int] = {}  # of the weights that each engine was sent last
+        self._holds = Counter[str]()  # how often each engine was held
         self._hold = hold
         self._opened = asyncio.Event()
         self._timeout_s = timeout_s
@@ -85,6 +90,7 @@ class Engines:
     def hold(self, url: str) -> None:
         """Give it no more requests."""
         self._versions.pop(url, None)
+        self._holds[url] += 1
         self.held.add(url)
 
     async def connect(self, app: web.Application) -> AsyncIterator[None]:
@@ -112,6 +118,8 @@ class Engines:
                     try:
                         generation = await self._ask(url, payload)
                         break
+                    except EngineReplaced as error:
+                        log.warning("%s; it is asked again", error)
                     except EngineLost as error:
                         if not self._hold:
                             raise
@@ -126,7 +134,7 @@ class Engines:
     async def _ask(self, url: str, payload: bytes) -> Generation:
         assert self._session is not None, "connect first"
         headers = {"Content-Type": "application/json"}
-        first_version = self._versions.get(url)
+        first_version, holds = self._versions.get(url), self._holds[url]
         self.in_flight[url] += 1
         try:
             async with self._session.post(
@@ -137,6 +145,8 @@ class Engines:
             raise EngineLost(f"engine {url}: {type(error).__name__}: {error}") from error
         finally:
             self.in_flight[url] -= 1
+        if self._hold and self._holds[url] != holds:
+            raise EngineReplaced(f"engine {url} was started anew under a request")
         if status in (400, 422):
             raise EngineRefusal(f"engine {url} refuses the request: {_text(body)}")
         if status != 200:

@@ -793,3 +793,39 @@ def test_the_tokenizer_is_loaded_without_torch_and_must_have_a_chat_template(tmp
         check=False,
     )
     assert (done.stdout, done.stderr) == ("ok\n", ""), "nothing of what it warns of"
+
+
+def test_an_engine_that_was_started_anew_under_a_request_is_asked_again_once_it_has_the_policys_weights():
+    """The request waits in the socket that the new process inherits, and weights of the run's start answer it."""
+    waiting, answered = asyncio.Event(), asyncio.Event()
+
+    async def old_weights():
+        waiting.set()
+        await answered.wait()
+        ids = encode(TOKENIZER, "wrong" + END)
+        content = [{"token_id": i, "logprob": -0.5} for i in ids]
+        choice = {"token_ids": ids, "logprobs": {"content": content}, "finish_reason": "stop"}
+        return web.json_response({"choices": [choice], "weights_version": 0})
+
+    async def run():
+        engine = FakeEngine(old_weights, "Grid" + END)
+        async with engine.serve() as url, gateway(url, hold=True) as http:
+
+            async def tell(**change):
+                async with http.post("/engine", json={"url": url} | change) as response:
+                    assert response.status == 200
+
+            await tell(open=True, weights_version=1)
+            asked = asyncio.create_task(chat(http, seed=1, play="p"))
+            await asyncio.wait_for(waiting.wait(), 5)
+            await tell(open=False)  # the supervisor, before it starts the engine anew
+            answered.set()
+            await asyncio.sleep(0.2)
+            assert not asked.done(), "what the new process said is not taken"
+            await tell(open=True, weights_version=1)
+            status, answer = await asyncio.wait_for(asked, 5)
+            return status, answer["choices"][0]["message"]["content"], engine.requests
+
+    status, content, requests = asyncio.run(run())
+    assert (status, content) == (200, "Grid")
+    assert requests[0] == requests[1], "the same ids and the same seed"
