@@ -15,6 +15,7 @@ import orjson
 from omegaconf import DictConfig
 
 from gymexp.policy import coldstart
+from gymexp.run import variables
 from gymexp.run.entry import hydra_main
 
 log = logging.getLogger(__name__)
@@ -25,6 +26,9 @@ coldstart.register()
 @hydra_main(config_name="coldstart", schema=coldstart.ColdstartConfig)
 def main(cfg: DictConfig) -> None:
     config = coldstart.load(cfg)
+    for line in variables.unused():
+        log.info("%s", line)
+    variables.drop_launchers()
     start = time.perf_counter()
     conversations = gather(config)
     sha256 = hashlib.sha256(b"\n".join(orjson.dumps(c) for c in conversations)).hexdigest()

@@ -50,7 +50,7 @@ def train(
     from gymexp.data.prepare import load_prepared, prepare, write_prepared
     from gymexp.gym.install import ensure_python, site_packages
     from gymexp.policy import vllm
-    from gymexp.run import controller
+    from gymexp.run import controller, variables
     from gymexp.run.directory import RunDirectory, cache_dir
     from gymexp.run.placement import num_nodes, place, visible_gpus
     from gymexp.training import arguments, sharding
@@ -58,6 +58,8 @@ def train(
     from gymexp.view.table import held_out_table
 
     view = View()
+    for line in variables.unused():
+        view.say(line)
     held = RunDirectory.reopen(directory) if config.resume else None
     if held:
         config = configuration.resumed(held.config, str(held.path))

@@ -1,0 +1,144 @@
+"""What a launcher above gymexp leaves in the environment reaches no process of a run."""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import json
+import sys
+from collections.abc import Iterator
+from fnmatch import fnmatch
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from gymexp.config import ModelConfig, RunConfig
+from gymexp.run import variables
+from gymexp.run.supervisor import spawn
+from gymexp.training import arguments
+
+# What the trainer's libraries read of the environment. commands/ are launchers of their own.
+READERS = (
+    ("accelerate", "", ("commands", "test_utils")),
+    ("transformers", "training_args.py", ()),
+    ("transformers", "trainer*.py", ()),
+    ("transformers", "modeling_utils.py", ()),
+    ("transformers", "integrations", ()),
+    ("transformers", "distributed", ()),
+    ("trl", "trainer", ()),
+    ("trl", "extras", ()),
+    ("peft", "utils", ()),
+    ("torch", "distributed", ("elastic", "launcher", "_shard", "_tools")),
+)
+# Variables that stay: trackers, the machine's devices and networks, debugging, caches, and where this runs.
+# None says how many processes train, where they meet, or in which precision (XLA's own are read where torch_xla
+# is, which gymexp does not use).
+KEPT = """
+    ACCELERATE_CPU_AFFINITY ACCELERATE_DEBUG_MODE ACCELERATE_ENABLE_RICH ACCELERATE_LOG_LEVEL
+    BRANCH CI CLEARML_* COMET_* DISABLE_KUBEFLOW_INTEGRATION DISABLE_MLFLOW_INTEGRATION HF_* JOB_ID KUBEFLOW_*
+    MLFLOW_* RAY_SCOPE SWANLAB_* TENSORBOARD_LOGGING_DIR TQDM_DISABLE TRACKIO_* VLLM_LOGGING_LEVEL WANDB_*
+    ASCEND_* AWS_* CUBLAS_* DEEPSPEED_USE_HPU FLASH_ATTENTION_DETERMINISTIC HCCL_* MKL_SERVICE_FORCE_INTEL
+    PYTORCH_ENABLE_MPS_FALLBACK
+    CUDA_* NCCL_* NPU_FA2_SPARSE_MODE NPROC OMP_NUM_THREADS NVSHMEM_LIB_DIR PJRT_DEVICE PT_HPU_LAZY_MODE
+    PYTORCH_NO_CUDA_MEMORY_CACHING ROCSHMEM_LIB_DIR TPU_NAME USE_HUB_KERNELS USE_LIBUV USE_TORCH_XLA XLA_*
+    DCP_* FR_TRACE_VERBOSE_OUTPUT LOGLEVEL NETWORK_DEBUG_* PYTHON_EXEC TORCH_* TRANSFORMERS_* TRL_* systemdrive
+""".split()
+
+
+def files() -> Iterator[Path]:
+    for package, inside, skipped in READERS:
+        spec = find_spec(package)
+        assert spec is not None and spec.submodule_search_locations
+        root = Path(spec.submodule_search_locations[0])
+        for found in root.glob(inside) if "*" in inside else [root / inside]:
+            some = [found] if found.is_file() else found.rglob("*.py")
+            yield from (path for path in some if not set(skipped) & set(path.relative_to(root).parts))
+
+
+def names_read(tree: ast.AST) -> set[str]:
+    """Names of environment variables, as far as they stand in the source; `*` for what is computed."""
+    found: set[str] = set()
+
+    def names_of(node: ast.AST) -> list[str]:
+        match node:
+            case ast.Constant(value=str(name)):
+                return [name]
+            case ast.JoinedStr(values=parts):
+                return ["".join(str(p.value) if isinstance(p, ast.Constant) else "*" for p in parts)]
+            case ast.BinOp(left=left):
+                return [f"{name}*" for name in names_of(left)]
+            case ast.List(elts=parts) | ast.Tuple(elts=parts):
+                return [name for part in parts for name in names_of(part)]
+        return []
+
+    for node in ast.walk(tree):
+        match node:
+            case ast.Subscript(value=holder, slice=name) if "environ" in ast.unparse(holder):
+                found.update(names_of(name))
+            case ast.Call(func=function, args=[name, *_]) if any(
+                word in ast.unparse(function) for word in ("environ", "getenv", "from_env")
+            ):
+                found.update(names_of(name))
+            case ast.Compare(left=name, ops=[ast.In() | ast.NotIn()], comparators=[holder]) if (
+                "environ" in ast.unparse(holder)
+            ):
+                found.update(names_of(name))
+    return {name for name in found if name.replace("_", "").replace("*", "").isalnum()}
+
+
+def test_every_variable_that_the_trainers_libraries_read_is_dropped_or_known_to_stay():
+    read = {name for path in files() for name in names_read(ast.parse(path.read_text()))}
+    assert len(read) > 100 and {"RANK", "PMI_SIZE", "ACCELERATE_MIXED_PRECISION", "FSDP_STATE_DICT_TYPE"} <= read
+    kept = variables.inherited(dict.fromkeys(sorted(read), "1"))
+    unknown = [name for name in kept if not any(fnmatch(name, known) for known in KEPT)]
+    assert not unknown, "decide of each in gymexp/run/variables.py, or here"
+
+
+LAUNCHED = {
+    "RANK": "1",
+    "WORLD_SIZE": "2",
+    "LOCAL_RANK": "1",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "9",
+    "GROUP_RANK": "0",
+    "TORCHELASTIC_RUN_ID": "none",
+    "PMI_SIZE": "2",
+    "PMI_RANK": "0",
+    "PMIX_RANK": "0",
+    "OMPI_COMM_WORLD_SIZE": "2",
+    "MV2_COMM_WORLD_SIZE": "2",
+    "ACCELERATE_MIXED_PRECISION": "fp16",
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "1",
+}
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    for name, value in LAUNCHED.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_a_process_of_a_run_has_what_gymexp_gives_it_and_nothing_of_a_launchers(launched, tmp_path):
+    code = "import json, os; print(json.dumps(dict(os.environ)))"
+    given = {"RANK": "0", "WORLD_SIZE": "1"}
+
+    async def start() -> None:
+        await (await spawn([sys.executable, "-c", code], tmp_path / "log", given)).wait()
+
+    asyncio.run(start())
+    seen = json.loads((tmp_path / "log").read_text())
+    assert {name: value for name, value in seen.items() if name in LAUNCHED} == given
+
+
+def test_trls_arguments_are_checked_as_of_one_process_in_the_configured_precision(launched, tmp_path):
+    config = RunConfig(model=ModelConfig("x", "x", dtype="float32"), trainer={"max_steps": 3})
+    arguments.check(config, tmp_path)  # with RANK of the launcher's it waits for a rank that never comes
+
+
+def test_a_setting_that_does_not_act_is_named_with_the_key_that_does():
+    said = list(variables.unused({"ACCELERATE_MIXED_PRECISION": "fp16", "FSDP_VERSION": "2", "RANK": "0"}))
+    assert said[0].startswith("ACCELERATE_MIXED_PRECISION=fp16 is not used") and "model.dtype" in said[0]
+    assert "trainer.fsdp_config" in said[1] and len(said) == 2
+    assert not list(variables.unused({"ACCELERATE_LOG_LEVEL": "info", "PATH": "/bin"}))
