@@ -14,7 +14,7 @@ from typing import Any
 import orjson
 from omegaconf import DictConfig
 
-from gymexp.policy import coldstart
+from gymexp.policy import coldstart, snapshot
 from gymexp.run import variables
 from gymexp.run.entry import hydra_main
 
@@ -42,7 +42,8 @@ def main(cfg: DictConfig) -> None:
     else:
         from gymexp.policy.model import load_model, load_tokenizer
 
-        tokenizer, model = load_tokenizer(config.model), load_model(config.model)
+        pinned = snapshot.pin(config.model, log.info)
+        tokenizer, model = load_tokenizer(pinned), load_model(pinned)
     examples = coldstart.tokenize(conversations, tokenizer, config.sft.max_length)
     losses = coldstart.train(model, tokenizer, examples, config.sft, Path(config.output))
     if losses:  # fewer steps than sft.logging_steps leave none

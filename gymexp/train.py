@@ -7,6 +7,7 @@ python -m gymexp.train resume=outputs/<name>/<date_time>         a run that ende
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ def train(
     """
     from gymexp.data.prepare import load_prepared, prepare, write_prepared
     from gymexp.gym.install import ensure_python, site_packages
-    from gymexp.policy import vllm
+    from gymexp.policy import snapshot, vllm
     from gymexp.run import controller, variables
     from gymexp.run.directory import RunDirectory, cache_dir
     from gymexp.run.placement import num_nodes, place, visible_gpus
@@ -76,9 +77,12 @@ def train(
     site = site_packages(python)
     if held is None:
         prepared = prepare(config, python, cache_dir(), view.say)
+        config = dataclasses.replace(config, model=snapshot.pin(config.model, view.say))
         held = RunDirectory.claim(directory)
         write_prepared(prepared, held.data)
         held.describe(config, overrides)
+    else:
+        snapshot.directory_of(config.model, view.say)
     with view:
         result = controller.run(config, held, python, site, placement, view, allocation)
     if result["held_out"]:

@@ -16,6 +16,7 @@ import sys
 import time
 from collections import OrderedDict
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import orjson
@@ -241,7 +242,7 @@ def error_response(status: int, kind: str, message: str) -> web.Response:
     return json_response({"error": {"message": message, "type": kind, "code": status}}, status)
 
 
-def load_tokenizer(name_or_path: str) -> Any:
+def load_tokenizer(directory: str | os.PathLike[str]) -> Any:
     """The tokenizer, without torch: importing it takes 3 s and 300 MB, and this process has no use for it."""
     if "torch" not in sys.modules:
         sys.modules["torch"] = None  # type: ignore[assignment]  # what `import torch` then finds: ImportError
@@ -249,9 +250,9 @@ def load_tokenizer(name_or_path: str) -> Any:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one text at a time: threads only cost
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+    tokenizer = AutoTokenizer.from_pretrained(directory)
     if not tokenizer.chat_template:
-        raise SystemExit(f"--tokenizer must have a chat template, {name_or_path} has none")
+        raise SystemExit(f"--tokenizer must have a chat template, {directory} has none")
     return tokenizer
 
 
@@ -259,7 +260,7 @@ def main() -> None:
     die_with_parent()
     parser = argparse.ArgumentParser(prog="python -m gymexp.policy.gateway", allow_abbrev=False)
     parser.add_argument("--engine-url", action="append", required=True, help="once for each replica")
-    parser.add_argument("--tokenizer", required=True, help="path or Hugging Face name")
+    parser.add_argument("--tokenizer", type=Path, required=True, help="the model's directory")
     at = parser.add_mutually_exclusive_group(required=True)
     at.add_argument("--port", type=int)
     at.add_argument("--fd", type=int, help="an open listening socket, handed down by the parent")

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from gymexp.config import EngineConfig, ModelConfig, RunConfig
 from gymexp.errors import ConfigError
-from gymexp.policy.model import resolve_path
+from gymexp.policy.snapshot import directory_of
 from gymexp.run.placement import Placement
 
 IN_VLLM = Path(__file__).resolve().parent / "in_vllm"
@@ -126,8 +126,6 @@ def serve_command(
         # The model's own generation_config.json would change the sampling behind the trainer's back.
         "generation_config": "vllm",
     }
-    if model.revision:
-        flags["revision"] = model.revision
     if version >= (0, 30):
         flags["enable_scale_out"] = True
     if transfer != "disk":
@@ -139,7 +137,7 @@ def serve_command(
     if shared:
         flags |= {"enable_sleep_mode": True, "gpu_memory_utilization": SHARED_GPU_MEMORY}
     command = [engine.python or sys.executable, "-m", "vllm.entrypoints.cli.main", "serve"]
-    command.append(resolve_path(model.path))
+    command.append(str(directory_of(model)))
     for name, value in (flags | engine.args).items():
         flag = name.replace("_", "-")
         if isinstance(value, bool):

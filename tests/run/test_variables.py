@@ -32,9 +32,10 @@ READERS = (
     ("torch", "distributed", ("elastic", "launcher", "_shard", "_tools")),
 )
 # Variables that stay: trackers, the machine's devices and networks, debugging, caches, and where this runs.
-# None says how many processes train, where they meet, or in which precision (XLA's own are read where torch_xla
-# is, which gymexp does not use).
-KEPT = """
+# None says how many processes train, where they meet, or in which precision (XLA's own are read only with
+# torch_xla, which gymexp does not use).
+KEPT = "".join(
+    """
     ACCELERATE_CPU_AFFINITY ACCELERATE_DEBUG_MODE ACCELERATE_ENABLE_RICH ACCELERATE_LOG_LEVEL
     BRANCH CI CLEARML_* COMET_* DISABLE_KUBEFLOW_INTEGRATION DISABLE_MLFLOW_INTEGRATION HF_* JOB_ID KUBEFLOW_*
     MLFLOW_* RAY_SCOPE SWANLAB_* TENSORBOARD_LOGGING_DIR TQDM_DISABLE TRACKIO_* VLLM_LOGGING_LEVEL WANDB_*
@@ -42,8 +43,10 @@ KEPT = """
     PYTORCH_ENABLE_MPS_FALLBACK
     CUDA_* NCCL_* NPU_FA2_SPARSE_MODE NPROC OMP_NUM_THREADS NVSHMEM_LIB_DIR PJRT_DEVICE PT_HPU_LAZY_MODE
     PYTORCH_NO_CUDA_MEMORY_CACHING ROCSHMEM_LIB_DIR TPU_NAME USE_HUB_KERNELS USE_LIBUV USE_TORCH_XLA XLA_*
-    DCP_* FR_TRACE_VERBOSE_OUTPUT LOGLEVEL NETWORK_DEBUG_* PYTHON_EXEC TORCH_* TRANSFORMERS_* TRL_* systemdrive
-""".split()
+    DCP_* FR_TRACE_VERBOSE_OUTPUT LOGLEVEL NETWORK_DEBUG_* PYTHON_EXEC TORCH_* TRANSFORMERS_* TRL_*
+    systemdrive
+    """
+).split()
 
 
 def files() -> Iterator[Path]:
@@ -89,7 +92,9 @@ def names_read(tree: ast.AST) -> set[str]:
 
 def test_every_variable_that_the_trainers_libraries_read_is_dropped_or_known_to_stay():
     read = {name for path in files() for name in names_read(ast.parse(path.read_text()))}
-    assert len(read) > 100 and {"RANK", "PMI_SIZE", "ACCELERATE_MIXED_PRECISION", "FSDP_STATE_DICT_TYPE"} <= read
+    assert (
+        len(read) > 100 and {"RANK", "PMI_SIZE", "ACCELERATE_MIXED_PRECISION", "FSDP_STATE_DICT_TYPE"} <= read
+    )
     kept = variables.inherited(dict.fromkeys(sorted(read), "1"))
     unknown = [name for name in kept if not any(fnmatch(name, known) for known in KEPT)]
     assert not unknown, "decide of each in gymexp/run/variables.py, or here"
