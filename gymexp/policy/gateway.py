@@ -26,7 +26,7 @@ from gymexp.errors import TokenMismatch
 from gymexp.policy import chat, tokens
 from gymexp.policy.draws import CallSeeds
 from gymexp.policy.engines import EngineError, EngineRefusal, Engines, Generation
-from gymexp.policy.model import end_token_ids
+from gymexp.policy.model import check_tokenizer, end_token_ids
 from gymexp.run.lifeline import die_with_parent
 from gymexp.run.ports import adopt, listen, url_of
 
@@ -105,6 +105,11 @@ class Gateway:
         self.stats["prompt_tokens"] += len(prompt_ids)
         self.stats["generation_tokens"] += len(generation.token_ids)
         tools = None if body.get("tool_choice") == "none" else body.get("tools")
+        if tools and not self.parser.reads_calls:
+            raise chat.BadRequest(
+                "tools must be left out: nobody here reads the calls that this policy's chat template writes. "
+                "Its tokenizer_config.json may say how, as response_template"
+            )
         parallel = body.get("parallel_tool_calls") is not False
         reply = self.parser.parse(generation.token_ids, prompt_ids, tools, parallel, stop)
         # Who asks for ids in place of token texts (NeMo Gym) has them on the message; a second copy costs as
@@ -243,7 +248,10 @@ def error_response(status: int, kind: str, message: str) -> web.Response:
 
 
 def load_tokenizer(directory: str | os.PathLike[str]) -> Any:
-    """The tokenizer, without torch: importing it takes 3 s and 300 MB, and this process has no use for it."""
+    """The tokenizer, without torch: importing it takes 3 s and 300 MB, and this process has no use for it.
+
+    Raises ConfigError as `model.load_tokenizer` does.
+    """
     if "torch" not in sys.modules:
         sys.modules["torch"] = None  # type: ignore[assignment]  # what `import torch` then finds: ImportError
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that torch is missing
@@ -251,8 +259,7 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Any:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    if not tokenizer.chat_template:
-        raise SystemExit(f"--tokenizer must have a chat template, {directory} has none")
+    check_tokenizer(tokenizer, Path(directory))
     return tokenizer
 
 

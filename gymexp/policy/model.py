@@ -22,19 +22,28 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     tokenizer = _from_pretrained(AutoTokenizer, config, "tokenizer")
-    if tokenizer.chat_template is None:
-        raise ConfigError(
-            f"model.path must name a model whose tokenizer has a chat template, got {config.path!r}, which "
-            "has none: use the model's instruct version"
-        )
-    if tokenizer.eos_token_id is None:
-        raise ConfigError(
-            f"model.path must name a model whose tokenizer has an end token, got {config.path!r}"
-        )
+    check_tokenizer(tokenizer, config.path)
     if tokenizer.pad_token_id is None:
         # Never sampled and never in the loss: any token serves.
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def check_tokenizer(tokenizer: Any, path: str | Path) -> None:
+    """Raises ConfigError unless it has an end token and a chat template. path: what to call its model."""
+    templates = tokenizer.chat_template
+    if not templates:
+        raise ConfigError(
+            f"model.path must name a model whose tokenizer has a chat template, got {str(path)!r}, which "
+            "has none: use the model's instruct version"
+        )
+    if isinstance(templates, dict) and "default" not in templates:
+        raise ConfigError(
+            f"model.path: of several chat templates one must be named default, {str(path)!r} has "
+            f"{', '.join(sorted(templates))}: rename one in a copy of the model"
+        )
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(f"model.path must name a model whose tokenizer has an end token, got {str(path)!r}")
 
 
 def load_model(config: ModelConfig) -> PreTrainedModel:
