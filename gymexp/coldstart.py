@@ -15,8 +15,8 @@ import orjson
 from omegaconf import DictConfig
 
 from gymexp.policy import coldstart, snapshot
-from gymexp.run import variables
 from gymexp.run.entry import hydra_main
+from gymexp.run.environment import forget_launchers
 
 log = logging.getLogger(__name__)
 
@@ -26,9 +26,7 @@ coldstart.register()
 @hydra_main(config_name="coldstart", schema=coldstart.ColdstartConfig)
 def main(cfg: DictConfig) -> None:
     config = coldstart.load(cfg)
-    for line in variables.unused():
-        log.info("%s", line)
-    variables.drop_launchers()
+    forget_launchers()  # it trains in this process
     start = time.perf_counter()
     conversations = gather(config)
     sha256 = hashlib.sha256(b"\n".join(orjson.dumps(c) for c in conversations)).hexdigest()

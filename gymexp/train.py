@@ -51,16 +51,17 @@ def train(
     from gymexp.data.prepare import load_prepared, prepare, write_prepared
     from gymexp.gym.install import ensure_python, site_packages
     from gymexp.policy import snapshot, vllm
-    from gymexp.run import controller, variables
+    from gymexp.run import controller
     from gymexp.run.directory import RunDirectory, cache_dir
+    from gymexp.run.environment import of_other_launchers
     from gymexp.run.placement import num_nodes, place, visible_gpus
     from gymexp.training import arguments, sharding
     from gymexp.view.progress import View
     from gymexp.view.table import held_out_table
 
     view = View()
-    for line in variables.unused():
-        view.say(line)
+    if others := of_other_launchers():
+        view.say(f"not used, as another launcher's: {' '.join(others)}; see placement.* and model.dtype")
     held = RunDirectory.reopen(directory) if config.resume else None
     if held:
         config = configuration.resumed(held.config, str(held.path))

@@ -24,7 +24,7 @@ import psutil
 
 from gymexp.errors import NodeLost, ServiceError
 from gymexp.run import lifeline
-from gymexp.run.variables import inherited
+from gymexp.run.environment import without_launchers
 
 log = logging.getLogger(__name__)
 _TERM_GRACE_S = 15.0
@@ -152,7 +152,6 @@ async def spawn(
 ) -> Child:
     """Start a command in a session of its own, that ends with this process; its output is appended to `log`.
 
-    env: beside what it inherits, which is this process's environment without a launcher's variables.
     reap: the command starts processes that may outlive it (Ray's do); they end with it.
     """
     with log.open("ab") as out:
@@ -166,7 +165,7 @@ async def spawn(
             stdin=asyncio.subprocess.DEVNULL,
             stdout=out,
             stderr=out,
-            env={**inherited(), **(env or {})},
+            env={**without_launchers(), **(env or {})},
             pass_fds=fds,
             cwd=cwd,
             start_new_session=True,

@@ -14,6 +14,7 @@ import importlib.metadata
 import importlib.util
 import json
 import math
+import os
 import subprocess
 import sys
 import types
@@ -27,7 +28,7 @@ from omegaconf import OmegaConf
 
 from gymexp.config import RunConfig, nearest
 from gymexp.errors import ConfigError
-from gymexp.run.variables import inherited
+from gymexp.run.environment import without_launchers
 from gymexp.search.space import ends, flat
 from gymexp.training import sharding
 
@@ -165,7 +166,7 @@ def _construct_elsewhere(asked: list[dict[str, Any]]) -> list[str]:
         capture_output=True,
         text=True,
         timeout=_CHECK_TIMEOUT_S,
-        env=inherited() | {"TRL_EXPERIMENTAL_SILENCE": "1"},
+        env=without_launchers() | {"TRL_EXPERIMENTAL_SILENCE": "1"},
         check=False,
     )
     if shown.returncode:

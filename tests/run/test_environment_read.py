@@ -1,22 +1,14 @@
-"""What a launcher above gymexp leaves in the environment reaches no process of a run."""
+"""What the trainer's libraries read of the environment: each variable is dropped, or known to stay."""
 
 from __future__ import annotations
 
 import ast
-import asyncio
-import json
-import sys
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from importlib.util import find_spec
 from pathlib import Path
 
-import pytest
-
-from gymexp.config import ModelConfig, RunConfig
-from gymexp.run import variables
-from gymexp.run.supervisor import spawn
-from gymexp.training import arguments
+from gymexp.run.environment import without_launchers
 
 # What the trainer's libraries read of the environment. commands/ are launchers of their own.
 READERS = (
@@ -36,10 +28,9 @@ READERS = (
 # torch_xla, which gymexp does not use).
 KEPT = "".join(
     """
-    ACCELERATE_CPU_AFFINITY ACCELERATE_DEBUG_MODE ACCELERATE_ENABLE_RICH ACCELERATE_LOG_LEVEL
     BRANCH CI CLEARML_* COMET_* DISABLE_KUBEFLOW_INTEGRATION DISABLE_MLFLOW_INTEGRATION HF_* JOB_ID KUBEFLOW_*
     MLFLOW_* RAY_SCOPE SWANLAB_* TENSORBOARD_LOGGING_DIR TQDM_DISABLE TRACKIO_* VLLM_LOGGING_LEVEL WANDB_*
-    ASCEND_* AWS_* CUBLAS_* DEEPSPEED_USE_HPU FLASH_ATTENTION_DETERMINISTIC HCCL_* MKL_SERVICE_FORCE_INTEL
+    ASCEND_* AWS_* CUBLAS_* FLASH_ATTENTION_DETERMINISTIC HCCL_* MKL_SERVICE_FORCE_INTEL
     PYTORCH_ENABLE_MPS_FALLBACK
     CUDA_* NCCL_* NPU_FA2_SPARSE_MODE NPROC OMP_NUM_THREADS NVSHMEM_LIB_DIR PJRT_DEVICE PT_HPU_LAZY_MODE
     PYTORCH_NO_CUDA_MEMORY_CACHING ROCSHMEM_LIB_DIR TPU_NAME USE_HUB_KERNELS USE_LIBUV USE_TORCH_XLA XLA_*
@@ -95,55 +86,6 @@ def test_every_variable_that_the_trainers_libraries_read_is_dropped_or_known_to_
     assert (
         len(read) > 100 and {"RANK", "PMI_SIZE", "ACCELERATE_MIXED_PRECISION", "FSDP_STATE_DICT_TYPE"} <= read
     )
-    kept = variables.inherited(dict.fromkeys(sorted(read), "1"))
+    kept = without_launchers(dict.fromkeys(sorted(read), "1"))
     unknown = [name for name in kept if not any(fnmatch(name, known) for known in KEPT)]
-    assert not unknown, "decide of each in gymexp/run/variables.py, or here"
-
-
-LAUNCHED = {
-    "RANK": "1",
-    "WORLD_SIZE": "2",
-    "LOCAL_RANK": "1",
-    "MASTER_ADDR": "127.0.0.1",
-    "MASTER_PORT": "9",
-    "GROUP_RANK": "0",
-    "TORCHELASTIC_RUN_ID": "none",
-    "PMI_SIZE": "2",
-    "PMI_RANK": "0",
-    "PMIX_RANK": "0",
-    "OMPI_COMM_WORLD_SIZE": "2",
-    "MV2_COMM_WORLD_SIZE": "2",
-    "ACCELERATE_MIXED_PRECISION": "fp16",
-    "ACCELERATE_USE_FSDP": "true",
-    "FSDP_VERSION": "1",
-}
-
-
-@pytest.fixture
-def launched(monkeypatch):
-    for name, value in LAUNCHED.items():
-        monkeypatch.setenv(name, value)
-
-
-def test_a_process_of_a_run_has_what_gymexp_gives_it_and_nothing_of_a_launchers(launched, tmp_path):
-    code = "import json, os; print(json.dumps(dict(os.environ)))"
-    given = {"RANK": "0", "WORLD_SIZE": "1"}
-
-    async def start() -> None:
-        await (await spawn([sys.executable, "-c", code], tmp_path / "log", given)).wait()
-
-    asyncio.run(start())
-    seen = json.loads((tmp_path / "log").read_text())
-    assert {name: value for name, value in seen.items() if name in LAUNCHED} == given
-
-
-def test_trls_arguments_are_checked_as_of_one_process_in_the_configured_precision(launched, tmp_path):
-    config = RunConfig(model=ModelConfig("x", "x", dtype="float32"), trainer={"max_steps": 3})
-    arguments.check(config, tmp_path)  # with RANK of the launcher's it waits for a rank that never comes
-
-
-def test_a_setting_that_does_not_act_is_named_with_the_key_that_does():
-    said = list(variables.unused({"ACCELERATE_MIXED_PRECISION": "fp16", "FSDP_VERSION": "2", "RANK": "0"}))
-    assert said[0].startswith("ACCELERATE_MIXED_PRECISION=fp16 is not used") and "model.dtype" in said[0]
-    assert "trainer.fsdp_config" in said[1] and len(said) == 2
-    assert not list(variables.unused({"ACCELERATE_LOG_LEVEL": "info", "PATH": "/bin"}))
+    assert not unknown, "decide of each in gymexp/run/environment.py, or here"
