@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 
 from gymexp.policy import coldstart, snapshot
 from gymexp.run.entry import hydra_main
-from gymexp.run.environment import forget_launchers
+from gymexp.run.environment import forget_launchers, remarks
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +26,8 @@ coldstart.register()
 @hydra_main(config_name="coldstart", schema=coldstart.ColdstartConfig)
 def main(cfg: DictConfig) -> None:
     config = coldstart.load(cfg)
+    for remark in remarks():
+        log.info("%s", remark)
     forget_launchers()  # it trains in this process
     start = time.perf_counter()
     conversations = gather(config)

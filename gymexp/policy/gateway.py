@@ -35,6 +35,10 @@ log = logging.getLogger(__name__)
 MAX_BODY_BYTES = 1 << 28
 CACHED_PROMPTS = 2048
 REMEMBERED_PLAYS = 65536
+NO_CALLS = (
+    "tools must be left out: nothing here reads the calls that this policy's chat template writes. "
+    "Say how in its tokenizer_config.json, as response_template"
+)
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,8 @@ class Gateway:
 
     async def _complete(self, body: dict[str, Any]) -> dict[str, Any]:
         chat.check_neutral(body)
+        if body.get("tools") and body.get("tool_choice") != "none" and not self.parser.reads_calls:
+            raise chat.BadRequest(NO_CALLS)
         stop = chat.read_stop(body)
         prompt_ids, continues = self.prompt_ids(body)
         sampling_params = chat.sampling_params(body, len(prompt_ids), self.config.max_model_len)
@@ -105,11 +111,6 @@ class Gateway:
         self.stats["prompt_tokens"] += len(prompt_ids)
         self.stats["generation_tokens"] += len(generation.token_ids)
         tools = None if body.get("tool_choice") == "none" else body.get("tools")
-        if tools and not self.parser.reads_calls:
-            raise chat.BadRequest(
-                "tools must be left out: nobody here reads the calls that this policy's chat template writes. "
-                "Its tokenizer_config.json may say how, as response_template"
-            )
         parallel = body.get("parallel_tool_calls") is not False
         reply = self.parser.parse(generation.token_ids, prompt_ids, tools, parallel, stop)
         # Who asks for ids in place of token texts (NeMo Gym) has them on the message; a second copy costs as

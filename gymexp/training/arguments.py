@@ -14,7 +14,6 @@ import importlib.metadata
 import importlib.util
 import json
 import math
-import os
 import subprocess
 import sys
 import types

@@ -560,3 +560,19 @@ def test_a_generation_ends_at_the_tokens_that_the_gateway_was_told():
     assert sent["sampling_params"]["stop_token_ids"] == [5, 7]
     _, _, [sent] = ask("Grid" + END)
     assert sent["sampling_params"]["stop_token_ids"] == [TOKENIZER.convert_tokens_to_ids(END)]
+
+
+def test_tools_whose_calls_nothing_reads_are_refused_before_anything_is_sampled():
+    """An agent may offer the policy tools that no row has."""
+
+    async def run():
+        engine = FakeEngine("fine" + END)
+        app = lambda url: build_app(GatewayConfig((url,), max_model_len=500), build_tokenizer("plain"))  # noqa: E731
+        async with engine.serve() as at, serve(app(at)) as url, aiohttp.ClientSession(url) as http:
+            refused, answer = await chat(http, tools=TOOLS)
+            assert not engine.requests
+            accepted, _ = await chat(http, tools=TOOLS, tool_choice="none")
+            return refused, answer["error"]["message"], accepted
+
+    refused, message, accepted = asyncio.run(run())
+    assert (refused, accepted) == (400, 200) and "response_template" in message

@@ -8,7 +8,7 @@ from fnmatch import fnmatch
 from importlib.util import find_spec
 from pathlib import Path
 
-from gymexp.run.environment import without_launchers
+from gymexp.run.environment import remarks, without_launchers
 
 # What the trainer's libraries read of the environment. commands/ are launchers of their own.
 READERS = (
@@ -89,3 +89,11 @@ def test_every_variable_that_the_trainers_libraries_read_is_dropped_or_known_to_
     kept = without_launchers(dict.fromkeys(sorted(read), "1"))
     unknown = [name for name in kept if not any(fnmatch(name, known) for known in KEPT)]
     assert not unknown, "decide of each in gymexp/run/environment.py, or here"
+
+
+def test_a_setting_that_does_not_act_is_named_with_the_key_that_does():
+    found = {"ACCELERATE_MIXED_PRECISION": "fp16", "FSDP_VERSION": "2", "RANK": "0", "PATH": "/bin"}
+    said = list(remarks(found))
+    assert said[0].startswith("ACCELERATE_MIXED_PRECISION=fp16 is not used") and "model.dtype" in said[0]
+    assert "trainer.fsdp_config" in said[1] and "RANK" in said[2] and len(said) == 3
+    assert not list(remarks({"PATH": "/bin", "OMP_NUM_THREADS": "2"}))
