@@ -796,7 +796,7 @@ def test_the_tokenizer_is_loaded_without_torch_and_must_have_a_chat_template(tmp
 
 
 def test_an_engine_that_was_started_anew_under_a_request_is_asked_again_once_it_has_the_policys_weights():
-    """The request waits in the socket that the new process inherits: the weights of the run's start answer."""
+    """The request waits in the socket that the new process inherits: weights of the run's start answer."""
     waiting, answered = asyncio.Event(), asyncio.Event()
 
     async def old_weights():
