@@ -25,12 +25,16 @@ LAUNCHED = {
     "PMI_RANK": "0",
     "OMPI_COMM_WORLD_SIZE": "2",
     "ACCELERATE_MIXED_PRECISION": "fp16",
+    "ACCELERATE_DOWNCAST_BF16": "true",
+    "MEGATRON_LM_TP_DEGREE": "2",
     "TORCHELASTIC_RUN_ID": "none",
 }
 KEPT = dict.fromkeys(
     ("CUDA_VISIBLE_DEVICES", "NCCL_DEBUG", "HF_HOME", "OMP_NUM_THREADS", "SLURM_PROCID"), "1"
 )
-ABOUT_RANKS = re.compile(r"[A-Z_]*(RANK|WORLD_SIZE)|MASTER_[A-Z]+|(ACCELERATE|FSDP|TORCHELASTIC)_[A-Z_]+")
+ABOUT_RANKS = re.compile(
+    r"[A-Z_]*(RANK|WORLD_SIZE)|MASTER_[A-Z]+|(ACCELERATE|FSDP|TORCHELASTIC|MEGATRON_LM)_[A-Z0-9_]+"
+)
 
 
 def test_what_accelerate_and_torch_read_of_a_launcher_is_dropped_and_the_rest_stays():
@@ -50,7 +54,11 @@ def test_every_variable_by_which_an_installed_library_learns_of_ranks_is_dropped
     spec = importlib.util.find_spec(package)
     assert spec and spec.origin
     source = "".join((Path(spec.origin).parent / file).read_text() for file in files)
-    read = [name for name in re.findall(r"""["']([A-Z_]+)["']""", source) if ABOUT_RANKS.fullmatch(name)]
+    read = [
+        name
+        for name in re.findall(r"""["']([A-Z][A-Z0-9_]*[A-Z0-9])["']""", source)
+        if ABOUT_RANKS.fullmatch(name)
+    ]
     assert len(set(read)) >= 3
     assert environment.without_launchers(dict.fromkeys(read, "1")) == {}
 
