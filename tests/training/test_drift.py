@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 import random
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ import torch
 from gymexp.config import EnvConfig, ModelConfig, RolloutConfig, RunConfig
 from gymexp.errors import DrawError, DriftError
 from gymexp.rollout.outcome import Completed, Failed, Outcome, Rollout, Task, Truncated, Turn
-from gymexp.training.drift import Row, Tally, check_draws, check_drift, choose_rows, tally
+from gymexp.training.drift import Checks, Row, Tally, check_draws, check_drift, choose_rows, tally
 
 
 def rollout(env: str, number: int, *turns: tuple[list[int], list[int]]) -> Rollout:
@@ -148,3 +151,70 @@ def test_draws_with_a_shared_seed_end_the_run():
 def test_one_unlikely_repeat_is_no_proof():
     check_draws(Tally(1, 0, 0, 0, 1, 1e-6, 1e-6))
     check_draws(Tally())
+
+
+class Model(torch.nn.Module):
+    """Gives every label the same log-probability; notes whether it was asked in training mode."""
+
+    def __init__(self, logprob: float) -> None:
+        super().__init__()
+        self.logprob = logprob
+        self.modes: set[bool] = set()
+
+    def forward(self, input_ids: Any, labels: Any, **_: Any) -> Any:
+        self.modes.add(self.training)
+        return SimpleNamespace(log_probs=torch.full_like(labels, self.logprob, dtype=torch.float32))
+
+
+def rank(logprob: float, other: Tally, step: int = 0) -> Any:
+    """A trainer on one of two ranks; other: what the other one has found in "sudoku"."""
+
+    def reduce(sums: torch.Tensor, reduction: str) -> torch.Tensor:
+        assert reduction == "sum"
+        return sums + torch.tensor([vars(other)[name] for name in vars(other)], dtype=torch.float64)
+
+    accelerator = SimpleNamespace(device=torch.device("cpu"), autocast=nullcontext, reduce=reduce)
+    metrics: dict[str, float] = {}
+    return SimpleNamespace(
+        model=Model(logprob).train(),
+        accelerator=accelerator,
+        state=SimpleNamespace(global_step=step),
+        pad_token_id=0,
+        metrics=metrics,
+        add_metrics=metrics.update,
+    )
+
+
+def sudoku() -> list[Outcome]:
+    """Two rollouts of two tokens each, with log-probabilities -0.5 and -0.75; none repeats the other."""
+    return [Completed(rollout("sudoku", 0, ([1], [member, 9 + member]))) for member in (2, 3)]
+
+
+def test_numbers_are_those_of_all_ranks_and_the_model_is_asked_without_dropout():
+    trainer = rank(-0.5, Tally(num_tokens=6, difference=0.1, repeats=3, expected=1.25, variance=1))
+    Checks(config(max_drift=0.5)).look(trainer, sudoku())
+    # Here: four tokens, differences of 0, 0.25, 0 and 0.25; two may repeat, each with probability e^-0.5.
+    assert trainer.metrics["drift"] == trainer.metrics["sudoku/drift"] == pytest.approx((0.5 + 0.1) / 10)
+    assert trainer.metrics["repeats/seen"] == 3
+    assert trainer.metrics["repeats/expected"] == pytest.approx(2 * math.exp(-0.5) + 1.25)
+    assert trainer.model.modes == {False} and trainer.model.training
+
+
+def test_another_ranks_drift_and_draws_end_the_run_here_too():
+    drifting = rank(-0.5, Tally(num_tokens=100, difference=30.0))
+    with pytest.raises(DriftError, match=r"env\.sudoku"):
+        Checks(config()).look(drifting, sudoku())
+    repeating = rank(-0.5, Tally(num_tokens=200, repeats=200, expected=20, variance=18))
+    with pytest.raises(DrawError):
+        Checks(config(max_drift=1.0)).look(repeating, sudoku())
+
+
+def test_batches_are_compared_at_the_start_wherever_it_is_and_then_every_so_many_steps():
+    checks = Checks(config(max_drift=1.0))
+    compared = []
+    for step in (7, 8, 19, 20, 21, 40):
+        trainer = rank(-0.5, Tally(), step)
+        checks.look(trainer, sudoku())
+        if trainer.metrics:
+            compared.append(step)
+    assert compared == [7, 20, 40]
