@@ -3,11 +3,13 @@
 For each new version: requests are paused and kept, the weights sent (`gymexp.policy.transfer`), the prefix
 cache dropped, requests resumed. A replica that went away, and is back, holds the weights it began with: the
 gateway keeps requests from it until `tend` has sent it the policy's own. Every request to a replica has a
-deadline; what fails names the replica and the phase.
+deadline; what fails names the replica and the phase. A replica that goes away during an update is left out of
+the rest of it, except where the others wait for it in NCCL, or copy from the trainer's memory.
 """
 
 from __future__ import annotations
 
+import http.client
 import json
 import logging
 import shutil
@@ -17,7 +19,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -35,16 +37,22 @@ VERSION_KEY = "weights_version"
 _HEALTH_TIMEOUT_S = 10.0
 
 
+class ReplicaLost(ServiceError):
+    """A replica went away under a request, or was away: it refused or broke the connection, or is ill."""
+
+
 class Replicas:
     """The engine's servers, asked together: vLLM, or what answers its routes (`policy/hf_replica.py`).
 
-    on_cpu: they are vLLM without a GPU and have the worker's extension of
-    `policy/in_vllm`."""
+    on_cpu: they are vLLM without a GPU and have the worker's extension of `policy/in_vllm`. lost: those that
+    `reach` found away, with the reason; they are no longer in `urls`.
+    """
 
     def __init__(self, urls: Sequence[str], timeout_s: float = PHASE_TIMEOUT_S, on_cpu: bool = False) -> None:
         self.urls = [url.rstrip("/") for url in urls]
         self.timeout_s = timeout_s
         self.on_cpu = on_cpu
+        self.lost: dict[str, str] = {}
         self._pool = ThreadPoolExecutor(max(1, len(self.urls)), thread_name_prefix="replicas")
 
     def only(self, urls: Sequence[str]) -> Replicas:
@@ -52,8 +60,22 @@ class Replicas:
         return Replicas(urls, self.timeout_s, self.on_cpu)
 
     def post(self, path: str, bodies: Sequence[dict[str, Any]] | dict[str, Any] | None = None) -> list[Any]:
-        """POST to all at once and wait for all. `bodies`: one for each, or one for all."""
-        return [future.result() for future in self.start(path, bodies)]
+        """POST to all at once and wait for all. bodies: one for each, or one for all. Raises ServiceError."""
+        answers = self.start(path, bodies)
+        wait(answers)
+        return [answer.result() for answer in answers]
+
+    def reach(self, path: str, body: dict[str, Any] | None = None) -> None:
+        """POST to all, and go on without those that are lost. Raises ServiceError where one answers an error,
+        or nothing in time."""
+        answers = self.start(path, body)
+        wait(answers)
+        errors = {url: answer.exception() for url, answer in zip(self.urls, answers, strict=True)}
+        self.lost |= {url: str(error) for url, error in errors.items() if isinstance(error, ReplicaLost)}
+        self.urls = [url for url in self.urls if url not in self.lost]
+        for url in self.urls:
+            if error := errors[url]:
+                raise error
 
     def start(
         self, path: str, bodies: Sequence[dict[str, Any]] | dict[str, Any] | None = None
@@ -94,9 +116,12 @@ class Replicas:
             return _request(f"{url}{path}", body, self.timeout_s)
         except urllib.error.HTTPError as error:
             said = f"{error.code}: {error.read()[:500].decode(errors='replace')}"
-            raise ServiceError(f"weights: the engine at {url} answered {phase} with {said}") from None
-        except OSError as error:
-            raise ServiceError(f"weights: the engine at {url} did not answer {phase}: {error}") from None
+            kind = ReplicaLost if error.code >= 500 and _health(url) else ServiceError  # vLLM going down
+            raise kind(f"weights: the engine at {url} answered {phase} with {said}") from None
+        except (OSError, http.client.HTTPException) as error:
+            late = isinstance(getattr(error, "reason", error), TimeoutError)
+            kind = ServiceError if late else ReplicaLost
+            raise kind(f"weights: the engine at {url} did not answer {phase}: {error}") from None
 
 
 class Transfer(Protocol):
@@ -143,14 +168,15 @@ class WeightSync:
         """Raises ServiceError with replica and phase. Requests wait meanwhile and are not lost."""
         began = time.monotonic()
         there = self._replicas.only(self._there())
-        there.post("/wake_up?tags=weights" if self._asleep else "/pause?mode=keep")
         try:
+            there.reach("/wake_up?tags=weights" if self._asleep else "/pause?mode=keep")
             self._transfer.send(there, version, specs, weights)
-            there.post("/reset_prefix_cache")
+            there.reach("/reset_prefix_cache")
             for url in there.urls:
                 self._tell_gateway(url, version)
         finally:
-            there.post("/wake_up?tags=kv_cache" if self._asleep else "/resume")
+            there.reach("/wake_up?tags=kv_cache" if self._asleep else "/resume")
+            self._leave_out(there.lost)
             there.close()
         self._asleep = False
         self._version = version
@@ -159,7 +185,10 @@ class WeightSync:
     def sleep(self) -> None:
         """Let the replicas free their GPU memory; `update` wakes them."""
         if self._sleeps:
-            self._replicas.post("/sleep?level=2")
+            there = self._replicas.only(self._there())
+            there.reach("/sleep?level=2")
+            self._leave_out(there.lost)
+            there.close()
             self._asleep = True
 
     def tend(self, weights: Callable[[], NamedTensors]) -> None:
@@ -174,7 +203,8 @@ class WeightSync:
             self._transfer.forget()
             write_weights(self._directory, weights(), self._version)
             reload_weights(back, self._directory)
-            back.post("/reset_prefix_cache")
+            back.reach("/reset_prefix_cache")
+            back.reach("/resume")  # one that only its connection failed may still be paused
             shutil.rmtree(self._directory)
         back.close()
         for url in back.urls:
@@ -189,12 +219,15 @@ class WeightSync:
 
     def _there(self) -> list[str]:
         held = self._held()
-        for url, reason in self._replicas.ill().items():
-            if url not in held:
-                log.warning("the engine at %s is away: %s", url, reason)
-                self._tell_gateway(url, None, open=False)
-                held.append(url)
-        return [url for url in self._replicas.urls if url not in held]
+        away = {url: reason for url, reason in self._replicas.ill().items() if url not in held}
+        self._leave_out(away)
+        return [url for url in self._replicas.urls if url not in held and url not in away]
+
+    def _leave_out(self, away: dict[str, str]) -> None:
+        """No requests for them until `tend` finds them back. away: why, by url."""
+        for url, reason in away.items():
+            log.warning("the engine at %s is away: %s", url, reason)
+            self._tell_gateway(url, None, open=False)
 
     def _held(self) -> list[str]:
         return self._ask_gateway("/stats")["held"]
@@ -206,7 +239,7 @@ class WeightSync:
         data = None if body is None else json.dumps(body).encode()
         try:
             return _request(f"{self._gateway_url}{path}", data, PHASE_TIMEOUT_S)
-        except OSError as error:
+        except (OSError, http.client.HTTPException) as error:
             raise ServiceError(f"the gateway did not answer {path}: {error}") from None
 
 
@@ -221,17 +254,18 @@ def write_weights(directory: Path, weights: NamedTensors, version: int) -> None:
 
 
 def reload_weights(replicas: Replicas, directory: Path) -> None:
+    """Those that go away meanwhile are left out, as `Replicas.reach` does."""
     body = {"method": "reload_weights", "kwargs": {"weights_path": str(directory)}}
-    replicas.post("/collective_rpc", body)
+    replicas.reach("/collective_rpc", body)
     if replicas.on_cpu:
-        replicas.post("/collective_rpc", {"method": "pack_tied_head"})
+        replicas.reach("/collective_rpc", {"method": "pack_tied_head"})
 
 
 def _health(url: str) -> str:
     try:
         _request(f"{url}/health", None, _HEALTH_TIMEOUT_S)
-    except OSError as error:
-        return str(error)
+    except (OSError, http.client.HTTPException) as error:
+        return str(error) or type(error).__name__
     return ""
 
 

@@ -38,6 +38,7 @@ class Server:
         self.asked: list[str] = []
         self.loaded: dict[str, torch.Tensor] = {}
         self.fails: str | None = None
+        self.dies_at: str | None = None
         self.called: list[str] = []
         self.on_load: Callable[[Path], None] = lambda path: None
 
@@ -48,7 +49,7 @@ class Server:
         return app
 
     async def health(self, request: web.Request) -> web.Response:
-        return web.Response(status=503 if self.fails == "health" else 200)
+        return web.Response(status=503 if self.fails in ("health", "dead") else 200)
 
     async def plain(self, request: web.Request) -> web.Response:
         return web.Response()
@@ -56,8 +57,14 @@ class Server:
     async def answer(self, request: web.Request) -> web.Response:
         phase = request.match_info["phase"]
         self.asked.append(f"{phase}?{request.query_string}" if request.query_string else phase)
-        if phase == self.fails:
+        if phase == self.fails or self.fails == "dead":
             return web.Response(status=500, text="no such luck")
+        if phase == self.dies_at:
+            self.fails = "health"
+        if self.fails == "health":  # a process that was killed breaks its connections
+            assert request.transport is not None
+            request.transport.abort()
+            return web.Response()
         body = await request.json()
         if phase == "collective_rpc":
             self.called.append(body["method"])
@@ -174,10 +181,46 @@ def test_a_replica_that_is_away_is_left_out_and_has_the_policys_weights_before_i
     assert second.asked == [] and site.gateway.held == [site.replicas.urls[1]], "it is not back yet"
     second.fails, first.asked = None, []
     sync.tend(lambda: weights(2.0)[1])
-    assert second.asked == ["collective_rpc", "reset_prefix_cache"] and first.asked == []
+    assert second.asked == ["collective_rpc", "reset_prefix_cache", "resume"] and first.asked == []
     assert set(second.loaded["b.weight"].tolist()) == {2.0}
     assert site.gateway.held == [] and set(site.gateway.versions.values()) == {2}
     sync.tend(lambda: pytest.fail("all is well: no weights are asked for"))
+
+
+@pytest.mark.parametrize("phase", ["pause", "collective_rpc", "reset_prefix_cache", "resume"])
+def test_a_replica_that_is_killed_within_an_update_costs_the_others_nothing(site, phase):
+    sync, (first, second) = site.sync(), site.servers
+    sync.update(1, *weights(1.0))
+    second.dies_at, first.asked = phase, []
+    sync.update(2, *weights(2.0))
+    assert first.asked == ["pause?mode=keep", "collective_rpc", "reset_prefix_cache", "resume"]
+    assert set(first.loaded["b.weight"].tolist()) == {2.0}
+    assert site.gateway.held == [site.replicas.urls[1]], "it may come back with other weights"
+    assert site.gateway.versions == {site.replicas.urls[0]: 2, site.replicas.urls[1]: None}
+    second.dies_at = second.fails = None
+    sync.tend(lambda: weights(2.0)[1])
+    assert set(second.loaded["b.weight"].tolist()) == {2.0}
+    assert site.gateway.held == [] and set(site.gateway.versions.values()) == {2}
+
+
+def test_one_that_goes_away_while_it_falls_asleep_or_is_brought_back_is_left_out(site):
+    sync, second = site.sync(sleeps=True), site.servers[1]
+    sync.update(1, *weights(1.0))
+    second.dies_at = "sleep"
+    sync.sleep()
+    assert site.gateway.held == [site.replicas.urls[1]]
+    second.fails, second.dies_at = None, "collective_rpc"
+    sync.tend(lambda: weights(1.0)[1])
+    assert site.gateway.held == [site.replicas.urls[1]], "it was there, and went away again"
+    sync.sleep()
+    assert second.asked[-1] == "collective_rpc", "who is away is not sent to sleep"
+
+
+def test_a_500_of_one_that_is_going_down_is_its_loss(site):
+    site.servers[1].fails = "dead"
+    replicas = Replicas(site.replicas.urls, timeout_s=5.0)
+    replicas.reach("/pause")
+    assert replicas.urls == site.replicas.urls[:1] and "500: no such luck" in replicas.lost.popitem()[1]
 
 
 def test_one_that_comes_back_before_any_weights_were_sent_has_the_right_ones(site):
