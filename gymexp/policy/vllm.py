@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from gymexp.config import EngineConfig, ModelConfig, RunConfig
 from gymexp.errors import ConfigError
-from gymexp.policy.model import resolve_path
+from gymexp.policy.snapshot import directory_of
 from gymexp.run.placement import Placement
 
 IN_VLLM = Path(__file__).resolve().parent / "in_vllm"
@@ -96,6 +96,13 @@ def read_version(engine: EngineConfig) -> Version:
             f"engine=vllm needs vLLM {OLDEST[0]}.{OLDEST[1]} to {NEWEST[0]}.{NEWEST[1]}, {python} has "
             f"{shown.stdout.strip()}"
         )
+    if version.is_cpu and engine.args.get("enable_chunked_prefill"):
+        # For a chunk that is not a prompt's last it sets a seeded request's generator back, which torch's
+        # generator of a CPU has no way to do: the engine ends (seen in 0.31, gpu_model_runner.py).
+        raise ConfigError(
+            "engine.args.enable_chunked_prefill must be false with a vLLM on a CPU, which ends at the first "
+            "prompt that is cut in chunks if requests have seeds, as all have here: leave it out"
+        )
     return version
 
 
@@ -126,20 +133,19 @@ def serve_command(
         # The model's own generation_config.json would change the sampling behind the trainer's back.
         "generation_config": "vllm",
     }
-    if model.revision:
-        flags["revision"] = model.revision
     if version >= (0, 30):
         flags["enable_scale_out"] = True
     if transfer != "disk":
         flags["weight_transfer_config"] = {"backend": transfer}
     if version.is_cpu:
         flags["worker_extension_cls"] = "gymexp_worker.PacksTiedHead"
+        flags["enable_chunked_prefill"] = False  # see read_version
     if num_api_servers > 1:
         flags["api_server_count"] = num_api_servers
     if shared:
         flags |= {"enable_sleep_mode": True, "gpu_memory_utilization": SHARED_GPU_MEMORY}
     command = [engine.python or sys.executable, "-m", "vllm.entrypoints.cli.main", "serve"]
-    command.append(resolve_path(model.path))
+    command.append(str(directory_of(model)))
     for name, value in (flags | engine.args).items():
         flag = name.replace("_", "-")
         if isinstance(value, bool):

@@ -116,6 +116,22 @@ def test_the_version_that_an_interpreter_has_is_checked(tmp_path):
         read_version(EngineConfig(python=str(tmp_path / "gone")))
 
 
+def test_on_a_cpu_no_prompt_is_cut_in_chunks_whatever_is_asked_for(tmp_path):
+    """At a chunk of a seeded request, vLLM 0.31 on a CPU ends: RuntimeError: CPU Generator does not use
+    offset."""
+    on_cpu = serve_command(MODEL, EngineConfig(), 4000, Version(0, 31, is_cpu=True), "disk")
+    assert "--no-enable-chunked-prefill" in on_cpu
+    on_gpu = serve_command(MODEL, EngineConfig(), 4000, Version(0, 31), "nccl")
+    assert not any("chunked" in flag for flag in on_gpu)
+    engine = python_that_says(tmp_path, "0.31.0+cpu")
+    engine.args["enable_chunked_prefill"] = True
+    with pytest.raises(ConfigError, match=r"engine\.args\.enable_chunked_prefill must be false"):
+        read_version(engine)
+    engine = python_that_says(tmp_path, "0.31.0")
+    engine.args["enable_chunked_prefill"] = True
+    assert read_version(engine) == (0, 31, False)
+
+
 def test_weights_go_by_nccl_between_gpus_of_their_own_and_by_ipc_within_one(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
     apart = Placement("vllm", [Share(0, ["1"])], [Share(0, ["0"])])
