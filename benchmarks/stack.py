@@ -22,6 +22,7 @@ from gymexp.gym.client import Sampling
 from gymexp.gym.install import site_packages
 from gymexp.gym.servers import GymHost, Layout, plan
 from gymexp.policy import chat, vllm
+from gymexp.policy.snapshot import directory_of
 from gymexp.rollout.collect import Collector
 from gymexp.rollout.outcome import Failed, Task
 from gymexp.run import ports
@@ -193,7 +194,8 @@ def start_vllm(supervisor: Supervisor, config: RunConfig, port: int, logs: Path)
 def start_gateways(
     supervisor: Supervisor, config: RunConfig, engine_url: str, gateways: list[Any], logs: Path
 ) -> None:
-    command = [sys.executable, "-m", "gymexp.policy.gateway", "--tokenizer", config.model.path]
+    command = [sys.executable, "-m", "gymexp.policy.gateway", "--tokenizer"]
+    command.append(str(directory_of(config.model)))
     command += ["--engine-url", engine_url, "--max-model-len", str(config.model.max_model_len)]
 
     def add(name: str, sock: Any) -> None:

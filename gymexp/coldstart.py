@@ -14,9 +14,9 @@ from typing import Any
 import orjson
 from omegaconf import DictConfig
 
-from gymexp.policy import coldstart
+from gymexp.policy import coldstart, snapshot
 from gymexp.run.entry import hydra_main
-from gymexp.run.environment import forget_launchers
+from gymexp.run.environment import forget_launchers, remarks
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +26,8 @@ coldstart.register()
 @hydra_main(config_name="coldstart", schema=coldstart.ColdstartConfig)
 def main(cfg: DictConfig) -> None:
     config = coldstart.load(cfg)
+    for remark in remarks():
+        log.info("%s", remark)
     forget_launchers()  # it trains in this process
     start = time.perf_counter()
     conversations = gather(config)
@@ -40,7 +42,8 @@ def main(cfg: DictConfig) -> None:
     else:
         from gymexp.policy.model import load_model, load_tokenizer
 
-        tokenizer, model = load_tokenizer(config.model), load_model(config.model)
+        pinned = snapshot.pin(config.model, log.info)
+        tokenizer, model = load_tokenizer(pinned), load_model(pinned)
     examples = coldstart.tokenize(conversations, tokenizer, config.sft.max_length)
     losses = coldstart.train(model, tokenizer, examples, config.sft, Path(config.output))
     if losses:  # fewer steps than sft.logging_steps leave none

@@ -44,7 +44,7 @@ class ModelConfig:
 
     name: str = MISSING  # how reports and run directories call it
     path: str = MISSING  # a hub id, or a directory; relative directories are seen from the project's root
-    revision: str | None = None
+    revision: str | None = None  # of a hub id: branch, tag or commit; None: main. A run keeps to its commit
     dtype: str = "bfloat16"  # of the arithmetic and of what the engine holds: float32, bfloat16 or float16
     attn_implementation: str = "sdpa"
     max_model_len: int = 4096  # tokens of prompt and generation together, over all turns of a rollout

@@ -7,6 +7,7 @@ python -m gymexp.train resume=outputs/<name>/<date_time>         a run that ende
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -49,18 +50,17 @@ def train(
     """
     from gymexp.data.prepare import load_prepared, prepare, write_prepared
     from gymexp.gym.install import ensure_python, site_packages
-    from gymexp.policy import vllm
-    from gymexp.run import controller
+    from gymexp.policy import inspection, snapshot, vllm
+    from gymexp.run import controller, environment
     from gymexp.run.directory import RunDirectory, cache_dir
-    from gymexp.run.environment import of_other_launchers
     from gymexp.run.placement import num_nodes, place, visible_gpus
     from gymexp.training import arguments, schedule, sharding
     from gymexp.view.progress import View
     from gymexp.view.table import held_out_table
 
     view = View()
-    if others := of_other_launchers():
-        view.say(f"not used, as another launcher's: {' '.join(others)}; see placement.* and model.dtype")
+    for remark in environment.remarks():
+        view.say(remark)
     held = RunDirectory.reopen(directory) if config.resume else None
     if held:
         config = configuration.resumed(held.config, str(held.path))
@@ -81,9 +81,13 @@ def train(
         planned = schedule.plan(config, placement.num_ranks, prepared.train)
         view.say(schedule.told(planned, len(prepared.train)))
         prepared.summary["training"] = planned
+        config = dataclasses.replace(config, model=snapshot.pin(config.model, view.say))
+        inspection.check(config.model, prepared, cache_dir())
         held = RunDirectory.claim(directory)
         write_prepared(prepared, held.data)
         held.describe(config, overrides)
+    else:
+        snapshot.directory_of(config.model, view.say)
     with view:
         result = controller.run(config, held, python, site, placement, view, allocation)
     if result["held_out"]:

@@ -13,7 +13,7 @@ from huggingface_hub import constants
 
 from gymexp.checks.finding import Finding, Subject, ask
 from gymexp.config import ModelConfig
-from gymexp.policy.model import resolve_path
+from gymexp.policy.snapshot import cached, resolve_path
 from gymexp.run.directory import cache_dir
 
 GIB = 2**30
@@ -94,10 +94,5 @@ def checkpoint_bytes(model: ModelConfig) -> int | None:
 
 
 def _directory_of(model: ModelConfig) -> Path | None:
-    from huggingface_hub import try_to_load_from_cache
-
     path = resolve_path(model.path)
-    if Path(path).is_absolute():
-        return Path(path)
-    found = try_to_load_from_cache(path, "config.json", revision=model.revision)
-    return Path(found).parent if isinstance(found, str) else None
+    return Path(path) if Path(path).is_absolute() else cached(path, model.revision or "main")

@@ -13,7 +13,7 @@ import httpx
 from huggingface_hub import constants, get_token, try_to_load_from_cache
 
 from gymexp.checks.finding import Finding, Subject
-from gymexp.policy.model import resolve_path
+from gymexp.policy import snapshot
 
 _TIMEOUT_S = 8.0
 _WANDB = "https://api.wandb.ai"
@@ -61,7 +61,7 @@ def _wanted(subject: Subject) -> dict[str, tuple[str, str, str, str]]:
     """Key of the configuration -> repository, its kind, a file of it, revision."""
     model = subject.config.model
     found = {}
-    path = resolve_path(model.path)
+    path = snapshot.resolve_path(model.path)
     if not Path(path).is_absolute():
         found["model.path"] = (path, "model", "config.json", model.revision or "main")
     for name, env in subject.config.env.items():
@@ -72,6 +72,8 @@ def _wanted(subject: Subject) -> dict[str, tuple[str, str, str, str]]:
 
 
 def _cached(repo: str, kind: str, file: str, revision: str) -> bool:
+    if kind == "model":
+        return snapshot.cached(repo, revision) is not None
     return isinstance(try_to_load_from_cache(repo, file, revision=revision, repo_type=kind), str)
 
 

@@ -10,6 +10,7 @@ import os
 import queue
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from gymexp.config import DataConfig
 from gymexp.data.cache import Say
 from gymexp.errors import DataError
 
-_ANSWER_TIMEOUT_S = 10.0
+ANSWER_TIMEOUT_S = 10.0
 _STALL_TIMEOUT_S = 30.0  # without a byte of progress
 
 
@@ -50,26 +51,27 @@ def _file(name: str, data: DataConfig, file: str, revision: str, say: Say) -> tu
     try:
         url = hf_hub_url(**what, revision=revision, endpoint=endpoint)
         token = get_token()
-        found = get_hf_file_metadata(url, token=token, timeout=_ANSWER_TIMEOUT_S, endpoint=endpoint)
+        found = get_hf_file_metadata(url, token=token, timeout=ANSWER_TIMEOUT_S, endpoint=endpoint)
         if not found.commit_hash:
-            raise _Unusable("what answers there is not a Hugging Face hub (no X-Repo-Commit in its answer)")
+            raise Unusable("what answers there is not a Hugging Face hub (no X-Repo-Commit in its answer)")
         if not _here(what, found.commit_hash):
             megabytes = "" if found.size is None else f" ({found.size / 1e6:.1f} MB)"
             say(f"{name}: downloading {file} of {data.repo_id}{megabytes}")
         # By its own name, not the commit's: that is how huggingface_hub finds it again without the network.
-        path = _watched(what | {"revision": revision, "endpoint": endpoint, "token": token})
+        path = Path(watched(hf_hub_download, **what, revision=revision, endpoint=endpoint, token=token))
         return path, _commit(path, file)
-    except (httpx.HTTPError, OSError, HFValidationError, _Unusable) as error:
+    except (httpx.HTTPError, OSError, HFValidationError, Unusable) as error:
         if not isinstance(error, RevisionNotFoundError | EntryNotFoundError) and (
             path := _here(what, revision)
         ):
             commit = _commit(path, file)
-            say(f"{name}: {_reason(error)}; using {file} as downloaded before (commit {commit[:12]})")
+            said = reason(error, "dataset")
+            say(f"{name}: {said}; using {file} as downloaded before (commit {commit[:12]})")
             return path, commit
         raise DataError(_ways_on(name, data, file, revision, url, error)) from None
 
 
-class _Unusable(Exception):
+class Unusable(Exception):
     """The hub answered, but not with the file."""
 
 
@@ -86,8 +88,9 @@ def _commit(path: Path, file: str) -> str:
     return path.parents[len(Path(file).parts) - 1].name
 
 
-def _watched(arguments: dict[str, Any]) -> Path:
-    """`hf_hub_download`, given up when nothing arrives for a while: its own retries go on for minutes."""
+def watched(download: Callable[..., str], **arguments: Any) -> str:
+    """`hf_hub_download` or `snapshot_download`, given up when nothing arrives for a while: their own retries
+    go on for minutes. Raises what these raise, and Unusable."""
     last_progress = time.monotonic()
 
     class Watched(tqdm):  # type: ignore[misc]
@@ -100,7 +103,7 @@ def _watched(arguments: dict[str, Any]) -> Path:
 
     def work() -> None:
         try:
-            result.put(hf_hub_download(**arguments, tqdm_class=Watched, etag_timeout=_ANSWER_TIMEOUT_S))
+            result.put(download(**arguments, tqdm_class=Watched, etag_timeout=ANSWER_TIMEOUT_S))
         except Exception as error:  # raised again by the thread that waits
             result.put(error)
 
@@ -110,37 +113,38 @@ def _watched(arguments: dict[str, Any]) -> Path:
             answer = result.get(timeout=0.5)
         except queue.Empty:
             if time.monotonic() - last_progress > _STALL_TIMEOUT_S:
-                raise _Unusable(f"the download stood still for {_STALL_TIMEOUT_S:.0f} s") from None
+                raise Unusable(f"the download stood still for {_STALL_TIMEOUT_S:.0f} s") from None
             continue
         if isinstance(answer, Exception):
             raise answer
-        return Path(answer)
+        return answer
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception, kind: str) -> str:
+    """In words. kind: of repository, dataset or model."""
     if isinstance(error, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set"
     if isinstance(error, HFValidationError):
         return str(error).splitlines()[0]
     if isinstance(error, GatedRepoError):
-        return f"the dataset is gated (HTTP {error.response.status_code})"
+        return f"the {kind} is gated (HTTP {error.response.status_code})"
     if isinstance(error, RepositoryNotFoundError):
-        return f"no such dataset, or a private one (HTTP {error.response.status_code})"
+        return f"no such {kind}, or a private one (HTTP {error.response.status_code})"
     if isinstance(error, RevisionNotFoundError):
-        return f"the dataset has no such revision (HTTP {error.response.status_code})"
+        return f"the {kind} has no such revision (HTTP {error.response.status_code})"
     if isinstance(error, EntryNotFoundError):
-        return "the dataset has no such file (HTTP 404)"
+        return f"the {kind} has no such file (HTTP 404)"
     if isinstance(error, HfHubHTTPError):
         return f"the hub answered HTTP {error.response.status_code}"
     if isinstance(error, httpx.TimeoutException):
-        return f"the hub did not answer within {_ANSWER_TIMEOUT_S:.0f} s"
+        return f"the hub did not answer within {ANSWER_TIMEOUT_S:.0f} s"
     return f"the hub cannot be reached ({error})" if isinstance(error, httpx.HTTPError) else str(error)
 
 
 def _ways_on(name: str, data: DataConfig, file: str, revision: str, url: str, error: Exception) -> str:
-    at = f"env.{name}.data"
+    at, said = f"env.{name}.data", reason(error, "dataset")
     lines = [
-        f"{at}.repo_id: cannot get {file} of {data.repo_id} (revision {revision}): {_reason(error)}",
+        f"{at}.repo_id: cannot get {file} of {data.repo_id} (revision {revision}): {said}",
         f"  asked: {url}",
     ]
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None

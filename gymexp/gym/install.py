@@ -19,6 +19,7 @@ from filelock import FileLock, Timeout
 from gymexp.config import GymConfig
 from gymexp.errors import ConfigError, ServiceError
 from gymexp.run.directory import cache_dir, own_servers
+from gymexp.run.environment import without_launchers
 
 _MINIMUM = (3, 12)
 _PREFERRED = ("3.12", "3.13", "3.14")  # 3.12 is what NeMo Gym 0.4 is developed on
@@ -58,7 +59,7 @@ def environ_for(python: Path) -> dict[str, str]:
     """The environment for what `python` runs. Our own venv keeps what is compiled also where
     PYTHONDONTWRITEBYTECODE is set, as in many containers: each start of the host would take 10 s more."""
     ours = python.is_relative_to(cache_dir())
-    return {k: v for k, v in os.environ.items() if not (ours and k == "PYTHONDONTWRITEBYTECODE")}
+    return {k: v for k, v in without_launchers().items() if not (ours and k == "PYTHONDONTWRITEBYTECODE")}
 
 
 def site_packages(python: Path) -> Path:

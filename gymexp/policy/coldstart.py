@@ -7,6 +7,7 @@ is context.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 import shutil
@@ -134,14 +135,18 @@ def tokenize(
 
     Raises ConfigError if the chat template does not mark what the assistant writes.
     """
-    template = _training_template(tokenizer)
+    templates: dict[str, str] = {}
     examples: list[Example] = []
     left_out = 0
     for demonstration in demonstrations:
+        tools = demonstration.get("tools") or None
+        template = tokenizer.get_chat_template(tools=tools)
+        if template not in templates:
+            templates[template] = _training_template(tokenizer, template)
         encoded: Any = tokenizer.apply_chat_template(
             demonstration["messages"],
-            tools=demonstration.get("tools"),
-            chat_template=template,
+            tools=tools,
+            chat_template=templates[template],
             return_dict=True,
             return_assistant_tokens_mask=True,
         )
@@ -160,20 +165,22 @@ def tokenize(
     return examples
 
 
-def _training_template(tokenizer: PreTrainedTokenizerBase) -> str:
+def _training_template(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
+    """`template`, one of the tokenizer's, with marks around what the assistant writes."""
     from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
-    template = tokenizer.chat_template
-    if isinstance(template, str) and has_generation_markers(template):
+    if has_generation_markers(template):
         return template
+    alone = copy.copy(tokenizer)
+    alone.chat_template = template
     try:
-        patched = get_training_chat_template(tokenizer)
+        patched = get_training_chat_template(alone)
     except ValueError as error:
         raise ConfigError(
             "model.path: the chat template does not mark what the assistant writes, and TRL has no version "
             "of it that does: put {% generation %} … {% endgeneration %} round the assistant's words in it"
         ) from error
-    return patched or str(template)
+    return patched or template
 
 
 def train(

@@ -16,17 +16,18 @@ import sys
 import time
 from collections import OrderedDict
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import orjson
 from aiohttp import web
 
-from gymexp.errors import TokenMismatch
+from gymexp.errors import ConfigError, TokenMismatch
 from gymexp.policy import chat, tokens
 from gymexp.policy.draws import CallSeeds
 from gymexp.policy.engines import EngineError, EngineRefusal, Engines, Generation
 from gymexp.policy.history import Conversation, History
-from gymexp.policy.model import end_token_ids
+from gymexp.policy.model import check_tokenizer, end_token_ids
 from gymexp.run.lifeline import die_with_parent
 from gymexp.run.ports import adopt, listen, url_of
 
@@ -35,6 +36,10 @@ log = logging.getLogger(__name__)
 MAX_BODY_BYTES = 1 << 28
 CACHED_PROMPTS = 2048
 REMEMBERED_PLAYS = 65536
+NO_CALLS = (
+    "tools must be left out: nothing here reads the calls that this policy's chat template writes. "
+    "Say how in its tokenizer_config.json, as response_template"
+)
 
 
 @dataclass(frozen=True)
@@ -98,6 +103,8 @@ class Gateway:
 
     async def _complete(self, body: dict[str, Any]) -> dict[str, Any]:
         chat.check_neutral(body)
+        if body.get("tools") and body.get("tool_choice") != "none" and not self.parser.reads_calls:
+            raise chat.BadRequest(NO_CALLS)
         stop = chat.read_stop(body)
         conversation = read_conversation(body)
         prompt_ids, continues = self.prompt_ids(conversation)
@@ -249,17 +256,19 @@ def error_response(status: int, kind: str, message: str) -> web.Response:
     return json_response({"error": {"message": message, "type": kind, "code": status}}, status)
 
 
-def load_tokenizer(name_or_path: str) -> Any:
-    """The tokenizer, without torch: importing it takes 3 s and 300 MB, and this process has no use for it."""
+def load_tokenizer(directory: str | os.PathLike[str]) -> Any:
+    """The tokenizer, without torch: importing it takes 3 s and 300 MB, and this process has no use for it.
+
+    Raises ConfigError as `model.load_tokenizer` does.
+    """
     if "torch" not in sys.modules:
         sys.modules["torch"] = None  # type: ignore[assignment]  # what `import torch` then finds: ImportError
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that torch is missing
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one text at a time: threads only cost
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(name_or_path)
-    if not tokenizer.chat_template:
-        raise SystemExit(f"--tokenizer must have a chat template, {name_or_path} has none")
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    check_tokenizer(tokenizer, Path(directory))
     return tokenizer
 
 
@@ -267,7 +276,7 @@ def main() -> None:
     die_with_parent()
     parser = argparse.ArgumentParser(prog="python -m gymexp.policy.gateway", allow_abbrev=False)
     parser.add_argument("--engine-url", action="append", required=True, help="once for each replica")
-    parser.add_argument("--tokenizer", required=True, help="path or Hugging Face name")
+    parser.add_argument("--tokenizer", type=Path, required=True, help="the model's directory")
     at = parser.add_mutually_exclusive_group(required=True)
     at.add_argument("--port", type=int)
     at.add_argument("--fd", type=int, help="an open listening socket, handed down by the parent")
@@ -280,7 +289,10 @@ def main() -> None:
     )
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
-    tokenizer = load_tokenizer(args.tokenizer)
+    try:
+        tokenizer = load_tokenizer(args.tokenizer)
+    except ConfigError as error:
+        raise SystemExit(f"--tokenizer: {error}") from None
     config = GatewayConfig(
         tuple(args.engine_url),
         args.model_name,

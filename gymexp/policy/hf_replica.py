@@ -24,7 +24,8 @@ from transformers import PreTrainedModel
 from gymexp.config import from_yaml
 from gymexp.policy.hf import HFEngine
 from gymexp.policy.hf_server import build_app
-from gymexp.policy.model import end_token_ids, load_model, load_tokenizer, resolve_path
+from gymexp.policy.model import end_token_ids, load_model, load_tokenizer
+from gymexp.policy.snapshot import directory_of
 from gymexp.policy.weights import VERSION_KEY
 from gymexp.run.lifeline import die_with_parent
 from gymexp.run.ports import adopt, url_of
@@ -102,7 +103,7 @@ def main() -> None:
     torch.nn.Module.to(model, "cuda" if torch.cuda.is_available() else "cpu", dtype)
     engine = HFEngine(
         model,
-        eos_token_ids=end_token_ids(tokenizer, resolve_path(config.model.path), config.model.revision),
+        eos_token_ids=end_token_ids(tokenizer, directory_of(config.model)),
         pad_token_id=tokenizer.pad_token_id,  # pyright: ignore[reportArgumentType]
         max_batch_size=config.engine.max_batch_size,
         max_model_len=config.model.max_model_len,

@@ -6,14 +6,16 @@ engine does, samples with the adapter from then on.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gymexp.config import LoraConfig, nearest
+from gymexp.config import LoraConfig, ModelConfig, nearest
 from gymexp.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -39,6 +41,18 @@ def build_peft_config(config: LoraConfig, model: PreTrainedModel) -> peft.LoraCo
         target_modules=config.target_modules,
         task_type=peft.TaskType.CAUSAL_LM,
     )
+
+
+def name_base(directory: Path, model: ModelConfig) -> None:
+    """Say in a saved adapter which model it belongs to: a hub id and a commit, which others have as well, in
+    place of where this machine's cache has them.
+
+    On the file: peft would ask the hub about a model of that name when it saves.
+    """
+    if model.revision is not None:
+        path = directory / "adapter_config.json"
+        base = {"base_model_name_or_path": model.path, "revision": model.revision}
+        path.write_text(json.dumps(json.loads(path.read_text()) | base, indent=2) + "\n")
 
 
 def _check_targets(targets: str | list[str], model: PreTrainedModel) -> None:

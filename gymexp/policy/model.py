@@ -8,40 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from gymexp.config import ModelConfig
 from gymexp.errors import ConfigError
+from gymexp.policy.snapshot import directory_of
 from gymexp.policy.tokens import end_of_turn_ids
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-ROOT = Path(__file__).resolve().parent.parent.parent
-
-
-def resolve_path(path: str) -> str:
-    """`model.path` as transformers takes it: an existing directory as an absolute path, anything else a hub
-    id.
-
-    A relative directory is looked for in the working directory, then in the project's root (where `gymexp/`
-    lies). Raises ConfigError for what looks like a directory and is none.
-    """
-    tried = [Path(path).expanduser()]
-    if not tried[0].is_absolute():
-        tried.append(ROOT / path)
-    for candidate in tried:
-        if (candidate / "config.json").is_file():
-            return str(candidate.resolve())
-        if candidate.is_dir():
-            raise ConfigError(
-                f"model.path must be a model directory with a config.json, got {path!r} "
-                f"({candidate.resolve()} has none)"
-            )
-    if path.startswith((".", "/", "~")) or path.count("/") != 1:
-        looked = " and ".join(str(candidate.absolute()) for candidate in tried)
-        raise ConfigError(
-            f"model.path must be a directory that exists, or a hub id like Qwen/Qwen3-0.6B, got {path!r}: "
-            f"no such directory (looked at {looked})"
-        )
-    return path
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -50,19 +22,28 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     tokenizer = _from_pretrained(AutoTokenizer, config, "tokenizer")
-    if tokenizer.chat_template is None:
-        raise ConfigError(
-            f"model.path must name a model whose tokenizer has a chat template, got {config.path!r}, which "
-            "has none: use the model's instruct version"
-        )
-    if tokenizer.eos_token_id is None:
-        raise ConfigError(
-            f"model.path must name a model whose tokenizer has an end token, got {config.path!r}"
-        )
+    check_tokenizer(tokenizer, config.path)
     if tokenizer.pad_token_id is None:
         # Never sampled and never in the loss: any token serves.
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def check_tokenizer(tokenizer: Any, path: str | Path) -> None:
+    """Raises ConfigError unless it has an end token and a chat template. path: what to call its model."""
+    templates = tokenizer.chat_template
+    if not templates:
+        raise ConfigError(
+            f"model.path must name a model whose tokenizer has a chat template, got {str(path)!r}, which "
+            "has none: use the model's instruct version"
+        )
+    if isinstance(templates, dict) and "default" not in templates:
+        raise ConfigError(
+            f"model.path: of several chat templates one must be named default, {str(path)!r} has "
+            f"{', '.join(sorted(templates))}: rename one in a copy of the model"
+        )
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(f"model.path must name a model whose tokenizer has an end token, got {str(path)!r}")
 
 
 def load_model(config: ModelConfig) -> PreTrainedModel:
@@ -101,35 +82,25 @@ def save_policy(
     path.write_text(json.dumps(described, indent=2) + "\n")
 
 
-def end_token_ids(tokenizer: PreTrainedTokenizerBase, path: str, revision: str | None = None) -> list[int]:
+def end_token_ids(tokenizer: PreTrainedTokenizerBase, directory: str | Path) -> list[int]:
     """The ids that end a generation, in the engine as for the loss: the tokenizer's end token, those of the
     model's generation_config.json, and the special token that ends a turn of the chat template.
 
-    path: `model.path`, resolved. Needs no torch: the gateway, which has none, stops at the same ids.
+    directory: the model's. Needs no torch: the gateway, which has none, stops at the same ids.
     """
-    from transformers.utils.hub import cached_file
-
-    file = cached_file(
-        path,
-        "generation_config.json",
-        revision=revision,
-        _raise_exceptions_for_missing_entries=False,  # a model may come without
-        _raise_exceptions_for_connection_errors=False,
-    )
-    more = json.loads(Path(file).read_text()).get("eos_token_id") if file else None
+    file = Path(directory) / "generation_config.json"  # a model may come without
+    more = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
     more = more if isinstance(more, list) else [] if more is None else [more]
     return sorted({*end_of_turn_ids(tokenizer), *more})
 
 
 def _from_pretrained(auto: Any, config: ModelConfig, what: str, **options: Any) -> Any:
-    path = resolve_path(config.path)
+    directory = directory_of(config)
     try:
-        return auto.from_pretrained(path, revision=config.revision, **options)
+        return auto.from_pretrained(directory, **options)
     except (OSError, ValueError, ImportError) as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        where = f" at model.revision={config.revision}" if config.revision else ""
         raise ConfigError(
-            f"model.path={config.path!r}{where}: its {what} cannot be loaded ({reason.strip()}). "
-            "Say model.path=… with a directory, or a hub id that this machine can reach "
-            "(log in with `hf auth login` if it is gated; HF_HUB_OFFLINE=1 uses the cache alone)"
+            f"model.path={config.path!r}: its {what} cannot be loaded from {directory} ({reason.strip()}). "
+            "Say model.path=… with another directory or hub id"
         ) from error

@@ -1,12 +1,13 @@
 """Token ids of a rollout: how the next prompt is built, and the proof that what is trained on is what was
 sampled.
 
-Pure: no I/O and no torch. A tokenizer is anything with transformers' `apply_chat_template`, `encode` and
-`decode`.
+Pure: no I/O and no torch. A tokenizer is anything with transformers' `apply_chat_template`,
+`get_chat_template`, `encode` and `decode`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Sequence
@@ -52,7 +53,7 @@ def render(
     do not know. Raises ValueError if a message has a part that is not text, or if the template refuses the
     conversation.
     """
-    knows_developer = "developer" in str(tokenizer.chat_template)
+    knows_developer = "developer" in tokenizer.get_chat_template(tools=tools or None)
     plain = [_plain(message, knows_developer) for message in messages]
     try:
         return tokenizer.apply_chat_template(
@@ -132,18 +133,20 @@ def splice(
 
 
 def end_of_turn_ids(tokenizer: Any) -> list[int]:
-    """Ids at which sampling stops: the tokenizer's EOS, and the special token that ends the template's turns.
+    """Ids at which sampling stops: the tokenizer's EOS, and the special token that ends the template's turns;
+    of both templates where there is one for tools.
 
     These differ for base models with a chat template, and for Gemma.
     """
     ids = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
     conversation = [{"role": "user", "content": "x"}, {"role": "assistant", "content": SENTINEL}]
-    try:
-        tail = render(tokenizer, conversation, add_generation_prompt=False).partition(SENTINEL)[2]
-    except ValueError:
-        return sorted(ids)
-    closing = encode(tokenizer, tail.lstrip())[:1]
-    return sorted(ids | (set(closing) & set(tokenizer.added_tokens_decoder)))
+    for template in {tokenizer.get_chat_template(), tokenizer.get_chat_template(tools=[])}:
+        with contextlib.suppress(ValueError):
+            named = {"chat_template": template}
+            text = render(tokenizer, conversation, template_kwargs=named, add_generation_prompt=False)
+            closing = encode(tokenizer, text.partition(SENTINEL)[2].lstrip())[:1]
+            ids |= set(closing) & set(tokenizer.added_tokens_decoder)
+    return sorted(ids)
 
 
 def verify_turns(turns: Sequence[Turn], vocab_size: int) -> None:

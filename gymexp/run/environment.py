@@ -9,19 +9,46 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 _LAUNCHERS = re.compile(
     r"RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|NODE_RANK|GROUP_RANK|GROUP_WORLD_SIZE|ROLE_\w+"
-    r"|MASTER_ADDR|MASTER_PORT|TORCHELASTIC_\w+|FORK_LAUNCHED|CROSS_RANK|CROSS_SIZE"
+    r"|MASTER_ADDR|MASTER_PORT|TORCHELASTIC_\w+|FORK_LAUNCHED"
     r"|(ACCELERATE|FSDP|PARALLELISM_CONFIG|MEGATRON_LM|DEEPSPEED|SMDATAPARALLEL)_\w+"
-    r"|(PMI|PMIX|OMPI|MV2|I_MPI|MPI)_\w+"
+    r"|(PMI|PMIX|OMPI|MV2|I_MPI|MPI)_\w+|CROSS_RANK|CROSS_SIZE"
 )
+# Settings among them, which a user may believe to act, with the key that does; the first beginning that fits.
+_KEYS = {
+    "ACCELERATE_MIXED_PRECISION": "model.dtype",
+    "ACCELERATE_DOWNCAST_BF16": "model.dtype",
+    "ACCELERATE_FP8_": "model.dtype",
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "trainer.gradient_accumulation_steps",
+    "ACCELERATE_GRADIENT_CLIPPING": "trainer.max_grad_norm",
+    "ACCELERATE_DYNAMO_": "trainer.torch_compile",
+    "ACCELERATE_USE_FSDP": "trainer.fsdp",
+    "FSDP_": "trainer.fsdp_config",
+    "ACCELERATE_USE_DEEPSPEED": "trainer.deepspeed",
+    "ACCELERATE_DEEPSPEED_": "trainer.deepspeed",
+    "ACCELERATE_CONFIG_DS_FIELDS": "trainer.deepspeed",
+    "ACCELERATE_USE_CPU": "CUDA_VISIBLE_DEVICES",
+    "ACCELERATE_TORCH_DEVICE": "CUDA_VISIBLE_DEVICES",
+}
 
 
 def of_other_launchers(environ: Mapping[str, str] = os.environ) -> list[str]:
     """The names of such variables, in order."""
     return sorted(name for name in environ if _LAUNCHERS.fullmatch(name))
+
+
+def remarks(environ: Mapping[str, str] = os.environ) -> Iterator[str]:
+    """What to tell of them: the settings, each with its key, then the others."""
+    others = of_other_launchers(environ)
+    keys = {name: next((k for start, k in _KEYS.items() if name.startswith(start)), None) for name in others}
+    for name, key in keys.items():
+        if key:
+            yield f"{name}={environ[name]} is not used, as gymexp starts the trainer itself: say {key}"
+    if rest := [name for name, key in keys.items() if not key]:
+        yield f"not used, as another launcher's: {' '.join(rest)}; see placement.*"
 
 
 def without_launchers(environ: Mapping[str, str] = os.environ) -> dict[str, str]:

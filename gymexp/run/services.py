@@ -15,7 +15,7 @@ from gymexp.config import RunConfig
 from gymexp.gym import attached
 from gymexp.gym.servers import GymHost
 from gymexp.policy import vllm
-from gymexp.policy.model import resolve_path
+from gymexp.policy.snapshot import directory_of
 from gymexp.run import ports
 from gymexp.run.directory import RunDirectory
 from gymexp.run.nodes import Endpoint, Node
@@ -32,7 +32,7 @@ def gateway(
     command = [sys.executable, "-m", "gymexp.policy.gateway", "--fd", str(sock.fileno())]
     for url in urls:
         command += ["--engine-url", url]
-    command += ["--tokenizer", resolve_path(config.model.path)]
+    command += ["--tokenizer", str(directory_of(config.model))]
     command += ["--max-model-len", str(config.model.max_model_len)]
     if not placement.in_trainer:
         command.append("--hold")

@@ -86,11 +86,12 @@ def serve_hf(config: RunConfig, model: Any, tokenizer: Any, fd: int, stack: Exit
 
     from gymexp.policy.hf import HFEngine
     from gymexp.policy.hf_server import serve
-    from gymexp.policy.model import end_token_ids, resolve_path
+    from gymexp.policy.model import end_token_ids
+    from gymexp.policy.snapshot import directory_of
 
     engine = HFEngine(
         model,
-        eos_token_ids=end_token_ids(tokenizer, resolve_path(config.model.path), config.model.revision),
+        eos_token_ids=end_token_ids(tokenizer, directory_of(config.model)),
         pad_token_id=tokenizer.pad_token_id,
         max_batch_size=config.engine.max_batch_size,
         max_model_len=config.model.max_model_len,

@@ -22,7 +22,8 @@ from gymexp.config import RunConfig
 from gymexp.data.prepare import Prepared
 from gymexp.errors import ServiceError
 from gymexp.policy import lora
-from gymexp.policy.model import end_token_ids, resolve_path, save_policy
+from gymexp.policy.model import end_token_ids, save_policy
+from gymexp.policy.snapshot import directory_of
 from gymexp.policy.weights import NamedTensors, TensorSpecs
 from gymexp.rollout.outcome import Outcome
 from gymexp.run.directory import RunDirectory
@@ -97,7 +98,7 @@ class PolicyTrainer(GRPOTrainer):
             peft_config=lora.build_peft_config(config.model.lora, model) if config.model.lora.r else None,
         )
         # TRL counts a rollout as cut unless its last token is one of these.
-        self.eos_token_ids = end_token_ids(tokenizer, resolve_path(config.model.path), config.model.revision)
+        self.eos_token_ids = end_token_ids(tokenizer, directory_of(config.model))
         if self.is_fsdp_enabled:
             self.model.register_forward_pre_hook(gather_head)  # pyright: ignore[reportOptionalMemberAccess]
         self._schedule = batches.build_schedule(args, len(prepared.train))
@@ -345,6 +346,7 @@ class PolicyTrainer(GRPOTrainer):
             adapter = {name: tensor.cpu() for name, tensor in self._whole(held) if main}
             if main:
                 policy.save_pretrained(run / "adapter", state_dict=adapter)
+                lora.name_base(run / "adapter", self._config.model)
                 policy = policy.unload()
         if main:
             save_policy(policy, weights, self._tokenizer, run / "model")

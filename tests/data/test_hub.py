@@ -112,7 +112,7 @@ def test_what_the_hub_does_not_have_is_named(hub, tmp_path, changes, reason):
     ],
 )
 def test_a_hub_in_trouble_ends_the_wait_soon(hub, tmp_path, monkeypatch, mood, reason):
-    monkeypatch.setattr(hub_module, "_ANSWER_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(hub_module, "ANSWER_TIMEOUT_S", 1.0)
     monkeypatch.setattr(hub_module, "_STALL_TIMEOUT_S", 2.0)
     hub.mood = mood
     text, seconds = failure(tmp_path)
@@ -145,7 +145,7 @@ def test_offline_mode_uses_the_cache_and_asks_nobody(hub, tmp_path, monkeypatch)
     assert hub.asked == []
 
 
-def test_something_that_is_no_hub_is_recognised(hub, tmp_path, monkeypatch):
-    monkeypatch.setattr("hub_stand_in.COMMIT", "")
+def test_something_that_is_no_hub_is_recognised(hub, tmp_path):
+    hub.mood = "nameless"
     text, _ = failure(tmp_path)
     assert "not a Hugging Face hub" in text

@@ -97,6 +97,9 @@ ONLY_BEHIND_CALLS = """{%- for m in messages %}
 {%- else %}{{- '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endif %}{% endfor -%}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
 
+# Tool calls in a form that no response template is known for.
+MISTRAL_LIKE = """{%- if tools %}[AVAILABLE_TOOLS]{{ tools|tojson }}[/AVAILABLE_TOOLS]{% endif %}{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content }}{% if m.tool_calls %}[TOOL_CALLS]{{ m.tool_calls|tojson }}{% endif %}{{ '<|im_end|>' }}{% else %}[INST]{{ m.content }}[/INST]{% endif %}{% endfor %}"""
+
 TEMPLATES = {"plain": PLAIN, "qwen2_5": QWEN2_5, "qwen3": QWEN3, "llama3": LLAMA3}
 
 

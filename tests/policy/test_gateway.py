@@ -770,13 +770,14 @@ def test_a_calls_texts_are_given_where_openais_own_logprobs_are_asked_for():
 
 LOAD = """
 import sys
+from gymexp.errors import ConfigError
 from gymexp.policy.gateway import load_tokenizer
 tokenizer = load_tokenizer(sys.argv[1])
 assert sys.modules.get("torch") is None and tokenizer.chat_template
 try:
     load_tokenizer(sys.argv[2])
-except SystemExit as end:
-    assert str(end) == f"--tokenizer must have a chat template, {sys.argv[2]} has none", end
+except ConfigError as end:
+    assert f"a chat template, got {sys.argv[2]!r}, which has none" in str(end), end
     print("ok")
 """
 
@@ -829,3 +830,19 @@ def test_an_engine_that_was_started_anew_under_a_request_is_asked_again_once_it_
     status, content, requests = asyncio.run(run())
     assert (status, content) == (200, "Grid")
     assert requests[0] == requests[1], "the same ids and the same seed"
+
+
+def test_tools_whose_calls_nothing_reads_are_refused_before_anything_is_sampled():
+    """An agent may offer the policy tools that no row has."""
+
+    async def run():
+        engine = FakeEngine("fine" + END)
+        app = lambda url: build_app(GatewayConfig((url,), max_model_len=500), build_tokenizer("plain"))  # noqa: E731
+        async with engine.serve() as at, serve(app(at)) as url, aiohttp.ClientSession(url) as http:
+            refused, answer = await chat(http, tools=TOOLS)
+            assert not engine.requests
+            accepted, _ = await chat(http, tools=TOOLS, tool_choice="none")
+            return refused, answer["error"]["message"], accepted
+
+    refused, message, accepted = asyncio.run(run())
+    assert (refused, accepted) == (400, 200) and "response_template" in message

@@ -13,7 +13,8 @@ from whole_run import TINY
 
 from gymexp.config import LoraConfig, ModelConfig
 from gymexp.errors import ConfigError
-from gymexp.policy.model import end_token_ids, load_model, load_tokenizer, resolve_path
+from gymexp.policy.model import end_token_ids, load_model, load_tokenizer
+from gymexp.policy.snapshot import resolve_path
 
 
 def config(path) -> ModelConfig:
@@ -52,7 +53,7 @@ def test_a_relative_directory_is_found_from_anywhere(tmp_path, monkeypatch):
 
 def test_a_hub_that_cannot_be_reached_is_a_config_error(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ConfigError, match=r"'nobody/nothing-at-all'.*cannot be loaded.*HF_HUB_OFFLINE"):
+    with pytest.raises(ConfigError, match=r"model\.path=nobody/nothing-at-all.*HF_HUB_OFFLINE is set"):
         load_tokenizer(config("nobody/nothing-at-all"))
 
 

@@ -12,7 +12,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM, TrainerCallback
 from trl import GRPOTrainer
 
-from gymexp.config import EnvConfig, ModelConfig, RunConfig
+from gymexp.config import EnvConfig, LoraConfig, ModelConfig, RunConfig
 from gymexp.data.prepare import Prepared
 from gymexp.policy.model import load_model, load_tokenizer
 from gymexp.rollout.outcome import Task
@@ -103,13 +103,20 @@ class Gradients(TrainerCallback):
         self.flat = torch.cat([p.grad.flatten().clone() for p in model.parameters() if p.grad is not None])
 
 
-def config_of(policy: Path, dtype: str = "float32", **trainer: Any) -> RunConfig:
-    model = ModelConfig("small", str(policy), dtype=dtype)
+def config_of(
+    policy: Path | str, dtype: str = "float32", revision: str | None = None, lora: Any = None, **trainer: Any
+) -> RunConfig:
+    model = ModelConfig("small", str(policy), revision, dtype, lora=lora or LoraConfig())
     return RunConfig(model=model, env={"e": EnvConfig("c", "a")}, trainer=DEFAULTS | trainer)
 
 
 def build_trainer(
-    policy: Path, directory: Path, rollouts: Any, dtype: str = "float32", num_tasks: int = 8, **trainer: Any
+    policy: Path | str,
+    directory: Path,
+    rollouts: Any,
+    dtype: str = "float32",
+    num_tasks: int = 8,
+    **trainer: Any,
 ) -> PolicyTrainer:
     config = config_of(policy, dtype, **trainer)
     args = arguments.build(config, directory, "small")

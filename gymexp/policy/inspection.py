@@ -1,0 +1,111 @@
+"""What a model's tokenizer is good for, looked at before anything starts, in a process without torch:
+
+    python -m gymexp.policy.inspection DIRECTORY
+
+prints {"problem": what makes it useless, or "", "reads_calls": whether tool calls are read}.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from gymexp.config import ModelConfig
+from gymexp.data.prepare import Prepared
+from gymexp.errors import ConfigError
+from gymexp.policy.snapshot import directory_of
+from gymexp.run.environment import without_launchers
+
+_TIMEOUT_S = 120
+_FILES = ("*.json", "*.jinja", "*.model", "additional_chat_templates/*")
+
+
+def check(model: ModelConfig, prepared: Prepared, cache: Path) -> None:
+    """Raises ConfigError if the tokenizer has no chat template or no end token, or if tasks have tools and
+    nothing reads the calls that its chat template writes. Under a second if it was looked at before."""
+    directory = directory_of(model)
+    facts = _facts(directory, cache)
+    if facts["problem"]:
+        raise ConfigError(facts["problem"])
+    if not facts["reads_calls"] and (envs := envs_with_tools(prepared)):
+        raise ConfigError(
+            f"model.path={model.path}: nothing here reads the tool calls that its chat template writes, and "
+            f"the tasks of {', '.join(envs)} have tools: each rollout would end after one turn. Take a model "
+            "whose calls are read (Qwen, Llama 3, GLM-4.5, gpt-oss, Gemma 4, Nemotron 3, LFM2.5, or one that "
+            "writes calls as one of these), say how they are read in "
+            f"{directory / 'tokenizer_config.json'}, as response_template (transformers' documentation, "
+            "response parsing), or leave these environments out of env=[…]"
+        )
+
+
+def envs_with_tools(prepared: Prepared) -> list[str]:
+    """Environments of which some task offers the policy a tool."""
+    tasks = itertools.chain(prepared.train, *prepared.validation.values())
+    asked = ((task.env, task.row.get("responses_create_params", {})) for task in tasks)
+    return list({env: None for env, p in asked if p.get("tools") and p.get("tool_choice") != "none"})
+
+
+def _facts(directory: Path, cache: Path) -> dict[str, Any]:
+    """Of the tokenizer there; kept in the cache under all that they depend on."""
+    digest = hashlib.sha256()
+    for package in ("transformers", "tokenizers", "trl"):
+        digest.update(f"{package} {importlib.metadata.version(package)}\n".encode())
+    here = Path(__file__).parent
+    files = [path for pattern in _FILES for path in sorted(directory.glob(pattern)) if path.is_file()]
+    for path in [*files, *(here / name for name in ("reply.py", "tokens.py", "model.py", "inspection.py"))]:
+        digest.update(f"{path.name}\n".encode() + path.read_bytes())
+    kept = cache / "tokenizers" / f"{digest.hexdigest()[:24]}.json"
+    if not kept.exists():
+        facts = _look_elsewhere(directory)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text(json.dumps(facts))
+        return facts
+    return json.loads(kept.read_text())
+
+
+def _look_elsewhere(directory: Path) -> dict[str, Any]:
+    try:
+        shown = subprocess.run(
+            [sys.executable, "-m", "gymexp.policy.inspection", directory],
+            capture_output=True,
+            text=True,
+            timeout=_TIMEOUT_S,
+            env=without_launchers(),
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise ConfigError(f"model.path: its tokenizer did not load within {_TIMEOUT_S} s") from None
+    if shown.returncode:
+        raise ConfigError(
+            f"model.path: the tokenizer in {directory} cannot be loaded:\n{shown.stderr.strip()[-2000:]}"
+        )
+    return json.loads(shown.stdout.splitlines()[-1])
+
+
+def look(directory: Path) -> dict[str, Any]:
+    """See above. Imports transformers, without torch where that is not there yet."""
+    from gymexp.policy.gateway import load_tokenizer
+
+    try:
+        tokenizer = load_tokenizer(directory)
+    except ConfigError as error:
+        return {"problem": str(error), "reads_calls": False}
+    from gymexp.policy.reply import ReplyParser
+
+    try:
+        return {"problem": "", "reads_calls": ReplyParser(tokenizer).reads_calls}
+    except (ValueError, KeyError, TypeError) as error:
+        where = directory / "tokenizer_config.json"
+        said = f"{type(error).__name__}: {error}"
+        problem = f"model.path: the response_template in {where} must be one of transformers', but {said}"
+        return {"problem": problem, "reads_calls": False}
+
+
+if __name__ == "__main__":
+    print("\n" + json.dumps(look(Path(sys.argv[1]))))
