@@ -26,8 +26,8 @@ if [ ${#missing[@]} -gt 0 ]; then
     printf '#!/bin/sh\nexit 101\n' > $policy; chmod +x $policy
     trap 'rm -f $policy' EXIT
   fi
-  install() { apt-get install -y -q --no-install-recommends "${missing[@]}"; }
-  { install || { apt-get update -q && install; }; } > "$log" 2>&1 || { tail "$log" >&2; exit 1; }
+  fetch() { apt-get install -y -q --no-install-recommends "${missing[@]}"; }
+  { fetch || { apt-get update -q && fetch; }; } > "$log" 2>&1 || { tail "$log" >&2; exit 1; }
 fi
 
 "$here/cluster_down.sh"
