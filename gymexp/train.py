@@ -54,7 +54,7 @@ def train(
     from gymexp.run import controller, environment
     from gymexp.run.directory import RunDirectory, cache_dir
     from gymexp.run.placement import num_nodes, place, visible_gpus
-    from gymexp.training import arguments, schedule, sharding
+    from gymexp.training import arguments, checkpoints, schedule, sharding
     from gymexp.view.progress import View
     from gymexp.view.table import held_out_table
 
@@ -62,7 +62,9 @@ def train(
     for remark in environment.remarks():
         view.say(remark)
     held = RunDirectory.reopen(directory) if config.resume else None
+    checkpoint = None
     if held:
+        checkpoint = checkpoints.latest(held.checkpoints, view.say)
         config = configuration.resumed(held.config, str(held.path))
         if ignored := [o for o in overrides if not o.startswith("resume=")]:
             view.say(f"a resumed run goes on with its own configuration; ignored: {' '.join(ignored)}")
@@ -89,7 +91,7 @@ def train(
     else:
         snapshot.directory_of(config.model, view.say)
     with view:
-        result = controller.run(config, held, python, site, placement, view, allocation)
+        result = controller.run(config, held, python, site, placement, view, allocation, checkpoint)
     if result["held_out"]:
         view.say(held_out_table(result))
     view.say(f"run directory: {held.path}")

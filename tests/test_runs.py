@@ -135,7 +135,7 @@ def test_the_same_configuration_plays_the_same_tasks_and_samples_the_same_first_
 
 
 def test_an_interrupted_run_goes_on_to_the_same_end_with_the_same_tasks(pair, started):
-    run = started("interrupted", "evaluation.every_steps=0")
+    run = started("interrupted", "evaluation.every_steps=0", "evaluation.num_tasks=8")
     run.wait_for_step(1)
     os.kill(run.process.pid, signal.SIGTERM)
     assert run.ended() == 128 + signal.SIGTERM, run.said
@@ -155,8 +155,13 @@ def test_an_interrupted_run_goes_on_to_the_same_end_with_the_same_tasks(pair, st
     assert newest is not None and checkpoints.step_of(newest) >= 3
     assert again.left() == []
 
-    with (newest / "model.safetensors").open("r+b") as file:
-        file.truncate(1000)
+    with (newest / "model.safetensors").open("r+b") as file:  # as large as before
+        file.seek(200_000)
+        damaged = bytes(255 - byte for byte in file.read(4000))
+        file.seek(200_000)
+        file.write(damaged)
+    with run.metrics_file.open("ab") as file:  # and a disk that was full
+        file.write(b'{"step": 3, "ti')
     almost = started("interrupted", resume=True)
     almost.wait_for_step(STEPS)
     almost.wait_for(lambda: almost.status().get("phase") == "evaluate")
@@ -166,8 +171,8 @@ def test_an_interrupted_run_goes_on_to_the_same_end_with_the_same_tasks(pair, st
 
     last = started("interrupted", resume=True)
     assert last.ended() == 0, last.said
-    log = (run.directory / "logs" / "trainer.log").read_text()
-    assert f"{newest.name} is cut short: going back" in log
+    assert f"{newest.name} is not whole, its model.safetensors is damaged: going back" in almost.said
+    assert (run.directory / "checkpoints" / f"damaged-{newest.name}.1").is_dir()
     assert run.steps() == list(range(1, STEPS + 1)), "what was said after the checkpoint is taken back"
     assert json.loads((run.directory / "result.json").read_text())["step"] == STEPS
     undisturbed = pair[0]

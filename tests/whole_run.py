@@ -108,6 +108,10 @@ class Run:
     def rollouts(self, name: str) -> list[dict]:
         return rollouts_of(self.directory, name)
 
+    @property
+    def metrics_file(self) -> Path:
+        return self.directory / "metrics.jsonl"
+
     def task_keys(self, step: int) -> list[str]:
         return task_keys_of(self.directory, step)
 

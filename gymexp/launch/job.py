@@ -24,7 +24,7 @@ from gymexp.errors import GymexpError, Interrupted
 from gymexp.launch.freeze import FrozenJob, read_job
 from gymexp.run import agent, lifeline
 from gymexp.run.allocation import Allocation
-from gymexp.run.directory import RunDirectory, append_line, replace_file
+from gymexp.run.directory import RunDirectory, append_line, read_json, read_lines, replace_file
 from gymexp.run.entry import guarded, log_to_terminal
 from gymexp.run.nodes import announce, read_task
 from gymexp.run.placement import num_nodes
@@ -118,7 +118,7 @@ def _count_start(held: RunDirectory, allocation: Allocation) -> None:
     checkpoint."""
     path = held.path / "starts.jsonl"
     step = newest_step(held.checkpoints)
-    earlier = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    earlier = read_lines(path)
     append_line(path, {"time": round(time.time(), 3), **dataclasses.asdict(allocation), "checkpoint": step})
     same = [s["checkpoint"] for s in earlier if s["job_id"] == allocation.job_id][-_IN_VAIN:]
     if len(same) == _IN_VAIN and set(same) == {step}:
@@ -153,7 +153,7 @@ def _start_again(held: RunDirectory, allocation: Allocation, interrupted: Interr
 
 def _set_outcome(held: RunDirectory, allocation: Allocation, outcome: str) -> None:
     """Say in status.json how this start ended, also where it ended before a controller wrote it."""
-    status = json.loads(held.status.read_text()) if held.status.exists() else {"began": time.time()}
+    status = read_json(held.status) or {"began": time.time()}
     held.write_status(**status | dataclasses.asdict(allocation) | {"outcome": outcome})
 
 

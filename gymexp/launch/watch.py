@@ -6,8 +6,6 @@ the runs' files tell the rest. A submitter that ends takes nothing with it.
 
 from __future__ import annotations
 
-import contextlib
-import json
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -16,7 +14,7 @@ from typing import Any
 
 from gymexp.launch.check import End
 from gymexp.launch.freeze import name_of, read_sweep
-from gymexp.run.directory import RunDirectory
+from gymexp.run.directory import RunDirectory, read_json
 from gymexp.run.slurm_states import GOING_ON, slurm_states
 from gymexp.view.progress import View, duration
 
@@ -103,9 +101,8 @@ def _steps(sweep: Path, entries: Sequence[dict[str, Any]]) -> str:
     """How far those are that run: `0: train 3/32  2: evaluate`."""
     parts = []
     for entry in entries:
-        with contextlib.suppress(OSError, ValueError):
-            status = json.loads(RunDirectory(sweep / str(entry["num"])).status.read_text())
-            if status.get("outcome") is None:
-                at = f" {status['step']}/{status['max_steps']}" if status.get("max_steps") else ""
-                parts.append(f"{entry['num']}: {status['phase']}{at}")
+        status = read_json(RunDirectory(sweep / str(entry["num"])).status)
+        if status and status.get("outcome") is None:
+            at = f" {status['step']}/{status['max_steps']}" if status.get("max_steps") else ""
+            parts.append(f"{entry['num']}: {status['phase']}{at}")
     return "  ".join(parts)

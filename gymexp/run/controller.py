@@ -59,13 +59,16 @@ def run(
     placement: Placement,
     view: View,
     allocation: Allocation | None = None,
+    checkpoint: Path | None = None,
 ) -> dict[str, Any]:
     """Train; returns what the trainer's result.json says. Raises GymexpError; no process is left either
     way.
 
     allocation: the Slurm job that this is all of: then its signals are obeyed as Slurm sends them.
+    checkpoint: where to go on from.
     """
-    return asyncio.run(Controller(config, directory, placement, view, allocation).run(gym_python, site))
+    controller = Controller(config, directory, placement, view, allocation, checkpoint)
+    return asyncio.run(controller.run(gym_python, site))
 
 
 class Controller:
@@ -76,8 +79,10 @@ class Controller:
         placement: Placement,
         view: View,
         allocation: Allocation | None,
+        checkpoint: Path | None,
     ) -> None:
         self._config = config
+        self._checkpoint = checkpoint
         self._allocation = allocation
         self._placement = placement
         self._directory = directory
@@ -339,6 +344,7 @@ class Controller:
         replicas = {name: [dataclasses.asdict(r) for r in some] for name, some in layout.replicas.items()}
         said = {"control_url": control_url, "gateway_url": gateway_url, "replicas": replicas}
         said["engine"] = self._placement.engine
+        said["checkpoint"] = self._checkpoint and self._checkpoint.name
         if self._placement.in_trainer:
             said["engine_fd"] = at[0].fd
         else:

@@ -7,6 +7,7 @@ outputs/<name>/<date_time>/
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import importlib.metadata
 import json
@@ -59,8 +60,35 @@ def replace_file(path: Path, text: str, mode: int = 0o666) -> None:
 
 
 def append_line(path: Path, record: dict[str, Any]) -> None:
-    with path.open("a") as file:
-        file.write(json.dumps(record) + "\n")
+    """Add an object to a file of one a line; on a line of its own, also after one that was cut short."""
+    with path.open("a+b") as file:
+        if file.tell() and file.seek(-1, os.SEEK_END) and file.read() != b"\n":
+            file.write(b"\n")
+        file.write(json.dumps(record).encode() + b"\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object that a file holds; an empty one where there is no file, or a damaged one (a full disk, a
+    machine that lost power)."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file of one a line, without lines that are damaged or still being written."""
+    try:
+        lines = path.read_bytes().splitlines(keepends=True)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    found = []
+    for line in lines:
+        if line.endswith(b"\n"):
+            with contextlib.suppress(ValueError):
+                found.append(json.loads(line))
+    return [record for record in found if isinstance(record, dict)]
 
 
 class RunDirectory:
@@ -127,7 +155,7 @@ class RunDirectory:
 
     def read_result(self) -> dict[str, Any]:
         """How the run ended: {"step", "stopped", "held_out"} or {"error"}; empty while it goes on."""
-        return json.loads(self.result.read_text()) if self.result.exists() else {}
+        return read_json(self.result)
 
     def write_error(self, error: str) -> None:
         """Why the run ended, unless the trainer has said so itself."""

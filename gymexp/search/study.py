@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from gymexp import config as configuration
 from gymexp.config import RunConfig, SearchConfig
-from gymexp.run.directory import replace_file
+from gymexp.run.directory import read_json, replace_file
 from gymexp.run.slurm_states import slurm_states
 from gymexp.search.space import flat
 from gymexp.view.run_state import RunState, read_run
@@ -39,8 +39,8 @@ class TrialFile:
 
 def read_trial(directory: Path) -> TrialFile | None:
     """The trial of a job's directory; None of a job that has none, or has not begun."""
-    path = directory / "trial.json"
-    return TrialFile(**json.loads(path.read_text())) if path.exists() else None
+    said = read_json(directory / "trial.json")
+    return TrialFile(**said) if said else None
 
 
 def as_trial(train: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:

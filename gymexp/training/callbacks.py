@@ -20,7 +20,7 @@ from gymexp.data.prepare import Prepared
 from gymexp.gym.client import Distribution
 from gymexp.rollout.collect import Progress
 from gymexp.run.direct import open_url
-from gymexp.run.directory import append_line, replace_file
+from gymexp.run.directory import append_line, read_lines, replace_file
 from gymexp.training.metrics import rollout_metrics
 from gymexp.training.rollouts import Rollouts, on_main_rank
 
@@ -35,8 +35,8 @@ class MetricsFile(TrainerCallback):
     def __init__(self, path: Path, from_step: int) -> None:
         self._path = path
         if path.exists():  # a resumed run takes back what it said after the checkpoint it goes on from
-            lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= from_step]
-            replace_file(path, "".join(f"{line}\n" for line in lines))
+            kept = [entry for entry in read_lines(path) if entry["step"] <= from_step]
+            replace_file(path, "".join(f"{json.dumps(entry)}\n" for entry in kept))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if state.is_world_process_zero and logs:

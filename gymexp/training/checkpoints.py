@@ -1,5 +1,9 @@
 """Checkpoints that are whole or not there: a manifest is written last, and only what it vouches for is
-resumed from."""
+resumed from.
+
+complete.json: {file: [bytes, xxh3_128 of its content]}. Sizes are looked at where that is enough; the content
+is read before a run goes on from it. Runs made before hashes were kept have {file: bytes}.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +11,24 @@ import contextlib
 import json
 import logging
 import os
+import re
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from statistics import fmean
 
+import xxhash
+
 from gymexp.config import CheckpointConfig
 from gymexp.errors import RunDirectoryError
+from gymexp.run.directory import read_lines
 
 log = logging.getLogger(__name__)
 _MANIFEST = "complete.json"
-_CONDEMNED = "deleting-"  # no checkpoint by its name, so that a deletion that is cut short leaves none
+_NAME = re.compile(r"checkpoint-(\d+)")
+# Names of no checkpoint: a deletion that is cut short leaves none, and what is damaged is in nobody's way.
+_CONDEMNED, _DAMAGED = "deleting-", "damaged-"
+_CHUNK_BYTES = 1 << 22
 
 
 class CheckpointError(RunDirectoryError):
@@ -28,18 +39,24 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rsplit("-", 1)[-1])
 
 
+def all_of(checkpoints: Path) -> dict[int, Path]:
+    """By step, from the oldest. What has another name than a checkpoint's is none, and left alone."""
+    found = {p: _NAME.fullmatch(p.name) for p in checkpoints.glob("checkpoint-*") if p.is_dir()}
+    return dict(sorted((int(match[1]), path) for path, match in found.items() if match))
+
+
 def seal(checkpoint: Path) -> None:
-    """Vouch for a checkpoint: every file with its size, on disk before the manifest is, and the manifest
-    before an older checkpoint is deleted for it."""
+    """Vouch for a checkpoint: every file with its size and hash, on disk before the manifest is, and the
+    manifest before an older checkpoint is deleted for it."""
     inside = sorted(checkpoint.rglob("*"))
-    sizes = {}
+    files = {}
     for path in (p for p in inside if p.is_file() and p.name != _MANIFEST):
         _sync(path)
-        sizes[str(path.relative_to(checkpoint))] = path.stat().st_size
+        files[str(path.relative_to(checkpoint))] = [path.stat().st_size, _hash(path)]
     for path in (*(p for p in inside if p.is_dir()), checkpoint, checkpoint.parent):
         _sync(path)
     part = checkpoint / f"{_MANIFEST}.part"
-    part.write_text(json.dumps(sizes, indent=1))
+    part.write_text(json.dumps(files, indent=1))
     _sync(part)
     part.replace(checkpoint / _MANIFEST)
     _sync(checkpoint)
@@ -53,35 +70,86 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def _hash(path: Path) -> str:
+    found = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            found.update(chunk)
+    return found.hexdigest()
+
+
 def whole(checkpoint: Path) -> bool:
+    """Whether every file is there in its size."""
+    return not damage(checkpoint, read=False)
+
+
+def damage(checkpoint: Path, read: bool = True) -> str:
+    """What is not as it was sealed; empty of a whole checkpoint. read: look at the content too."""
     try:
-        sizes = json.loads((checkpoint / _MANIFEST).read_text())
-        return all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
+        files = json.loads((checkpoint / _MANIFEST).read_bytes())
+    except FileNotFoundError:
+        return "it was not finished"
     except (OSError, ValueError):
-        return False
+        return f"its {_MANIFEST} is damaged"
+    try:
+        for name, said in files.items():
+            size, digest = said if isinstance(said, list) else (said, None)
+            path = checkpoint / name
+            if not path.is_file():
+                return f"its {name} is missing"
+            if (now := path.stat().st_size) != size:
+                return f"its {name} has {now} bytes of {size}"
+            if read and digest is not None and _hash(path) != digest:
+                return f"its {name} is damaged"
+    except OSError as error:
+        return f"its {error.filename and Path(error.filename).name} cannot be read: {error.strerror}"
+    except (AttributeError, ValueError):
+        return f"its {_MANIFEST} is damaged"
+    return ""
 
 
-def latest(checkpoints: Path) -> Path | None:
-    """The newest whole checkpoint, with a warning for each newer one that is not. None if there never was
-    one.
+def latest(checkpoints: Path, say: Callable[[str], None] = log.warning) -> Path | None:
+    """The newest checkpoint of which every byte is as it was written. None if none was ever finished.
 
-    Raises RunDirectoryError when there are checkpoints and none is whole.
+    Says of each newer one what is wrong with it, and renames it: the run is to write that step's again.
+    Raises RunDirectoryError where checkpoints are damaged and none is whole: these keep their names.
     """
-    found = sorted((p for p in checkpoints.glob("checkpoint-*") if p.is_dir()), key=step_of, reverse=True)
-    for checkpoint in found:
-        if whole(checkpoint):
+    wrong: dict[Path, str] = {}
+    for checkpoint in reversed(all_of(checkpoints).values()):
+        if not (reason := damage(checkpoint)):
+            for bad, why in wrong.items():
+                _put_aside(bad)
+                say(f"{bad.name} is not whole, {why}: going back to {checkpoint.name}")
             return checkpoint
-        log.warning("%s is cut short: going back to the one before it", checkpoint)
-    if found:
+        wrong[checkpoint] = reason
+    if any((path / _MANIFEST).exists() for path in wrong):
+        reasons = "; ".join(f"{path.name}: {why}" for path, why in wrong.items())
         raise RunDirectoryError(
-            f"no checkpoint in {checkpoints} is whole: {', '.join(p.name for p in found)}"
+            f"no checkpoint in {checkpoints} is whole ({reasons}): put back a copy of one, or begin anew in "
+            "another output_dir"
         )
+    for unfinished in wrong:
+        _put_aside(unfinished)
+        say(f"{unfinished.name} was not finished, and there is none before it: training begins anew")
     return None
+
+
+def _put_aside(checkpoint: Path) -> None:
+    """Out of the way of the one that the run will write: for the next `prune` if it was never finished."""
+    prefix = _DAMAGED if (checkpoint / _MANIFEST).exists() else _CONDEMNED
+    number = 1
+    while (target := checkpoint.with_name(f"{prefix}{checkpoint.name}.{number}")).exists():
+        number += 1
+    checkpoint.rename(target)
 
 
 def newest_step(checkpoints: Path) -> int | None:
     """The step of the newest whole checkpoint; None without one."""
-    return max((step_of(p) for p in checkpoints.glob("checkpoint-*") if whole(p)), default=None)
+    return max(_standing(all_of(checkpoints).items()), default=None)
+
+
+def _standing(found: Iterable[tuple[int, Path]]) -> set[int]:
+    return {step for step, path in found if whole(path)}
 
 
 @contextlib.contextmanager
@@ -93,7 +161,7 @@ def writing(checkpoint: Path):
     except Exception as error:
         shutil.rmtree(checkpoint, ignore_errors=True)
         free = shutil.disk_usage(checkpoint.parent).free / 2**20
-        before = [p.name for p in sorted(checkpoint.parent.glob("checkpoint-*"), key=step_of) if whole(p)]
+        before = [path.name for path in all_of(checkpoint.parent).values() if whole(path)]
         raise CheckpointError(
             f"could not write {checkpoint}: {type(error).__name__}: {error} ({free:.0f} MB free there). "
             + (f"The run can go on from {before[-1]}" if before else "There is no earlier checkpoint")
@@ -126,11 +194,11 @@ def read_scores(metrics: Path, envs: Collection[str]) -> dict[int, float]:
     """Held-out reward by step, the mean over `envs`, from metrics.jsonl; without the evaluations in which an
     environment's rollouts all failed."""
     scores = {}
-    for line in metrics.read_text().splitlines() if metrics.exists() else ():
-        entry = json.loads(line)
+    for entry in read_lines(metrics):
         rewards = [entry.get(f"eval_{env}/reward") for env in envs]
-        if None not in rewards:
-            scores[entry["step"]] = fmean(rewards)
+        known = [reward for reward in rewards if reward is not None]
+        if len(known) == len(rewards):
+            scores[entry["step"]] = fmean(known)
     return scores
 
 
@@ -140,8 +208,8 @@ def prune(checkpoints: Path, policy: CheckpointConfig, scores: Mapping[int, floa
 
     What cannot be deleted is warned of, and tried again the next time.
     """
-    found = {step_of(path): path for path in checkpoints.glob("checkpoint-*") if path.is_dir()}
-    standing = {step for step, path in found.items() if whole(path)}
+    found = all_of(checkpoints)
+    standing = _standing(found.items())
     unwanted = outdated(standing, scores, policy)
     # One whose manifest is there but does not fit was changed after it was whole: not ours to delete.
     unwanted.update(

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from gymexp.config import RunConfig, from_yaml
 from gymexp.errors import GymexpError
-from gymexp.run.directory import RunDirectory, replace_file
+from gymexp.run.directory import RunDirectory, read_json, replace_file
 from gymexp.run.lifeline import die_with_parent
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def work(run: RunDirectory, config: RunConfig, asked: threading.Event) -> dict[s
         if isinstance(engine, ServerSampling):
             # A server that gymexp did not start may hold any weights.
             trainer.sample_with_servers(engine, version=None if config.engine.urls else 0)
-        resume = checkpoints.latest(run.checkpoints)  # a new run's directory has none
+        resume = run.checkpoints / services["checkpoint"] if services["checkpoint"] else None
         first_step = checkpoints.step_of(resume) if resume else 0
         judge = Judge(config.search, run.path) if main_rank and config.search.trial is not None else None
         evaluation = Evaluation(config, prepared, rollouts, teller, judge)
@@ -186,8 +186,7 @@ def _train(
 
 
 def _remembered(run: RunDirectory) -> dict[str, float]:
-    path = run.path / "before.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    return read_json(run.path / "before.json")
 
 
 def _open_tracker(config: RunConfig, run: RunDirectory, stack: ExitStack) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import socket
 import time
@@ -14,6 +13,7 @@ from typing import Any
 
 import psutil
 
+from gymexp.run.directory import read_json, read_lines
 from gymexp.run.slurm_states import SlurmState
 
 ENDED = ("finished", "pruned", "stopped", "failed", "lost")
@@ -45,7 +45,7 @@ class RunState:
     @cached_property
     def metrics(self) -> list[dict[str, Any]]:
         """The whole lines of metrics.jsonl."""
-        return _json_lines(self.path / "metrics.jsonl")
+        return read_lines(self.path / "metrics.jsonl")
 
     @cached_property
     def held_out(self) -> dict[str, tuple[float | None, float | None]]:
@@ -80,7 +80,7 @@ def read_run(
 
     job_id: the job that the run was submitted as, where the directory may not say so yet.
     """
-    status, result = _json(path / "status.json"), _json(path / "result.json")
+    status, result = read_json(path / "status.json"), read_json(path / "result.json")
     job = (slurm or {}).get(job_id or status.get("job_id") or "")
     state, why = _state(path, status, result, job, slurm is not None and bool(job_id or status.get("job_id")))
     return RunState(path, state, why, status, result if state in ENDED else {})
@@ -97,12 +97,16 @@ def _state(
         return ("pruned", result["pruned"]) if result.get("pruned") else ("finished", "")
     if job and not job.over:
         return "running", "" if status else f"starting on {job.reason}"
+    if outcome == "finished":
+        return "finished", "its result.json is damaged"
     if outcome not in (None, "requeued") or "error" in result:
         text = str(result.get("error") or outcome)
         return ("stopped" if _on_purpose(text) else "failed"), _first_line(text)
     if asked_slurm:
         end = f"Slurm says {job.name}" if job else "Slurm knows its job no more"
         return "stopped" if job and job.name == "CANCELLED" else "lost", f"{end}, and it left no end"
+    if not status and (path / "status.json").exists():
+        return "lost", "its status.json is damaged"
     if not status:
         return "waiting", "not begun"
     if outcome == "requeued":
@@ -150,7 +154,7 @@ def rewards_of(entry: Mapping[str, Any], held_out: bool, metric: str = "reward")
 
 def wall_seconds(run: RunState) -> float:
     """From each start to its end, or to its last sign of life, of all attempts together."""
-    signs = [(line["time"], line.get("event")) for line in _json_lines(run.path / "timeline.jsonl")]
+    signs = [(line["time"], line.get("event")) for line in read_lines(run.path / "timeline.jsonl")]
     signs += [(line["time"], None) for line in run.metrics]
     if run.state == "running":
         signs.append((time.time(), None))
@@ -192,18 +196,3 @@ def last_errors(run: RunState, most: int = 5) -> list[tuple[str, str]]:
 
 def _first_line(text: str) -> str:
     return text.strip().splitlines()[0] if text.strip() else ""
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
-
-
-def _json_lines(path: Path) -> list[dict[str, Any]]:
-    """The last line may be in the middle of being written."""
-    if not path.exists():
-        return []
-    whole = path.read_text().splitlines(keepends=True)
-    return [json.loads(line) for line in whole if line.endswith("\n")]

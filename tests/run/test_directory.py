@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 
 import pytest
 
 from gymexp.config import EnvConfig, ModelConfig, RunConfig
 from gymexp.errors import RunDirectoryError
-from gymexp.run.directory import RunDirectory
+from gymexp.run.directory import RunDirectory, append_line, read_json, read_lines
 
 CONFIG = RunConfig(model=ModelConfig(name="m", path="p"), env={"e": EnvConfig(config_path="c", agent="a")})
 
@@ -51,3 +52,28 @@ def test_a_file_system_without_locks_is_named_with_what_to_do(tmp_path, monkeypa
 def test_resuming_what_is_no_run_directory_says_so(tmp_path):
     with pytest.raises(RunDirectoryError, match=r"holds no config\.yaml"):
         RunDirectory.reopen(tmp_path)
+
+
+def test_of_lines_what_is_whole_is_read_and_what_comes_next_stands_on_a_line_of_its_own(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    assert read_lines(path) == read_lines(path / "deeper") == []
+    append_line(path, {"step": 1})
+    with path.open("ab") as file:
+        file.write(b'{"step": 2, "rew')
+    assert read_lines(path) == [{"step": 1}]
+    append_line(path, {"step": 3})
+    assert read_lines(path) == [{"step": 1}, {"step": 3}]
+    with path.open("ab") as file:
+        file.write(b"\xff\x00\n[4]\n\n")
+    append_line(path, {"step": 5})
+    assert read_lines(path) == [{"step": 1}, {"step": 3}, {"step": 5}]
+
+
+@pytest.mark.parametrize("content", [b"", b'{"step": 2, "stop', b"\xff\xfe", b"[1]", b"\0" * 100])
+def test_a_damaged_file_of_an_object_is_as_one_that_is_not_there(tmp_path, content):
+    path = tmp_path / "result.json"
+    assert read_json(path) == {}
+    path.write_bytes(content)
+    assert read_json(path) == {}
+    path.write_text(json.dumps({"step": 2}))
+    assert read_json(path) == {"step": 2}

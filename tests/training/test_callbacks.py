@@ -192,6 +192,15 @@ def test_a_resumed_run_takes_back_what_it_said_after_its_checkpoint(tmp_path):
     assert len(path.read_text().splitlines()) == 3
 
 
+def test_a_line_that_a_full_disk_cut_short_hinders_no_resume(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 0.5}\n{"step": 2, "lo\n{"step": 3, "loss": 1.5}\n{"step": 4, "loss"')
+    resumed = MetricsFile(path, 3)
+    resumed.on_log(None, state(4), None, {"loss": 2.0})
+    entries = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(entry["step"], entry["loss"]) for entry in entries] == [(1, 0.5), (3, 1.5), (4, 2.0)]
+
+
 def test_the_controller_is_told_of_each_step_and_its_numbers():
     told = Told()
     steps = Steps(told)  # type: ignore[arg-type]

@@ -25,6 +25,8 @@ def make(directory: Path, step: int, size: int = 10_000) -> Path:
     with checkpoints.writing(path):
         (path / "model.safetensors").write_bytes(os.urandom(size))
         (path / "trainer_state.json").write_text("{}")
+        (path / "global_step").mkdir()
+        (path / "global_step" / "rng_state.pth").write_bytes(os.urandom(100))
     return path
 
 
@@ -34,19 +36,81 @@ def test_the_newest_whole_checkpoint_is_taken(tmp_path):
     assert checkpoints.latest(tmp_path) == newest
 
 
-def test_a_checkpoint_that_was_cut_short_is_passed_over(tmp_path, caplog):
+def invert(path: Path, begin: int = 0, count: int = 100) -> None:
+    data = bytearray(path.read_bytes())
+    data[begin : begin + count] = bytes(255 - byte for byte in data[begin : begin + count])
+    path.write_bytes(data)
+
+
+WEIGHTS, RANDOM, MANIFEST = "model.safetensors", "global_step/rng_state.pth", "complete.json"
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda p: os.truncate(p / WEIGHTS, 5_000), f"its {WEIGHTS} has 5000 bytes of 10000"),
+        (lambda p: invert(p / WEIGHTS, 4_000), f"its {WEIGHTS} is damaged"),
+        (lambda p: invert(p / "trainer_state.json", 0, 1), "its trainer_state.json is damaged"),
+        (lambda p: (p / RANDOM).unlink(), f"its {RANDOM} is missing"),
+        (lambda p: (p / MANIFEST).write_text('{"model.saf'), f"its {MANIFEST} is damaged"),
+        (lambda p: (p / MANIFEST).write_text('["model.safetensors"]'), f"its {MANIFEST} is damaged"),
+        (lambda p: (p / MANIFEST).unlink(), "it was not finished"),
+    ],
+)
+def test_from_a_damaged_checkpoint_a_run_goes_back_to_the_one_before_it_and_says_why(tmp_path, damage, said):
     older, newer = make(tmp_path, 10), make(tmp_path, 20)
-    with (newer / "model.safetensors").open("r+b") as file:
-        file.truncate(5_000)
-    assert checkpoints.latest(tmp_path) == older
-    assert "checkpoint-20 is cut short" in caplog.text
+    damage(newer)
+    heard = []
+    assert checkpoints.latest(tmp_path, heard.append) == older
+    assert heard == [f"checkpoint-20 is not whole, {said}: going back to checkpoint-10"]
+    assert not newer.exists(), "the run is to write it again"
+    make(tmp_path, 20)
+    assert checkpoints.latest(tmp_path, pytest.fail) == newer
+    checkpoints.prune(tmp_path, CheckpointConfig(keep_last=2), {})
+    kept = {"damaged-checkpoint-20.1"} if "finished" not in said else set()
+    assert names(tmp_path) == {"checkpoint-10", "checkpoint-20"} | kept, "what was whole once is kept"
 
 
-def test_a_checkpoint_without_its_manifest_is_not_whole(tmp_path):
-    path = make(tmp_path, 10)
-    (path / "complete.json").unlink()
-    with pytest.raises(RunDirectoryError, match=r"no checkpoint .* is whole: checkpoint-10"):
+def test_where_all_are_damaged_the_run_is_told_and_nothing_is_renamed(tmp_path):
+    first, second = make(tmp_path, 10), make(tmp_path, 20)
+    invert(first / "model.safetensors")
+    (second / "complete.json").unlink()
+    said = "checkpoint-20: it was not finished; checkpoint-10: its model.safetensors is damaged"
+    with pytest.raises(RunDirectoryError, match=rf"no checkpoint .* is whole \({said}\): put back a copy"):
         checkpoints.latest(tmp_path)
+    assert names(tmp_path) == {"checkpoint-10", "checkpoint-20"}
+
+
+def test_a_run_that_was_killed_while_it_wrote_its_first_checkpoint_begins_anew(tmp_path):
+    (make(tmp_path, 10) / "complete.json").unlink()
+    heard = []
+    assert checkpoints.latest(tmp_path, heard.append) is None
+    assert heard == ["checkpoint-10 was not finished, and there is none before it: training begins anew"]
+    make(tmp_path, 10)
+    checkpoints.prune(tmp_path, CheckpointConfig(), {})
+    assert names(tmp_path) == {"checkpoint-10"}
+
+
+def test_one_that_was_sealed_before_hashes_were_kept_is_known_by_its_sizes(tmp_path):
+    path = make(tmp_path, 10)
+    sizes = {"model.safetensors": 10_000, "trainer_state.json": 2}
+    (path / "complete.json").write_text(json.dumps(sizes))
+    assert checkpoints.latest(tmp_path) == path
+    (path / "complete.json").write_text(json.dumps(sizes | {"trainer_state.json": 3}))
+    assert checkpoints.damage(path) == "its trainer_state.json has 2 bytes of 3"
+
+
+def test_what_else_lies_among_the_checkpoints_is_left_alone(tmp_path):
+    strange = ("checkpoint-30-mine", "checkpoint-final", "my-checkpoint-40", "checkpoint-", "best-of-all")
+    for name in strange:
+        (tmp_path / name).mkdir()
+    (tmp_path / "checkpoint-50").write_text("a file")
+    for step in (1, 2):
+        make(tmp_path, step)
+        checkpoints.prune(tmp_path, CheckpointConfig(keep_last=1), {})
+    assert checkpoints.latest(tmp_path, pytest.fail) == tmp_path / "checkpoint-2"
+    assert checkpoints.newest_step(tmp_path) == 2
+    assert names(tmp_path) == {*strange, "checkpoint-50", "checkpoint-2"}
 
 
 def test_no_checkpoint_at_all_is_a_fresh_start(tmp_path):

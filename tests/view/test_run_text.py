@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from written_runs import write_run
 
 from gymexp.view.run_text import Tail, follow, look, run_text
 
@@ -96,6 +97,16 @@ def test_a_run_is_followed_through_its_steps_to_its_end(run):
 def test_where_a_run_is_and_its_servers_are_told(run):
     text = run_text(look(run))
     assert "running" in text and "1/3" in text and "gateway ready" in text
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "timeline.jsonl", "result.json", "status.json"])
+def test_a_run_whose_files_a_full_disk_cut_short_is_told_as_far_as_they_are_whole(tmp_path, name):
+    path = write_run(tmp_path / "run", [])
+    cut = path / name
+    cut.write_bytes(cut.read_bytes()[:-20])
+    lines = run_text(look(path)).splitlines()
+    assert lines[1].startswith("finished")
+    assert [line.split()[1] for line in lines if line.startswith("held-out")] == ["sudoku", "workplace"]
 
 
 def test_a_run_whose_controller_is_gone_is_lost(run):
