@@ -54,7 +54,8 @@ from gymexp.rollout.outcome import Failed, Task
 from gymexp.run import ports
 from gymexp.run.control import Control
 from gymexp.run.directory import cache_dir
-from gymexp.run.supervisor import Service, Supervisor, spawn
+from gymexp.run.process import spawn
+from gymexp.run.supervisor import Service, Supervisor
 
 HERE = Path(__file__).resolve().parent
 TINY = HERE.parent / "gymexp" / "assets" / "tiny"

@@ -26,7 +26,8 @@ from gymexp.policy.snapshot import directory_of
 from gymexp.rollout.collect import Collector
 from gymexp.rollout.outcome import Failed, Task
 from gymexp.run import ports
-from gymexp.run.supervisor import Service, Supervisor, spawn
+from gymexp.run.process import spawn
+from gymexp.run.supervisor import Service, Supervisor
 
 JSON = {"Content-Type": "application/json"}
 SERVERS = {

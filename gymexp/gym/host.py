@@ -189,6 +189,9 @@ def main() -> None:
             *lines, pending = (pending + chunk).split(b"\n")
             for line in lines:
                 message = json.loads(line)
+                if "alive" in message:
+                    say(alive=True)
+                    continue
                 name = message["start"]
                 say(started=name, pid=start(name, message["log"], classes[name], sockets[name]))
 

@@ -24,8 +24,9 @@ from gymexp.errors import ConfigError, ServiceError
 from gymexp.gym.install import environ_for
 from gymexp.run.directory import OWN_SERVERS as KINDS
 from gymexp.run.directory import own_servers
-from gymexp.run.supervisor import Child, LocalProcess, Running, last_lines
+from gymexp.run.process import Child, LocalProcess, Running, last_lines
 
+_ALIVE_S = 5.0
 _HOST = Path(__file__).with_name("host.py")  # not imported: it runs in NeMo Gym's Python
 POLICY = "policy_model"
 
@@ -201,9 +202,10 @@ class GymHost:
         self._ends: dict[int, asyncio.Future[int]] = {}
         self._order = asyncio.Lock()
 
-    async def start(self) -> Running:
+    async def start(self, heard: Callable[[], None] = lambda: None) -> Running:
         """Start the host process; its servers can be started once NeMo Gym is imported, which they wait
-        for."""
+        for. heard: called whenever the host says something, which it is asked to do every few seconds; while
+        it imports NeMo Gym it is taken to be alive."""
         env = environ_for(self._python) | {
             "HF_HOME": os.environ.get("HF_HOME", str(Path.home() / ".cache/huggingface")),
             "RAY_USAGE_STATS_ENABLED": "0",
@@ -226,8 +228,17 @@ class GymHost:
             )
         servers = {name: {"module": module, "fd": fds[name]} for name, module in self._layout.modules.items()}
         self._send({"config": self._layout.config, "servers": servers, "own": str(own_servers())})
-        self._reader = asyncio.create_task(self._read())
+        self._reader = asyncio.create_task(self._read(heard))
+        self._asking = asyncio.create_task(self._ask_for_life(heard))
         return Child(self._process)
+
+    async def _ask_for_life(self, heard: Callable[[], None]) -> None:
+        while self._process.returncode is None:
+            if self._loaded.done():
+                self._send({"alive": True})
+            else:
+                heard()  # the supervisor has a deadline for the start of each server
+            await asyncio.sleep(_ALIVE_S)
 
     async def start_server(self, name: str, log: Path) -> Running:
         await asyncio.shield(self._loaded)
@@ -241,10 +252,11 @@ class GymHost:
         assert self._process.stdin is not None
         self._process.stdin.write(orjson.dumps(message) + b"\n")
 
-    async def _read(self) -> None:
+    async def _read(self, heard: Callable[[], None]) -> None:
         assert self._process.stdout is not None
         while line := await self._process.stdout.readline():
             message = orjson.loads(line)
+            heard()
             if "loaded" in message:
                 self._loaded.set_result(None)
             elif "started" in message:

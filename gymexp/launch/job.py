@@ -25,7 +25,7 @@ from gymexp.launch.freeze import FrozenJob, read_job
 from gymexp.run import agent, lifeline
 from gymexp.run.allocation import Allocation
 from gymexp.run.directory import RunDirectory, append_line, read_json, read_lines, replace_file
-from gymexp.run.entry import guarded, log_to_terminal
+from gymexp.run.entry import guarded, log_to_terminal, outlive_readers
 from gymexp.run.nodes import announce, read_task
 from gymexp.run.placement import num_nodes
 from gymexp.train import train
@@ -63,7 +63,8 @@ def here(sweep_dir: str, num: int) -> None:
     Raises GymexpError, Interrupted as well, with result.json saying so.
     """
     held = RunDirectory(Path(sweep_dir) / str(num))
-    _raise_on_signals(signal.SIGINT, signal.SIGTERM)
+    hup = [] if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [signal.SIGHUP]
+    _raise_on_signals(signal.SIGINT, signal.SIGTERM, *hup)
     try:
         train(*_said(held, read_job(held.path)), held.path)
     except Exception as error:
@@ -159,5 +160,6 @@ def _set_outcome(held: RunDirectory, allocation: Allocation, outcome: str) -> No
 
 if __name__ == "__main__":
     lifeline.die_with_parent()
+    outlive_readers()
     log_to_terminal()
     guarded(here, RunConfig)(sys.argv[1], int(sys.argv[2]))

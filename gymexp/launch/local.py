@@ -21,7 +21,7 @@ from gymexp.errors import Interrupted
 from gymexp.launch.check import End, check_jobs, returns
 from gymexp.launch.freeze import claim, freeze, name_of, read_sweep, take_back
 from gymexp.run.directory import RunDirectory
-from gymexp.run.supervisor import ended
+from gymexp.run.process import ended
 from gymexp.train import refuse_dry_run
 from gymexp.view.progress import View
 
@@ -46,8 +46,8 @@ class LocalLauncher(basic_launcher.BasicLauncher):
 def run_jobs(sweep: Path, nums: Sequence[int]) -> dict[int, End]:
     """Run jobs of a frozen sweep, for the first time or on with them; returns their ends by number.
 
-    The first SIGINT or SIGTERM ends the job that runs, after a checkpoint, and the sweep with it: raises
-    Interrupted. One more ends the job at once.
+    The first SIGINT, SIGTERM or SIGHUP ends the job that runs, after a checkpoint, and the sweep with it:
+    raises Interrupted. One more ends the job at once.
     """
     claim(sweep)
     said = read_sweep(sweep)
@@ -69,7 +69,10 @@ def run_jobs(sweep: Path, nums: Sequence[int]) -> dict[int, End]:
             f"ended by {which} {when}; go on with: python -m gymexp.sweep resubmit {shlex.quote(str(sweep))}",
         )
 
-    handlers = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    handlers = {number: signal.signal(number, pass_on) for number in numbers}
     try:
         for at, num in enumerate(nums, 1):
             name, run = name_of(num, swept[num]), RunDirectory(sweep / str(num))

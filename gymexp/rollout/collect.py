@@ -31,10 +31,13 @@ from gymexp.rollout.outcome import Cause, Failed, Outcome, Played, Task, task_of
 
 log = logging.getLogger(__name__)
 _AFTER_FAILURE_S = 0.3
-_CONTROL_LOST_S = 10.0
 _PROGRESS_S = 0.5
 _GATEWAY_TIMEOUT_S = 60.0
 _MEANWHILE_S = 1.0
+
+
+class ControllerGone(ServiceError):
+    """It hung up, which it does not do while its run goes on."""
 
 
 class Stopped(Exception):
@@ -158,12 +161,13 @@ class Collector:
         self._changed = asyncio.Event()
 
     async def _watch(self) -> None:
-        """Follow the controller's stream of service states."""
+        """Follow the controller's stream of service states. However long it says nothing, it is there until
+        it hangs up: it may be stopped (Ctrl-Z), and what ends it ends this process as well."""
         try:
             async with self._http.get(f"{self._control_url}/watch") as response:
-                while line := await asyncio.wait_for(response.content.readline(), _CONTROL_LOST_S):
+                while line := await response.content.readline():
                     self._see(orjson.loads(line)["services"])
-        except (aiohttp.ClientError, TimeoutError) as error:
+        except aiohttp.ClientError as error:
             self._lost_control = f"{type(error).__name__}: {error}"
         else:
             self._lost_control = "it closed the connection"
@@ -313,7 +317,7 @@ class Collector:
         if self._stop:
             raise Stopped
         if self._lost_control is not None:
-            raise ServiceError(f"the controller is gone: {self._lost_control}")
+            raise ControllerGone(f"the controller is gone: {self._lost_control}")
 
     async def _seat_for(self, task: Task) -> _Seat:
         """The replica with the fewest rollouts in flight, once one is ready; the controller bounds the

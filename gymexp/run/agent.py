@@ -20,9 +20,10 @@ import aiohttp
 
 from gymexp.errors import ServiceError
 from gymexp.run import ports
-from gymexp.run.nodes import HEARTBEAT_S, LocalNode, Task, lead_file
+from gymexp.run.clock import until_silent
+from gymexp.run.nodes import SILENCE_S, LocalNode, Task, lead_file
 from gymexp.run.placement import visible_gpus
-from gymexp.run.supervisor import Running
+from gymexp.run.process import Running
 
 log = logging.getLogger(__name__)
 _LEAD_TIMEOUT_S = 1800.0  # the lead makes data and NeMo Gym's venv ready before it calls
@@ -80,7 +81,7 @@ async def _connect(http: aiohttp.ClientSession, url: str, task: Task) -> aiohttp
     until = time.monotonic() + _CONNECT_TIMEOUT_S
     while True:
         try:
-            return await http.ws_connect(f"{url}/node", heartbeat=HEARTBEAT_S, max_msg_size=0)
+            return await http.ws_connect(f"{url}/node", max_msg_size=0)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             if time.monotonic() > until:
                 raise ServiceError(
@@ -97,17 +98,18 @@ class Agent:
         self._here = here
         self._connection = connection
         self._processes: dict[int, Running] = {}
+        self._dismissed = False
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def work(self) -> None:
         """Do what the lead says until it says that this is all. Raises ServiceError if it is gone."""
         self._keep(self._tell_memory())
-        async for message in self._connection:
-            if message.type is not aiohttp.WSMsgType.TEXT:  # silence, as an error
-                break
-            if not await self._do(json.loads(message.data)):
-                return
-        raise ServiceError("the lead is gone: it ended without a word, or was silent; all that ran here ends")
+        await until_silent(self._connection, self._do, SILENCE_S)
+        if not self._dismissed:
+            raise ServiceError(
+                f"the lead is gone: it ended without a word, or was silent for {SILENCE_S:.0f} s; all "
+                "that ran here ends"
+            )
 
     def end(self) -> None:
         for task in self._tasks:
@@ -116,10 +118,10 @@ class Agent:
             process.kill_tree()
 
     async def _do(self, message: dict[str, Any]) -> bool:
-        """Whether there may be more to do."""
+        """Whether this is all that there is to do."""
         match message:
             case {"do": "end"}:
-                return False
+                self._dismissed = True
             case {"do": "start", "id": number, "command": command, "log": log, **more}:
                 await self._start(number, command, Path(log), more)
             case {"do": "listen" | "reserve" as kind, "id": number}:
@@ -132,7 +134,7 @@ class Agent:
                     process.terminate()
                 else:
                     process.kill_tree()
-        return True
+        return self._dismissed
 
     async def _start(self, number: int, command: list[str], log: Path, more: dict[str, Any]) -> None:
         try:

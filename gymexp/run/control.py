@@ -3,7 +3,8 @@ unless the run has several nodes.
 
 GET /watch streams a JSON line at every change of a service, and one a second: {"services": {name: {state,
 epoch, rss_mb, log}}}. POST /restart/{name} ends a service, which comes back. POST /progress takes what the
-live view shows. GET /node is for the agents of other nodes (`gymexp.run.nodes`).
+live view shows. POST /alive/{name} says that a trainer lives. GET /node is for the agents of other nodes
+(`gymexp.run.nodes`).
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ class Control:
                 web.get("/watch", self._watch),
                 web.post("/restart/{name}", self._restart),
                 web.post("/progress", self._progress),
+                web.post("/alive/{name}", self._alive),
                 *([web.get("/node", self.nodes.welcome)] if self.nodes else []),
             ]
         )
@@ -85,6 +87,11 @@ class Control:
         if self.supervisor is None or name not in self.supervisor.services:
             raise web.HTTPNotFound(text=f"no service is named {name}")
         self.supervisor.restart(name)
+        return web.Response()
+
+    async def _alive(self, request: web.Request) -> web.Response:
+        if self.supervisor:
+            self.supervisor.heard(request.match_info["name"])
         return web.Response()
 
     async def _progress(self, request: web.Request) -> web.Response:

@@ -32,8 +32,7 @@ import psutil
 
 from gymexp.config import RunConfig
 from gymexp.errors import Interrupted, NodeLost, ServiceError
-from gymexp.gym import attached
-from gymexp.gym.servers import GymHost, Layout, plan
+from gymexp.gym.servers import GymHost, Layout
 from gymexp.policy import vllm
 from gymexp.run import ports, services
 from gymexp.run.allocation import Allocation
@@ -41,11 +40,13 @@ from gymexp.run.control import Control
 from gymexp.run.directory import RunDirectory, append_line, replace_file
 from gymexp.run.nodes import Endpoint, Node, Nodes, this_node
 from gymexp.run.placement import Placement, num_nodes, place
-from gymexp.run.supervisor import Service, Supervisor, ended, last_lines
+from gymexp.run.process import last_lines
+from gymexp.run.supervisor import Service, Supervisor
 from gymexp.view.progress import View
 
 log = logging.getLogger(__name__)
 _STATUS_S = 1.0
+_BEFORE_TRAINING = ("start", "load model", "load engine")  # phases in which there is nothing to save
 _SAVING_S = 120.0  # for a trainer's last checkpoint, once a service has failed
 _SAME_SIGNAL_S = 2.0  # for a signal to come here, when Slurm sends it to every process of a job
 _LAST_WORDS_S = 5.0  # for the first rank to say why it ends, once another one has failed
@@ -121,7 +122,8 @@ class Controller:
                     self._placement = place(self._config, [node.gpus for node in nodes])
                 at = await self._open_engines(nodes)
                 gateway_url = ports.url_of(gateway_sock)
-                layout = await self._layout(supervisor, site, gateway_url, sockets, gym_python, here.address)
+                where = gym_python, site, gateway_url, sockets, here.address
+                layout = await services.gym_layout(self._config, self._directory, supervisor, *where)
                 first = nodes[self._placement.training[0].node]
                 self._write_services(layout, control.url, gateway_url, at, first.address)
                 host = GymHost(gym_python, layout, sockets, self._directory.logs / "gym-host.log")
@@ -137,7 +139,9 @@ class Controller:
                 raise error from None
             except Exception as error:
                 # Elsewhere than in a job: the trainer was asked before it could take note of it.
-                unheard = self._allocation or any(rank.exit_code == -signal.SIGTERM for rank in self._ranks)
+                unheard = self._allocation or any(
+                    rank.exit_code == -signal.SIGTERM or rank.ended_for for rank in self._ranks
+                )
                 if unheard and not isinstance(error, Interrupted) and await self._ending(error):
                     log.warning("the run did not save at its end: %s", error)
                     interrupted = self._interrupted("before it could save")
@@ -183,7 +187,8 @@ class Controller:
     ) -> None:
         config, held, directory = self._config, self._placement, self._directory
         if config.gym.runtime == "managed":
-            for service in services.gym_servers(config, directory, host, sockets):
+            heard = lambda: supervisor.heard("gym-host")  # noqa: E731
+            for service in services.gym_servers(config, directory, host, sockets, heard):
                 supervisor.add(service)
         for service in services.engines(config, held, directory, nodes, at, ports.url_of(gateway_sock)):
             supervisor.add(service)
@@ -197,44 +202,6 @@ class Controller:
 
     def _engine_urls(self, at: Sequence[Endpoint]) -> list[str]:
         return self._config.engine.urls or [endpoint.url for endpoint in at]
-
-    async def _layout(
-        self,
-        supervisor: Supervisor,
-        site: Path,
-        policy_url: str,
-        sockets: dict[str, socket.socket],
-        gym_python: Path,
-        address: str,
-    ) -> Layout:
-        """Where the environments' servers are to be, or are. address: this node's."""
-        config, gym = self._config, self._config.gym
-        if gym.runtime == "attach":
-            head = attached.read_head(gym.head_host, gym.head_port)
-            attached.check_policy(head, gym.policy_port or 0)
-            attached.replicas_of(head, config.env)  # what it does not have, it will not have later either
-            at = gym.head_host, gym.head_port
-            return Layout(replicas=await attached.wait_for_agents(*at, config.env, gym.start_timeout_s))
-        if gym.runtime == "cli":
-            with ports.listen() as free:
-                head_port = free.getsockname()[1]
-            supervisor.add(services.gym_command(config, self._directory, gym_python, head_port, policy_url))
-            finding = asyncio.create_task(
-                attached.wait_for_agents("127.0.0.1", head_port, config.env, gym.start_timeout_s)
-            )
-            try:
-                await asyncio.wait({finding, supervisor.failed}, return_when=asyncio.FIRST_COMPLETED)
-                if supervisor.failed.done():
-                    supervisor.failed.result()
-                return Layout(replicas=await finding)
-            finally:
-                finding.cancel()
-
-        def port(name: str) -> int:
-            sockets[name] = ports.listen(address)
-            return sockets[name].getsockname()[1]
-
-        return plan(config.env, gym, site, policy_url, port, config.model.chat_template_kwargs, address)
 
     async def _until_trained(self, supervisor: Supervisor) -> dict[str, Any]:
         """Wait for the trainer's end, a failure, or a failed start, whichever is first."""
@@ -278,7 +245,7 @@ class Controller:
         if failed and not self._directory.result.exists():
             rank = min(failed, key=lambda rank: rank.ended_at)
             raise ServiceError(
-                f"{rank.name} {ended(rank.exit_code or 0)}. The end of {rank.log}:\n{last_lines(rank.log)}"
+                f"{rank.name} {rank.how_it_ended}. The end of {rank.log}:\n{last_lines(rank.log)}"
             )
 
     async def _ending(self, error: BaseException) -> bool:
@@ -316,7 +283,8 @@ class Controller:
                 return
             again, self._asked = self._asked is not None, number
             supervisor.let_go()
-            if again or not self._ranks or not self._ranks[0].running:
+            nothing_done = self._facts.get("phase") in _BEFORE_TRAINING
+            if again or nothing_done or not self._ranks or not self._ranks[0].running:
                 supervisor.hurry()
                 me.cancel()
                 return
@@ -329,8 +297,10 @@ class Controller:
             with contextlib.suppress(RuntimeError):
                 loop.call_soon_threadsafe(asked, number)
 
-        warned = [signal.SIGUSR2] if self._allocation else []
-        for number in (signal.SIGINT, signal.SIGTERM, *warned):
+        numbers = [signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR2] if self._allocation else [])]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup has it
+            numbers.append(signal.SIGHUP)
+        for number in numbers:
             self._handlers[number] = signal.signal(number, received)
 
     def _write_services(
@@ -370,8 +340,11 @@ class Controller:
         if facts.get("done") and not self._played:
             self._played = True
             self._mark("first rollout")
+        entries = facts.pop("entries", [])
         self._facts = facts
         self._view.update(facts)
+        for entry in entries:
+            self._view.log(**entry)
 
     def _write_status(self, supervisor: Supervisor) -> None:
         states = {s.name: s.state for s in supervisor.services.values()}

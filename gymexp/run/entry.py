@@ -4,6 +4,7 @@ better."""
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import importlib
 import logging
@@ -13,7 +14,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import hydra
 from hydra._internal.core_plugins.basic_launcher import BasicLauncher
@@ -28,6 +29,7 @@ from gymexp.errors import GymexpError
 from gymexp.run import completion
 
 Job = Callable[[DictConfig], Any]
+T = TypeVar("T")
 _SUBMITIT = "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher"
 _BASIC = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
 
@@ -44,6 +46,9 @@ def guarded(main: Callable[..., Any], schema: type) -> Callable[..., Any]:
         except HydraException as error:
             print(f"error: {explain(error, schema)}", file=sys.stderr)
             sys.exit(1)
+        except BrokenPipeError:  # `| head` has seen enough; what is still buffered is for nobody
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
 
     return wrapped
 
@@ -54,9 +59,44 @@ def _end(error: GymexpError) -> NoReturn:
     if number is None:
         sys.exit(1)
     # Python's shutdown gives signals their default effect back, and one more would change the exit code.
-    for one in (signal.SIGINT, signal.SIGTERM):
+    for one in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(one, signal.SIG_IGN)
     sys.exit(128 + number)
+
+
+class _Lasting:
+    """A standard stream that goes on, into nothing, once whoever read it is gone: a run does not end for
+    that."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        return self._try(lambda: self._stream.write(text), len(text))
+
+    def flush(self) -> None:
+        self._try(self._stream.flush, None)
+
+    def _try(self, write: Callable[[], T], instead: T) -> T:
+        try:
+            return write()
+        except (BrokenPipeError, ConnectionResetError):
+            pass
+        except OSError as error:
+            if error.errno != errno.EIO:  # a terminal that was closed; a full disk is another matter
+                raise
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nothing, self._stream.fileno())  # for what is buffered, and for processes that inherit it
+        os.close(nothing)
+        return instead
+
+
+def outlive_readers() -> None:
+    """From now on nobody has to read standard output and standard error to their end."""
+    sys.stdout, sys.stderr = _Lasting(sys.stdout), _Lasting(sys.stderr)
 
 
 def log_to_terminal() -> None:
@@ -96,6 +136,8 @@ def hydra_main(
             plugins.class_name_to_class[_SUBMITIT] = _no_launcher
         # Hydra would print its own errors and exit; this lets them come here.
         os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+        if launches:
+            outlive_readers()
         log_to_terminal()
         job = hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=config_name)
         return guarded(job(_in_job(main)), schema)

@@ -6,9 +6,9 @@ Under Slurm one task a node runs the same job. Task 0 is the lead, with the cont
 
 Over the connection, a websocket, go JSON objects. The lead's: {"do": "start", "id", "command", "env", "log",
 "fds", "reap"}, {"do": "listen" | "reserve", "id"}, {"do": "signal", "process", "number"}, {"do": "terminate"
-| "kill", "process"}, {"do": "end"}. The agent's: first {"rank", "name", "address", "gpus"}, then {"id", …} in
-answer, with "error" where it failed, {"ended": process, "code"} and {"rss_mb": {process: …}}. A process is
-called by the id of what started it.
+| "kill", "process"}, {"do": "end"}, and {"do": "beat"} when it has said nothing for a while. The agent's:
+first {"rank", "name", "address", "gpus"}, then {"id", …} in answer, with "error" where it failed, {"ended":
+process, "code"}, and {"rss_mb": {process: …}} now and then. A process is called by the id of what started it.
 """
 
 from __future__ import annotations
@@ -27,16 +27,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from aiohttp import WSMsgType, web
+from aiohttp import web
 
 from gymexp.errors import ConfigError, NodeLost, ServiceError
 from gymexp.run import ports
+from gymexp.run.clock import until_silent
 from gymexp.run.directory import replace_file
 from gymexp.run.placement import visible_gpus
-from gymexp.run.supervisor import Running, spawn
+from gymexp.run.process import Running, spawn
 
 log = logging.getLogger(__name__)
-HEARTBEAT_S = 10.0  # a node that is silent for one and a half of these is lost
+SILENCE_S = 60.0  # a node of which nothing was heard for so long is lost; one whose agent ends, at once
+_BEAT_S = 5.0
 _JOIN_TIMEOUT_S = 120.0
 _ANSWER_TIMEOUT_S = 60.0
 _END_TIMEOUT_S = 10.0
@@ -112,7 +114,7 @@ class Node(Protocol):
         fds: Sequence[int] = (),
         reap: bool = False,
     ) -> Running:
-        """As `supervisor.spawn`. The log is where every node sees it."""
+        """As `process.spawn`. The log is where every node sees it."""
         ...
 
 
@@ -167,6 +169,7 @@ class _RemoteProcess:
     ended: asyncio.Future[int]
     tell: Callable[..., None]
     rss_mb: float = 0.0
+    is_stopped: bool = False  # not told over nodes
 
     async def wait(self) -> int:
         return await asyncio.shield(self.ended)  # who waits may be cancelled before it has ended
@@ -222,14 +225,11 @@ class RemoteNode:
         """Pass on what the agent says, until it hangs up or falls silent."""
         sending = asyncio.create_task(self._send())
         try:
-            async for message in self.socket:
-                if message.type is not WSMsgType.TEXT:  # silence, as an error
-                    break
-                self._take(json.loads(message.data))
+            await until_silent(self.socket, self._take, SILENCE_S)
         finally:
             sending.cancel()
             self.lost = NodeLost(
-                f"node {self.name} is lost: its agent ended, or was silent for {1.5 * HEARTBEAT_S:.0f} s. "
+                f"node {self.name} is lost: its agent ended, or was silent for {SILENCE_S:.0f} s. "
                 "What ran there is gone. Slurm's log of the job may say why; resume the run without the node "
                 f"(Slurm's --exclude={self.name})"
             )
@@ -246,7 +246,11 @@ class RemoteNode:
     async def _send(self) -> None:
         with contextlib.suppress(OSError):  # the reader notices as well
             while True:
-                await self.socket.send_json(await self._out.get())
+                try:
+                    message = await asyncio.wait_for(self._out.get(), _BEAT_S)
+                except TimeoutError:
+                    message = {"do": "beat"}
+                await self.socket.send_json(message)
 
     async def _ask(self, **message: Any) -> dict[str, Any]:
         if self.lost:
@@ -331,11 +335,11 @@ class Nodes:
         given = request.headers.get("Authorization", "")
         if not hmac.compare_digest(given, f"Bearer {self._secret}"):
             raise web.HTTPForbidden(text="the secret is not the one in lead.json")
-        response = web.WebSocketResponse(heartbeat=HEARTBEAT_S)
+        response = web.WebSocketResponse()
         await response.prepare(request)
         self._open += 1
         try:
-            hello = await response.receive_json(timeout=HEARTBEAT_S)
+            hello = await response.receive_json(timeout=SILENCE_S)
             rank = hello.pop("rank")
             node = self._others[rank] = RemoteNode(socket=response, **hello)
             log.info("node %s has joined", node.name)

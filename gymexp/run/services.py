@@ -3,6 +3,7 @@ are well."""
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 import sys
@@ -13,16 +14,20 @@ import aiohttp
 
 from gymexp.config import RunConfig
 from gymexp.gym import attached
-from gymexp.gym.servers import GymHost
+from gymexp.gym.servers import GymHost, Layout, plan
 from gymexp.policy import vllm
 from gymexp.policy.snapshot import directory_of
 from gymexp.run import ports
 from gymexp.run.directory import RunDirectory
 from gymexp.run.nodes import Endpoint, Node
 from gymexp.run.placement import Placement, Share
-from gymexp.run.supervisor import Running, Service, spawn
+from gymexp.run.process import Running, spawn
+from gymexp.run.supervisor import Service, Supervisor
 
 _GATEWAY_PATIENCE_S = 30.0
+# A trainer says each few seconds that it lives, from a thread that Python may keep waiting: while a library
+# writes or loads a large file, say.
+_TRAINER_SILENCE_S = 900.0
 
 
 def gateway(
@@ -67,7 +72,13 @@ def trainers(
             env |= {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // here))}
             env |= {"RANK": str(number), "LOCAL_RANK": str(local)}
         node = nodes[share.node]
-        return Service(name, lambda: node.spawn(command, log, env, () if number else fds), log, job=True)
+        return Service(
+            name,
+            lambda: node.spawn(command, log, env, () if number else fds),
+            log,
+            job=True,
+            silence_s=_TRAINER_SILENCE_S,
+        )
 
     places = [(i, share) for share in placement.training for i in range(max(1, len(share.gpus)))]
     return [rank(number, *place) for number, place in enumerate(places)]
@@ -144,16 +155,22 @@ def _hf_command(directory: RunDirectory) -> _Command:
 
 
 def gym_servers(
-    config: RunConfig, directory: RunDirectory, host: GymHost, socks: Mapping[str, socket.socket]
+    config: RunConfig,
+    directory: RunDirectory,
+    host: GymHost,
+    socks: Mapping[str, socket.socket],
+    heard: Callable[[], None],
 ) -> list[Service]:
-    """The host and the servers that it forks, by name."""
+    """The host and the servers that it forks, by name. heard: called at each sign of life of the host."""
 
     def server(name: str, sock: socket.socket) -> Service:
         log: Path = directory.logs / f"{name}.log"
         url, restarts = ports.url_of(sock), config.gym.max_restarts
         return Service(name, lambda: host.start_server(name, log), log, url, max_restarts=restarts)
 
-    return [Service("gym-host", host.start, host.log), *(server(*item) for item in socks.items())]
+    silence_s = config.gym.health_timeout_s
+    gym_host = Service("gym-host", lambda: host.start(heard), host.log, silence_s=silence_s)
+    return [gym_host, *(server(*item) for item in socks.items())]
 
 
 def gym_command(
@@ -165,6 +182,47 @@ def gym_command(
     env = attached.start_environment(gym_python)
     cwd = Path(config.gym.checkout or ".")
     return Service("gym", lambda: spawn(command, log, env, cwd=cwd, reap=True), log)
+
+
+async def gym_layout(
+    config: RunConfig,
+    directory: RunDirectory,
+    supervisor: Supervisor,
+    gym_python: Path,
+    site: Path,
+    policy_url: str,
+    sockets: dict[str, socket.socket],
+    address: str,
+) -> Layout:
+    """Where the environments' servers are to be, or are. sockets: gets one a server that gymexp starts, by
+    name. address: this node's."""
+    gym = config.gym
+    if gym.runtime == "attach":
+        head = attached.read_head(gym.head_host, gym.head_port)
+        attached.check_policy(head, gym.policy_port or 0)
+        attached.replicas_of(head, config.env)  # what it does not have, it will not have later either
+        at = gym.head_host, gym.head_port
+        return Layout(replicas=await attached.wait_for_agents(*at, config.env, gym.start_timeout_s))
+    if gym.runtime == "cli":
+        with ports.listen() as free:
+            head_port = free.getsockname()[1]
+        supervisor.add(gym_command(config, directory, gym_python, head_port, policy_url))
+        finding = asyncio.create_task(
+            attached.wait_for_agents("127.0.0.1", head_port, config.env, gym.start_timeout_s)
+        )
+        try:
+            await asyncio.wait({finding, supervisor.failed}, return_when=asyncio.FIRST_COMPLETED)
+            if supervisor.failed.done():
+                supervisor.failed.result()
+            return Layout(replicas=await finding)
+        finally:
+            finding.cancel()
+
+    def port(name: str) -> int:
+        sockets[name] = ports.listen(address)
+        return sockets[name].getsockname()[1]
+
+    return plan(config.env, gym, site, policy_url, port, config.model.chat_template_kwargs, address)
 
 
 async def _hold(gateway_url: str, url: str) -> None:

@@ -1,60 +1,32 @@
 """The processes of a run: started, watched, restarted within a limit, ended together.
 
-Every process writes to its own log. A service that exits unasked, or answers no health check for too long, is
+Every process writes to its own log. A service that exits unasked, or gives no sign of life for too long, is
 restarted; one that does so more than `max_restarts` times ends the run with its name, its last words and its
-log.
+log. Signs of life are an answered health check, or what `Supervisor.heard` is told; a process that is stopped
+(SIGSTOP) gives none.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-import os
-import signal
-import sys
+import math
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import aiohttp
-import psutil
 
 from gymexp.errors import NodeLost, ServiceError
-from gymexp.run import lifeline
-from gymexp.run.environment import without_launchers
+from gymexp.run.clock import RunningClock
+from gymexp.run.process import Running, ended, last_lines
 
 log = logging.getLogger(__name__)
 _TERM_GRACE_S = 15.0
 _POLL_S = 0.1
-
-
-class Running(Protocol):
-    """A started process, on whichever node."""
-
-    @property
-    def pid(self) -> int: ...
-
-    @property
-    def rss_mb(self) -> float:
-        """As last seen; 0 where it is not known."""
-        ...
-
-    async def wait(self) -> int:
-        """Its exit code; negative: a signal's number. Raises ServiceError if what runs it is gone."""
-        ...
-
-    def signal(self, number: int) -> None: ...
-
-    def terminate(self) -> None:
-        """SIGTERM. What it has started by now is ended by a later `kill_tree`, even where it went before."""
-        ...
-
-    def kill_tree(self) -> None:
-        """SIGKILL to the process and to what it started."""
-        ...
+_STOPPED_AT_END_S = 10.0  # for a process that is stopped when it is asked to end
 
 
 Start = Callable[[], Coroutine[Any, Any, Running]]
@@ -72,6 +44,7 @@ class Service:
     health: str = "/"
     max_restarts: int = 0
     start_timeout_s: float | None = None  # None: the supervisor's
+    silence_s: float | None = None  # it tells `Supervisor.heard` of itself; at the longest so rarely
     explain: Callable[[Path], str] = lambda _: ""  # what to do about the failure that its log shows
     job: bool = False  # ends by itself, once; what its end means is its starter's to judge
     retry_start: bool = True  # one that ends before it was ever ready may do better the next time
@@ -79,10 +52,11 @@ class Service:
     epoch: int = 0
     exit_code: int | None = None  # of its last end; negative: a signal's number
     ended_at: float = 0.0
+    ended_for: str = ""  # why the supervisor ended it last, where it did
     failures: int = 0
     running: Running | None = None
     rss_mb: float = 0.0
-    seen: float = field(default=0.0, repr=False)  # when it last answered
+    seen: float = field(default=0.0, repr=False)  # when it last answered, by the supervisor's clock
 
     @property
     def pid(self) -> int | None:
@@ -92,95 +66,9 @@ class Service:
         if self.running:
             self.running.signal(number)
 
-
-class LocalProcess:
-    """A process of this machine, by its id; `wait` is its starter's."""
-
-    def __init__(self, pid: int) -> None:
-        self.pid = pid
-        try:
-            self._process = psutil.Process(pid)  # which knows it from a later one of the same id
-        except psutil.NoSuchProcess:
-            self._process = None
-        self._tree: set[psutil.Process] = set()
-
     @property
-    def rss_mb(self) -> float:
-        with contextlib.suppress(psutil.Error):
-            return self._process.memory_info().rss / 2**20 if self._process else 0.0
-        return 0.0
-
-    def signal(self, number: int) -> None:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if self._process:
-                self._process.send_signal(number)
-
-    def terminate(self) -> None:
-        self._look()
-        self.signal(signal.SIGTERM)
-
-    def kill_tree(self) -> None:
-        self._look()
-        for process in self._tree:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-
-    def _look(self) -> None:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if self._process:
-                self._tree |= {self._process, *self._process.children(recursive=True)}
-
-
-class Child(LocalProcess):
-    """A process started by `spawn`."""
-
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
-        super().__init__(process.pid)
-        self._child = process
-
-    async def wait(self) -> int:
-        return await self._child.wait()
-
-
-async def spawn(
-    command: Sequence[str | os.PathLike[str]],
-    log: Path,
-    env: Mapping[str, str] | None = None,
-    fds: Sequence[int] = (),
-    cwd: Path | None = None,
-    reap: bool = False,
-) -> Child:
-    """Start a command in a session of its own, that ends with this process; its output is appended to `log`.
-
-    reap: the command starts processes that may outlive it (Ray's do); they end with it.
-    """
-    with log.open("ab") as out:
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-S",
-            lifeline.__file__,
-            str(os.getpid()),
-            *(["--reap"] if reap else []),
-            *command,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=out,
-            stderr=out,
-            env={**without_launchers(), **(env or {})},
-            pass_fds=fds,
-            cwd=cwd,
-            start_new_session=True,
-        )
-    return Child(process)
-
-
-def last_lines(path: Path, count: int = 12) -> str:
-    """The end of a log, for an error message."""
-    if not path.exists():
-        return ""
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - 16_000))
-        lines = file.read().decode(errors="replace").splitlines()
-    return "\n".join(f"    {line[:300]}" for line in lines[-count:])
+    def how_it_ended(self) -> str:
+        return self.ended_for or ended(self.exit_code or 0)
 
 
 class Supervisor:
@@ -206,6 +94,7 @@ class Supervisor:
         self._letting_go = False
         self._term_grace_s = _TERM_GRACE_S
         self._http: aiohttp.ClientSession | None = None
+        self._clock = RunningClock().start()
 
     def add(self, service: Service) -> None:
         self.services[service.name] = service
@@ -213,11 +102,11 @@ class Supervisor:
 
     async def wait_ready(self, names: Sequence[str], deadline_s: float) -> None:
         """Raises ServiceError if one of `names` is not ready in time, or the run has failed meanwhile."""
-        until = time.monotonic() + deadline_s
+        until = self._clock.now() + deadline_s
         while waiting := [n for n in names if self.services[n].state != "ready"]:
             if self.failed.done():
                 self.failed.result()
-            if time.monotonic() > until:
+            if self._clock.now() > until:
                 service = self.services[waiting[0]]
                 raise ServiceError(
                     f"{', '.join(waiting)} did not become ready within {deadline_s:.0f} s "
@@ -232,6 +121,11 @@ class Supervisor:
         if service.state == "ready" and service.running:
             self._set(service, "restarting")
             service.running.kill_tree()
+
+    def heard(self, name: str) -> None:
+        """A service with `silence_s` lives."""
+        if service := self.services.get(name):
+            service.seen = self._clock.now()
 
     def let_go(self) -> None:
         """From now on a service may end: it is not started again, and that is no failure. What asked the run
@@ -252,6 +146,7 @@ class Supervisor:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._clock.stop()
         if self._http:
             await self._http.close()
 
@@ -274,7 +169,7 @@ class Supervisor:
             while not self._closing:
                 self._set(service, "starting")
                 running = await service.start()
-                service.running, service.seen = running, time.monotonic()
+                service.running, service.seen, service.ended_for = running, self._clock.now(), ""
                 watch = asyncio.create_task(self._watch(service))
                 try:
                     code = await running.wait()  # ServiceError: its host is gone, and it as well
@@ -292,10 +187,10 @@ class Supervisor:
                     service.failures += 1
                     last = hopeless or service.failures > service.max_restarts
                     again = "" if last else "; starting it again"
-                    log.warning("%s %s%s (log: %s)", service.name, ended(code), again, service.log)
+                    log.warning("%s %s%s (log: %s)", service.name, service.how_it_ended, again, service.log)
                     if last:
                         raise ServiceError(
-                            f"{service.name} {ended(code)}"
+                            f"{service.name} {service.how_it_ended}"
                             + (
                                 f" (failure {service.failures}, gym.max_restarts={service.max_restarts})"
                                 if service.failures > 1
@@ -317,31 +212,48 @@ class Supervisor:
             self.failed.exception()  # looked at: asyncio need not say that nobody did
 
     async def _watch(self, service: Service) -> None:
-        """Ask a service how it is; kill it when it has not answered for `health_timeout_s`.
+        """Ask a service how it is; kill it when it has given no sign of life for too long.
 
         One that is starting has `start_timeout_s`: a restart may hang as well.
         """
         if service.url is None:
             self._set(service, "ready")
+        ran = self._clock.now()  # when it was last seen not to be stopped
         while True:
-            if service.url is not None:
-                answered = await self._ask(service)
-                now = time.monotonic()
-                if answered:
-                    service.seen = now
-                    if service.state == "starting":
-                        self._set(service, "ready")
-                elif now - service.seen > self._patience(service) and service.running:
-                    log.warning("%s has not answered for %.0f s: ending it", service.name, now - service.seen)
-                    service.running.kill_tree()
-            if service.running:
-                service.rss_mb = service.running.rss_mb
-            await asyncio.sleep(_POLL_S if service.state == "starting" else self._health_interval_s)
+            if service.url is not None and await self._ask(service):
+                service.seen = self._clock.now()
+                if service.state == "starting":
+                    self._set(service, "ready")
+            now, running = self._clock.now(), service.running
+            if running and not running.is_stopped:
+                ran = now
+            silent = now - service.seen if service.url or service.silence_s else 0.0
+            if running and silent > self._patience(service):
+                self._give_up(service, f"has not answered for {silent:.0f} s")
+            elif running and now - ran > self._patience_with_stopped:
+                self._give_up(service, f"was stopped for {now - ran:.0f} s (SIGSTOP)")
+            if running:
+                service.rss_mb = running.rss_mb
+            await asyncio.sleep(_POLL_S if service.state == "starting" else self._interval)
+
+    def _give_up(self, service: Service, why: str) -> None:
+        log.warning("%s %s: ending it", service.name, why)
+        service.ended_for = f"{why} and was ended"
+        assert service.running is not None
+        service.running.kill_tree()
 
     def _patience(self, service: Service) -> float:
         if service.state == "starting":
             return service.start_timeout_s or self._start_timeout_s
-        return self._health_timeout_s
+        return service.silence_s or self._health_timeout_s
+
+    @property
+    def _patience_with_stopped(self) -> float:
+        return min(self._health_timeout_s, _STOPPED_AT_END_S if self._letting_go else math.inf)
+
+    @property
+    def _interval(self) -> float:
+        return min(self._health_interval_s, _STOPPED_AT_END_S / 4 if self._letting_go else math.inf)
 
     async def _ask(self, service: Service) -> bool:
         self._http = self._http or aiohttp.ClientSession()
@@ -362,30 +274,3 @@ class Supervisor:
 def _advice(service: Service) -> str:
     advice = service.explain(service.log)
     return f": {advice}" if advice else ""
-
-
-def ended(code: int) -> str:
-    """How a process ended, in words; of SIGKILL also whether it may have been for want of memory."""
-    if code >= 0:
-        return f"exited with code {code}"
-    if -code == signal.SIGKILL and (kills := _oom_kills() - _OOM_KILLS_BEFORE) > 0:
-        return (
-            f"was ended by SIGKILL (out of memory: since the run began the kernel has ended {kills} for "
-            "that; ask for more, on Slurm by launcher.mem, or have smaller batches or fewer replicas)"
-        )
-    try:
-        return f"was ended by {signal.Signals(-code).name}"
-    except ValueError:
-        return f"was ended by signal {-code}"
-
-
-def _oom_kills() -> int:
-    """Of this machine since it started, in its jobs and containers too (proc_vmstat(5), oom_kill)."""
-    try:
-        lines = Path("/proc/vmstat").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)
-
-
-_OOM_KILLS_BEFORE = _oom_kills()

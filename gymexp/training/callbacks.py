@@ -8,6 +8,7 @@ import math
 import threading
 import time
 import urllib.request
+from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from gymexp.search.study import Judge
     from gymexp.training.trainer import PolicyTrainer
 
+_UNTOLD_ENTRIES = 1000
+
 
 class MetricsFile(TrainerCallback):
     """`metrics.jsonl`: one object a log entry, with `step` and the wall clock. Main process only."""
@@ -45,17 +48,23 @@ class MetricsFile(TrainerCallback):
 
 
 class Teller:
-    """Tells the controller what is going on. A controller that does not answer is not waited for."""
+    """Tells the controller what is going on: of facts the newest, of log entries each one. A controller that
+    does not answer is not waited for."""
 
     def __init__(self, control_url: str | None) -> None:
         self._url = control_url
         self._latest: dict[str, Any] = {}
+        self._entries: deque[dict[str, Any]] = deque(maxlen=_UNTOLD_ENTRIES)
         self._news = threading.Event()
         if control_url:
             threading.Thread(target=self._send, name="teller", daemon=True).start()
 
     def tell(self, **facts: Any) -> None:
         self._latest |= facts
+        self._news.set()
+
+    def log(self, step: int, logs: Mapping[str, Any]) -> None:
+        self._entries.append({"step": step, "logs": dict(logs)})
         self._news.set()
 
     def progress(self, progress: Progress) -> None:
@@ -73,11 +82,15 @@ class Teller:
         while True:
             self._news.wait()
             self._news.clear()
-            body = json.dumps(self._latest).encode()
+            entries = list(self._entries)
+            body = json.dumps(self._latest | {"entries": entries}).encode()
             try:
                 open_url(urllib.request.Request(f"{self._url}/progress", body), timeout_s=5).close()
+                for _ in entries:
+                    self._entries.popleft()
             except OSError:
                 time.sleep(1.0)
+                self._news.set()
             time.sleep(0.2)
 
 
@@ -92,7 +105,9 @@ class Steps(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         shown = {k: _plain(v) for k, v in (logs or {}).items() if isinstance(v, int | float)}
-        self._teller.tell(step=state.global_step, max_steps=state.max_steps, logs=shown)
+        self._teller.tell(step=state.global_step, max_steps=state.max_steps)
+        if shown:
+            self._teller.log(state.global_step, shown)
 
 
 class Evaluation(TrainerCallback):

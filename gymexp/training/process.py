@@ -6,6 +6,7 @@ leaves result.json. SIGTERM asks it to end after a checkpoint of the last finish
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -14,12 +15,15 @@ import secrets
 import signal
 import sys
 import threading
+import time
+import urllib.request
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gymexp.config import RunConfig, from_yaml
 from gymexp.errors import GymexpError
+from gymexp.run.direct import open_url
 from gymexp.run.directory import RunDirectory, read_json, replace_file
 from gymexp.run.lifeline import die_with_parent
 
@@ -29,6 +33,7 @@ if TYPE_CHECKING:
     from gymexp.training.trainer import PolicyTrainer
 
 log = logging.getLogger(__name__)
+_ALIVE_S = 5.0
 _OUT_OF_MEMORY = (
     "the trainer's GPU has too little memory for a micro-batch: halve trainer.per_device_train_batch_size "
     "and double trainer.gradient_accumulation_steps, leave trainer.gradient_checkpointing on, train "
@@ -88,6 +93,7 @@ def work(run: RunDirectory, config: RunConfig, asked: threading.Event) -> dict[s
     from gymexp.training.rollouts import Rollouts
     from gymexp.training.trainer import PolicyTrainer
 
+    threading.Thread(target=_say_alive, args=[services["control_url"]], name="alive", daemon=True).start()
     teller = Teller(services["control_url"] if main_rank else None)
     teller.tell(phase="load model")
     prepared = load_prepared(run.data)
@@ -135,6 +141,14 @@ def work(run: RunDirectory, config: RunConfig, asked: threading.Event) -> dict[s
         return result | ({"stopped": False, "pruned": evaluation.pruned} if evaluation.pruned else {})
 
 
+def _say_alive(control_url: str) -> None:
+    name = f"trainer-{_rank()}" if _rank() else "trainer"
+    while True:
+        with contextlib.suppress(OSError):
+            open_url(urllib.request.Request(f"{control_url}/alive/{name}", b""), timeout_s=_ALIVE_S).close()
+        time.sleep(_ALIVE_S)
+
+
 def _open_collector(
     config: RunConfig,
     services: dict[str, Any],
@@ -162,7 +176,7 @@ def _train(
     trainer: PolicyTrainer, evaluation: Evaluation, config: RunConfig, run: RunDirectory, resume: Path | None
 ) -> dict[str, Any]:
     """Train, held-out tasks before and after; returns what result.json says of these."""
-    from gymexp.rollout.collect import Stopped
+    from gymexp.rollout.collect import ControllerGone, Stopped
     from gymexp.training.callbacks import summary
 
     before: dict[str, float] = _remembered(run)
@@ -177,6 +191,9 @@ def _train(
             after = evaluation.run(trainer.state.global_step)
     except Stopped:
         trainer.stopped = True
+    except ControllerGone:
+        trainer.save_now()
+        raise
     if evaluation.pruned:
         log.info("pruned after step %d: %s", trainer.state.global_step, evaluation.pruned)
         return summary(before, evaluation.newest)

@@ -37,7 +37,7 @@ def env_numbers(logs: dict[str, Any], prefix: str = "") -> dict[str, dict[str, f
 
 
 class View:
-    """`say` prints a line that stays; `update` and `services` change what the live panel shows."""
+    """`say` and `log` print lines that stay; `update` and `services` change what the live panel shows."""
 
     def __init__(self, stream: Any = None) -> None:
         self._console = Console(file=stream or sys.stdout, highlight=False, soft_wrap=True)
@@ -46,7 +46,6 @@ class View:
         self._train: dict[str, dict[str, float]] = {}
         self._held_out: dict[str, dict[str, float]] = {}
         self._trained_since: tuple[float, int] | None = None
-        self._printed: Any = None
         self._live: Live | None = None
 
     def __enter__(self) -> View:
@@ -69,11 +68,6 @@ class View:
     def update(self, facts: dict[str, Any]) -> None:
         phase_before = self._facts.get("phase")
         self._facts = facts
-        logs = facts.get("logs") or {}
-        if held_out := env_numbers(logs, "eval_"):
-            self._held_out = held_out
-        if trained := env_numbers(logs):
-            self._train = trained
         if facts.get("phase") == "train" and self._trained_since is None:
             self._trained_since = (time.monotonic(), facts.get("step") or 0)
         if facts.get("phase") != phase_before and facts.get("phase") != "train":
@@ -82,10 +76,15 @@ class View:
                 if facts.get("step")
                 else str(facts.get("phase"))
             )
-        said = (facts.get("step"), sorted(logs))
-        if (held_out or trained) and said != self._printed:
-            self._printed = said
-            self.say(self._line(facts, "held-out " if held_out else "", held_out or trained, logs))
+
+    def log(self, step: int, logs: dict[str, Any]) -> None:
+        """An entry of the log, a step's or an evaluation's: a line that stays, and news for the panel."""
+        if held_out := env_numbers(logs, "eval_"):
+            self._held_out = held_out
+            self.say(self._line(step, "held-out ", held_out, logs))
+        if trained := env_numbers(logs):
+            self._train = trained
+            self.say(self._line(step, "", trained, logs))
 
     def time_left(self) -> float | None:
         """Seconds to the last step at the pace so far; None before the first step is done."""
@@ -95,11 +94,9 @@ class View:
         began, first = self._trained_since
         return (time.monotonic() - began) / (step - first) * (last - step)
 
-    def _line(
-        self, facts: dict[str, Any], what: str, envs: dict[str, dict[str, float]], logs: dict[str, Any]
-    ) -> str:
+    def _line(self, step: int, what: str, envs: dict[str, dict[str, float]], logs: dict[str, Any]) -> str:
         rewards = "  ".join(f"{env} {_shown(n.get('reward'))}" for env, n in envs.items())
-        line = f"step {facts.get('step')}/{facts.get('max_steps') or '?'}  {what}reward: {rewards}"
+        line = f"step {step}/{self._facts.get('max_steps') or '?'}  {what}reward: {rewards}"
         if seconds := logs.get("time/step"):
             line += f"  {seconds:.1f} s a step ({logs.get('time/rollout', 0):.1f} rollouts)"
         left = self.time_left()

@@ -105,7 +105,8 @@ def follow(path: Path, view: View, sleep: Callable[[float], Any] = time.sleep) -
             said = len(now.metrics)
         for entry in now.metrics[said:]:
             steps = {"step": entry["step"], "max_steps": now.status.get("max_steps")}
-            view.update({"phase": now.status.get("phase"), **steps, "logs": entry})
+            view.update({"phase": now.status.get("phase"), **steps})
+            view.log(entry["step"], entry)
         said = len(now.metrics)
         if ended:
             return run

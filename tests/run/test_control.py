@@ -20,9 +20,13 @@ class Services:
     def __init__(self) -> None:
         self.services = {"server": Service("server", start=None, log=Path("logs/server.log"))}  # type: ignore[arg-type]
         self.restarts: list[str] = []
+        self.alive: list[str] = []
 
     def restart(self, name: str) -> None:
         self.restarts.append(name)
+
+    def heard(self, name: str) -> None:
+        self.alive.append(name)
 
 
 def story(tell) -> list[dict]:
@@ -87,3 +91,12 @@ def test_a_watcher_that_hangs_up_disturbs_nobody():
             assert await second.content.readline()
 
     story(tell)
+
+
+def test_a_trainer_may_say_that_it_lives():
+    async def tell(http, url, control, services) -> None:
+        async with http.post(f"{url}/alive/trainer-1") as response:
+            assert response.status == 200
+        assert services.alive == ["trainer-1"]
+
+    assert story(tell) == []

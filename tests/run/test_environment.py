@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from gymexp.run import environment
-from gymexp.run.supervisor import spawn
+from gymexp.run.process import spawn
 
 LAUNCHED = {
     "RANK": "0",

@@ -260,7 +260,7 @@ def test_signals_are_the_leads_to_judge_and_an_idle_node_that_is_lost_is_told(tm
 
 def test_a_lead_that_hangs_is_noticed(tmp_path, monkeypatch):
     """Its sockets stay open, and it answers no ping."""
-    monkeypatch.setattr(agent, "HEARTBEAT_S", 0.2)
+    monkeypatch.setattr(agent, "SILENCE_S", 0.5)
 
     async def silent(request: web.Request) -> web.WebSocketResponse:
         response = web.WebSocketResponse()
@@ -282,7 +282,7 @@ def test_a_lead_that_hangs_is_noticed(tmp_path, monkeypatch):
 
 
 def test_an_agent_that_hangs_is_noticed(tmp_path, monkeypatch):
-    monkeypatch.setattr(nodes, "HEARTBEAT_S", 0.5)
+    monkeypatch.setattr(nodes, "SILENCE_S", 4.0)
 
     async def run() -> None:
         async with leading(tmp_path) as led:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import socket
+import subprocess
 import sys
 import time
 import urllib.request
@@ -17,8 +19,9 @@ import psutil
 import pytest
 
 from gymexp.errors import ServiceError
-from gymexp.run import ports, supervisor
-from gymexp.run.supervisor import LocalProcess, Service, Supervisor, spawn
+from gymexp.run import ports, process, supervisor
+from gymexp.run.process import LocalProcess, spawn
+from gymexp.run.supervisor import Service, Supervisor
 
 # Answers every request on the socket it was given; a request for /crash ends it with code 3.
 SERVER = """
@@ -169,6 +172,104 @@ def test_a_service_that_hangs_is_killed_after_the_health_timeout_and_started_aga
     assert "thing has not answered for" in caplog.text
 
 
+def test_a_process_without_health_checks_that_was_stopped_is_ended_and_the_run_told_why(tmp_path):
+    async def story() -> None:
+        async with supervising(health_timeout_s=0.5) as keeper:
+            thing = service(tmp_path, "import time; time.sleep(60)")
+            keeper.add(thing)
+            await until(lambda: thing.state == "ready")
+            await asyncio.sleep(1.0)
+            assert thing.epoch == 0, "one that sleeps is well"
+            assert thing.pid is not None
+            os.kill(thing.pid, signal.SIGSTOP)
+            said = await failure(keeper)
+            assert re.match(r"thing was stopped for 1 s \(SIGSTOP\) and was ended\. The end of ", said), said
+
+    run(story)
+
+
+def test_one_that_is_stopped_when_it_is_asked_to_end_is_not_waited_for_as_long(tmp_path, monkeypatch):
+    monkeypatch.setattr(supervisor, "_STOPPED_AT_END_S", 0.4)
+
+    async def story() -> None:
+        async with supervising(health_timeout_s=30.0) as keeper:
+            thing = service(tmp_path, "import time; time.sleep(60)", job=True)
+            keeper.add(thing)
+            await until(lambda: thing.state == "ready")
+            assert thing.pid is not None
+            os.kill(thing.pid, signal.SIGSTOP)
+            await asyncio.sleep(1.0)
+            assert thing.epoch == 0
+            keeper.let_go()
+            await until(lambda: thing.epoch == 1, 10)
+            assert thing.exit_code == -signal.SIGKILL and "was stopped" in thing.how_it_ended
+
+    run(story)
+
+
+def test_one_that_has_to_say_that_it_lives_is_ended_when_it_does_not(tmp_path):
+    async def story() -> None:
+        async with supervising() as keeper:
+            thing = service(tmp_path, "import time; time.sleep(60)", job=True, silence_s=1.0)
+            keeper.add(thing)
+            for _ in range(15):
+                await asyncio.sleep(0.2)
+                keeper.heard("thing")
+                keeper.heard("nobody of this name")
+            assert thing.epoch == 0
+            await until(lambda: thing.epoch == 1, 10)
+            assert re.match(r"has not answered for \d s and was ended", thing.how_it_ended)
+
+    run(story)
+
+
+SUPERVISES = """
+import asyncio, sys
+from pathlib import Path
+from gymexp.run.process import spawn
+from gymexp.run.supervisor import Service, Supervisor
+
+async def main():
+    keeper = Supervisor(
+        health_interval_s=0.1, health_timeout_s=2.0, start_timeout_s=20.0, on_change=lambda: None
+    )
+    log = Path("thing.log")
+    command, fds = [sys.executable, "-S", "-c", sys.argv[2], sys.argv[1]], [int(sys.argv[1])]
+    thing = Service("thing", lambda: spawn(command, log, fds=fds), log, url=sys.argv[3])
+    keeper.add(thing)
+    await keeper.wait_ready(["thing"], 20)
+    print("ready", flush=True)
+    await asyncio.to_thread(sys.stdin.readline)
+    await asyncio.sleep(1.0)
+    print(thing.epoch, thing.state, flush=True)
+    await keeper.close()
+
+asyncio.run(main())
+"""
+
+
+def test_a_supervisor_that_was_stopped_itself_ends_nobody_for_that(tmp_path):
+    """Ctrl-Z and fg: when it goes on, the health check in flight has long passed its deadline."""
+    with ports.listen() as sock:
+        os.set_inheritable(sock.fileno(), True)
+        command = [sys.executable, "-c", SUPERVISES, str(sock.fileno()), SERVER, ports.url_of(sock)]
+        with subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=tmp_path,
+            pass_fds=[sock.fileno()],
+        ) as process:
+            assert process.stdout and process.stdin
+            assert process.stdout.readline() == "ready\n"
+            time.sleep(0.5)
+            process.send_signal(signal.SIGSTOP)
+            time.sleep(4.0)
+            process.send_signal(signal.SIGCONT)
+            assert process.communicate("\n", timeout=30)[0] == "0 ready\n"
+
+
 def test_what_a_hanging_service_has_started_ends_with_it(tmp_path):
     """vLLM's engine process, which holds the GPU's memory that the next start needs."""
     below = "import subprocess\nchild = subprocess.Popen(['sleep', '60'])\nprint(child.pid, flush=True)\n"
@@ -202,7 +303,7 @@ def test_a_restart_that_hangs_before_it_is_ready_fails_the_run_instead_of_waitin
                 assert thing.pid is not None
                 os.kill(thing.pid, signal.SIGKILL)
                 said = await failure(keeper)
-                assert "thing was ended by SIGKILL (failure 2" in said
+                assert "thing has not answered for" in said and "and was ended (failure 2" in said
                 assert "hanging" in said
 
     run(story)
@@ -371,14 +472,14 @@ def test_closing_ends_the_first_named_services_before_the_others(tmp_path):
 def test_the_end_of_a_log_is_shown_with_its_long_lines_cut(tmp_path):
     log = tmp_path / "thing.log"
     log.write_bytes(b"first\n" + b"x" * 1000 + b"\n\xff broken utf-8\nlast\n")
-    shown = supervisor.last_lines(log, 3).splitlines()
+    shown = process.last_lines(log, 3).splitlines()
     assert [len(line) for line in shown] == [304, 4 + len("� broken utf-8"), 8]
     assert shown[-1] == "    last"
-    assert supervisor.last_lines(tmp_path / "none.log") == ""
+    assert process.last_lines(tmp_path / "none.log") == ""
 
 
 def test_a_process_that_the_kernel_ended_for_want_of_memory_is_told_from_one_that_was_killed(monkeypatch):
-    assert supervisor.ended(-signal.SIGKILL) == "was ended by SIGKILL"
-    monkeypatch.setattr(supervisor, "_OOM_KILLS_BEFORE", supervisor._oom_kills() - 1)
-    assert "out of memory" in supervisor.ended(-signal.SIGKILL)
-    assert supervisor.ended(-signal.SIGTERM) == "was ended by SIGTERM"
+    assert process.ended(-signal.SIGKILL) == "was ended by SIGKILL"
+    monkeypatch.setattr(process, "_OOM_KILLS_BEFORE", process._oom_kills() - 1)
+    assert "out of memory" in process.ended(-signal.SIGKILL)
+    assert process.ended(-signal.SIGTERM) == "was ended by SIGTERM"

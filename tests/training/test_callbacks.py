@@ -38,6 +38,9 @@ class Told:
     def tell(self, **facts: Any) -> None:
         self.facts.append(facts)
 
+    def log(self, step: int, logs: dict[str, Any]) -> None:
+        self.facts.append({"logged": step} | logs)
+
 
 class Trainer:
     """The seams that a callback knows; `happened` has what was done, in order."""
@@ -209,8 +212,9 @@ def test_the_controller_is_told_of_each_step_and_its_numbers():
     steps.on_log(None, state(4), None)
     assert told.facts == [
         {"phase": "train", "step": 3, "max_steps": 10},
-        {"step": 4, "max_steps": 10, "logs": {"loss": 0.5, "norm": None}},
-        {"step": 4, "max_steps": 10, "logs": {}},
+        {"step": 4, "max_steps": 10},
+        {"logged": 4, "loss": 0.5, "norm": None},
+        {"step": 4, "max_steps": 10},
     ]
 
 
@@ -235,7 +239,36 @@ def test_what_is_told_reaches_the_controller_all_together_and_the_newest_of_each
     rate = got[-1].pop("tokens_per_s")
     assert rate == pytest.approx(50, rel=0.1)
     counts = {"total": 8, "done": 3, "in_flight": 5, "failed": 1, "retried": 2}
-    assert got[-1] == {"phase": "train", "step": 1} | counts
+    assert got[-1] == {"phase": "train", "step": 1, "entries": []} | counts
+
+
+def test_each_log_entry_reaches_the_controller_once_with_its_own_step_however_quickly_they_come():
+    got: list[dict] = []
+    all_there = threading.Event()
+
+    async def progress(request: web.Request) -> web.Response:
+        if not refused:
+            refused.append(await request.json())
+            return web.Response(status=500)
+        got.extend((await request.json())["entries"])
+        if got and got[-1]["step"] == 5:
+            all_there.set()
+        return web.Response()
+
+    refused: list[dict] = []
+    app = web.Application()
+    app.add_routes([web.post("/progress", progress)])
+    with serving(app) as url:
+        teller = Teller(url)
+        for step in range(1, 6):
+            teller.log(step, {"eval_a/reward": step / 10})
+            teller.log(step, {"a/reward": step / 5})
+            teller.tell(step=step)
+            time.sleep(0.05)
+        assert all_there.wait(20)
+    assert [(entry["step"], *entry["logs"].items()) for entry in got] == [
+        (step, one) for step in range(1, 6) for one in (("eval_a/reward", step / 10), ("a/reward", step / 5))
+    ]
 
 
 def test_a_controller_that_is_away_costs_the_trainer_nothing_and_hears_the_rest_when_it_is_back():

@@ -46,8 +46,8 @@ def clock(monkeypatch) -> Clock:
     return clock
 
 
-def train(step: int, max_steps: int = 10, **logs: float) -> dict:
-    return {"phase": "train", "step": step, "max_steps": max_steps, "logs": logs}
+def train(step: int, max_steps: int = 10) -> dict:
+    return {"phase": "train", "step": step, "max_steps": max_steps}
 
 
 def test_numbers_are_taken_by_environment_and_trls_own_are_left_out():
@@ -66,8 +66,9 @@ def test_without_a_terminal_a_run_is_plain_lines_one_a_step(clock):
         view.update(train(0))
         clock.now += 4.0
         logs = {"sudoku/reward": 0.25, "sudoku/turns": 1.0, "time/step": 4.0, "time/rollout": 3.0}
-        view.update(train(1, **logs))
-        view.update(train(1, **logs))  # told twice, said once
+        view.update(train(1))
+        view.log(1, logs)
+        view.log(1, {"completions/mean_length": 20.0})  # of TRL's own alone there is nothing to say
     assert out.getvalue().splitlines() == [
         "evaluate",
         "step 1/10  reward: sudoku 0.250  4.0 s a step (3.0 rollouts)  0:36 left",
@@ -77,8 +78,16 @@ def test_without_a_terminal_a_run_is_plain_lines_one_a_step(clock):
 
 def test_an_evaluation_says_that_it_is_held_out(clock):
     out = io.StringIO()
-    View(out).update(train(2, **{"eval_sudoku/reward": 0.75, "eval_sudoku/turns": 1.0}))
-    assert out.getvalue() == "step 2/10  held-out reward: sudoku 0.750\n"
+    view = View(out)
+    view.update(train(3))
+    view.log(2, {"eval_sudoku/reward": 0.75, "eval_sudoku/turns": 1.0})
+    view.log(2, {"sudoku/reward": 0.5, "sudoku/turns": 1.0})
+    view.log(3, {"sudoku/reward": 0.25, "sudoku/turns": 1.0})
+    assert out.getvalue().splitlines() == [
+        "step 2/10  held-out reward: sudoku 0.750",
+        "step 2/10  reward: sudoku 0.500",
+        "step 3/10  reward: sudoku 0.250",
+    ], "each with its own step, whatever the newest is"
 
 
 def test_what_is_said_is_never_read_as_markup():
@@ -109,7 +118,8 @@ def test_the_time_left_of_a_resumed_run_counts_its_own_steps_alone(clock):
 
 def test_the_panel_shows_the_environments_the_flow_and_what_is_waited_for(clock):
     view = View(io.StringIO())
-    view.update(train(3, **LOGS) | {"done": 12, "total": 64, "in_flight": 8, "failed": 1, "retried": 2})
+    view.log(3, LOGS)
+    view.update(train(3) | {"done": 12, "total": 64, "in_flight": 8, "failed": 1, "retried": 2})
     view.services({"sudoku-agent": "ready", "gateway": "down", "trainer": "stopped"})
     console = Console(file=io.StringIO(), width=140)
     console.print(view)

@@ -76,7 +76,11 @@ def test_a_run_is_followed_through_its_steps_to_its_end(run):
             self.lines.append(line)
 
         def update(self, facts: dict) -> None:
-            self.steps.append(facts["step"])
+            pass
+
+        def log(self, step: int, logs: dict) -> None:
+            assert logs["loss"] == 0.5
+            self.steps.append(step)
 
     def next_thing(_: float) -> None:
         match len(said.steps):

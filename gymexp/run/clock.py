@@ -1,0 +1,88 @@
+"""Time in which this process ran.
+
+A process that is stopped and continued (Ctrl-Z and fg, a suspended job, a stalled machine) finds all of its
+deadlines passed at once, though those that it waits for had no time to answer, or answered long ago.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+from aiohttp import ClientWebSocketResponse, WSMsgType, web
+
+_TICK_S = 0.25
+
+
+class RunningClock:
+    """Counts the seconds in which this process's event loop ran, after `start`."""
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+        self._ticking: asyncio.Task[None] | None = None
+
+    def start(self) -> RunningClock:
+        self._ticking = self._ticking or asyncio.create_task(self._tick(), name="clock")
+        return self
+
+    def stop(self) -> None:
+        if self._ticking:
+            self._ticking.cancel()
+
+    def now(self) -> float:
+        return self._seconds
+
+    async def _tick(self) -> None:
+        last = time.monotonic()
+        while True:
+            await asyncio.sleep(_TICK_S)
+            now = time.monotonic()
+            self._seconds += min(now - last, 2 * _TICK_S)
+            last = now
+
+
+async def silence(heard: asyncio.Event, seconds: float) -> None:
+    """Return once `heard` was not set for so many seconds in which this process ran."""
+    clock = RunningClock().start()
+    try:
+        since = clock.now()
+        while clock.now() - since < seconds:
+            await asyncio.sleep(_TICK_S)
+            if heard.is_set():
+                heard.clear()
+                since = clock.now()
+    finally:
+        clock.stop()
+
+
+async def until_silent(
+    socket: web.WebSocketResponse | ClientWebSocketResponse,
+    take: Callable[[dict[str, Any]], object],
+    seconds: float,
+) -> None:
+    """Take what the other end says, until `take` returns True, or the other end hangs up or says nothing for
+    so long. (aiohttp's own heartbeat counts time in which this process was stopped.)"""
+    heard = asyncio.Event()
+
+    async def receive() -> None:
+        async for message in socket:
+            if message.type is not WSMsgType.TEXT:
+                break
+            heard.set()
+            done = take(json.loads(message.data))
+            if asyncio.iscoroutine(done):
+                done = await done
+            if done:
+                break
+
+    receiving, quiet = asyncio.create_task(receive()), asyncio.create_task(silence(heard, seconds))
+    try:
+        await asyncio.wait({receiving, quiet}, return_when=asyncio.FIRST_COMPLETED)
+        if receiving.done():
+            receiving.result()
+    finally:
+        receiving.cancel()
+        quiet.cancel()

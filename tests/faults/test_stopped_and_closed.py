@@ -1,0 +1,138 @@
+"""Whole runs whose processes are stopped and continued, or hang, and whose terminal goes away."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+from whole_run import OVERRIDES, ROOT, UNEVALUATED, Run, steps_of
+
+from gymexp.training import checkpoints
+
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc"),
+]
+SUDOKU = ["env=[sudoku]", "env.sudoku.data.train_size=64", "env.sudoku.data.validation_size=8"]
+SHORT = [*(o for o in OVERRIDES if "workplace" not in o), *SUDOKU, *UNEVALUATED]
+QUICK = ["gym.health_interval_s=0.5", "gym.health_timeout_s=4"]
+
+
+def part(run: Run, what: str) -> psutil.Process:
+    """The run's process whose command has `what` in it."""
+    return next(p for p in run.left() if what in " ".join(p.cmdline()))
+
+
+def ended_without_a_trace(run: Run) -> int:
+    code = run.ended()
+    assert "Traceback" not in run.said, run.said
+    assert run.left() == []
+    return code
+
+
+def test_a_run_whose_command_was_stopped_and_continued_goes_on(started, gym_python):
+    """Ctrl-Z and fg, for longer than any health check waits."""
+    run = started("suspended", *SUDOKU, *UNEVALUATED, *QUICK)
+    run.wait_for_step(1)
+    run.process.send_signal(signal.SIGSTOP)
+    time.sleep(15)
+    run.process.send_signal(signal.SIGCONT)
+    assert ended_without_a_trace(run) == 0, run.said
+    assert run.steps() == [1, 2, 3, 4]
+    assert "ending it" not in run.said and "starting it again" not in run.said
+
+
+def test_a_run_that_is_suspended_as_a_whole_goes_on(started, gym_python):
+    """As `scontrol suspend` does it, and whoever closes a laptop's lid."""
+    run = started("whole", *SUDOKU, *UNEVALUATED, *QUICK)
+    run.wait_for_step(1)
+    everyone = [psutil.Process(run.process.pid), *run.left()]
+    for process in everyone:
+        process.suspend()
+    time.sleep(15)
+    for process in reversed(everyone):
+        process.resume()
+    assert ended_without_a_trace(run) == 0, run.said
+    assert run.steps() == [1, 2, 3, 4]
+    assert "ending it" not in run.said and "starting it again" not in run.said
+
+
+@pytest.mark.parametrize(
+    ("what", "name"), [("gymexp.training.process", "trainer"), ("gym/host.py", "gym-host")]
+)
+def test_a_part_without_which_nothing_goes_on_is_ended_when_it_hangs_and_the_run_says_which(
+    started, gym_python, what, name
+):
+    run = started(f"hung-{name}", *SUDOKU, *UNEVALUATED, *QUICK, "trainer.max_steps=1000")
+    run.wait_for_step(2)
+    part(run, what).suspend()
+    began = time.monotonic()
+    assert ended_without_a_trace(run) == 1, run.said
+    assert time.monotonic() - began < 60
+    assert f"error: {name} " in run.said and "and was ended" in run.said
+    newest = checkpoints.latest(run.directory / "checkpoints")
+    assert newest is not None
+    if name == "gym-host":
+        assert checkpoints.step_of(newest) == max(run.steps()), "the trainer saved before the end"
+
+
+def test_asked_to_end_a_run_whose_trainer_hangs_ends(started, gym_python):
+    run = started("hung-at-the-end", *SUDOKU, *UNEVALUATED, "trainer.max_steps=1000")
+    run.wait_for_step(2)
+    part(run, "gymexp.training.process").suspend()
+    began = time.monotonic()
+    run.process.send_signal(signal.SIGTERM)
+    assert ended_without_a_trace(run) == 128 + signal.SIGTERM, run.said
+    assert time.monotonic() - began < 40
+    assert "error: ended by SIGTERM before it could save; go on with: " in run.said
+
+
+def test_a_run_that_is_asked_to_end_while_it_loads_ends_at_once(started, gym_python):
+    run = started("loading", *SUDOKU)
+    run.wait_for(lambda: "load model" in run.said)
+    began = time.monotonic()
+    run.process.send_signal(signal.SIGTERM)
+    assert ended_without_a_trace(run) == 128 + signal.SIGTERM, run.said
+    assert time.monotonic() - began < 15
+    assert "error: ended by SIGTERM at once; go on with: " in run.said
+
+
+def test_a_terminal_that_is_closed_ends_a_run_with_a_checkpoint(started, gym_python):
+    run = started("hung-up", *SUDOKU, *UNEVALUATED, "trainer.max_steps=1000")
+    run.wait_for_step(2)
+    run.process.send_signal(signal.SIGHUP)
+    assert ended_without_a_trace(run) == 128 + signal.SIGHUP, run.said
+    newest = checkpoints.latest(run.directory / "checkpoints")
+    assert newest is not None and checkpoints.step_of(newest) == max(run.steps())
+
+
+def test_under_nohup_a_terminal_may_close_and_whoever_reads_may_leave(folder, gym_python):
+    directory = folder / "unread"
+    command = [sys.executable, "-m", "gymexp.train", f"hydra.run.dir='{directory}'", *SHORT]
+    process = subprocess.Popen(
+        ["nohup", *command],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+    )
+    try:
+        assert process.stdout
+        for line in process.stdout:
+            if "load model" in line:
+                break
+        process.stdout.close()  # as `| head` does
+        process.send_signal(signal.SIGHUP)
+        assert process.wait(300) == 0
+    finally:
+        process.kill()
+    assert steps_of(directory) == [1, 2, 3, 4]
+    assert (directory / "model" / "model.safetensors").exists()
