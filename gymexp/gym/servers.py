@@ -9,6 +9,7 @@ shared.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
 import os
 from collections.abc import Callable, Mapping
@@ -26,7 +27,8 @@ from gymexp.run.directory import OWN_SERVERS as KINDS
 from gymexp.run.directory import own_servers
 from gymexp.run.process import Child, LocalProcess, Running, last_lines
 
-_ALIVE_S = 5.0
+_ALIVE_S = 1.0
+_FIRST_WORD_S = 0.5  # for the supervisor to say how the host ended, before its servers say that it did
 _HOST = Path(__file__).with_name("host.py")  # not imported: it runs in NeMo Gym's Python
 POLICY = "policy_model"
 
@@ -266,6 +268,9 @@ class GymHost:
                 self._ends.pop(message["exited"]).set_result(message["code"])
             elif "error" in message:
                 break
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._process.wait(), 10 * _FIRST_WORD_S)
+        await asyncio.sleep(_FIRST_WORD_S)
         error = ServiceError(f"NeMo Gym's host ended. The end of {self.log}:\n{last_lines(self.log)}")
         waiting = [self._loaded, *self._ends.values()]
         while not self._starting.empty():
