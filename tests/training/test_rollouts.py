@@ -165,14 +165,16 @@ def test_a_step_that_plays_several_collections_has_them_all_in_its_file_each_wit
 
 
 def test_a_step_that_is_played_again_after_a_resume_has_the_same_seeds_and_replaces_its_file(tmp_path):
-    collectors = Collector(), Collector()
-    for collector in collectors:
-        plays: Any = rollouts(collector, tmp_path)
-        trainer = Trainer()
-        for _ in range(2):
-            plays(["e/train/0"] * 2, trainer)
-    assert keys_in(tmp_path / "step-000001.jsonl.zst") == ["e/train/0"] * 4
-    assert collectors[0].samplings == collectors[1].samplings
+    for step in range(3):
+        collectors = Collector(), Collector()
+        for collector in collectors:
+            plays: Any = rollouts(collector, tmp_path)
+            trainer = Trainer()
+            trainer.state.global_step = step
+            for _ in range(2):
+                plays(["e/train/0"] * 2, trainer)
+        assert keys_in(tmp_path / f"step-{step + 1:06d}.jsonl.zst") == ["e/train/0"] * 4
+        assert collectors[0].samplings == collectors[1].samplings
 
 
 class Accelerator:
