@@ -332,7 +332,8 @@ def test_a_held_engine_gets_nothing_until_it_is_opened_and_nothing_more_once_it_
             assert (await http.post("/engine", json={"url": url, "open": True})).status == 200
             status, answer = await asyncio.wait_for(asked, 5)
             assert status == 200 and answer["choices"][0]["message"]["content"] == "one"
-            await http.post("/engine", json={"url": url, "open": False})
+            held = await http.post("/engine", json={"url": url, "open": False})
+            assert await held.json() == {"held": [url]}
             asked = asyncio.create_task(chat(http))
             await asyncio.sleep(0.2)
             assert not asked.done() and len(engine.requests) == 1
@@ -743,9 +744,24 @@ def test_plain_text_is_tokenized_with_the_special_tokens_that_the_tokenizer_adds
             bodies = [{"prompt": "user"}, {"prompt": "user", "add_special_tokens": False}, {"messages": USER}]
             return [await (await http.post("/tokenize", json=body)).json() for body in bodies]
 
-    added, bare, rendered = (answer["tokens"] for answer in asyncio.run(run()))
+    answers = asyncio.run(run())
+    assert {answer["max_model_len"] for answer in answers} == {None}, "the gateway was told none"
+    added, bare, rendered = (answer["tokens"] for answer in answers)
     assert added == [begin, *bare]
     assert begin not in rendered, "the template has written what the prompt begins with"
+
+
+def test_a_request_may_have_megabytes_as_a_long_conversation_with_all_its_ids_has():
+    """aiohttp's own limit is one."""
+
+    async def run():
+        async with (
+            gateway("http://127.0.0.1:9") as http,
+            http.post("/versions", json={"plays": ["x" * (1 << 23)]}) as response,
+        ):
+            return response.status, await response.json()
+
+    assert asyncio.run(run()) == (200, {"versions": [None]})
 
 
 def with_beginning():
