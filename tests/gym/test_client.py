@@ -215,7 +215,7 @@ def test_an_agent_that_does_not_answer_in_time_or_is_away_is_named_with_its_url(
 
     async def away():
         async with aiohttp.ClientSession() as http:
-            await play(http, "http://127.0.0.1:9", TASK, SAMPLING, 5.0, 10)
+            await play(http, "http://127.0.0.1:9", TASK, SAMPLING, 5.0, 10, None)
 
     with pytest.raises(RolloutFailure, match=r"http://127\.0\.0\.1:9/run: ClientConnectorError") as failed:
         asyncio.run(away())

@@ -1,6 +1,7 @@
 import asyncio
 import copy
 import json
+import os
 import subprocess
 import sys
 import time
@@ -785,11 +786,12 @@ def test_a_calls_texts_are_given_where_openais_own_logprobs_are_asked_for():
 
 
 LOAD = """
-import sys
+import os, sys
 from gymexp.errors import ConfigError
 from gymexp.policy.gateway import load_tokenizer
 tokenizer = load_tokenizer(sys.argv[1])
 assert sys.modules.get("torch") is None and tokenizer.chat_template
+assert os.environ["TOKENIZERS_PARALLELISM"] == "false"
 try:
     load_tokenizer(sys.argv[2])
 except ConfigError as end:
@@ -808,6 +810,7 @@ def test_the_tokenizer_is_loaded_without_torch_and_must_have_a_chat_template(tmp
         capture_output=True,
         text=True,
         check=False,
+        env={name: value for name, value in os.environ.items() if name != "TOKENIZERS_PARALLELISM"},
     )
     assert (done.stdout, done.stderr) == ("ok\n", ""), "nothing of what it warns of"
 

@@ -308,8 +308,11 @@ def test_a_failure_is_what_the_last_attempt_failed_of_and_remembers_the_others()
         kind = ("unknown", "token_mismatch", "engine_error")[attempt - 1]
         return 500, json.dumps({"error": {"type": kind}})
 
-    with playing(another_each_time) as (collector, _):
+    seen: list[Progress] = []
+    with playing(another_each_time, seen=seen) as (collector, _):
         outcome = only(collector)
+    last = seen[-1]
+    assert (last.total, last.done, last.failed, last.retried, last.in_flight) == (1, 1, 1, 2, 0)
     assert outcome.failures == ["environment", "token_mismatch", "engine"]
     assert outcome.cause == "engine" and "engine_error" in outcome.detail
     assert outcome.log == "", "nobody says where its log is"
@@ -679,7 +682,10 @@ def test_a_replica_above_its_memory_budget_is_restarted_when_its_last_rollout_ha
         wait_until(lambda: first.in_flight + second.in_flight == 10)
         assert first.in_flight == 2, "it gets no new rollouts"
         assert controller.restarts == [], "two rollouts are still in flight there"
+        controller.silent = True
         release.set()
+        wait_until(lambda: controller.restarts == ["server"])  # not only once the controller speaks again
+        controller.silent = False
         thread.join(10)
         another_thread.join(10)
         wait_until(lambda: not collector._seats["e"][0].draining)

@@ -245,6 +245,13 @@ def test_each_rank_trains_on_the_rollouts_of_its_own_prompts(ranks, tmp_path):
     collector = Numbered()
     first, second = ["e/train/0"] * 2, ["e/train/1"] * 2
     batches, trainers = ranks(first, second, collector=collector)
+    assert batches[0] == {
+        "prompt_ids": [[7], [7]],
+        "completion_ids": [[0], [1]],
+        "logprobs": [[-0.5], [-0.5]],
+        "env_mask": [[1], [1]],
+        "reward": [0.0, 1.0],
+    }
     assert [batch["completion_ids"] for batch in batches] == [[[0], [1]], [[2], [3]]]
     assert [batch["reward"] for batch in batches] == [[0.0, 1.0], [2.0, 3.0]]
     assert [len(batch["prompt_ids"]) for batch in batches] == [2, 2]
