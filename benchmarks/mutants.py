@@ -110,6 +110,8 @@ def has_no_effect(node: ast.AST) -> bool:
             return True
         case ast.Expr(ast.Constant()) | ast.FunctionDef(name="main"):
             return True
+        case ast.Assign(value=ast.Call(ast.Name("TypeVar"))):
+            return True
         case ast.If(test):
             return ast.unparse(test) in ("TYPE_CHECKING", "__name__ == '__main__'")
         case ast.Call(ast.Attribute(ast.Name(name))) | ast.Expr(ast.Call(ast.Attribute(ast.Name(name)))):

@@ -60,7 +60,7 @@ async def play(
     sampling: Sampling,
     timeout_s: float,
     vocab_size: int,
-    max_steps: int | None = None,
+    max_steps: int | None,
 ) -> Played:
     """One attempt at `task` with the agent at `url`, whose limit of turns is max_steps. Raises
     RolloutFailure."""

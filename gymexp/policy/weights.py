@@ -21,7 +21,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -29,6 +29,7 @@ from gymexp.errors import ServiceError
 from gymexp.run.direct import open_url
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 NamedTensors = Iterator[tuple[str, torch.Tensor]]  # parameters under the names of the model's checkpoint
 TensorSpecs = list[tuple[str, torch.dtype, list[int]]]  # their names, dtypes and shapes, in that order
@@ -53,7 +54,6 @@ class Replicas:
         self.timeout_s = timeout_s
         self.on_cpu = on_cpu
         self.lost: dict[str, str] = {}
-        self._pool = ThreadPoolExecutor(max(1, len(self.urls)), thread_name_prefix="replicas")
 
     def only(self, urls: Sequence[str]) -> Replicas:
         """Some of them."""
@@ -68,9 +68,7 @@ class Replicas:
     def reach(self, path: str, body: dict[str, Any] | None = None) -> None:
         """POST to all, and go on without those that are lost. Raises ServiceError where one answers an error,
         or nothing in time."""
-        answers = self.start(path, body)
-        wait(answers)
-        errors = {url: answer.exception() for url, answer in zip(self.urls, answers, strict=True)}
+        errors = {url: answer.exception() for url, answer in self._start(path, body).items()}
         self.lost |= {url: str(error) for url, error in errors.items() if isinstance(error, ReplicaLost)}
         self.urls = [url for url in self.urls if url not in self.lost]
         for url in self.urls:
@@ -80,20 +78,24 @@ class Replicas:
     def start(
         self, path: str, bodies: Sequence[dict[str, Any]] | dict[str, Any] | None = None
     ) -> list[Future[Any]]:
-        """The same without waiting."""
+        """POST to all without waiting."""
+        return list(self._start(path, bodies).values())
+
+    def _start(
+        self, path: str, bodies: Sequence[dict[str, Any]] | dict[str, Any] | None
+    ) -> dict[str, Future[Any]]:
         each = bodies if isinstance(bodies, Sequence) else [bodies] * len(self.urls)
-        return [
-            self._pool.submit(self._ask, url, path, json.dumps(body or {}).encode())
-            for url, body in zip(self.urls, each, strict=True)
-        ]
+        data = {url: json.dumps(body or {}).encode() for url, body in zip(self.urls, each, strict=True)}
+        return _at_once(lambda url: self._ask(url, path, data[url]), self.urls)
 
     def get(self, path: str) -> list[Any]:
-        return list(self._pool.map(lambda url: self._ask(url, path, None), self.urls))
+        answers = _at_once(lambda url: self._ask(url, path, None), self.urls)
+        return [answer.result() for answer in answers.values()]
 
     def ill(self) -> dict[str, str]:
         """Those that do not answer their health check, with the reason."""
-        answers = self._pool.map(_health, self.urls)
-        return {url: answer for url, answer in zip(self.urls, answers, strict=True) if answer}
+        answers = _at_once(_health, self.urls)
+        return {url: reason for url, answer in answers.items() if (reason := answer.result())}
 
     def wait_healthy(self, deadline_s: float, asked: threading.Event) -> None:
         """Return once all answer their health check, or once the run is asked to end. Raises ServiceError."""
@@ -106,9 +108,6 @@ class Replicas:
                     f"(engine.start_timeout_s): {reason}"
                 )
             asked.wait(0.5)
-
-    def close(self) -> None:
-        self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _ask(self, url: str, path: str, body: bytes | None) -> Any:
         phase = urllib.parse.urlsplit(path).path.strip("/")
@@ -177,7 +176,6 @@ class WeightSync:
         finally:
             there.reach("/wake_up?tags=kv_cache" if self._asleep else "/resume")
             self._leave_out(there.lost)
-            there.close()
         self._asleep = False
         self._version = version
         log.info("weights of step %d sent in %.2f s", version, time.monotonic() - began)
@@ -188,14 +186,12 @@ class WeightSync:
             there = self._replicas.only(self._there())
             there.reach("/sleep?level=2")
             self._leave_out(there.lost)
-            there.close()
             self._asleep = True
 
     def tend(self, weights: Callable[[], NamedTensors]) -> None:
         """Give replicas that are back the weights of the last update, and requests again."""
         held = self._replicas.only(self._held())
         ill = held.ill()
-        held.close()
         back = self._replicas.only([url for url in held.urls if url not in ill])
         if not back.urls:
             return
@@ -206,7 +202,6 @@ class WeightSync:
             back.reach("/reset_prefix_cache")
             back.reach("/resume")  # one that only its connection failed may still be paused
             shutil.rmtree(self._directory)
-        back.close()
         for url in back.urls:
             log.info("the engine at %s is back, with the weights of step %s", url, self._version or 0)
             known = self._first_version if self._version is None else self._version
@@ -214,7 +209,6 @@ class WeightSync:
 
     def close(self) -> None:
         self._transfer.close()
-        self._replicas.close()
         shutil.rmtree(self._directory, ignore_errors=True)
 
     def _there(self) -> list[str]:
@@ -259,6 +253,14 @@ def reload_weights(replicas: Replicas, directory: Path) -> None:
     replicas.reach("/collective_rpc", body)
     if replicas.on_cpu:
         replicas.reach("/collective_rpc", {"method": "pack_tied_head"})
+
+
+def _at_once(ask: Callable[[str], T], urls: Sequence[str]) -> dict[str, Future[T]]:
+    """Each url asked in a thread of its own, which ends with its answer."""
+    pool = ThreadPoolExecutor(max(1, len(urls)))
+    answers = {url: pool.submit(ask, url) for url in urls}
+    pool.shutdown(wait=False)
+    return answers
 
 
 def _health(url: str) -> str:

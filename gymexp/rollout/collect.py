@@ -54,20 +54,20 @@ class _Seat:
     epochs: tuple[int, ...] = ()
     ready: bool = True
     draining: bool = False
-    played: int = 0  # rollouts begun since its services last started
+    has_played: bool = False  # since its services last started
 
 
 @dataclass
 class Progress:
     """What is going on now, for the live view. tokens: sampled by the policy since the collection began."""
 
-    total: int = 0
+    total: int
+    began: float  # time.monotonic()
     done: int = 0
     in_flight: int = 0
     failed: int = 0
     retried: int = 0
     tokens: int = 0
-    began: float = 0.0
 
 
 class Collector:
@@ -116,8 +116,6 @@ class Collector:
 
         meanwhile: called about once a second, in the caller's thread; what it raises ends the collection.
         """
-        if self._stop:
-            raise Stopped
         running = self._submit(self._collect(tasks, samplings))
         try:
             while meanwhile and not wait([running], timeout=_MEANWHILE_S).done:
@@ -147,7 +145,6 @@ class Collector:
         self._http = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0),
             timeout=aiohttp.ClientTimeout(total=None),
-            auto_decompress=False,
         )
         self._watching = asyncio.create_task(self._watch()) if self._control_url else None
 
@@ -179,9 +176,9 @@ class Collector:
             states = [services[name] for name in seat.replica.services if name in services]
             epochs = tuple(state["epoch"] for state in states)
             if seat.epochs and epochs != seat.epochs:
-                seat.draining, seat.played = False, 0
+                seat.draining, seat.has_played = False, False
                 for flight in seat.flights:
-                    flight.cancel("its server was restarted")
+                    flight.cancel()
             seat.epochs = epochs
             seat.ready = all(state["state"] == "ready" for state in states)
             self._keep_to_budget(seat)
@@ -189,7 +186,7 @@ class Collector:
 
     def _keep_to_budget(self, seat: _Seat) -> None:
         # One that is above its budget from the start plays on, a rollout or more a start.
-        if seat.budget_mb is None or not seat.ready or not seat.played:
+        if seat.budget_mb is None or not seat.ready or not seat.has_played:
             return
         over = [
             name
@@ -201,7 +198,6 @@ class Collector:
         seat.draining = True
         if not seat.flights:
             log.info("restarting %s: above its memory budget of %.0f MB", ", ".join(over), seat.budget_mb)
-            seat.ready = False
             for name in over:
                 asked = asyncio.create_task(self._restart(name))
                 self._asked.add(asked)
@@ -239,9 +235,10 @@ class Collector:
                 self._http.post(f"{self._gateway_url}/versions", json={"plays": names}) as response,
             ):
                 versions = orjson.loads(await response.read())["versions"]
-        except (aiohttp.ClientError, TimeoutError, KeyError, ValueError) as error:
+            pairs = list(zip(outcomes, versions, strict=True))
+        except (aiohttp.ClientError, TimeoutError, KeyError, TypeError, ValueError) as error:
             raise ServiceError(f"the gateway did not say which weights sampled: {error!r}") from None
-        return [_with_version(*pair) for pair in zip(outcomes, versions, strict=True)]
+        return [_with_version(outcome, version) for outcome, version in pairs]
 
     async def _tick(self, progress: Progress) -> None:
         while True:
@@ -264,7 +261,7 @@ class Collector:
                 )
                 flight = asyncio.create_task(playing)
                 seat.flights.add(flight)
-                seat.played += 1
+                seat.has_played = True
                 progress.in_flight += 1
                 try:
                     outcome = await self._landed(flight)
@@ -349,9 +346,9 @@ def check_failed_share(outcomes: Sequence[Outcome], max_share: float) -> None:
     """Raises RolloutError when more than `max_share` of the outcomes are failures; names the commonest and
     its log."""
     failed = [o for o in outcomes if isinstance(o, Failed)]
-    if not failed or len(failed) <= max_share * len(outcomes):
+    if len(failed) <= max_share * len(outcomes):
         return
-    (env, cause), count = Counter((task_of(o).env, o.cause) for o in failed).most_common(1)[0]
+    (env, cause), count = Counter((task_of(o).env, o.cause) for o in failed).most_common()[0]
     example = next(o for o in failed if (o.task.env, o.cause) == (env, cause))
     raise RolloutError(
         f"{len(failed)} of {len(outcomes)} rollouts failed, more than "

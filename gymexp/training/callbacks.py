@@ -128,7 +128,7 @@ class Evaluation(TrainerCallback):
         self._keys = [task.key for tasks in prepared.validation.values() for task in tasks[:limit]]
         self._rollouts = rollouts
         self._teller = teller
-        self.trainer: PolicyTrainer | None = None
+        self.trainer: PolicyTrainer  # set when there is one: it is built with its callbacks
         self.newest: dict[str, float] = {}  # what was measured last
         self.pruned: str | None = None  # why the study has no more use for this trial
 
@@ -143,7 +143,6 @@ class Evaluation(TrainerCallback):
 
     def run(self, step: int) -> dict[str, float]:
         """The metrics, on every rank; the first one plays."""
-        assert self.trainer is not None
         trainer = self.trainer
         trainer.sync_weights()
 
@@ -179,10 +178,9 @@ class EndWhenAsked(TrainerCallback):
 
     def __init__(self, asked: Callable[[], bool]) -> None:
         self._asked = asked
-        self.trainer: PolicyTrainer | None = None
+        self.trainer: PolicyTrainer  # as in Evaluation
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        assert self.trainer is not None
         accelerator = self.trainer.accelerator
         asked = torch.tensor(float(self._asked()), device=accelerator.device)
         if accelerator.num_processes > 1:

@@ -87,7 +87,7 @@ class Rollouts:
         self._tasks = tasks
         self._directory = directory
         self.seconds = 0.0  # spent in the last call
-        self._step = -1  # the one that is being trained, which may play several collections
+        self._step: int | None = None  # the one that is being trained, which may play several collections
         self._count: Counter[str] = Counter()  # rollouts of each task in it
 
     def __call__(self, prompts: list[str], trainer: PolicyTrainer) -> dict[str, list[Any]]:

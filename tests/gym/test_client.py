@@ -65,6 +65,23 @@ def test_a_row_is_sent_as_it_is_with_how_to_sample_where_nemo_gym_has_it():
     ]
 
 
+def test_unless_told_otherwise_the_policy_samples_from_its_whole_softmax():
+    """At the values that switch vLLM's sampling parameters off."""
+    plain = Sampling(temperature=0.5, max_output_tokens=9, seed=1)
+    off = (plain.top_p, plain.top_k, plain.min_p, plain.repetition_penalty)
+    assert off == (1.0, 0, 0.0, 1.0)
+    params = json.loads(request_body(TASK, plain))["responses_create_params"]
+    assert (params["temperature"], params["top_p"], params["max_output_tokens"]) == (0.5, 1.0, 9)
+    assert json.loads(params["metadata"]["extra_body"]) == {"seed": 1, "play": ""}
+
+
+@pytest.mark.parametrize("fields", [{"top_k": 5}, {"min_p": 0.1}, {"repetition_penalty": 1.2}])
+def test_what_openais_responses_have_no_field_for_goes_with_the_seed(fields):
+    asked = Sampling(temperature=0.5, max_output_tokens=9, seed=1, play="p", **fields)
+    metadata = json.loads(request_body(TASK, asked))["responses_create_params"]["metadata"]
+    assert json.loads(metadata["extra_body"]) == {"seed": 1, "play": "p"} | fields
+
+
 def test_turns_are_the_items_that_carry_ids_and_items_are_kept_without_them():
     outcome = read_reply(TASK, answer(), 10, 1.23456789)
     assert isinstance(outcome, Completed)
@@ -198,7 +215,7 @@ def test_an_agent_that_does_not_answer_in_time_or_is_away_is_named_with_its_url(
 
     async def away():
         async with aiohttp.ClientSession() as http:
-            await play(http, "http://127.0.0.1:9", TASK, SAMPLING, 5.0, 10)
+            await play(http, "http://127.0.0.1:9", TASK, SAMPLING, 5.0, 10, None)
 
     with pytest.raises(RolloutFailure, match=r"http://127\.0\.0\.1:9/run: ClientConnectorError") as failed:
         asyncio.run(away())

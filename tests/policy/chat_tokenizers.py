@@ -97,6 +97,15 @@ ONLY_BEHIND_CALLS = """{%- for m in messages %}
 {%- else %}{{- '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endif %}{% endfor -%}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
 
+# The same with the call's name found by its id, and no text beside calls, as Mistral's.
+NAMES_CALLS_BY_ID = """{%- set ns = namespace(calls=[]) %}{%- for m in messages %}
+{%- if m.role == 'tool' %}{% for c in ns.calls if c.id == m.tool_call_id %}{{- '[' + c.function.name + '] ' + m.content + '<|im_end|>' }}{% endfor %}
+{%- elif m.role == 'assistant' and m.tool_calls %}{% set ns.calls = m.tool_calls %}
+{%- if m.content %}{{ raise_exception('text or calls, not both') }}{% endif %}
+{%- for c in m.tool_calls %}{{- c.function.arguments | tojson }}{% endfor %}{{- '<|im_end|>' }}
+{%- else %}{{- '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endif %}{% endfor -%}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
+
 # Tool calls in a form that no response template is known for.
 MISTRAL_LIKE = """{%- if tools %}[AVAILABLE_TOOLS]{{ tools|tojson }}[/AVAILABLE_TOOLS]{% endif %}{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content }}{% if m.tool_calls %}[TOOL_CALLS]{{ m.tool_calls|tojson }}{% endif %}{{ '<|im_end|>' }}{% else %}[INST]{{ m.content }}[/INST]{% endif %}{% endfor %}"""
 

@@ -1,6 +1,7 @@
 import asyncio
 import copy
 import json
+import os
 import subprocess
 import sys
 import time
@@ -332,7 +333,8 @@ def test_a_held_engine_gets_nothing_until_it_is_opened_and_nothing_more_once_it_
             assert (await http.post("/engine", json={"url": url, "open": True})).status == 200
             status, answer = await asyncio.wait_for(asked, 5)
             assert status == 200 and answer["choices"][0]["message"]["content"] == "one"
-            await http.post("/engine", json={"url": url, "open": False})
+            held = await http.post("/engine", json={"url": url, "open": False})
+            assert await held.json() == {"held": [url]}
             asked = asyncio.create_task(chat(http))
             await asyncio.sleep(0.2)
             assert not asked.done() and len(engine.requests) == 1
@@ -743,9 +745,24 @@ def test_plain_text_is_tokenized_with_the_special_tokens_that_the_tokenizer_adds
             bodies = [{"prompt": "user"}, {"prompt": "user", "add_special_tokens": False}, {"messages": USER}]
             return [await (await http.post("/tokenize", json=body)).json() for body in bodies]
 
-    added, bare, rendered = (answer["tokens"] for answer in asyncio.run(run()))
+    answers = asyncio.run(run())
+    assert {answer["max_model_len"] for answer in answers} == {None}, "the gateway was told none"
+    added, bare, rendered = (answer["tokens"] for answer in answers)
     assert added == [begin, *bare]
     assert begin not in rendered, "the template has written what the prompt begins with"
+
+
+def test_a_request_may_have_megabytes_as_a_long_conversation_with_all_its_ids_has():
+    """aiohttp's own limit is one."""
+
+    async def run():
+        async with (
+            gateway("http://127.0.0.1:9") as http,
+            http.post("/versions", json={"plays": ["x" * (1 << 23)]}) as response,
+        ):
+            return response.status, await response.json()
+
+    assert asyncio.run(run()) == (200, {"versions": [None]})
 
 
 def with_beginning():
@@ -769,11 +786,12 @@ def test_a_calls_texts_are_given_where_openais_own_logprobs_are_asked_for():
 
 
 LOAD = """
-import sys
+import os, sys
 from gymexp.errors import ConfigError
 from gymexp.policy.gateway import load_tokenizer
 tokenizer = load_tokenizer(sys.argv[1])
 assert sys.modules.get("torch") is None and tokenizer.chat_template
+assert os.environ["TOKENIZERS_PARALLELISM"] == "false"
 try:
     load_tokenizer(sys.argv[2])
 except ConfigError as end:
@@ -792,6 +810,7 @@ def test_the_tokenizer_is_loaded_without_torch_and_must_have_a_chat_template(tmp
         capture_output=True,
         text=True,
         check=False,
+        env={name: value for name, value in os.environ.items() if name != "TOKENIZERS_PARALLELISM"},
     )
     assert (done.stdout, done.stderr) == ("ok\n", ""), "nothing of what it warns of"
 

@@ -40,7 +40,6 @@ def replicas(tmp_path_factory) -> Iterator[Replicas]:
         yield replicas
         process.terminate()
         assert process.wait(20) == 0
-        replicas.close()
 
 
 def sample(replicas: Replicas) -> tuple[list[int], list[float]]:

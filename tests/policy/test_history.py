@@ -6,6 +6,7 @@ import asyncio
 import copy
 import json
 import random
+import string
 import subprocess
 from collections.abc import Callable
 
@@ -185,6 +186,17 @@ def test_a_sampled_message_that_says_something_else_is_a_token_mismatch(fields, 
             history.verify(Conversation(rewritten[:end], TOOLS))
 
 
+@pytest.mark.parametrize("thought", [*string.ascii_lowercase, "0", "none", "null"])
+def test_no_thought_is_so_short_that_its_loss_goes_unnoticed(thought):
+    tokenizer = build_tokenizer("qwen3")
+    history = History(tokenizer)
+    user = {"role": "user", "content": "Go on."}
+    said = answer(history, tokenizer, Conversation([user]), [70], Reply("fine", thought))
+    history.verify(Conversation([user, said, user]))
+    with pytest.raises(TokenMismatch, match="the reasoning of"):
+        history.verify(Conversation([user, said | {"reasoning_content": None}, user]))
+
+
 @pytest.mark.parametrize(
     "fields",
     [
@@ -262,11 +274,11 @@ def test_what_is_remembered_is_bounded_and_the_newest():
     history = History(tokenizer, remembered=2)
     kept = [
         answer(history, tokenizer, Conversation([{"role": "user", "content": text}]), [70], Reply(text))
-        for text in ("a", "b", "c")
+        for text in ("a", "b", "a", "c")
     ]
-    for text, message in zip("abc", kept, strict=True):
+    for text, message in zip("abac", kept, strict=True):
         conversation = Conversation([{"role": "user", "content": text}, message | {"content": "other"}])
-        if text == "a":
+        if text == "b":
             history.verify(conversation)  # forgotten: its text alone is not compared
         else:
             with pytest.raises(TokenMismatch):

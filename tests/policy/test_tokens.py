@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 
 import pytest
-from chat_tokenizers import FORGETFUL, ONLY_BEHIND_CALLS, TEMPLATES, build_tokenizer
+from chat_tokenizers import FORGETFUL, NAMES_CALLS_BY_ID, ONLY_BEHIND_CALLS, PLAIN, TEMPLATES, build_tokenizer
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from tokenizers import processors
@@ -278,6 +278,28 @@ def test_a_result_that_is_shown_only_behind_its_call_follows_the_sampled_call():
         splice(tokenizer, cut_by_length)
 
 
+def test_each_of_several_results_follows_its_own_call():
+    tokenizer = build_tokenizer(NAMES_CALLS_BY_ID)
+    calls = [
+        {"id": f"call_{number}", "type": "function", "function": {"name": name, "arguments": "{}"}}
+        for number, name in enumerate(("search", "open", "delete"))
+    ]
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    results = [tool_message(text, number) for number, text in enumerate(("found", "read", "gone"))]
+    messages = [{"role": "user", "content": "x"}, sampled([1], [2, end], tool_calls=calls), *results]
+    tail = "[search] found<|im_end|>[open] read<|im_end|>[delete] gone<|im_end|><|im_start|>assistant\n"
+    assert splice(tokenizer, messages) == [1, 2, end, *encode(tokenizer, tail)]
+
+
+def test_what_a_template_leaves_out_of_an_assistants_message_that_was_not_sampled_is_the_templates_to_say():
+    """As those of reasoning models do with the thoughts of earlier turns."""
+    tokenizer = build_tokenizer(PLAIN.replace("m.content", "m.content.split('</think>')[-1]"))
+    put_in = {"role": "assistant", "content": "<think>hm</think>fine"}
+    user = {"role": "user", "content": "x"}
+    tail = tokenizer.decode(splice(tokenizer, [user, sampled([1], [2]), put_in, user])[2:])
+    assert "assistant\nfine<|im_end|>" in tail and "hm" not in tail
+
+
 def test_a_template_that_drops_the_sampled_turn_is_a_token_mismatch():
     messages = [{"role": "user", "content": "x"}, sampled([1], [2]), {"role": "user", "content": "y"}]
     with pytest.raises(TokenMismatch, match=r"messages\[1\] once, it did 0 times"):
@@ -309,6 +331,49 @@ def test_sampling_ends_at_eos_and_at_the_templates_end_of_turn():
     base.eos_token = "<think>"
     assert end_of_turn_ids(base) == sorted(base.convert_tokens_to_ids(["<|im_end|>", "<think>"]))
     base.eos_token = "<|im_end|>"
+
+
+def with_templates(**templates: str):
+    """A tokenizer with named chat templates: transformers takes "tool_use" where there are tools."""
+    tokenizer = copy.deepcopy(build_tokenizer("plain"))
+    tokenizer.chat_template = templates
+    return tokenizer
+
+
+def test_sampling_ends_at_the_end_of_turn_of_the_template_for_tools_too():
+    tokenizer = with_templates(default=PLAIN, tool_use=PLAIN.replace("<|im_end|>", "</tool_call>"))
+    assert end_of_turn_ids(tokenizer) == sorted(
+        tokenizer.convert_tokens_to_ids(["<|im_end|>", "</tool_call>"])
+    )
+
+
+@pytest.mark.parametrize(
+    ("template", "ends"),
+    [
+        # Roles must alternate from the user's on, as in Mistral's and Gemma's, and the assistant's turn
+        # alone is closed.
+        (
+            "{%- for m in messages %}{%- if m.role != ('user', 'assistant')[loop.index0 % 2] %}"
+            "{{ raise_exception('roles must alternate') }}{% endif %}"
+            "{{- m.content }}{% if m.role == 'assistant' %}{{ '</think>' }}{% endif %}{% endfor %}",
+            ["<|im_end|>", "</think>"],
+        ),
+        # Nothing closes a turn, and the next one begins with a special token.
+        (
+            "{%- for m in messages %}{{ m.content }}{% endfor %}"
+            "{% if add_generation_prompt %}{{ '<|im_start|>' }}{% endif %}",
+            ["<|im_end|>"],
+        ),
+        # Two special tokens: the first one is sampled, and then nothing more.
+        (
+            "{%- for m in messages %}{{ m.content + '</think><think>' }}{% endfor %}",
+            ["<|im_end|>", "</think>"],
+        ),
+    ],
+)
+def test_what_ends_a_turn_is_the_first_token_behind_what_the_assistant_says(template, ends):
+    tokenizer = build_tokenizer(template)
+    assert end_of_turn_ids(tokenizer) == sorted(tokenizer.convert_tokens_to_ids(ends))
 
 
 def test_no_conversation_contains_the_sentinel_by_chance():
@@ -386,6 +451,26 @@ def test_a_developer_stays_one_where_the_template_knows_the_role():
     assert render(build_tokenizer(template), messages) == "[system]Be brief."
     knows = template + "{# developer #}"
     assert render(build_tokenizer(knows), messages) == "[developer]Be brief."
+
+
+def test_whether_the_role_is_known_is_said_by_the_template_that_the_tools_choose():
+    plain = "{%- for m in messages %}{{ '[' + m.role + ']' + m.content }}{% endfor %}"
+    knows = plain + "{# developer #}"
+    messages = [{"role": "developer", "content": "Be brief."}]
+    for default, tool_use in ((plain, knows), (knows, plain)):
+        tokenizer = with_templates(default=default, tool_use=tool_use)
+        for tools, template in ((None, default), ([], default), (TOOLS, tool_use)):
+            role = "developer" if template == knows else "system"
+            assert render(tokenizer, messages, tools) == f"[{role}]Be brief."
+
+
+def test_a_template_gets_what_a_message_says_in_the_order_in_which_it_says_it():
+    tokenizer = build_tokenizer("{{- messages[0] | tojson }}")
+    for message in (
+        {"role": "user", "content": "x", "name": "n"},
+        {"content": "x", "name": "n", "role": "user"},
+    ):
+        assert render(tokenizer, [message]) == json.dumps(message)
 
 
 def test_rendered_text_gets_no_special_tokens_but_those_that_the_template_wrote():

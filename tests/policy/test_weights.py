@@ -4,10 +4,12 @@ fails."""
 from __future__ import annotations
 
 import asyncio
+import http.client
 import threading
 import time
+import urllib.error
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,8 +38,10 @@ class Server:
 
     def __init__(self) -> None:
         self.asked: list[str] = []
+        self.answered: list[str] = []
         self.loaded: dict[str, torch.Tensor] = {}
         self.fails: str | None = None
+        self.status = 500
         self.dies_at: str | None = None
         self.called: list[str] = []
         self.on_load: Callable[[Path], None] = lambda path: None
@@ -58,7 +62,7 @@ class Server:
         phase = request.match_info["phase"]
         self.asked.append(f"{phase}?{request.query_string}" if request.query_string else phase)
         if phase == self.fails or self.fails == "dead":
-            return web.Response(status=500, text="no such luck")
+            return web.Response(status=self.status, text="no such luck")
         if phase == self.dies_at:
             self.fails = "health"
         if self.fails == "health":  # a process that was killed breaks its connections
@@ -74,6 +78,7 @@ class Server:
                 self.loaded = load_file(path / "model.safetensors")
         if phase == "slow":
             await asyncio.sleep(0.5)
+        self.answered.append(phase)
         if phase == "echo":
             return web.json_response(body)
         return web.json_response({})
@@ -216,11 +221,55 @@ def test_one_that_goes_away_while_it_falls_asleep_or_is_brought_back_is_left_out
     assert second.asked[-1] == "collective_rpc", "who is away is not sent to sleep"
 
 
-def test_a_500_of_one_that_is_going_down_is_its_loss(site):
-    site.servers[1].fails = "dead"
+@pytest.mark.parametrize(("status", "is_lost"), [(400, False), (499, False), (500, True), (503, True)])
+def test_a_500_of_one_that_is_going_down_is_its_loss_and_a_refusal_is_none(site, status, is_lost):
+    site.servers[1].fails, site.servers[1].status = "dead", status
     replicas = Replicas(site.replicas.urls, timeout_s=5.0)
-    replicas.reach("/pause")
-    assert replicas.urls == site.replicas.urls[:1] and "500: no such luck" in replicas.lost.popitem()[1]
+    with nullcontext() if is_lost else pytest.raises(ServiceError, match=f"{status}: no such luck"):
+        replicas.reach("/pause")
+    assert replicas.urls == site.replicas.urls[: 1 if is_lost else 2]
+    assert [f"{status}: no such luck" in reason for reason in replicas.lost.values()] == [True] * is_lost
+
+
+@pytest.mark.parametrize(
+    ("error", "is_lost"),
+    [
+        (TimeoutError("timed out"), False),
+        (urllib.error.URLError(TimeoutError("timed out")), False),
+        (urllib.error.URLError(ConnectionRefusedError("refused")), True),
+        (ConnectionResetError("reset"), True),
+        (http.client.RemoteDisconnected("closed"), True),
+    ],
+)
+def test_one_that_answers_too_late_may_still_be_at_it_and_is_not_left_out(monkeypatch, error, is_lost):
+    def open_url(request, timeout_s):
+        assert timeout_s == 7.0
+        raise error
+
+    monkeypatch.setattr("gymexp.policy.weights.open_url", open_url)
+    replicas = Replicas(["http://one"], timeout_s=7.0)
+    with (
+        nullcontext() if is_lost else pytest.raises(ServiceError, match=r"did not answer pause: .*timed out")
+    ):
+        replicas.reach("/pause")
+    assert (replicas.urls, list(replicas.lost)) == (([], ["http://one"]) if is_lost else (["http://one"], []))
+
+
+def test_a_post_that_fails_at_one_has_ended_at_all(site):
+    first, second = site.servers
+    first.fails = "slow"
+    with pytest.raises(ServiceError, match="answered slow with 500"):
+        site.replicas.post("/slow")
+    assert second.answered == ["slow"]
+
+
+def test_the_threads_that_ask_end_with_their_answers(site):
+    before = set(threading.enumerate())
+    site.replicas.post("/echo")
+    deadline = time.monotonic() + 10
+    while set(threading.enumerate()) - before:
+        assert time.monotonic() < deadline, "a thread is left"
+        time.sleep(0.01)
 
 
 def test_one_that_comes_back_before_any_weights_were_sent_has_the_right_ones(site):
@@ -361,7 +410,6 @@ def test_replicas_are_asked_all_at_once_each_with_its_own_or_all_with_one_body(s
     assert time.monotonic() - began < 0.9, "0.5 s each, both at once"
     started = replicas.start("/slow", {})
     assert time.monotonic() - began < 1.4 and [future.result() for future in started] == [{}] * 2
-    replicas.close()
 
 
 def test_a_replica_that_does_not_answer_or_answers_too_late_is_named_with_the_phase(site):

@@ -10,6 +10,8 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -26,6 +28,7 @@ from gymexp.rollout.collect import Collector, Progress, Stopped, check_failed_sh
 from gymexp.rollout.outcome import Completed, Failed, Rollout, Task, Truncated
 
 VOCAB_SIZE = 100
+AFTER_FAILURE_S = collect._AFTER_FAILURE_S
 SAMPLING = Sampling(temperature=0.7, top_p=0.9, max_output_tokens=32, seed=5)
 
 
@@ -50,12 +53,14 @@ class Agent:
         self._behave = behave
         self.attempts: Counter[str] = Counter()
         self.asked: list[dict] = []
+        self.asked_at: list[float] = []
         self.in_flight = 0
         self.most_in_flight = 0
 
     async def run(self, request: web.Request) -> web.Response:
         row = await request.json()
         self.asked.append(row)
+        self.asked_at.append(time.monotonic())
         self.attempts[row["key"]] += 1
         self.in_flight += 1
         self.most_in_flight = max(self.most_in_flight, self.in_flight)
@@ -79,7 +84,10 @@ class Controller:
         }
         self.restarts: list[str] = []
         self.on_restart: Callable[[str], None] = lambda name: None
+        self.rss_mb_at_start = 10.0
         self.gone = False
+        self.silent = False
+        self.said = 0
 
     def app(self) -> web.Application:
         app = web.Application()
@@ -90,7 +98,9 @@ class Controller:
         response = web.StreamResponse()
         await response.prepare(request)
         while not self.gone:
-            await response.write(json.dumps({"services": self.services}).encode() + b"\n")
+            if not self.silent:
+                await response.write(json.dumps({"services": self.services}).encode() + b"\n")
+                self.said += 1
             await asyncio.sleep(0.02)
         return response
 
@@ -105,7 +115,7 @@ class Controller:
 
     def restarted(self, name: str) -> None:
         epoch = self.services[name]["epoch"] + 1
-        self.services[name] |= {"state": "ready", "epoch": epoch, "rss_mb": 10.0}
+        self.services[name] |= {"state": "ready", "epoch": epoch, "rss_mb": self.rss_mb_at_start}
 
 
 @contextmanager
@@ -119,9 +129,12 @@ def playing(
     rollout: dict | None = None,
     max_steps: int | None = None,
     gateway: web.Application | None = None,
-    report: Callable[[Progress], None] = lambda _: None,
+    seen: list[Progress] | None = None,
 ):
-    """A collector of one environment, with one replica, or two where `more` says how the second behaves."""
+    """A collector of one environment, with one replica, or two where `more` says how the second behaves.
+
+    seen: gets a copy of every report of progress.
+    """
     agents = [Agent(one) for one in (behave, more) if one]
     config = EnvConfig(config_path="c", agent="a", timeout_s=20.0)
     for key, value in (env or {}).items():
@@ -134,17 +147,15 @@ def playing(
             url = stack.enter_context(serving(app))
             names = [s if index == 0 else f"{s}-{index}" for s in services]
             replicas.append(Replica(names[0], "a", url, names, names[:1], max_steps))
-        control_url = stack.enter_context(serving(controller.app())) if controller else None
-        gateway_url = stack.enter_context(serving(gateway)) if gateway else None
-        collector = Collector(
-            {"e": replicas},
-            {"e": config},
-            RolloutConfig(**({"max_retries": 2} | (rollout or {}))),
-            VOCAB_SIZE,
-            control_url,
-            gateway_url,
-            report,
-        )
+        beside: dict[str, Any] = {}
+        if controller:
+            beside["control_url"] = stack.enter_context(serving(controller.app()))
+        if gateway:
+            beside["gateway_url"] = stack.enter_context(serving(gateway))
+        if seen is not None:
+            beside["report"] = lambda progress: seen.append(replace(progress))
+        limits = RolloutConfig(**({"max_retries": 2} | (rollout or {})))
+        collector = Collector({"e": replicas}, {"e": config}, limits, VOCAB_SIZE, **beside)
         stack.callback(collector.close)
         yield collector, *agents
 
@@ -237,13 +248,34 @@ def test_a_rollout_that_failed_once_is_played_again():
         return reply() if attempt == 2 else (500, "first try")
 
     seen: list[Progress] = []
-    with playing(at_second_try, report=seen.append) as (collector, agent):
+    with playing(at_second_try, seen=seen) as (collector, agent):
         outcomes = play(collector, 5)
     assert all(isinstance(o, Completed) for o in outcomes)
     assert set(agent.attempts.values()) == {2}
     last = seen[-1]
     assert (last.total, last.done, last.retried, last.failed, last.in_flight) == (5, 5, 5, 0, 0)
     assert last.tokens == 10
+
+
+def test_while_rollouts_are_played_their_progress_is_told_twice_a_second_and_not_once_more_afterwards():
+    seen: list[Progress] = []
+
+    async def first_two(key: str, attempt: int) -> Answer:
+        while key[-1] > "1" and not (len(seen) > 3 and seen[-1].done == 2):
+            await asyncio.sleep(0.01)
+        return reply()
+
+    before = time.monotonic()
+    with playing(first_two, seen=seen, rollout={"max_retries": 0}) as (collector, _):
+        play(collector, 5)
+        seconds = time.monotonic() - before
+        wait_until(lambda: not asyncio.all_tasks(collector._loop))  # nothing is left that could tell
+    assert 1.4 < seconds < 4, "four reports"
+    assert [(one.total, one.in_flight, one.done, one.tokens) for one in seen[-2:]] == [
+        (5, 3, 2, 4),
+        (5, 0, 5, 10),
+    ]
+    assert before <= seen[-1].began <= before + seconds
 
 
 def drawn(agent: Agent) -> list[tuple[int, str]]:
@@ -261,6 +293,29 @@ def test_an_attempt_after_a_failure_has_a_seed_of_its_own():
     seeds, plays = zip(*drawn(agent), strict=True)
     assert seeds[0] == SAMPLING.seed
     assert len(set(seeds)) == len(set(plays)) == 3
+
+
+def test_a_failed_attempt_is_not_repeated_at_once(monkeypatch):
+    monkeypatch.setattr(collect, "_AFTER_FAILURE_S", AFTER_FAILURE_S)
+    with playing(always((500, "no")), rollout={"max_retries": 1}) as (collector, agent):
+        only(collector)
+    first, second = agent.asked_at
+    assert second - first >= 0.2
+
+
+def test_a_failure_is_what_the_last_attempt_failed_of_and_remembers_the_others():
+    async def another_each_time(key: str, attempt: int) -> Answer:
+        kind = ("unknown", "token_mismatch", "engine_error")[attempt - 1]
+        return 500, json.dumps({"error": {"type": kind}})
+
+    seen: list[Progress] = []
+    with playing(another_each_time, seen=seen) as (collector, _):
+        outcome = only(collector)
+    last = seen[-1]
+    assert (last.total, last.done, last.failed, last.retried, last.in_flight) == (1, 1, 1, 2, 0)
+    assert outcome.failures == ["environment", "token_mismatch", "engine"]
+    assert outcome.cause == "engine" and "engine_error" in outcome.detail
+    assert outcome.log == "", "nobody says where its log is"
 
 
 def test_a_rollout_that_keeps_failing_is_a_failure_with_its_cause_and_the_servers_log():
@@ -292,6 +347,28 @@ def test_an_agent_whose_history_the_gateway_refuses_is_named():
         outcome = only(collector)
     assert outcome.cause == "token_mismatch"
     assert outcome.detail.startswith("agent a: http") and "the history was rewritten" in outcome.detail
+
+
+def test_an_answer_may_come_compressed():
+    """As from a server with FastAPI's GZipMiddleware, or behind a proxy."""
+
+    async def run(request: web.Request) -> web.Response:
+        response = web.json_response(reply())
+        response.enable_compression()
+        return response
+
+    app = web.Application()
+    app.add_routes([web.post("/run", run)])
+    with serving(app) as url:
+        collector = Collector(
+            {"e": [Replica("server", "a", url, [], [])]},
+            {"e": EnvConfig(config_path="c", agent="a")},
+            RolloutConfig(max_retries=0),
+            VOCAB_SIZE,
+        )
+        outcome = only(collector)
+        collector.close()
+    assert isinstance(outcome, Completed)
 
 
 @pytest.mark.parametrize("padding", [0, 5000])
@@ -478,6 +555,12 @@ def wait_until(holds: Callable[[], object]) -> None:
         time.sleep(0.01)
 
 
+def wait_lines(controller: Controller, count: int) -> None:
+    """Until the controller has said its states `count` times more."""
+    said = controller.said
+    wait_until(lambda: controller.said >= said + count)
+
+
 def in_background(collector: Collector, count: int) -> tuple[threading.Thread, list]:
     outcomes: list = []
     thread = threading.Thread(target=lambda: outcomes.extend(play(collector, count)), daemon=True)
@@ -527,6 +610,15 @@ def test_a_gateway_that_does_not_say_which_weights_sampled_ends_the_run():
         play(collector, 1)
 
 
+@pytest.mark.parametrize("versions", [[[7, 7]], [[7, 7]] * 3, None])
+def test_a_gateway_that_answers_for_more_or_fewer_rollouts_than_it_was_asked_about_ends_the_run(versions):
+    with (
+        playing(fine, gateway=gateway_that_says(lambda plays: versions)) as (collector, _),
+        pytest.raises(ServiceError, match="the gateway did not say which weights sampled"),
+    ):
+        play(collector, 2)
+
+
 def test_a_rollout_whose_server_was_restarted_is_played_again_and_is_no_failure():
     async def lost_at_first(key: str, attempt: int) -> Answer:
         if attempt == 1:
@@ -535,7 +627,7 @@ def test_a_rollout_whose_server_was_restarted_is_played_again_and_is_no_failure(
 
     controller = Controller(server=10.0)
     seen: list[Progress] = []
-    with playing(lost_at_first, controller=controller, rollout={"max_retries": 0}, report=seen.append) as (
+    with playing(lost_at_first, controller=controller, rollout={"max_retries": 0}, seen=seen) as (
         collector,
         agent,
     ):
@@ -590,7 +682,10 @@ def test_a_replica_above_its_memory_budget_is_restarted_when_its_last_rollout_ha
         wait_until(lambda: first.in_flight + second.in_flight == 10)
         assert first.in_flight == 2, "it gets no new rollouts"
         assert controller.restarts == [], "two rollouts are still in flight there"
+        controller.silent = True
         release.set()
+        wait_until(lambda: controller.restarts == ["server"])  # not only once the controller speaks again
+        controller.silent = False
         thread.join(10)
         another_thread.join(10)
         wait_until(lambda: not collector._seats["e"][0].draining)
@@ -601,6 +696,29 @@ def test_a_replica_above_its_memory_budget_is_restarted_when_its_last_rollout_ha
     assert in_flight_at_restart == [0]
     assert [type(o) for o in outcomes + more] == [Completed] * 14
     assert len(first.asked) > 2, "it takes part again"
+
+
+def test_a_replica_that_is_above_its_budget_from_its_start_plays_a_rollout_before_each_restart():
+    controller = Controller(server=500.0)
+    controller.rss_mb_at_start = 500.0
+    with playing(fine, controller=controller, env={"memory_budget_mb": 100.0}) as (collector, _):
+        [seat] = collector._seats["e"]
+        for restarts in range(3):
+            wait_until(lambda number=restarts: seat.epochs == (number,))
+            wait_lines(controller, 5)
+            assert len(controller.restarts) == restarts
+            assert isinstance(only(collector), Completed)
+
+
+def test_a_replica_at_its_memory_budget_plays_on():
+    controller = Controller(server=100.0)
+    with playing(fine, controller=controller, env={"memory_budget_mb": 100.0}) as (collector, _):
+        wait_seen(collector, "server")
+        only(collector)
+        wait_lines(controller, 5)
+        assert controller.restarts == []
+        controller.services["server"]["rss_mb"] = 100.1
+        wait_until(lambda: controller.restarts == ["server"])
 
 
 def test_stopping_raises_promptly_and_refuses_more():
@@ -621,9 +739,66 @@ def test_a_controller_that_is_gone_ends_the_collection():
         wait_seen(collector, "server")
         began = time.monotonic()
         threading.Timer(0.3, setattr, (controller, "gone", True)).start()
-        with pytest.raises(ServiceError, match="the controller is gone"):
+        with pytest.raises(ServiceError, match=r"^the controller is gone: it closed the connection$"):
             play(collector, 3)
         assert time.monotonic() - began < 5
+
+
+def test_a_controller_that_falls_silent_ends_the_collection(monkeypatch):
+    monkeypatch.setattr(collect, "_CONTROL_LOST_S", 1.0)
+    controller = Controller(server=10.0)
+    with playing(hang, controller=controller) as (collector, _):
+        wait_seen(collector, "server")
+        controller.silent = True
+        with pytest.raises(ServiceError, match=r"^the controller is gone: TimeoutError: "):
+            play(collector)
+
+
+def test_meanwhile_is_called_in_the_callers_thread_until_the_last_outcome_and_may_end_the_collection(
+    monkeypatch,
+):
+    monkeypatch.setattr(collect, "_MEANWHILE_S", 0.01)
+    threads: list[threading.Thread] = []
+
+    async def until_called(key: str, attempt: int) -> Answer:
+        while len(threads) < 3:
+            await asyncio.sleep(0.01)
+        return reply()
+
+    with playing(until_called) as (collector, _):
+        [outcome] = collector.collect(
+            tasks(1), [SAMPLING], lambda: threads.append(threading.current_thread())
+        )
+    assert isinstance(outcome, Completed) and set(threads) == {threading.current_thread()}
+
+    def give_up() -> None:
+        wait_until(lambda: agent.in_flight == 2)
+        raise ServiceError("the engine is gone")
+
+    with playing(hang) as (collector, agent):
+        with pytest.raises(ServiceError, match="the engine is gone"):
+            collector.collect(tasks(2), [SAMPLING] * 2, give_up)
+        wait_until(lambda: agent.in_flight == 0)
+
+
+def test_a_rollout_that_cannot_even_be_asked_for_ends_the_others_too():
+    broken = Task("e/train/000009", "e", "a", {"key": "no parameters"})
+    with playing(hang, env={"timeout_s": 0.3}, rollout={"max_retries": 20}) as (collector, agent):
+        with pytest.raises(KeyError, match="responses_create_params"):
+            collector.collect([*tasks(2), broken], [SAMPLING] * 3)
+        assert len(agent.asked) <= 2, "nothing was played again"
+        with pytest.raises(ValueError):
+            collector.collect(tasks(2), [SAMPLING])
+
+
+def test_a_closed_collector_leaves_nothing_behind_and_one_that_is_not_closed_does_not_hold_its_process():
+    before = set(threading.enumerate())
+    collector = Collector({}, {}, RolloutConfig(), VOCAB_SIZE)
+    [thread] = set(threading.enumerate()) - before
+    assert thread.daemon
+    assert collector.collect([], []) == []
+    collector.close()
+    assert not thread.is_alive() and collector._http.closed
 
 
 def failed(cause, key: str = "e/train/000001") -> Failed:

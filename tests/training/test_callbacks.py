@@ -6,6 +6,8 @@ import json
 import math
 import threading
 import time
+from collections import defaultdict
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,6 +23,7 @@ from gymexp.config import EnvConfig, EvaluationConfig, ModelConfig, RunConfig
 from gymexp.data.prepare import Prepared
 from gymexp.rollout.collect import Progress
 from gymexp.rollout.outcome import Completed, Rollout, Task, Turn
+from gymexp.training import callbacks
 from gymexp.training.callbacks import EndWhenAsked, Evaluation, MetricsFile, Steps, Teller, by_env, summary
 from gymexp.training.rollouts import Rollouts
 
@@ -271,18 +274,69 @@ def test_each_log_entry_reaches_the_controller_once_with_its_own_step_however_qu
     ]
 
 
-def test_a_controller_that_is_away_costs_the_trainer_nothing_and_hears_the_rest_when_it_is_back():
-    threads = threading.active_count()
+class Clock:
+    """In the place of `time`: it stands still, and pauses take no time; it knows those of each thread."""
+
+    def __init__(self, now: float = 0.0) -> None:
+        self.now = now
+        self.pauses: defaultdict[threading.Thread, list[float]] = defaultdict(list)
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.pauses[threading.current_thread()].append(seconds)
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not holds():
+        assert time.monotonic() < deadline, "did not come true in time"
+        time.sleep(0.01)
+
+
+def test_a_controller_that_is_away_costs_the_trainer_nothing():
+    threads = set(threading.enumerate())
     Teller(None).tell(phase="train")
-    assert threading.active_count() == threads, "other ranks have nobody to tell"
+    assert set(threading.enumerate()) == threads, "other ranks have nobody to tell"
     began = time.monotonic()
-    alone = Teller("http://127.0.0.1:9")
-    alone.tell(phase="train")
+    Teller("http://127.0.0.1:9").tell(phase="train")
     assert time.monotonic() - began < 1
-    told = Told()
-    alone.tell = told.tell  # type: ignore[method-assign]
-    alone.progress(Progress(total=1, began=time.monotonic() + 60))
-    assert told.facts[0]["tokens_per_s"] == 0.0, "nothing can be said of no time"
+    [teller] = set(threading.enumerate()) - threads
+    assert teller.daemon, "the trainer does not wait for it in the end"
+
+
+def test_a_controller_that_answers_an_error_is_given_a_second_and_told_what_is_new_since(monkeypatch):
+    got: list[dict] = []
+    monkeypatch.setattr(callbacks, "time", clock := Clock())
+
+    async def progress(request: web.Request) -> web.Response:
+        got.append(await request.json())
+        return web.Response(status=500 if len(got) == 1 else 200)
+
+    app = web.Application()
+    app.add_routes([web.post("/progress", progress)])
+    with serving(app) as url:
+        threads = set(threading.enumerate())
+        teller = Teller(url)
+        [thread] = set(threading.enumerate()) - threads
+        teller.tell(step=1)
+        wait_until(lambda: len(clock.pauses[thread]) == 2)
+        teller.tell(step=2)
+        wait_until(lambda: len(clock.pauses[thread]) == 3)
+    assert got == [{"step": 1}, {"step": 2}], "once each"
+    assert clock.pauses[thread] == [1.0, 0.2, 0.2], "and five times a second at most"
+
+
+@pytest.mark.parametrize(("seconds", "rate"), [(8.0, 12.5), (0.5, 200.0), (0.0, 0.0), (-0.5, 0.0)])
+def test_tokens_a_second_are_those_since_the_collection_began_and_none_where_no_time_has_passed(
+    monkeypatch, seconds, rate
+):
+    monkeypatch.setattr(callbacks, "time", Clock(now=50.0))
+    told, teller = Told(), Teller(None)
+    teller.tell = told.tell  # type: ignore[method-assign]
+    teller.progress(Progress(total=1, began=50.0 - seconds, tokens=100))
+    assert told.facts[0]["tokens_per_s"] == rate
 
 
 def test_numbers_of_an_evaluation_by_environment():

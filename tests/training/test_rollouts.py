@@ -165,14 +165,16 @@ def test_a_step_that_plays_several_collections_has_them_all_in_its_file_each_wit
 
 
 def test_a_step_that_is_played_again_after_a_resume_has_the_same_seeds_and_replaces_its_file(tmp_path):
-    collectors = Collector(), Collector()
-    for collector in collectors:
-        plays: Any = rollouts(collector, tmp_path)
-        trainer = Trainer()
-        for _ in range(2):
-            plays(["e/train/0"] * 2, trainer)
-    assert keys_in(tmp_path / "step-000001.jsonl.zst") == ["e/train/0"] * 4
-    assert collectors[0].samplings == collectors[1].samplings
+    for step in range(3):
+        collectors = Collector(), Collector()
+        for collector in collectors:
+            plays: Any = rollouts(collector, tmp_path)
+            trainer = Trainer()
+            trainer.state.global_step = step
+            for _ in range(2):
+                plays(["e/train/0"] * 2, trainer)
+        assert keys_in(tmp_path / f"step-{step + 1:06d}.jsonl.zst") == ["e/train/0"] * 4
+        assert collectors[0].samplings == collectors[1].samplings
 
 
 class Accelerator:
@@ -243,6 +245,13 @@ def test_each_rank_trains_on_the_rollouts_of_its_own_prompts(ranks, tmp_path):
     collector = Numbered()
     first, second = ["e/train/0"] * 2, ["e/train/1"] * 2
     batches, trainers = ranks(first, second, collector=collector)
+    assert batches[0] == {
+        "prompt_ids": [[7], [7]],
+        "completion_ids": [[0], [1]],
+        "logprobs": [[-0.5], [-0.5]],
+        "env_mask": [[1], [1]],
+        "reward": [0.0, 1.0],
+    }
     assert [batch["completion_ids"] for batch in batches] == [[[0], [1]], [[2], [3]]]
     assert [batch["reward"] for batch in batches] == [[0.0, 1.0], [2.0, 3.0]]
     assert [len(batch["prompt_ids"]) for batch in batches] == [2, 2]
