@@ -96,6 +96,7 @@ class Controller:
         self._outcome: str | None = None  # of the run, once it has ended
         self._ranks: list[Service] = []  # the trainer's processes
         self._played = False
+        self._num_told = 0  # of the trainer's log entries
 
     async def run(self, gym_python: Path, site: Path) -> dict[str, Any]:
         gym = self._config.gym
@@ -344,7 +345,9 @@ class Controller:
         self._facts = facts
         self._view.update(facts)
         for entry in entries:
-            self._view.log(**entry)
+            if entry["number"] > self._num_told:  # told again where the answer did not arrive
+                self._num_told = entry["number"]
+                self._view.log(entry["step"], entry["logs"])
 
     def _write_status(self, supervisor: Supervisor) -> None:
         states = {s.name: s.state for s in supervisor.services.values()}

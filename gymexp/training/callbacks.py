@@ -3,6 +3,7 @@ obeyed."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import threading
@@ -55,6 +56,7 @@ class Teller:
         self._url = control_url
         self._latest: dict[str, Any] = {}
         self._entries: deque[dict[str, Any]] = deque(maxlen=_UNTOLD_ENTRIES)
+        self._numbers = itertools.count(1)
         self._news = threading.Event()
         if control_url:
             threading.Thread(target=self._send, name="teller", daemon=True).start()
@@ -64,8 +66,14 @@ class Teller:
         self._news.set()
 
     def log(self, step: int, logs: Mapping[str, Any]) -> None:
-        self._entries.append({"step": step, "logs": dict(logs)})
+        self._entries.append({"number": next(self._numbers), "step": step, "logs": dict(logs)})
         self._news.set()
+
+    def close(self, timeout_s: float = 5.0) -> None:
+        """Wait until all log entries are told."""
+        until = time.monotonic() + timeout_s
+        while self._url and self._entries and time.monotonic() < until:
+            time.sleep(0.02)
 
     def progress(self, progress: Progress) -> None:
         seconds = time.monotonic() - progress.began
@@ -86,7 +94,7 @@ class Teller:
             body = json.dumps(self._latest | {"entries": entries}).encode()
             try:
                 open_url(urllib.request.Request(f"{self._url}/progress", body), timeout_s=5).close()
-                for _ in entries:
+                while entries and self._entries and self._entries[0]["number"] <= entries[-1]["number"]:
                     self._entries.popleft()
             except OSError:
                 time.sleep(1.0)

@@ -104,6 +104,7 @@ def work(run: RunDirectory, config: RunConfig, asked: threading.Event) -> dict[s
     device = torch.device("cuda", _rank("LOCAL_RANK")) if torch.cuda.is_available() else torch.device("cpu")
     collector = None
     with ExitStack() as stack:
+        stack.callback(teller.close)
         if main_rank:
             _open_tracker(config, run, stack)
         if "engine_fd" in services:

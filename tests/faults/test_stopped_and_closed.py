@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -26,7 +27,8 @@ QUICK = ["gym.health_interval_s=0.5", "gym.health_timeout_s=4"]
 
 def part(run: Run, what: str) -> psutil.Process:
     """The run's process whose command has `what` in it."""
-    return next(p for p in run.left() if what in " ".join(p.cmdline()))
+    found = [p for p in run.left() if what in " ".join(p.cmdline())]
+    return min(found, key=psutil.Process.create_time)  # what it has forked has its command line
 
 
 def ended_without_a_trace(run: Run) -> int:
@@ -46,6 +48,8 @@ def test_a_run_whose_command_was_stopped_and_continued_goes_on(started, gym_pyth
     assert ended_without_a_trace(run) == 0, run.said
     assert run.steps() == [1, 2, 3, 4]
     assert "ending it" not in run.said and "starting it again" not in run.said
+    said = re.findall(r"^step (\d)/4", run.said, re.MULTILINE)
+    assert said == ["1", "2", "3", "4"], "each once, whoever was stopped meanwhile"
 
 
 def test_a_run_that_is_suspended_as_a_whole_goes_on(started, gym_python):
@@ -61,6 +65,7 @@ def test_a_run_that_is_suspended_as_a_whole_goes_on(started, gym_python):
     assert ended_without_a_trace(run) == 0, run.said
     assert run.steps() == [1, 2, 3, 4]
     assert "ending it" not in run.said and "starting it again" not in run.said
+    assert re.findall(r"^step (\d)/4", run.said, re.MULTILINE) == ["1", "2", "3", "4"]
 
 
 @pytest.mark.parametrize(
@@ -70,7 +75,7 @@ def test_a_part_without_which_nothing_goes_on_is_ended_when_it_hangs_and_the_run
     started, gym_python, what, name
 ):
     run = started(f"hung-{name}", *SUDOKU, *UNEVALUATED, *QUICK, "trainer.max_steps=1000")
-    run.wait_for_step(2)
+    run.wait_for_step(3)  # with a checkpoint every two
     part(run, what).suspend()
     began = time.monotonic()
     assert ended_without_a_trace(run) == 1, run.said

@@ -744,16 +744,6 @@ def test_a_controller_that_is_gone_ends_the_collection():
         assert time.monotonic() - began < 5
 
 
-def test_a_controller_that_falls_silent_ends_the_collection(monkeypatch):
-    monkeypatch.setattr(collect, "_CONTROL_LOST_S", 1.0)
-    controller = Controller(server=10.0)
-    with playing(hang, controller=controller) as (collector, _):
-        wait_seen(collector, "server")
-        controller.silent = True
-        with pytest.raises(ServiceError, match=r"^the controller is gone: TimeoutError: "):
-            play(collector)
-
-
 def test_meanwhile_is_called_in_the_callers_thread_until_the_last_outcome_and_may_end_the_collection(
     monkeypatch,
 ):
