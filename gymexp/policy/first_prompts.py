@@ -56,8 +56,8 @@ def check(model: ModelConfig, prepared: Prepared, cache: Path) -> None:
         listed.append(f"and {hidden} more")
     raise DataError(
         f"the prompts of {len(wrong)} tasks cannot be answered: each must be one that the policy's chat "
-        "template takes, and must leave room for a reply in model.max_model_len. Raise model.max_model_len, or "
-        "leave out these rows:\n" + "\n".join(listed)
+        "template takes, and must leave room for a reply in model.max_model_len. Raise model.max_model_len, "
+        "or leave out these rows:\n" + "\n".join(listed)
     )
 
 
