@@ -442,7 +442,7 @@ def test_several_nodes_are_a_matter_of_two_keys():
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["env.sudoku.refused_reward=.nan"], "env.sudoku.refused_reward must be a finite number, got nan"),
+        (["env.sudoku.refused_reward=nan"], "env.sudoku.refused_reward must be a finite number, got nan"),
         (["env.sudoku.refused_reward=1e17"], "env.sudoku.refused_reward must be within ±1e16"),
         (
             ["env.sudoku.refused_reward=-1", "gym.runtime=attach", "gym.policy_port=5000"],
