@@ -142,7 +142,7 @@ def read_tasks(args: argparse.Namespace, config: RunConfig, python: Path) -> dic
     tasks = {}
     for name, env in config.env.items():
         path = fetch(name, env, python, cache_dir(), print).train
-        rows = load_rows(path, name, env.agent, {env.agent}, server=server_of(env.config_path))
+        rows = load_rows(path, name, env.agent, server=server_of(env.config_path))
         rows = list({question(row): row for row in rows}.values())[: args.rounds * num_rows(args)]
         for row in rows:
             row["responses_create_params"] |= {"temperature": 1.0, "max_output_tokens": env.max_output_tokens}

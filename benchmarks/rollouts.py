@@ -236,7 +236,7 @@ async def measure(args: argparse.Namespace, report: Report, logs: Path) -> None:
 def read_tasks(config: RunConfig, python: Path) -> list[Task]:
     env = config.env[ENV]
     path = fetch(ENV, env, python, cache_dir(), say).train
-    rows = load_rows(path, ENV, env.agent, {env.agent}, server=server_of(env.config_path))
+    rows = load_rows(path, ENV, env.agent, server=server_of(env.config_path))
     return [Task(f"{ENV}/{i}", ENV, env.agent, row) for i, row in enumerate(rows)]
 
 

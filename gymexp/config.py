@@ -85,6 +85,8 @@ class EnvConfig:
     max_output_tokens: int = 1024  # of one model turn
     memory_budget_mb: float | None = None  # of a resources server of gym.runtime=managed; above it: restarted
     success_reward: float = 1.0  # a reward of at least this counts as success
+    # gym.runtime=managed: of a rollout in which a server answers 400 or 422 to what the policy said
+    refused_reward: float = 0.0
     data: DataConfig = field(default_factory=DataConfig)
 
 

@@ -11,7 +11,7 @@ import time
 from omegaconf import DictConfig
 
 from gymexp.config import load
-from gymexp.data.prepare import needs_gym_python, prepare
+from gymexp.data.prepare import prepare
 from gymexp.gym.install import ensure_python
 from gymexp.run.directory import cache_dir
 from gymexp.run.entry import hydra_main
@@ -30,9 +30,7 @@ def main(cfg: DictConfig) -> None:
     start = time.perf_counter()
     config = load(cfg)
     cache = cache_dir()
-    python = None
-    if needs_gym_python(config.env):
-        python = ensure_python(config.gym, [env.config_path for env in config.env.values()], cache, say)
+    python = ensure_python(config.gym, [env.config_path for env in config.env.values()], cache, say)
     prepared = prepare(config, python, cache, say)
     mix = prepared.summary
     for name, made in mix["envs"].items():

@@ -71,6 +71,13 @@ def problems_of(config: RunConfig) -> Iterator[str]:
         yield from _at_least(f"{at}.max_steps", env.max_steps, 1)
         yield from _positive(f"{at}.timeout_s", env.timeout_s)
         yield from _positive(f"{at}.memory_budget_mb", env.memory_budget_mb)
+        if abs(env.refused_reward) > 1e16:
+            yield f"{at}.refused_reward must be within ±1e16, as every reward, got {env.refused_reward!r}"
+        if env.refused_reward and config.gym.runtime != "managed":
+            yield (
+                f"{at}.refused_reward must be left out with gym.runtime={config.gym.runtime}, whose servers "
+                f"do not say which status they answered with, got {env.refused_reward!r}"
+            )
         yield from _data_problems(f"{at}.data", env.data)
     if config.env and all(env.weight == 0 for env in config.env.values()):
         yield "env.<name>.weight must be > 0 for at least one environment, got 0 for all: " + ", ".join(

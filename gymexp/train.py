@@ -50,7 +50,7 @@ def train(
     """
     from gymexp.data.prepare import load_prepared, prepare, write_prepared
     from gymexp.gym.install import ensure_python, site_packages
-    from gymexp.policy import inspection, snapshot, vllm
+    from gymexp.policy import first_prompts, inspection, snapshot, vllm
     from gymexp.run import controller, environment
     from gymexp.run.directory import RunDirectory, cache_dir
     from gymexp.run.placement import num_nodes, place, visible_gpus
@@ -85,6 +85,7 @@ def train(
         prepared.summary["training"] = planned
         config = dataclasses.replace(config, model=snapshot.pin(config.model, view.say))
         inspection.check(config.model, prepared, cache_dir())
+        first_prompts.check(config.model, prepared, cache_dir())
         held = RunDirectory.claim(directory)
         write_prepared(prepared, held.data)
         held.describe(config, overrides)

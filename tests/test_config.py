@@ -437,3 +437,20 @@ def test_a_search_of_ranges_and_choices_loads():
 def test_several_nodes_are_a_matter_of_two_keys():
     placement = load(composed(*NODES)).placement
     assert (placement.rollout_nodes, placement.train_nodes) == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["env.sudoku.refused_reward=nan"], "env.sudoku.refused_reward must be a finite number, got nan"),
+        (["env.sudoku.refused_reward=1e17"], "env.sudoku.refused_reward must be within ±1e16"),
+        (
+            ["env.sudoku.refused_reward=-1", "gym.runtime=attach", "gym.policy_port=5000"],
+            "env.sudoku.refused_reward must be left out with gym.runtime=attach",
+        ),
+    ],
+)
+def test_the_reward_of_what_is_refused_is_a_reward_that_can_be_given(overrides, said):
+    with pytest.raises(ConfigError) as caught:
+        load(composed(*overrides))
+    assert said in str(caught.value)

@@ -23,9 +23,7 @@ def demonstrations(name: str, env: EnvConfig, files: Files) -> Iterable[dict[str
     if files.demonstrations is not None:
         return _written(files.demonstrations, env.data.train_size)
     if server_of(env.config_path) == "reasoning_gym":
-        rows = load_rows(
-            files.train, name, env.agent, {env.agent}, server="reasoning_gym", limit=env.data.train_size
-        )
+        rows = load_rows(files.train, name, env.agent, server="reasoning_gym", limit=env.data.train_size)
         return (_with_answer(row) for row in rows if row["answer"] is not None)
     hint = f": env.{name}.data.source=generate makes them" if env.data.generator == "workplace" else ""
     raise DataError(f"env.{name} has no demonstrations to start from (data.source={env.data.source}){hint}")

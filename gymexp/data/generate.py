@@ -55,7 +55,7 @@ def _reasoning_gym(
     determined_by = {
         "generator": "reasoning_gym",
         "script": sha256_of(script),
-        "versions": _versions(python, ("nemo-gym", "reasoning-gym")),
+        "versions": versions(python, ("nemo-gym", "reasoning-gym")),
         "options": {"task": task, "config": config},
         "sizes": sizes,
         "seeds": seeds,
@@ -135,7 +135,7 @@ def _workplace(
     determined_by = {
         "generator": "workplace",
         "script": {str(path.relative_to(script.parent)): sha256_of(path) for path in sorted(sources)},
-        "versions": _versions(python, ("nemo-gym",)),
+        "versions": versions(python, ("nemo-gym",)),
         "sizes": [data.train_size, data.validation_size],
         "seed": data.train_seed,
     }
@@ -157,14 +157,15 @@ def _workplace(
     return cached(cache, name, determined_by, make, say)
 
 
-def _versions(python: Path, packages: tuple[str, ...]) -> dict[str, str]:
+def versions(python: Path, packages: tuple[str, ...]) -> dict[str, str]:
+    """Of packages that NeMo Gym's interpreter must have."""
     code = (
         "import json, sys, importlib.metadata as m; print(json.dumps([m.version(p) for p in sys.argv[1:]]))"
     )
     result = subprocess.run([python, "-c", code, *packages], capture_output=True, text=True, check=False)
     if result.returncode:
         raise DataError(
-            f"{python} must have {' and '.join(packages)} installed to generate tasks, but: "
+            f"{python} must have {' and '.join(packages)} installed, but: "
             f"{(result.stderr.strip().splitlines() or ['it failed'])[-1]}"
         )
     return dict(zip(packages, json.loads(result.stdout), strict=True))

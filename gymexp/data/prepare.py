@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,9 @@ import orjson
 
 from gymexp.config import EnvConfig, RunConfig
 from gymexp.data.cache import Say
+from gymexp.data.first_requests import Split, first_requests
 from gymexp.data.mix import describe, keys_sha256, mix
-from gymexp.data.rows import load_rows, server_of
+from gymexp.data.rows import read_rows, server_of
 from gymexp.data.sources import fetch
 from gymexp.errors import DataError
 from gymexp.rollout.outcome import Task
@@ -22,48 +23,51 @@ from gymexp.run.directory import replace_file
 
 @dataclass(frozen=True)
 class Prepared:
-    """The tasks of a run. `train` is in training order; `summary` is what `mix.json` holds."""
+    """The tasks of a run. `train` is in training order; `summary` is what `mix.json` holds. `requests`: what
+    the policy is asked first of each task (`first_requests`); None of tasks that were checked when their run
+    began."""
 
     train: list[Task]
     validation: dict[str, list[Task]]
     summary: dict[str, Any]
+    requests: Path | None = field(default=None, compare=False)
 
 
-def prepare(config: RunConfig, gym_python: Path | None, cache: Path, say: Say) -> Prepared:
-    """Fetch, check and mix the selected environments' tasks.
-
-    gym_python: NeMo Gym's interpreter; may be None if `needs_gym_python` says no.
-    """
+def prepare(config: RunConfig, gym_python: Path, cache: Path, say: Say) -> Prepared:
+    """Fetch, check and mix the selected environments' tasks. gym_python: NeMo Gym's interpreter."""
     weights = {name: env.weight for name, env in config.env.items()}
-    available: dict[str, list[Task]] = {}
-    validation: dict[str, list[Task]] = {}
+    splits: dict[tuple[str, str], Split] = {}
     sources: dict[str, dict[str, Any]] = {}
-    known_agents = {env.agent for env in config.env.values()}
     for name, env in config.env.items():
         files = fetch(name, env, gym_python, cache, say)
-        available[name] = _tasks(name, "train", env, files.train, env.data.train_size, known_agents)
         limit = min(
             (s for s in (env.data.validation_size, config.dataset.validation_size) if s), default=None
         )
-        validation[name] = _tasks(name, "validation", env, files.validation, limit, known_agents)
+        train = _split(name, "train", env, files.train, files.train_sha256, env.data.train_size)
+        validation = _split(name, "validation", env, files.validation, files.validation_sha256, limit)
+        splits |= {(name, "train"): train, (name, "validation"): validation}
         sources[name] = {"source": env.data.source} | {
             "train_file": str(files.train),
             "train_sha256": files.train_sha256,
             "validation_file": str(files.validation),
             "validation_sha256": files.validation_sha256,
         }
+    requests = first_requests(config, list(splits.values()), gym_python, cache, say)
+    available = {name: _tasks(splits[name, "train"]) for name in config.env}
+    validation_tasks = {name: _tasks(splits[name, "validation"]) for name in config.env}
     dataset = config.dataset
-    train = mix(available, weights, dataset.train_size, dataset.order, dataset.seed)
-    summary = describe(train, available, weights, dataset.order, dataset.seed)
+    mixed = mix(available, weights, dataset.train_size, dataset.order, dataset.seed)
+    summary = describe(mixed, available, weights, dataset.order, dataset.seed)
     for name, stated in summary["envs"].items():
-        stated |= {"validation_tasks": len(validation[name])} | sources[name]
+        stated |= {"validation_tasks": len(validation_tasks[name])} | sources[name]
         if stated["repeats"]:
             count, there = stated["in_epoch"], stated["available"]
             say(f"{name}: {count} training tasks out of {there}: each {count / there:.1f} times an epoch")
-    return Prepared(train, validation, summary)
+    return Prepared(mixed, validation_tasks, summary, requests)
 
 
 def needs_gym_python(envs: Mapping[str, EnvConfig]) -> bool:
+    """Whether `fetch` does, for some of them."""
     return any(env.data.source == "generate" for env in envs.values())
 
 
@@ -86,13 +90,15 @@ def load_prepared(run_data_dir: Path) -> Prepared:
     return Prepared(train, validation, summary)
 
 
-def _tasks(
-    name: str, split: str, env: EnvConfig, path: Path, limit: int | None, known_agents: set[str]
-) -> list[Task]:
-    rows = load_rows(path, name, env.agent, known_agents, server=server_of(env.config_path), limit=limit)
+def _split(name: str, split: str, env: EnvConfig, path: Path, sha256: str, limit: int | None) -> Split:
+    rows = read_rows(path, name, env.agent, server=server_of(env.config_path), limit=limit)
+    return Split(name, split, path, sha256, rows)
+
+
+def _tasks(split: Split) -> list[Task]:
     return [
-        Task(f"{name}/{split}/{index:06d}", name, row["agent_ref"]["name"], row)
-        for index, row in enumerate(rows)
+        Task(split.key(index), split.env, row["agent_ref"]["name"], row)
+        for index, (_, row) in enumerate(split.rows)
     ]
 
 

@@ -1,28 +1,25 @@
-"""Dataset rows, checked before anything starts: what NeMo Gym would refuse is said here, with its line."""
+"""Dataset rows, read and checked before anything starts, each problem with its line.
+
+What is checked here is not in NeMo Gym's own request model, which `first_requests` asks.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Collection, Iterator
+import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import orjson
 
-from gymexp.config import nearest
 from gymexp.errors import DataError
 
 _MOST_PROBLEMS = 20
-_ROLES = ("user", "assistant", "system", "developer")
-# What NeMo Gym 0.4 takes as responses_create_params; it refuses a request with any other key.
-# fmt: off
-_PARAMETERS = frozenset((
-    "background", "include", "input", "instructions", "max_output_tokens", "max_tool_calls", "metadata",
-    "model", "parallel_tool_calls", "previous_response_id", "prompt", "reasoning", "service_tier", "store",
-    "stream", "temperature", "text", "tool_choice", "tools", "top_logprobs", "top_p", "truncation", "user",
-))
-# fmt: on
+_AGENTS = "responses_api_agents"
+_LONG_NUMBER = re.compile(rb"\d{19}")
 # What a resources server's verify request asks of its rows, keyed by the server's folder. "a.b": b in a.
 _SERVER_FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
     "reasoning_gym": {
@@ -50,21 +47,22 @@ def server_of(config_path: str) -> str:
 
 
 def load_rows(
-    path: Path,
-    env_name: str,
-    agent: str,
-    known_agents: Collection[str],
-    *,
-    server: str = "",
-    limit: int | None = None,
+    path: Path, env_name: str, agent: str, *, server: str = "", limit: int | None = None
 ) -> list[dict[str, Any]]:
-    """The first `limit` rows of a JSONL file, each with an agent_ref.
+    """The rows of `read_rows`."""
+    return [row for _, row in read_rows(path, env_name, agent, server=server, limit=limit)]
 
-    known_agents: the agents of all selected environments, `agent` (this one's) among them.
-    server: the resources server's folder, for the fields that it asks for. Blank lines are passed over.
-    Raises DataError with all problems of the file (20 of them in full), one `path:line: field: reason` each.
+
+def read_rows(
+    path: Path, env_name: str, agent: str, *, server: str = "", limit: int | None = None
+) -> list[tuple[int, dict[str, Any]]]:
+    """The first `limit` rows of a JSONL file, each with its line's number and an agent_ref.
+
+    agent: the environment's, which plays its rows. server: the resources server's folder, for the fields that
+    it asks for. Blank lines are passed over. Raises DataError with all problems of the file (20 of them in
+    full), one `path:line: field: reason` each.
     """
-    rows: list[dict[str, Any]] = []
+    rows: list[tuple[int, dict[str, Any]]] = []
     problems: list[str] = []
     try:
         content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")  # some editors put that mark first
@@ -83,13 +81,16 @@ def load_rows(
                 problems.append(f"{at}: not valid JSON: {error}")
                 continue
             if not isinstance(row, dict):
-                problems.append(f"{at}: a row must be a JSON object, got {_shown(row)}")
+                problems.append(f"{at}: a row must be a JSON object, got {shown(row)}")
                 continue
-            row.setdefault("agent_ref", {"type": "responses_api_agents", "name": agent})
-            rows.append(row)
-            problems.extend(f"{at}: {field}: {why}" for field, why in _problems(row, known_agents, server))
+            if row.get("agent_ref") is None:
+                row["agent_ref"] = {"type": _AGENTS, "name": agent}
+            rows.append((number, row))
+            problems.extend(f"{at}: {field}: {why}" for field, why in _problems(row, env_name, agent, server))
+            if _LONG_NUMBER.search(line):
+                problems.extend(f"{at}: {field}: {why}" for field, why in _long_integers(json.loads(line)))
     if problems:
-        raise DataError(_message(env_name, problems))
+        raise DataError(message(env_name, problems))
     if not rows:
         raise DataError(f"env.{env_name}.data: {path} must hold at least one row, but it is empty")
     return rows
@@ -107,84 +108,61 @@ def _no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _message(env_name: str, problems: list[str]) -> str:
-    shown = problems[:_MOST_PROBLEMS]
-    if hidden := len(problems) - len(shown):
-        shown.append(f"and {hidden} more")
+def message(env_name: str, problems: list[str]) -> str:
+    """All that is wrong with an environment's rows, 20 of them in full."""
+    listed = problems[:_MOST_PROBLEMS]
+    if hidden := len(problems) - len(listed):
+        listed.append(f"and {hidden} more")
     return "\n".join(
-        [f"env.{env_name}.data: {len(problems)} problem{'s' * (len(problems) > 1)} in its rows", *shown]
+        [f"env.{env_name}.data: {len(problems)} problem{'s' * (len(problems) > 1)} in its rows", *listed]
     )
 
 
-def _problems(row: dict[str, Any], known_agents: Collection[str], server: str) -> Iterator[Problem]:
+def _problems(row: dict[str, Any], env_name: str, agent: str, server: str) -> Iterator[Problem]:
     parameters = row.get("responses_create_params")
     if not isinstance(parameters, dict):
         yield "responses_create_params", _expected("an object", row, "responses_create_params")
     else:
-        for key in parameters.keys() - _PARAMETERS:
+        if not parameters.get("input"):  # NeMo Gym takes an empty one, but the policy would be asked nothing
+            what = "a non-empty array of messages, or a string"
+            yield "responses_create_params.input", _expected(what, parameters, "input")
+        metadata = parameters.get("metadata")
+        if isinstance(metadata, dict) and metadata.get("extra_body") is not None:
             yield (
-                f"responses_create_params.{key}",
-                f"NeMo Gym knows no such key{nearest(key, sorted(_PARAMETERS))}",
+                "responses_create_params.metadata.extra_body",
+                "must be left out: gymexp gives each rollout its seed there, and how to sample is said by "
+                f"trainer.temperature and evaluation.*, got {shown(metadata['extra_body'])}",
             )
-        yield from _input_problems(parameters)
-        yield from _tool_problems(parameters.get("tools"))
-    yield from _agent_problems(row["agent_ref"], known_agents)
+    yield from _agent_problems(row["agent_ref"], env_name, agent)
     yield from _server_problems(row, server)
 
 
-def _input_problems(parameters: dict[str, Any]) -> Iterator[Problem]:
-    at = "responses_create_params.input"
-    items = parameters.get("input")
-    if isinstance(items, str):
-        if not items:
-            yield at, "must not be empty"
-        return
-    if not isinstance(items, list) or not items:
-        yield at, _expected("a non-empty array of messages, or a string", parameters, "input")
-        return
-    for index, item in enumerate(items):
-        if not isinstance(item, dict):
-            yield f"{at}[{index}]", f"must be a message object, got {_shown(item)}"
-        elif item.get("type", "message") == "message":
-            if item.get("role") not in _ROLES:
-                yield (
-                    f"{at}[{index}].role",
-                    f"must be one of {', '.join(_ROLES)}, got {_shown(item.get('role'))}",
-                )
-            if not isinstance(item.get("content"), str | list):
-                yield f"{at}[{index}].content", _expected("a string or an array of parts", item, "content")
-
-
-def _tool_problems(tools: Any) -> Iterator[Problem]:
-    at = "responses_create_params.tools"
-    if tools is None:
-        return
-    if not isinstance(tools, list):
-        yield at, f"must be an array, got {_shown(tools)}"
-        return
-    for index, tool in enumerate(tools):
-        here = f"{at}[{index}]"
-        if not isinstance(tool, dict) or not isinstance(tool.get("type"), str):
-            yield here, "must be an object with a type, e.g. {type: function, name: …, parameters: {…}}"
-        elif tool["type"] == "function":
-            if isinstance(tool.get("function"), dict):
-                yield here, "has the Chat Completions shape: name and parameters must stand beside type"
-                continue
-            if not tool.get("name") or not isinstance(tool["name"], str):
-                yield f"{here}.name", _expected("a non-empty string", tool, "name")
-            if not isinstance(tool.get("parameters"), dict | None):
-                yield f"{here}.parameters", _expected("an object", tool, "parameters")
-
-
-def _agent_problems(reference: Any, known_agents: Collection[str]) -> Iterator[Problem]:
+def _agent_problems(reference: Any, env_name: str, agent: str) -> Iterator[Problem]:
     if not isinstance(reference, dict) or not isinstance(reference.get("name"), str):
-        yield "agent_ref", f"must be {{type: responses_api_agents, name: …}}, got {_shown(reference)}"
-    elif reference["name"] not in known_agents:
-        known, name = sorted(known_agents), reference["name"]
+        yield "agent_ref", f"must be {{type: {_AGENTS}, name: …}}, got {shown(reference)}"
+        return
+    if reference.get("type", _AGENTS) != _AGENTS:
+        yield "agent_ref.type", f"must be {_AGENTS}, got {shown(reference['type'])}"
+    if reference["name"] != agent:
         yield (
             "agent_ref.name",
-            f"{name!r} is no agent of the selected environments{nearest(name, known)} "
-            f"(they have: {', '.join(known)})",
+            f"must be {agent} (env.{env_name}.agent), which plays all its rows, got "
+            f"{shown(reference['name'])}: give the row to that agent's environment, or leave agent_ref out",
+        )
+
+
+def _long_integers(value: Any, field: str = "") -> Iterator[Problem]:
+    """Integers that orjson, which reads rows here and writes them in NeMo Gym, makes floats of or refuses."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _long_integers(inner, f"{field}.{key}" if field else key)
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            yield from _long_integers(inner, f"{field}[{index}]")
+    elif isinstance(value, int) and not -(2**63) <= value < 2**64:
+        yield (
+            field,
+            f"must be an integer of 64 bits, as NeMo Gym passes on no longer ones, got {value}: quote it",
         )
 
 
@@ -204,9 +182,9 @@ def _server_problems(row: dict[str, Any], server: str) -> Iterator[Problem]:
 
 
 def _expected(what: str, holder: dict[str, Any], key: str) -> str:
-    return f"must be {what}, {f'got {_shown(holder[key])}' if key in holder else 'but it is missing'}"
+    return f"must be {what}, {f'got {shown(holder[key])}' if key in holder else 'but it is missing'}"
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     text = orjson.dumps(value).decode()
     return text if len(text) <= 60 else f"{text[:57]}…"

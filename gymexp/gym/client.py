@@ -61,9 +61,10 @@ async def play(
     timeout_s: float,
     vocab_size: int,
     max_steps: int | None,
+    refused_reward: float,
 ) -> Played:
-    """One attempt at `task` with the agent at `url`, whose limit of turns is max_steps. Raises
-    RolloutFailure."""
+    """One attempt at `task` with the agent at `url`, whose limit of turns is max_steps. refused_reward: where
+    the environment refuses what the policy said. Raises RolloutFailure."""
     began = time.monotonic()
     try:
         async with asyncio.timeout(timeout_s):
@@ -75,17 +76,30 @@ async def play(
         raise RolloutFailure("timeout", f"no answer from {url}/run within {timeout_s:g} s") from None
     except aiohttp.ClientError as error:
         raise RolloutFailure("environment", f"{url}/run: {type(error).__name__}: {error}") from None
-    if response.status != 200:
+    refused = _refusal(body, refused_reward) if response.status == 400 else None
+    if response.status != 200 and refused is None:
         cause, text = _cause_in(body), body.decode(errors="replace")[:2000]
         who = f"agent {task.agent}: " if cause == "token_mismatch" else ""
         raise RolloutFailure(cause, f"{who}{url}/run answered {response.status}: {text}")
     try:
-        reply = _parse(body)
+        reply = refused or _parse(body)
         return read_reply(task, reply, vocab_size, time.monotonic() - began, max_steps)
     except TokenMismatch as error:
         raise RolloutFailure("token_mismatch", f"agent {task.agent}: {error}") from None
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise RolloutFailure("environment", f"{url}/run answered what is not a rollout: {error!r}") from None
+
+
+def _refusal(body: bytes, reward: float) -> dict[str, Any] | None:
+    """The reply that `gym/host.py` lets an agent give where a server refused the policy's words, as one with
+    a reward; None if it is another."""
+    try:
+        said = orjson.loads(body)
+        responses = said["responses"]
+        output = [item for response in responses for item in response["output"]]
+        return {"reward": reward, "response": responses[-1] | {"output": output}, "refused": said["refused"]}
+    except (ValueError, KeyError, TypeError, IndexError):
+        return None
 
 
 def _parse(body: bytes) -> Any:
@@ -137,18 +151,20 @@ def read_reply(
             turns.append(Turn([int(i) for i in item["prompt_token_ids"]], ids, item["generation_log_probs"]))
     limit = "length" if (response.get("incomplete_details") or {}).get("reason") else None
     if not turns:
-        raise RolloutFailure(
-            "engine",
-            "the policy's answer has no token ids: the prompt is longer than model.max_model_len"
-            if limit
-            else "the policy's answer has no token ids",
-        )
+        if limit:
+            raise RolloutFailure(
+                "prompt_too_long",
+                "with what the environment adds to it, the first prompt is longer than model.max_model_len: "
+                "raise that, or leave the row out",
+            )
+        raise RolloutFailure("engine", "the policy's answer has no token ids")
     verify_turns(turns, vocab_size)
     if limit is None and _ran_out_of_turns(reply, items, len(turns), max_steps):
         limit = "turns"
     reward = _read_reward(task, reply["reward"])
     kept = [{k: v for k, v in item.items() if k not in _TOKEN_FIELDS} for item in items]
-    rollout = Rollout(task, turns, reward, kept, seconds={"total": round(seconds, 4)})
+    refused = reply.get("refused") if isinstance(reply.get("refused"), str) else ""
+    rollout = Rollout(task, turns, reward, kept, seconds={"total": round(seconds, 4)}, refused=refused or "")
     return Truncated(rollout, limit) if limit else Completed(rollout)
 
 

@@ -27,6 +27,7 @@ import socket
 import sys
 import time
 import traceback
+from contextvars import ContextVar
 from typing import Any
 
 PROTOCOL = os.dup(1)  # NeMo Gym prints while it is imported; from here on, what is printed goes to the log
@@ -80,6 +81,37 @@ def load(config: dict, servers: dict, own: str) -> dict:
     return classes
 
 
+# Before the policy has spoken: what a server refuses there is the row.
+BEFORE = ("/seed_session", "/reset")
+# What the policy said so far in this rollout (an agent's /run), as NeMo Gym's responses.
+HEARD: ContextVar[list[bytes] | None] = ContextVar("heard", default=None)
+
+
+def refusal(error: Any, heard: list[bytes], resources_ports: set[int]) -> bytes | None:
+    """The answer to /run where a resources server took the policy's words for a bad request (400, or 422 for
+    the response in its body), which NeMo Gym would answer with 500; None for any other error.
+
+    {"refused": what the server said, "responses": what the policy had said}
+    """
+    text = getattr(error, "response_content", b"")
+    request = getattr(error, "request_info", None)
+    status = getattr(error, "status", None)
+    if not heard or request is None or status not in (400, 422):
+        return None
+    if request.url.port not in resources_ports or request.url.path in BEFORE:
+        return None
+    if status == 422:
+        try:
+            detail = json.loads(text)["detail"]
+            places = [one["loc"][:2] for one in detail] if isinstance(detail, list) else []
+        except (ValueError, KeyError, TypeError):
+            return None
+        if any(list(place) != ["body", "response"] for place in places):
+            return None  # the row's other fields
+    said = f"{request.url} answered {status}: {text.decode(errors='replace')[:2000]}"
+    return b'{"refused": %s, "responses": [%s]}' % (json.dumps(said).encode(), b",".join(heard))
+
+
 def build_app(name: str, cls: Any):
     """The server's web application, put together as NeMo Gym's own run_webserver does, without Ray."""
     from nemo_gym.config_types import BaseServerConfig  # pyright: ignore[reportMissingImports]
@@ -89,18 +121,49 @@ def build_app(name: str, cls: Any):
     )
     from nemo_gym.server_utils import ServerClient  # pyright: ignore[reportMissingImports]
     from omegaconf import OmegaConf
+    from starlette.responses import Response  # pyright: ignore[reportMissingImports]
+
+    class Listening(ServerClient):
+        async def request(self, server_name: str, url_path: str, method: str, **kwargs: Any) -> Any:
+            answer = await super().request(server_name, url_path, method, **kwargs)
+            heard = HEARD.get()
+            if heard is not None and url_path == "/v1/responses" and answer.status == 200:
+                heard.append(await answer.read())
+            return answer
 
     everything = get_global_config_dict()
     values = OmegaConf.to_container(get_first_server_config_dict(everything, name), resolve=True)
     assert isinstance(values, dict)
     config = cls.model_fields["config"].annotation.model_validate(values | {"name": name})
-    client = ServerClient(
+    client = Listening(
         head_server_config=BaseServerConfig.model_validate(everything["head_server"]),
         global_config_dict=everything,
     )
     server = cls(config=config, server_client=client)
     app = server.setup_webserver()
     server.setup_liveness(app)
+    ports = {
+        server["port"]
+        for entry in OmegaConf.to_container(everything).values()  # pyright: ignore
+        if isinstance(entry, dict) and isinstance(entry.get("resources_servers"), dict)
+        for server in entry["resources_servers"].values()
+    }
+
+    @app.middleware("http")
+    async def tell_refusals(request: Any, call_next: Any) -> Any:
+        if request.url.path != "/run":
+            return await call_next(request)
+        heard: list[bytes] = []
+        token = HEARD.set(heard)
+        try:
+            return await call_next(request)
+        except Exception as error:
+            if (body := refusal(error, heard, ports)) is None:
+                raise
+            return Response(body, status_code=400, media_type="application/json")
+        finally:
+            HEARD.reset(token)
+
     server.setup_exception_middleware(app)
     return app
 

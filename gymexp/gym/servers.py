@@ -78,7 +78,7 @@ def plan(
 
     models = [POLICY if i == 0 else f"{POLICY}-{i}" for i in range(gym.model_servers)]
     for model in models:
-        add(model, "responses_api_models", "vllm_model", _policy_model(policy_url, chat_template_kwargs))
+        add(model, "responses_api_models", "vllm_model", model_server(policy_url, chat_template_kwargs))
     count = 0
     for env_name, env in envs.items():
         defined = read_config(env_name, env, site)
@@ -126,7 +126,7 @@ def read_config(env_name: str, env: EnvConfig, site: Path) -> dict[str, Any]:
     return {str(name): value for name, value in defined.items()}
 
 
-def _policy_model(policy_url: str, chat_template_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
+def model_server(policy_url: str, chat_template_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
     return {
         "entrypoint": "app.py",
         "base_url": f"{policy_url}/v1",

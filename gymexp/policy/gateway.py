@@ -102,12 +102,7 @@ class Gateway:
         return json_response(answer)
 
     async def _complete(self, body: dict[str, Any]) -> dict[str, Any]:
-        chat.check_neutral(body)
-        if body.get("tools") and body.get("tool_choice") != "none" and not self.parser.reads_calls:
-            raise chat.BadRequest(NO_CALLS)
-        stop = chat.read_stop(body)
-        conversation = read_conversation(body)
-        prompt_ids, continues = self.prompt_ids(conversation)
+        stop, conversation, prompt_ids, continues = self.read(body)
         sampling_params = chat.sampling_params(body, len(prompt_ids), self.config.max_model_len)
         sampling_params["stop_token_ids"] = self.stop_token_ids
         generation = await self._sample(body, prompt_ids, sampling_params, continues)
@@ -122,6 +117,16 @@ class Gateway:
         wants_texts = body.get("logprobs") and not body.get("return_tokens_as_token_ids")
         texts = [self.tokenizer.decode([i]) for i in generation.token_ids] if wants_texts else None
         return chat.completion(self.config.model_name, prompt_ids, generation, reply, texts)
+
+    def read(self, body: dict[str, Any]) -> tuple[list[str], Conversation, list[int], int]:
+        """(stop texts, conversation, its prompt's ids, how many of these are the turn before). Raises
+        BadRequest, TokenMismatch for what is answered with 400."""
+        chat.check_neutral(body)
+        if body.get("tools") and body.get("tool_choice") != "none" and not self.parser.reads_calls:
+            raise chat.BadRequest(NO_CALLS)
+        stop = chat.read_stop(body)
+        conversation = read_conversation(body)
+        return stop, conversation, *self.prompt_ids(conversation)
 
     async def _sample(
         self, body: dict[str, Any], prompt_ids: list[int], sampling_params: dict[str, Any], continues: int

@@ -13,6 +13,7 @@ import itertools
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from gymexp.run.environment import without_launchers
 
 _TIMEOUT_S = 120
 _FILES = ("*.json", "*.jinja", "*.model", "additional_chat_templates/*")
+_CODE = ("reply.py", "tokens.py", "model.py", "inspection.py")
 
 
 def check(model: ModelConfig, prepared: Prepared, cache: Path) -> None:
@@ -53,20 +55,25 @@ def envs_with_tools(prepared: Prepared) -> list[str]:
 
 def _facts(directory: Path, cache: Path) -> dict[str, Any]:
     """Of the tokenizer there; kept in the cache under all that they depend on."""
-    digest = hashlib.sha256()
-    for package in ("transformers", "tokenizers", "trl"):
-        digest.update(f"{package} {importlib.metadata.version(package)}\n".encode())
-    here = Path(__file__).parent
-    files = [path for pattern in _FILES for path in sorted(directory.glob(pattern)) if path.is_file()]
-    for path in [*files, *(here / name for name in ("reply.py", "tokens.py", "model.py", "inspection.py"))]:
-        digest.update(f"{path.name}\n".encode() + path.read_bytes())
-    kept = cache / "tokenizers" / f"{digest.hexdigest()[:24]}.json"
+    kept = cache / "tokenizers" / f"{digest(directory, _CODE)}.json"
     if not kept.exists():
         facts = _look_elsewhere(directory)
         kept.parent.mkdir(parents=True, exist_ok=True)
         kept.write_text(json.dumps(facts))
         return facts
     return json.loads(kept.read_text())
+
+
+def digest(directory: Path, code: Sequence[str], more: str = "") -> str:
+    """Of the tokenizer there, and of what reads it: packages, and modules of this one."""
+    summed = hashlib.sha256(more.encode())
+    for package in ("transformers", "tokenizers", "trl"):
+        summed.update(f"{package} {importlib.metadata.version(package)}\n".encode())
+    here = Path(__file__).parent
+    files = [path for pattern in _FILES for path in sorted(directory.glob(pattern)) if path.is_file()]
+    for path in [*files, *(here / name for name in code)]:
+        summed.update(f"{path.name}\n".encode() + path.read_bytes())
+    return summed.hexdigest()[:24]
 
 
 def _look_elsewhere(directory: Path) -> dict[str, Any]:

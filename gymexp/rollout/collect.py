@@ -257,7 +257,14 @@ class Collector:
                 attempt = replace(sampling, seed=seed, play=secrets.token_hex(8))
                 agent = seat.replica
                 playing = play(
-                    self._http, agent.url, task, attempt, env.timeout_s, self._vocab_size, agent.max_steps
+                    self._http,
+                    agent.url,
+                    task,
+                    attempt,
+                    env.timeout_s,
+                    self._vocab_size,
+                    agent.max_steps,
+                    env.refused_reward,
                 )
                 flight = asyncio.create_task(playing)
                 seat.flights.add(flight)
@@ -279,7 +286,8 @@ class Collector:
                     progress.tokens += sum(len(turn.completion_ids) for turn in outcome.rollout.turns)
                     played = replace(outcome, failures=[failure.cause for failure in failures])
                     return played, attempt.play
-                if len(failures) > self._rollout.max_retries:
+                is_final = failures and failures[-1].cause == "prompt_too_long"  # it would be again
+                if is_final or len(failures) > self._rollout.max_retries:
                     progress.done += 1
                     progress.failed += 1
                     last = failures[-1]
@@ -344,8 +352,10 @@ def _with_version(outcome: Outcome, versions: Sequence[int] | None) -> Outcome:
 
 def check_failed_share(outcomes: Sequence[Outcome], max_share: float) -> None:
     """Raises RolloutError when more than `max_share` of the outcomes are failures; names the commonest and
-    its log."""
+    its log. Prompts that are too long count only where nothing else was played."""
     failed = [o for o in outcomes if isinstance(o, Failed)]
+    if len(failed) < len(outcomes):
+        failed = [o for o in failed if o.cause != "prompt_too_long"]
     if len(failed) <= max_share * len(outcomes):
         return
     (env, cause), count = Counter((task_of(o).env, o.cause) for o in failed).most_common()[0]

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 SCHEMA_VERSION = 1
 
-Cause = Literal["environment", "engine", "timeout", "token_mismatch"]
+Cause = Literal["environment", "engine", "timeout", "token_mismatch", "prompt_too_long"]
 Limit = Literal["length", "turns"]
 
 
@@ -44,6 +44,8 @@ class Rollout:
 
     weights_version: optimizer steps behind the weights that sampled it, as the engine says; None where the
     gateway was restarted and nobody knows any more.
+    refused: what the environment said where it refused the policy's words (400 or 422) in place of scoring
+    them; the reward is `env.<name>.refused_reward` then.
     """
 
     task: Task
@@ -52,6 +54,7 @@ class Rollout:
     items: list[dict[str, Any]]
     weights_version: int | None = None
     seconds: dict[str, float] = field(default_factory=dict)
+    refused: str = ""
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,8 @@ class Truncated:
 @dataclass(frozen=True)
 class Failed:
     """No reward: after the allowed retries the episode could not be played. cause and detail: of the last
-    attempt, failures: of all. `log` is where to look."""
+    attempt, failures: of all. `log` is where to look. A prompt_too_long is no server's failure: it is not
+    retried, and no failure in the share that ends a run."""
 
     task: Task
     cause: Cause

@@ -17,6 +17,8 @@ def rollout_metrics(outcomes: Sequence[Outcome], envs: Mapping[str, EnvConfig]) 
 
     tokens: sampled by the policy in a rollout. seconds: of the attempt that counted. retried: attempts that
     failed and were made again, a rollout. token_mismatches: attempts, of all, whose tokens were not exact.
+    refused: share whose answer the environment refused, which has env.<name>.refused_reward.
+    prompts_too_long: share that has no reward as its prompt did not fit; no failure.
     """
     by_env: dict[str, list[Outcome]] = defaultdict(list)
     for outcome in outcomes:
@@ -25,7 +27,10 @@ def rollout_metrics(outcomes: Sequence[Outcome], envs: Mapping[str, EnvConfig]) 
     for env, some in sorted(by_env.items()):
         played = [o.rollout for o in some if not isinstance(o, Failed)]
         metrics[f"{env}/rollouts"] = len(some)
-        metrics[f"{env}/failed"] = 1 - len(played) / len(some)
+        too_long = sum(isinstance(o, Failed) and o.cause == "prompt_too_long" for o in some)
+        metrics[f"{env}/failed"] = 1 - (len(played) + too_long) / len(some)
+        metrics[f"{env}/prompts_too_long"] = too_long / len(some)
+        metrics[f"{env}/refused"] = sum(bool(r.refused) for r in played) / len(some)
         metrics[f"{env}/truncated"] = sum(isinstance(o, Truncated) for o in some) / len(some)
         metrics[f"{env}/retried"] = sum(len(o.failures) - isinstance(o, Failed) for o in some) / len(some)
         metrics[f"{env}/token_mismatches"] = sum(o.failures.count("token_mismatch") for o in some)

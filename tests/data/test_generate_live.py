@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from gymexp.config import DataConfig, EnvConfig
+from gymexp.config import DataConfig, EnvConfig, RunConfig
 from gymexp.data.demonstrations import demonstrations
-from gymexp.data.rows import _PARAMETERS, load_rows
+from gymexp.data.prepare import prepare
+from gymexp.data.rows import load_rows
 from gymexp.data.sources import fetch
 from gymexp.errors import DataError
 
@@ -44,7 +45,7 @@ def test_generated_puzzles_load_and_validation_holds_none_of_the_train_puzzles(g
     env = sudoku()
     files = fetch("sudoku", env, gym_python, cache, print)
     train, validation = (
-        load_rows(path, "sudoku", env.agent, {env.agent}, server="reasoning_gym")
+        load_rows(path, "sudoku", env.agent, server="reasoning_gym")
         for path in (files.train, files.validation)
     )
     assert (len(train), len(validation)) == (100, 20)
@@ -79,15 +80,12 @@ def test_reasoning_gyms_own_words_reach_the_user(gym_python, cache, options, rea
         fetch("sudoku", sudoku(**options), gym_python, cache, print)
 
 
-def test_a_request_has_the_keys_that_nemo_gym_takes(gym_python):
-    code = "import nemo_gym.openai_utils as u; print(*u.NeMoGymResponseCreateParamsNonStreaming.model_fields)"
-    assert set(ask(gym_python, code).split()) == _PARAMETERS
-
-
-def test_the_rows_that_ship_with_nemo_gym_are_accepted(gym_python):
+def test_the_rows_that_ship_with_nemo_gym_are_accepted(gym_python, cache):
     code = "import nemo_gym, pathlib; print(pathlib.Path(nemo_gym.__path__[0]).parent)"
     servers = Path(ask(gym_python, code).strip().splitlines()[-1]) / "resources_servers"
     for server in ("reasoning_gym", "workplace_assistant"):
         path = servers / server / "data" / "example.jsonl"
-        agents = {"a", "reasoning_gym_simple_agent"}
-        assert len(load_rows(path, server, "a", agents, server=server)) == 5
+        agent = "reasoning_gym_simple_agent" if server == "reasoning_gym" else "a"
+        env = EnvConfig(f"resources_servers/{server}/configs/x.yaml", agent)
+        env.data = DataConfig("jsonl", train_file=str(path), validation_file=str(path))
+        assert len(prepare(RunConfig(env={server: env}), gym_python, cache, print).train) == 5

@@ -1,15 +1,24 @@
 import json
+from pathlib import Path
 
 import pytest
 
+from gymexp import data
 from gymexp.config import DataConfig, DatasetConfig, EnvConfig, RunConfig
 from gymexp.data.demonstrations import demonstrations
 from gymexp.data.prepare import load_prepared, needs_gym_python, prepare, write_prepared
 from gymexp.data.sources import Files, fetch
 from gymexp.errors import DataError
 
+PYTHON = Path("no interpreter is run here")
+
 
 def ignore(_: str) -> None: ...
+
+
+@pytest.fixture(autouse=True)
+def nemo_gym_takes_all_rows(monkeypatch, tmp_path):
+    monkeypatch.setattr(data.prepare, "first_requests", lambda *_: tmp_path / "requests.jsonl")
 
 
 def own_env(directory, name: str, rows: int = 12, server: str = "mine", **changes) -> EnvConfig:
@@ -30,7 +39,7 @@ def config(tmp_path) -> RunConfig:
 
 
 def test_tasks_carry_key_environment_agent_and_row(config, tmp_path):
-    prepared = prepare(config, None, tmp_path, ignore)
+    prepared = prepare(config, PYTHON, tmp_path, ignore)
     task = next(task for task in prepared.train if task.key == "one/train/000003")
     assert (task.env, task.agent) == ("one", "one_agent")
     assert task.row["responses_create_params"]["input"] == "one train 3"
@@ -39,7 +48,7 @@ def test_tasks_carry_key_environment_agent_and_row(config, tmp_path):
 
 def test_what_was_written_is_read_back_in_the_same_order(config, tmp_path):
     config.dataset = DatasetConfig(train_size=100, order="shuffle", seed=5)
-    written = prepare(config, None, tmp_path, ignore)
+    written = prepare(config, PYTHON, tmp_path, ignore)
     write_prepared(written, tmp_path / "data")
     assert load_prepared(tmp_path / "data") == written
     lines = (tmp_path / "data" / "train.jsonl").read_text().splitlines()
@@ -48,14 +57,14 @@ def test_what_was_written_is_read_back_in_the_same_order(config, tmp_path):
 
 def test_preparing_writes_nothing_beside_the_users_files(config, tmp_path):
     before = set(tmp_path.rglob("*"))
-    prepare(config, None, tmp_path, ignore)
+    prepare(config, PYTHON, tmp_path, ignore)
     assert set(tmp_path.rglob("*")) == before
 
 
 def test_the_summary_names_sources_counts_and_repeats(config, tmp_path):
     config.dataset.train_size = 60
     said: list[str] = []
-    summary = prepare(config, None, tmp_path, said.append).summary
+    summary = prepare(config, PYTHON, tmp_path, said.append).summary
     one = summary["envs"]["one"]
     assert (one["source"], one["available"], one["in_epoch"], one["repeats"]) == ("jsonl", 12, 30, 18)
     assert one["validation_tasks"] == 4 and len(one["train_sha256"]) == 64
@@ -66,19 +75,19 @@ def test_size_limits_cut_each_split(config, tmp_path):
     config.env["two"].data.train_size = 10
     config.env["two"].data.validation_size = 3
     config.dataset.validation_size = 2
-    prepared = prepare(config, None, tmp_path, ignore)
+    prepared = prepare(config, PYTHON, tmp_path, ignore)
     assert prepared.summary["envs"]["two"]["available"] == 10
     assert {env: len(tasks) for env, tasks in prepared.validation.items()} == {"one": 2, "two": 2}
 
 
 def test_an_environment_of_weight_zero_is_evaluated_but_not_trained_on(config, tmp_path):
     config.env["two"].weight = 0
-    prepared = prepare(config, None, tmp_path, ignore)
+    prepared = prepare(config, PYTHON, tmp_path, ignore)
     assert {task.env for task in prepared.train} == {"one"} and len(prepared.validation["two"]) == 4
 
 
 def test_data_of_another_run_is_not_taken_for_this_one(config, tmp_path):
-    write_prepared(prepare(config, None, tmp_path, ignore), tmp_path / "data")
+    write_prepared(prepare(config, PYTHON, tmp_path, ignore), tmp_path / "data")
     train = tmp_path / "data" / "train.jsonl"
     train.write_text("".join(reversed(train.read_text().splitlines(keepends=True))))
     with pytest.raises(DataError, match=r"does not hold the tasks that mix\.json beside it describes"):
@@ -90,7 +99,7 @@ def test_data_of_another_run_is_not_taken_for_this_one(config, tmp_path):
         load_prepared(tmp_path / "nothing")
 
 
-def test_only_generated_data_needs_nemo_gyms_python(config):
+def test_only_generated_data_is_fetched_with_nemo_gyms_python(config):
     assert not needs_gym_python(config.env)
     config.env["one"].data.source = "generate"
     assert needs_gym_python(config.env)
@@ -125,3 +134,19 @@ def test_an_environment_without_demonstrations_says_so_at_once(tmp_path):
     files = fetch("office", env, None, tmp_path, ignore)
     with pytest.raises(DataError, match=r"no demonstrations.*env\.office\.data\.source=generate makes them"):
         demonstrations("office", env, files)
+
+
+def test_two_environments_of_one_file_are_played_each_by_its_own_agent(config, tmp_path):
+    """Each row would be played by the wrong agent half the time."""
+    lines = [
+        {"responses_create_params": {"input": "x"}, "agent_ref": {"name": f"{name}_agent"}}
+        for name in ("one", "two")
+    ]
+    path = tmp_path / "both.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for env in config.env.values():
+        env.data = DataConfig("jsonl", train_file=str(path), validation_file=str(path))
+    with pytest.raises(
+        DataError, match=r'both\.jsonl:2: agent_ref\.name: must be one_agent .*got "two_agent"'
+    ):
+        prepare(config, PYTHON, tmp_path, ignore)

@@ -5,7 +5,6 @@ import pytest
 from gymexp.data.rows import load_rows, server_of
 from gymexp.errors import DataError
 
-AGENTS = {"sudoku_agent", "workplace_assistant_simple_agent"}
 PUZZLE = {"question": "2 + 2?", "answer": "4", "metadata": {"source_dataset": "basic_arithmetic"}}
 OFFICE = {
     "id": 3,
@@ -27,7 +26,7 @@ def read(tmp_path, lines, **options):
     path = tmp_path / "tasks.jsonl"
     text = "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines)
     path.write_bytes(text.encode())
-    return load_rows(path, "sudoku", "sudoku_agent", AGENTS, **options)
+    return load_rows(path, "sudoku", "sudoku_agent", **options)
 
 
 def problems(tmp_path, lines, **options) -> list[str]:
@@ -43,17 +42,16 @@ def test_a_row_without_an_agent_gets_the_environments(tmp_path):
     assert read(tmp_path, [row()])[0]["agent_ref"] == {"type": "responses_api_agents", "name": "sudoku_agent"}
 
 
-def test_a_row_may_name_any_agent_of_the_selected_environments(tmp_path):
-    reference = {"type": "responses_api_agents", "name": "workplace_assistant_simple_agent"}
-    assert read(tmp_path, [row(agent_ref=reference)])[0]["agent_ref"] == reference
+@pytest.mark.parametrize("reference", [None, {"name": "sudoku_agent"}])
+def test_a_row_may_name_its_environments_agent_or_none(tmp_path, reference):
+    assert read(tmp_path, [row(agent_ref=reference)])[0]["agent_ref"]["name"] == "sudoku_agent"
 
 
-def test_an_unknown_agent_is_refused_with_the_nearest_known(tmp_path):
-    (said,) = problems(tmp_path, [row(agent_ref={"name": "workplace_asistant_simple_agent"})])
-    assert said.startswith("1: agent_ref.name: 'workplace_asistant_simple_agent' is no agent")
-    assert (
-        "did you mean workplace_assistant_simple_agent?" in said and "they have: sudoku_agent, work" in said
-    )
+@pytest.mark.parametrize("name", ["workplace_assistant_simple_agent", "sudoku_agnet"])
+def test_a_row_of_another_agent_is_refused_with_its_line_and_both_names(tmp_path, name):
+    (said,) = problems(tmp_path, [row(), row(agent_ref={"type": "responses_api_agents", "name": name})])
+    assert said.startswith("2: agent_ref.name: must be sudoku_agent (env.sudoku.agent)")
+    assert f'got "{name}"' in said and "leave agent_ref out" in said
 
 
 def test_blank_lines_repeated_rows_and_a_byte_order_mark_do_no_harm(tmp_path):
@@ -83,7 +81,7 @@ def test_an_empty_file_is_refused(tmp_path, lines):
 
 def test_a_missing_file_is_refused(tmp_path):
     with pytest.raises(DataError, match="cannot be read: No such file"):
-        load_rows(tmp_path / "none.jsonl", "sudoku", "a", {"a"})
+        load_rows(tmp_path / "none.jsonl", "sudoku", "a")
 
 
 @pytest.mark.parametrize(
@@ -92,29 +90,10 @@ def test_a_missing_file_is_refused(tmp_path):
         ([1], "a row must be a JSON object, got [1]"),
         ({}, "responses_create_params: must be an object, but it is missing"),
         (with_parameters(input=[]), ".input: must be a non-empty array of messages, or a string, got []"),
-        (with_parameters(input=""), ".input: must not be empty"),
-        (with_parameters(input=["hello"]), '.input[0]: must be a message object, got "hello"'),
-        (
-            with_parameters(input=[{"role": "robot", "content": ""}]),
-            ".input[0].role: must be one of user, assi",
-        ),
-        (
-            with_parameters(input=[{"role": "user"}]),
-            ".input[0].content: must be a string or an array of parts",
-        ),
-        (with_parameters(tools={}), ".tools: must be an array, got {}"),
-        (with_parameters(tools=["x"]), ".tools[0]: must be an object with a type"),
-        (with_parameters(tools=[{"type": "function"}]), ".tools[0].name: must be a non-empty string"),
-        (
-            with_parameters(tools=[{"type": "function", "function": {}}]),
-            ".tools[0]: has the Chat Completions shape",
-        ),
-        (
-            with_parameters(tools=[{"type": "function", "name": "f", "parameters": 1}]),
-            ".tools[0].parameters: must",
-        ),
-        (with_parameters(messages=[]), ".messages: NeMo Gym knows no such key"),
-        (with_parameters(max_tokens=5), ".max_tokens: NeMo Gym knows no such key"),
+        (with_parameters(input=""), '.input: must be a non-empty array of messages, or a string, got ""'),
+        (with_parameters(input=None), ".input: must be a non-empty array of messages, or a string, got null"),
+        (with_parameters(metadata={"extra_body": "{}"}), ".metadata.extra_body: must be left out"),
+        (row(agent_ref={"type": "agents", "name": "sudoku_agent"}), "agent_ref.type: must be responses_api"),
         (row(agent_ref="sudoku_agent"), "agent_ref: must be {type: responses_api_agents, name: …}"),
     ],
 )
@@ -122,13 +101,16 @@ def test_a_bad_row_is_named_with_field_and_rule(tmp_path, bad, said):
     assert any(said in line for line in problems(tmp_path, [bad]))
 
 
-def test_input_may_be_a_string_or_hold_earlier_calls(tmp_path):
-    call = {"type": "function_call", "name": "f", "arguments": "{}", "call_id": "1"}
-    output = {"type": "function_call_output", "call_id": "1", "output": "5"}
-    asked = row()["responses_create_params"]["input"]
-    assert (
-        len(read(tmp_path, [with_parameters(input="hi"), with_parameters(input=[*asked, call, output])])) == 2
-    )
+@pytest.mark.parametrize("number", [2**64, -(2**63) - 1, 10**40])
+def test_an_integer_that_would_become_a_float_on_its_way_is_refused(tmp_path, number):
+    (said,) = problems(tmp_path, [row(puzzle={"cells": [1, number]})])
+    assert said.startswith("1: puzzle.cells[1]: must be an integer of 64 bits") and str(number) in said
+
+
+@pytest.mark.parametrize("number", [2**64 - 1, -(2**63), 2**53 + 1])
+def test_an_integer_stays_one(tmp_path, number):
+    [read_back] = read(tmp_path, [row(puzzle=number, text="12345678901234567890123", half=0.5)])
+    assert (type(read_back["puzzle"]), read_back["puzzle"]) == (int, number)
 
 
 @pytest.mark.parametrize(("server", "fields"), [("reasoning_gym", PUZZLE), ("workplace_assistant", OFFICE)])

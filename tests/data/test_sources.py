@@ -154,7 +154,7 @@ def fake_gym(tmp_path, monkeypatch):
     script.parent.mkdir(parents=True)
     script.write_text(FAKE_SCRIPT)
     monkeypatch.setattr(generate_module, "site_packages", lambda python: tmp_path / "site")
-    monkeypatch.setattr(generate_module, "_versions", lambda python, packages: {})
+    monkeypatch.setattr(generate_module, "versions", lambda python, packages: {})
     return Path(os.sys.executable)
 
 

@@ -129,12 +129,33 @@ def test_an_episode_is_cut_by_a_limit_or_ended_by_itself(reply, max_steps, limit
     assert outcome.rollout.reward == 0.5 and len(outcome.rollout.turns) >= 1
 
 
-def test_without_token_ids_it_is_the_engines_failure_and_says_if_the_prompt_was_too_long():
+def test_without_token_ids_the_prompt_was_too_long_or_it_is_the_engines_failure():
     silent = answer({"type": "message"})
-    for reply, says in ((silent, "$"), (cut(silent), ": the prompt is longer than model.max_model_len$")):
-        with pytest.raises(RolloutFailure, match=f"^the policy's answer has no token ids{says}") as failure:
+    for reply, cause, says in (
+        (silent, "engine", "the policy's answer has no token ids$"),
+        (cut(silent), "prompt_too_long", "the first prompt is longer than model.max_model_len"),
+    ):
+        with pytest.raises(RolloutFailure, match=says) as failure:
             read_reply(TASK, reply, 10, 1.0)
-        assert failure.value.cause == "engine" and failure.value.detail == str(failure.value)
+        assert failure.value.cause == cause and failure.value.detail == str(failure.value)
+
+
+def test_a_context_that_is_full_in_a_later_turn_cuts_the_episode():
+    outcome = read_reply(TASK, cut(answer(*TOOL_RAN, {"type": "message"})), 10, 1.0)
+    assert isinstance(outcome, Truncated) and outcome.limit == "length" and outcome.rollout.reward == 0.5
+
+
+def test_what_the_environment_refuses_has_its_tokens_and_the_reward_for_that():
+    refused = {
+        "refused": "400: no action",
+        "responses": [answer(item)["response"] for item in (TWO[1], TWO[3])],
+    }
+    outcome = played(Agent(json.dumps(refused), 400), refused_reward=-0.25)
+    assert isinstance(outcome, Completed)
+    assert (outcome.rollout.reward, outcome.rollout.refused) == (-0.25, "400: no action")
+    assert [turn.completion_ids for turn in outcome.rollout.turns] == [[2, 3], [5]]
+    failure = played(Agent('{"detail": "no session"}', 400))
+    assert isinstance(failure, RolloutFailure) and failure.cause == "environment"
 
 
 def test_what_may_not_be_trained_on_is_no_rollout():
@@ -158,13 +179,13 @@ class Agent:
         return web.Response(text=self.body, status=self.status)
 
 
-def played(agent: Agent, timeout_s: float = 10.0, max_steps: int | None = None):
+def played(agent: Agent, timeout_s: float = 10.0, max_steps: int | None = None, refused_reward: float = 0.0):
     """The outcome of one playing, or the failure."""
 
     async def run(url: str):
         async with aiohttp.ClientSession() as http:
             try:
-                return await play(http, url, TASK, SAMPLING, timeout_s, 10, max_steps)
+                return await play(http, url, TASK, SAMPLING, timeout_s, 10, max_steps, refused_reward)
             except RolloutFailure as failure:
                 return failure
 
@@ -215,7 +236,7 @@ def test_an_agent_that_does_not_answer_in_time_or_is_away_is_named_with_its_url(
 
     async def away():
         async with aiohttp.ClientSession() as http:
-            await play(http, "http://127.0.0.1:9", TASK, SAMPLING, 5.0, 10, None)
+            await play(http, "http://127.0.0.1:9", TASK, SAMPLING, 5.0, 10, None, 0.0)
 
     with pytest.raises(RolloutFailure, match=r"http://127\.0\.0\.1:9/run: ClientConnectorError") as failed:
         asyncio.run(away())

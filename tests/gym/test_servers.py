@@ -12,13 +12,12 @@ from pathlib import Path
 
 import psutil
 import pytest
+from real_servers import Servers
 
 from gymexp.config import EnvConfig, GymConfig
 from gymexp.errors import ConfigError, ServiceError
 from gymexp.gym.install import site_packages
-from gymexp.gym.servers import GymHost, Layout, plan
-from gymexp.run import ports
-from gymexp.run.supervisor import Service, Supervisor
+from gymexp.gym.servers import Layout, plan
 
 SUDOKU = EnvConfig(
     config_path="resources_servers/reasoning_gym/configs/reasoning_gym.yaml",
@@ -175,36 +174,6 @@ def test_both_environments_of_nemo_gym_are_laid_out(gym_python):
     assert second["resources_server"]["name"] == "workplace-workplace_assistant-1"
     assert second["max_steps"] == 6, "NeMo Gym's own, as env.workplace.max_steps is None here"
     assert layout.replicas["workplace"][1].url == f"http://127.0.0.1:{second['port']}"
-
-
-class Servers:
-    """A layout's servers, really started, under a supervisor."""
-
-    def __init__(self, layout_of, gym_python: Path, logs: Path, stack: ExitStack) -> None:
-        sockets = {}
-
-        def port(name: str) -> int:
-            sockets[name] = stack.enter_context(ports.listen())
-            return sockets[name].getsockname()[1]
-
-        self.layout = layout_of(port)
-        self.supervisor = Supervisor(
-            health_interval_s=0.2, health_timeout_s=30.0, start_timeout_s=120.0, on_change=lambda: None
-        )
-        host = GymHost(gym_python, self.layout, sockets, logs / "gym-host.log")
-        self.supervisor.add(Service("gym-host", host.start, host.log))
-        for name, sock in sockets.items():
-            log = logs / f"{name}.log"
-            self.supervisor.add(
-                Service(
-                    name,
-                    lambda name=name, log=log: host.start_server(name, log),
-                    log,
-                    ports.url_of(sock),
-                    max_restarts=0 if "broken" in name else 1,
-                )
-            )
-        self.names = list(sockets)
 
 
 def get(url: str) -> bytes:

@@ -17,7 +17,7 @@ from gymexp.data import prepare
 from gymexp.data.prepare import Prepared
 from gymexp.errors import ConfigError
 from gymexp.gym import install
-from gymexp.policy import inspection
+from gymexp.policy import first_prompts, inspection
 from gymexp.rollout.outcome import Task
 from gymexp.run import controller
 from gymexp.train import train
@@ -102,6 +102,7 @@ def begin(tmp_path, monkeypatch):
     """`train` as far as the controller; the directory that it would run in."""
     monkeypatch.setenv("GYMEXP_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(arguments, "check", lambda *_: None)
+    monkeypatch.setattr(first_prompts, "check", lambda *_: None)
     monkeypatch.setattr(install, "ensure_python", lambda *_: tmp_path)
     monkeypatch.setattr(install, "site_packages", lambda *_: tmp_path)
     monkeypatch.setattr(controller, "run", lambda *_: {"held_out": {}})

@@ -331,6 +331,22 @@ def test_a_rollout_that_keeps_failing_is_a_failure_with_its_cause_and_the_server
     assert outcome.failures == ["environment"] * 3
 
 
+def test_a_prompt_without_room_is_played_once_and_is_no_servers_failure():
+    cut = {"incomplete_details": {"reason": "max_output_tokens"}}
+    with playing(always(reply({"type": "message"}, **cut))) as (collector, agent):
+        outcome = only(collector)
+    assert isinstance(outcome, Failed) and outcome.cause == "prompt_too_long"
+    assert agent.attempts[outcome.task.key] == 1
+
+
+def test_what_the_environment_refuses_is_played_once_for_the_reward_that_is_configured():
+    said = {"refused": "400: no action", "responses": [{"output": [turn([1, 2], [3])]}]}
+    with playing(always((400, json.dumps(said))), env={"refused_reward": -0.5}) as (collector, agent):
+        outcome = only(collector)
+    assert isinstance(outcome, Completed) and outcome.rollout.reward == -0.5
+    assert outcome.failures == [] and agent.attempts[outcome.rollout.task.key] == 1
+
+
 def test_tokens_that_the_gateway_refused_are_a_mismatch_and_the_rollout_that_followed_remembers_it():
     async def behave(key: str, attempt: int) -> Answer:
         return (500, '{"error": {"type": "token_mismatch"}}') if attempt == 1 else reply(turn([1], [2]))
@@ -812,6 +828,12 @@ def test_too_many_failures_name_the_commonest_cause_an_example_and_its_log():
 @pytest.mark.parametrize(("failures", "share"), [(0, 0.0), (2, 0.2), (10, 1.0)])
 def test_failures_within_the_allowed_share_pass(failures, share):
     check_failed_share([failed("engine")] * failures + [completed()] * (10 - failures), share)
+
+
+def test_prompts_without_room_end_a_run_only_where_nothing_else_was_played():
+    check_failed_share([failed("prompt_too_long")] * 9 + [completed()], 0.0)
+    with pytest.raises(RolloutError, match=r"prompt_too_long in env\.e"):
+        check_failed_share([failed("prompt_too_long")] * 9, 0.2)
 
 
 def test_no_failure_is_allowed_with_a_share_of_zero():

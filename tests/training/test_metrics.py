@@ -53,6 +53,8 @@ def test_each_environment_has_its_own_numbers():
     assert metrics == {
         "a/rollouts": 2,
         "a/failed": 0,
+        "a/prompts_too_long": 0,
+        "a/refused": 0,
         "a/truncated": 0.5,
         "a/retried": 0.5,
         "a/token_mismatches": 1,
@@ -64,6 +66,8 @@ def test_each_environment_has_its_own_numbers():
         "a/seconds": 2.0,
         "b/rollouts": 2,
         "b/failed": 0.5,
+        "b/prompts_too_long": 0,
+        "b/refused": 0,
         "b/truncated": 0,
         "b/retried": 1,
         "b/token_mismatches": 1,
@@ -80,6 +84,8 @@ def test_an_environment_that_only_failed_has_no_reward_to_show():
     assert rollout_metrics([failed("a")] * 3, ENVS) == {
         "a/rollouts": 3,
         "a/failed": 1,
+        "a/prompts_too_long": 0,
+        "a/refused": 0,
         "a/truncated": 0,
         "a/retried": 2,
         "a/token_mismatches": 3,
@@ -125,3 +131,11 @@ def test_rewards_as_large_as_float32_holds_have_a_mean_and_a_deviation():
 def test_the_mean_reward_is_over_what_was_scored():
     assert mean_reward([played("a", 1.0), played("b", 0.0, cut=True), failed("a")]) == 0.5
     assert math.isnan(mean_reward([failed("a")]))
+
+
+def test_what_the_environment_refused_and_prompts_without_room_are_counted_apart_from_failures():
+    refused = Completed(Rollout(task("a", 0), [Turn([1], [2], [-0.1])], -1.0, [], refused="400: no action"))
+    too_long = Failed(task("a", 1), "prompt_too_long", "no room", failures=["prompt_too_long"])
+    metrics = rollout_metrics([refused, too_long, played("a", 1.0), failed("a")], ENVS)
+    assert (metrics["a/refused"], metrics["a/prompts_too_long"], metrics["a/failed"]) == (0.25, 0.25, 0.25)
+    assert metrics["a/reward"] == 0.0

@@ -1,0 +1,317 @@
+"""Rows as NeMo Gym's servers see them: what its request model refuses, and what its model server makes of the
+rest. Runs inside NeMo Gym's venv as a script; imports nothing of gymexp.
+
+Line protocol, JSON. First line in: {"model_server": the configuration of NeMo Gym's model server, "asked":
+what every request adds to the row's responses_create_params}. Then in: a row a line. Out, a line for each:
+{"problems": [[field, reason], …]}, or
+
+    {"without": paths of the nulls that NeMo Gym takes only if their keys are left out,
+     "request": the first chat completion request of a rollout, as the policy's endpoint gets it}
+
+with tools by their number, as rows share them; {"tools": …} is a line of its own, before the first that has
+these.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+PROTOCOL = os.dup(1)  # NeMo Gym prints while it is imported
+os.dup2(2, 1)
+
+PARAMETERS = "responses_create_params"
+Path = tuple[Any, ...]  # keys and indices into a row
+Problem = tuple[str, str]
+_NAMES = {
+    "string_type": "a string",
+    "list_type": "an array",
+    "dict_type": "an object",
+    "model_type": "an object",
+}
+_NAMES |= {
+    "model_attributes_type": "an object",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+}
+# Of the alternatives of a union, the one that a value was meant to be has the cheapest errors.
+_WRONG_TYPE, _NO_TEXT, _MISSING, _WRONG_KIND, _OTHER, _DEPTH = 1000.0, 500.0, 150.0, 100.0, 10.0, 0.9
+
+
+def problems_of(row: dict[str, Any], errors: list[dict[str, Any]]) -> list[Problem]:
+    """pydantic's errors, of each union those of the alternative that was meant."""
+    _, found = _meant([(_tokens(row, error), error) for error in errors], (), row)
+    return found
+
+
+def _tokens(row: Any, error: dict[str, Any]) -> list[tuple[bool, Any]]:
+    """The error's place, each part with whether it is a key or index of the row; others name a union's
+    alternative."""
+    tokens, value, loc = [], row, error["loc"]
+    for number, part in enumerate(loc):
+        is_missing = error["type"] == "missing" and number == len(loc) - 1
+        is_key = (isinstance(value, dict) and (part in value or is_missing)) or (
+            isinstance(value, list) and isinstance(part, int)
+        )
+        tokens.append((is_key, part))
+        if is_key:
+            value = None if is_missing else _inner(value, part)
+    return tokens
+
+
+def _meant(errors: list[tuple[list, dict]], path: Path, value: Any) -> tuple[float, list[Problem]]:
+    """(how far the value is from what was meant, what is wrong with it)"""
+    cost, found = 0.0, []
+    inner: dict[Any, list] = {}
+    alternatives: dict[Any, list] = {}
+    for tokens, error in errors:
+        if not tokens:
+            cost += _cost(error, value)
+            found.append((_field(path), _reason(error, value)))
+        else:
+            (is_key, part), *rest = tokens
+            (inner if is_key else alternatives).setdefault(part, []).append((rest, error))
+    for key, some in inner.items():
+        is_missing = isinstance(value, dict) and key not in value
+        one, said = _meant(some, (*path, key), None if is_missing else value[key])
+        cost += one * _DEPTH
+        found += said
+    if alternatives:
+        if isinstance(value, dict) and (types := _types(value, alternatives)):
+            cost += _OTHER
+            found.append(
+                (_field((*path, "type")), f"must be {' or '.join(types)}, got {_shown(value['type'])}")
+            )
+        elif (
+            isinstance(value, dict) and isinstance(value.get("function"), dict) and path[-2:-1] == ("tools",)
+        ):
+            found.append(
+                (_field(path), "has the Chat Completions shape: name and parameters must stand beside type")
+            )
+        else:
+            judged = {name: _meant(some, path, value) for name, some in alternatives.items()}
+            best = min(judged, key=lambda name: judged[name][0])
+            one, said = judged[best]
+            tokens, error = alternatives[best][0]
+            if (
+                not tokens and error["type"] in _NAMES
+            ):  # no alternative is of the value's kind: name all kinds
+                kinds = [_NAMES.get(e["type"]) for some in alternatives.values() for t, e in some if not t]
+                if names := list(dict.fromkeys(name for name in kinds if name)):
+                    said = [(_field(path), f"must be {' or '.join(names)}, got {_shown(value)}")]
+            cost += one
+            found += said
+    return cost, list(dict.fromkeys(found))
+
+
+def _types(value: dict, alternatives: dict[Any, list]) -> list[str]:
+    """What `type` may be, where no alternative has the value's."""
+    if "type" not in value:
+        return []
+    expected = []
+    for some in alternatives.values():
+        wrong = [e for t, e in some if t == [(True, "type")] and e["type"] == "literal_error"]
+        if not wrong:
+            return []
+        expected += [e["ctx"]["expected"] for e in wrong]
+    return list(dict.fromkeys(expected))
+
+
+def _cost(error: dict[str, Any], value: Any) -> float:
+    kind = error["type"]
+    if kind == "string_type" and isinstance(value, dict | list):
+        return _NO_TEXT
+    if kind == "literal_error" and error["loc"][-1] == "type":
+        return _WRONG_TYPE
+    return _WRONG_KIND if kind in _NAMES else _MISSING if kind == "missing" else _OTHER
+
+
+def _reason(error: dict[str, Any], value: Any) -> str:
+    kind = error["type"]
+    if kind == "missing":
+        may_be_null = error["loc"][-1] == "strict" and "tools" in error["loc"]
+        return "must be there" + (" (null will do)" if may_be_null else "") + ", but it is missing"
+    if kind == "extra_forbidden":
+        return f"NeMo Gym knows no such key{_nearest(error['loc'])}"
+    said = re.sub(r", (unable to|got a) .*", "", error["msg"]).replace("Input should be", "must be")
+    rule = f"must be {_NAMES[kind]}" if kind in _NAMES else said.replace("False", "false")
+    return f"{rule}, got {_shown(value)}"
+
+
+def _nearest(loc: Path) -> str:
+    from nemo_gym.openai_utils import (  # pyright: ignore[reportMissingImports]
+        NeMoGymResponseCreateParamsNonStreaming as Parameters,
+    )
+
+    known = sorted(Parameters.model_fields) if len(loc) == 2 else []
+    close = difflib.get_close_matches(str(loc[-1]), known, n=1, cutoff=0.5)
+    return f"; did you mean {PARAMETERS}.{close[0]}?" if close else ""
+
+
+def _field(path: Path) -> str:
+    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
+    return text.removeprefix(".")
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}…"
+
+
+def without_nulls(
+    row: dict[str, Any], errors_of: Callable[[dict], list[dict]]
+) -> tuple[list[Path], list[dict]]:
+    """Takes out of the row, one after the other, the nulls that are errors: where NeMo Gym refuses a null, it
+    is as if the key were not there. Returns their paths, and what errors are left."""
+    taken: list[Path] = []
+    errors = errors_of(row)
+    while path := next(_nulls(row, errors), None):
+        _take_out(row, path)
+        taken.append(path)
+        errors = errors_of(row)
+    return taken, errors
+
+
+def _nulls(row: dict[str, Any], errors: list[dict[str, Any]]) -> Iterator[Path]:
+    for error in errors:
+        path = tuple(part for is_key, part in _tokens(row, error) if is_key)
+        holder: Any = row
+        for part in path[:-1]:
+            holder = _inner(holder, part)
+        if isinstance(holder, dict) and path and path[-1] in holder and holder[path[-1]] is None:
+            yield path
+
+
+def _inner(holder: Any, key: Any) -> Any:
+    return holder[key]
+
+
+def _take_out(row: Any, path: Path) -> None:
+    for part in path[:-1]:
+        row = row[part]
+    del row[path[-1]]
+
+
+class Judge:
+    """NeMo Gym's request model and its model server, as a rollout meets them."""
+
+    def __init__(self, model_server: dict[str, Any], asked: dict[str, Any]) -> None:
+        from nemo_gym.base_resources_server import BaseRunRequest  # pyright: ignore[reportMissingImports]
+        from nemo_gym.config_types import BaseServerConfig  # pyright: ignore[reportMissingImports]
+        from nemo_gym.server_utils import ServerClient  # pyright: ignore[reportMissingImports]
+        from omegaconf import OmegaConf
+        from pydantic import ValidationError  # pyright: ignore[reportMissingImports]
+        from responses_api_models.vllm_model.app import (  # pyright: ignore[reportMissingImports]
+            VLLMModel,
+            VLLMModelConfig,
+        )
+
+        here = {"host": "127.0.0.1", "port": 0}
+        self._run_request, self._error = BaseRunRequest, ValidationError
+        self._server = VLLMModel(
+            config=VLLMModelConfig.model_validate(model_server | here | {"name": "policy_model"}),
+            server_client=ServerClient(
+                head_server_config=BaseServerConfig.model_validate(here),
+                global_config_dict=OmegaConf.create(),
+            ),
+        )
+        self._asked = asked
+        self._numbers: dict[str, int] = {}  # of the tools that were taken, by their JSON in the row
+        self._count = 0
+
+    def judge(self, row: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """The lines for one row."""
+        number, row = self._without_known_tools(row)
+        taken, errors = without_nulls(row, self._errors)
+        if errors:
+            yield {"problems": problems_of(row, errors)}
+            return
+        try:
+            request = self._request(row[PARAMETERS])
+        except self._error as error:
+            first = dict(error.errors(include_url=False)[0])
+            if null := _null_in_chat(row, first):
+                _take_out(row, null)
+                for line in self.judge(row):
+                    yield line | ({"without": [*taken, null, *line["without"]]} if "without" in line else {})
+            else:
+                yield {"problems": [_refused_chat(row, first)]}
+            return
+        except Exception as error:  # whatever it is, the server would answer 500
+            yield {"problems": [(PARAMETERS, f"NeMo Gym's model server cannot ask the policy: {error}")]}
+            return
+        if number is None and request.get("tools"):
+            number, self._count = self._count, self._count + 1
+            self._numbers[json.dumps(row[PARAMETERS]["tools"])] = number
+            yield {"tools": request["tools"]}
+        yield {"without": taken, "request": request if number is None else request | {"tools": number}}
+
+    def _without_known_tools(self, row: dict[str, Any]) -> tuple[int | None, dict[str, Any]]:
+        parameters = row.get(PARAMETERS)
+        if not isinstance(parameters, dict) or not parameters.get("tools"):
+            return None, row
+        number = self._numbers.get(json.dumps(parameters["tools"]))
+        if number is None:
+            return None, row
+        return number, row | {PARAMETERS: {k: v for k, v in parameters.items() if k != "tools"}}
+
+    def _errors(self, row: dict[str, Any]) -> list[dict[str, Any]]:
+        try:
+            self._run_request.model_validate(row)
+        except self._error as error:
+            return list(map(dict, error.errors(include_url=False)))
+        return []
+
+    def _request(self, parameters: dict[str, Any]) -> dict[str, Any]:
+        """What NeMo Gym's model server makes of it before it asks the policy."""
+        metadata = (parameters.get("metadata") or {}) | self._asked["metadata"]
+        asked = parameters | self._asked | {"metadata": metadata}
+        checked = self._run_request.model_validate({PARAMETERS: asked}).responses_create_params
+        chat = self._server._converter.responses_to_chat_completion_create_params(checked)
+        body = chat.model_dump(exclude_unset=True)
+        return self._server._preprocess_chat_completion_create_params(None, body)
+
+
+def _null_in_chat(row: dict[str, Any], error: dict[str, Any]) -> Path | None:
+    """Where the row has the null that is an error in its chat completion request, if it is one."""
+    path = _path_in_row(error["loc"])
+    holder: Any = row
+    for part in path[:-1]:
+        holder = holder[part] if isinstance(holder, list) or part in holder else {}
+    return path if path[-1] in holder and holder[path[-1]] is None else None
+
+
+def _path_in_row(loc: Path) -> Path:
+    """Of a place in a chat completion request; messages have no place in a row."""
+    if loc[0] == "tools":  # their fields stand in `function` there
+        return (PARAMETERS, "tools", loc[1], *loc[3:])
+    return (PARAMETERS, loc[0])
+
+
+def _refused_chat(row: dict[str, Any], error: dict[str, Any]) -> Problem:
+    """The request model took the row, but NeMo Gym's model server makes a chat completion request of it."""
+    path = _path_in_row(error["loc"])
+    if path[1] == "tools" and (kind := row[PARAMETERS]["tools"][path[2]].get("type")) != "function":
+        rule = "must be a function, as NeMo Gym's model server offers the policy no others"
+        return _field((*path[:3], "type")), f"{rule}, got {_shown(kind)}"
+    if path[1] in row[PARAMETERS]:
+        return _field(path), _reason(error, error["input"])
+    at = ".".join(str(part) for part in error["loc"])
+    return PARAMETERS, f"NeMo Gym's model server cannot ask the policy: {at}: {error['msg']}"
+
+
+def main() -> None:
+    judge = Judge(**json.loads(sys.stdin.buffer.readline()))
+    with os.fdopen(PROTOCOL, "w") as out:
+        for line in sys.stdin.buffer:
+            for said in judge.judge(json.loads(line)):
+                out.write(json.dumps(said) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""Whose doing an error of the real NeMo Gym is: the policy's, the row's or a server's."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import ExitStack
+
+import aiohttp
+import pytest
+from loopback import serving
+from real_servers import Servers, policy_that_says
+
+from gymexp.config import EnvConfig, GymConfig
+from gymexp.gym.client import RolloutFailure, Sampling, play
+from gymexp.gym.install import site_packages
+from gymexp.gym.servers import plan
+from gymexp.rollout.outcome import Rollout, Task
+
+pytestmark = pytest.mark.gym
+SERVER = """
+from fastapi import HTTPException
+from nemo_gym.base_resources_server import (
+    BaseResourcesServerConfig, BaseVerifyRequest, BaseVerifyResponse, SimpleResourcesServer,
+)
+from pydantic import field_validator
+
+class Answered(BaseVerifyRequest):
+    how: str
+    level: int
+
+    @field_validator("response")
+    @classmethod
+    def readable(cls, response):
+        if (response.metadata or {}).get("picky"):
+            raise ValueError("no action in the answer")
+        return response
+
+class Strict(SimpleResourcesServer):
+    config: BaseResourcesServerConfig
+
+    async def seed_session(self, body: dict):
+        if body["how"] == "seed":
+            raise HTTPException(status_code=400, detail="no such level")
+        return {}
+
+    async def verify(self, body: Answered) -> BaseVerifyResponse:
+        if body.how.isdigit():
+            raise HTTPException(status_code=int(body.how), detail="no action in the answer")
+        if body.how == "crash":
+            raise RuntimeError("out of order")
+        return BaseVerifyResponse(**body.model_dump(), reward=1.0)
+"""
+CONFIG = """
+strict:
+  resources_servers:
+    strict: {entrypoint: app.py, domain: other}
+strict_agent:
+  responses_api_agents:
+    simple_agent:
+      entrypoint: app.py
+      max_steps: 1
+      resources_server: {type: resources_servers, name: strict}
+      model_server: {type: responses_api_models, name: policy_model}
+"""
+ENV = EnvConfig(config_path="resources_servers/strict/configs/strict.yaml", agent="strict_agent")
+ROWS = {
+    "400": {"how": "400", "level": 1},
+    "422": {"how": "422", "level": 1},
+    "picky": {
+        "responses_create_params": {"input": "Move.", "metadata": {"picky": "yes"}},
+        "how": "",
+        "level": 1,
+    },
+    "500": {"how": "500", "level": 1},
+    "503": {"how": "503", "level": 1},
+    "404": {"how": "404", "level": 1},
+    "crash": {"how": "crash", "level": 1},
+    "seed": {"how": "seed", "level": 1},
+    "row": {"how": "fine", "level": "high"},
+    "fine": {"how": "fine", "level": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def outcomes(gym_python, tmp_path_factory) -> dict:
+    own = tmp_path_factory.mktemp("own")
+    folder = own / "resources_servers" / "strict"
+    (folder / "configs").mkdir(parents=True)
+    (folder / "app.py").write_text(SERVER)
+    (folder / "configs" / "strict.yaml").write_text(CONFIG)
+
+    async def one(http: aiohttp.ClientSession, url: str, row: dict):
+        row = {"responses_create_params": {"input": "Move."}} | row
+        task = Task("strict/train/0", "strict", "strict_agent", row)
+        sampling = Sampling(temperature=1.0, max_output_tokens=8, seed=1)
+        try:
+            return (await play(http, url, task, sampling, 60.0, 100, 1, -0.5)).rollout
+        except RolloutFailure as failure:
+            return failure
+
+    async def story(policy: str) -> dict:
+        with ExitStack() as stack:
+            site = site_packages(gym_python)
+            servers = Servers(
+                lambda port: plan({"strict": ENV}, GymConfig(), site, policy, port), gym_python, own, stack
+            )
+            try:
+                await servers.supervisor.wait_ready(servers.names, 120)
+                url = servers.layout.replicas["strict"][0].url
+                async with aiohttp.ClientSession() as http:
+                    return {name: await one(http, url, row) for name, row in ROWS.items()}
+            finally:
+                await servers.supervisor.close()
+
+    with pytest.MonkeyPatch.context() as patch, serving(policy_that_says("I rest.")) as policy:
+        patch.chdir(own)
+        return asyncio.run(asyncio.wait_for(story(policy), 300))
+
+
+@pytest.mark.parametrize(("name", "status"), [("400", 400), ("422", 422), ("picky", 422)])
+def test_a_400_or_422_to_the_policys_answer_is_its_own_doing_and_keeps_its_tokens(name, status, outcomes):
+    rollout = outcomes[name]
+    assert isinstance(rollout, Rollout), rollout
+    assert rollout.reward == -0.5 and f"/verify answered {status}" in rollout.refused
+    assert "no action in the answer" in rollout.refused
+    assert [(turn.prompt_ids, turn.completion_ids) for turn in rollout.turns] == [([1, 2], [3, 4])]
+
+
+@pytest.mark.parametrize("name", ["500", "503", "404", "crash", "seed", "row"])
+def test_what_is_no_answer_to_the_policy_stays_a_failure_of_the_environment(name, outcomes):
+    assert isinstance(outcomes[name], RolloutFailure), outcomes[name]
+    assert outcomes[name].cause == "environment"
+
+
+def test_an_answer_that_is_scored_has_the_servers_reward(outcomes):
+    assert (outcomes["fine"].reward, outcomes["fine"].refused) == (1.0, "")
