@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,8 @@ from gymexp.config import ModelConfig
 from gymexp.errors import ConfigError
 from gymexp.policy.snapshot import directory_of
 from gymexp.policy.tokens import end_of_turn_ids
+
+log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     import torch
@@ -50,17 +53,40 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
     """The policy to train, on the CPU. Weights that an optimizer steps are float32, whatever `model.dtype`
     says of the arithmetic; those that an adapter leaves as they are, in `model.dtype`.
 
-    A step of 1e-6 is lost on a bfloat16 weight of 0.02, whose neighbours are 6e-5 or more away.
+    A step of 1e-6 is lost on a bfloat16 weight of 0.02, whose neighbours are 6e-5 or more away. Raises
+    ConfigError if it is not there, or could not be saved later.
     """
     from transformers import AutoModelForCausalLM
 
-    return _from_pretrained(
+    model = _from_pretrained(
         AutoModelForCausalLM,
         config,
         "model",
         dtype=config.dtype if config.lora.r else "float32",
         attn_implementation=config.attn_implementation,
     )
+    _make_savable(model.generation_config, config.path)
+    return model
+
+
+def _make_savable(generation: Any, path: str) -> None:
+    """transformers loads some generation_config.json that it will not save: most have a temperature or a
+    top_p beside do_sample=false. The engine samples as the run says, so that do_sample is free to be true.
+    """
+    if generation is None:
+        return
+    try:
+        generation.validate(strict=True)
+    except ValueError:
+        generation.do_sample = True
+        try:
+            generation.validate(strict=True)
+        except ValueError as error:
+            raise ConfigError(
+                f"model.path={path!r}: its generation_config.json must be one that transformers saves, as the "
+                f"trained policy keeps it: correct it in a copy of the model. transformers says: {error}"
+            ) from None
+        log.info("generation_config.json: do_sample is true now, without which transformers saves no model")
 
 
 def save_policy(

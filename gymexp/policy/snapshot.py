@@ -62,8 +62,8 @@ def resolve_path(path: str) -> str:
                 f"model.path must be a model directory with a config.json, got {path!r} "
                 f"({candidate.resolve()} has none)"
             )
-    if path.startswith((".", "/", "~")) or path.count("/") != 1:
-        looked = " and ".join(str(candidate.absolute()) for candidate in tried)
+    if path.startswith((".", "/", "~")) or path.count("/") > 1:
+        looked = " and ".join(dict.fromkeys(str(candidate.absolute()) for candidate in tried))
         raise ConfigError(
             f"model.path must be a directory that exists, or a hub id like Qwen/Qwen3-0.6B, got {path!r}: "
             f"no such directory (looked at {looked})"

@@ -36,6 +36,18 @@ _VERSIONED = (
     "datasets",
 )
 
+_LOCK = ".lock"
+# What Hydra, a sweep or a job has written to a run's directory before the run begins.
+_BEFORE_A_RUN = {
+    ".hydra",
+    "job.yaml",
+    "trial.json",
+    "starts.jsonl",
+    "lead.json",
+    "status.json",
+    "result.json",
+}
+
 # Folders of NeMo Gym's names, with servers of the user's own.
 OWN_SERVERS = ("resources_servers", "responses_api_agents", "responses_api_models")
 
@@ -113,11 +125,18 @@ class RunDirectory:
 
     @classmethod
     def claim(cls, path: Path) -> RunDirectory:
-        """Make a new run's directory. Raises RunDirectoryError if it holds a run already."""
+        """Make a new run's directory. Raises RunDirectoryError if it holds a run already, or files of the
+        user's own."""
         run = cls(path)
         if run.config.exists():
             raise RunDirectoryError(
                 f"{path} holds a run already: go on with it by resume={path}, or choose another output_dir"
+            )
+        foreign = [] if run._was_claimed() else sorted({p.name for p in _entries(path)} - _BEFORE_A_RUN)
+        if foreign:
+            raise RunDirectoryError(
+                "output_dir must be a new or an empty folder, as a run writes over what has its files' names, "
+                f"but {path} has {', '.join(foreign[:5])}: choose another output_dir (hydra.run.dir=…)"
             )
         for directory in (run.logs, run.data, run.checkpoints, run.rollouts):
             directory.mkdir(parents=True, exist_ok=True)
@@ -140,8 +159,12 @@ class RunDirectory:
         run._lock()
         return run
 
+    def _was_claimed(self) -> bool:
+        """Whether a run that ended before it was described began here."""
+        return (self.path / _LOCK).exists()
+
     def _lock(self) -> None:
-        self._lock_file = (self.path / ".lock").open("w")
+        self._lock_file = (self.path / _LOCK).open("w")
         try:
             fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -166,6 +189,10 @@ class RunDirectory:
         replace_file(self.status, json.dumps(status, indent=1) + "\n")
 
 
+def _entries(path: Path) -> list[Path]:
+    return list(path.iterdir()) if path.is_dir() else []
+
+
 def snapshot(target: Path, runnable: bool = False) -> None:
     """The code and configuration that this run started with, and git's word on them.
 
@@ -183,7 +210,8 @@ def snapshot(target: Path, runnable: bool = False) -> None:
     for own in OWN_SERVERS if runnable else ():
         if Path(own).is_dir():
             shutil.copytree(own, target / own, ignore=skip, dirs_exist_ok=True)
-    for name, command in {"commit": ["rev-parse", "HEAD"], "diff": ["diff", "HEAD"]}.items():
+    git = {"commit": ["rev-parse", "HEAD"], "diff": ["diff", "HEAD"]} if shutil.which("git") else {}
+    for name, command in git.items():
         result = subprocess.run(
             ["git", "-C", package.parent, *command], capture_output=True, text=True, check=False
         )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
 from chat_tokenizers import build_tokenizer
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
-from whole_run import TINY
+from whole_run import ROOT, TINY
 
 from gymexp.config import LoraConfig, ModelConfig
 from gymexp.errors import ConfigError
@@ -30,7 +31,7 @@ def save_tokenizer(directory, **extra) -> None:
     (directory / "config.json").write_text('{"model_type": "qwen3"}')
 
 
-@pytest.mark.parametrize("path", ["no/such/place", "./nowhere", "/nowhere", "nowhere"])
+@pytest.mark.parametrize("path", ["no/such/place", "./nowhere", "/nowhere"])
 def test_a_directory_that_is_not_there_is_named(path):
     with pytest.raises(ConfigError, match=r"model\.path must be a directory that exists"):
         resolve_path(path)
@@ -41,8 +42,38 @@ def test_a_directory_without_a_model_is_named(tmp_path):
         resolve_path(str(tmp_path))
 
 
-def test_a_hub_id_stays_a_hub_id():
-    assert resolve_path("Qwen/Qwen3-0.6B") == "Qwen/Qwen3-0.6B"
+@pytest.mark.parametrize("name", ["Qwen/Qwen3-0.6B", "gpt2"])
+def test_a_hub_id_stays_a_hub_id(name):
+    assert resolve_path(name) == name
+
+
+def test_a_place_that_was_looked_at_is_named_once(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(ConfigError) as caught:
+        resolve_path("no/such/place")
+    assert str(caught.value).count(str(ROOT / "no/such/place")) == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "savable"),
+    [
+        ({"do_sample": False, "temperature": 0.6, "top_p": 0.9}, True),  # as some on the hub have it
+        ({"do_sample": True, "temperature": 0.6}, True),
+        ({"num_beams": 1, "early_stopping": True}, False),
+    ],
+)
+def test_a_generation_config_that_transformers_does_not_save_is_mended_or_refused_when_it_is_loaded(
+    tmp_path, settings, savable
+):
+    shutil.copytree(TINY, tmp_path / "model")
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps(settings))
+    if savable:
+        load_model(config(tmp_path / "model")).save_pretrained(tmp_path / "saved")
+        saved = json.loads((tmp_path / "saved" / "generation_config.json").read_text())
+        assert saved["temperature"] == 0.6 and saved["do_sample"] is True
+    else:
+        with pytest.raises(ConfigError, match=r"generation_config\.json must be one that transformers saves"):
+            load_model(config(tmp_path / "model"))
 
 
 def test_a_relative_directory_is_found_from_anywhere(tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ import pytest
 
 from gymexp.config import EnvConfig, ModelConfig, RunConfig
 from gymexp.errors import RunDirectoryError
-from gymexp.run.directory import RunDirectory, append_line, read_json, read_lines
+from gymexp.run.directory import RunDirectory, append_line, read_json, read_lines, snapshot
 
 CONFIG = RunConfig(model=ModelConfig(name="m", path="p"), env={"e": EnvConfig(config_path="c", agent="a")})
 
@@ -77,3 +77,28 @@ def test_a_damaged_file_of_an_object_is_as_one_that_is_not_there(tmp_path, conte
     assert read_json(path) == {}
     path.write_text(json.dumps({"step": 2}))
     assert read_json(path) == {"step": 2}
+
+
+def test_a_folder_with_files_of_the_users_own_is_refused_and_left_as_it_was(tmp_path):
+    (tmp_path / "data").mkdir()
+    mine = tmp_path / "data" / "train.jsonl"
+    mine.write_text("mine")
+    with pytest.raises(RunDirectoryError, match=r"a new or an empty folder.*has data: choose another"):
+        RunDirectory.claim(tmp_path)
+    assert mine.read_text() == "mine" and [p.name for p in tmp_path.iterdir()] == ["data"]
+
+
+def test_what_a_job_has_before_its_run_begins_and_what_an_attempt_left_are_no_hindrance(tmp_path):
+    for name in ("job.yaml", "starts.jsonl", "result.json"):
+        (tmp_path / name).write_text("{}")
+    claimed = RunDirectory.claim(tmp_path)
+    (claimed.data / "train.jsonl").write_text("prepared")
+    claimed._lock_file.close()  # it ended before it was described
+    assert RunDirectory.claim(tmp_path).path == tmp_path
+
+
+def test_without_git_on_the_path_a_run_is_described_all_the_same(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+    snapshot(tmp_path / "code")
+    assert (tmp_path / "code" / "gymexp" / "train.py").exists()
+    assert not list((tmp_path / "code").glob("git-*"))
