@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -364,9 +364,20 @@ def explain_key(key: str, schema: type = RunConfig) -> str | None:
     return None
 
 
-def resumed(path: Path, resume: str) -> RunConfig:
-    """The config of the run to go on with, marked as resumed."""
-    return dataclasses.replace(from_yaml(path), resume=resume)
+def resumed(path: Path, resume: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """The config of the run to go on with, marked as resumed. overrides: what was said with resume=…, which
+    may be how far to train. Raises ConfigError."""
+    config = from_yaml(path)
+    for override in (override.lstrip("+") for override in overrides):
+        key = override.partition("=")[0]
+        if key == "trainer.max_steps":
+            config = with_values(config, {key: OmegaConf.select(OmegaConf.from_dotlist([override]), key)})
+        elif key != "resume":
+            raise ConfigError(
+                f"{key} must be left out with resume=…, as a run keeps its configuration; trainer.max_steps "
+                "alone may be said, to train it longer"
+            )
+    return dataclasses.replace(config, resume=resume)
 
 
 def nearest(name: str, known: list[str], prefix: str = "") -> str:

@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 from gymexp import config as configuration
 from gymexp.config import ConfigError, RunConfig
 from gymexp.run.allocation import Allocation
+from gymexp.run.directory import latest_run
 from gymexp.run.entry import hydra_main
 from gymexp.search.study import as_trial
 
@@ -26,7 +27,8 @@ from gymexp.search.study import as_trial
 def main(cfg: DictConfig) -> Any:
     config = configuration.load(cfg)
     refuse_dry_run(config)
-    directory = Path(config.resume or config.output_dir or HydraConfig.get().runtime.output_dir)
+    resume = latest_run(Path("outputs")) if config.resume == "latest" else config.resume
+    directory = Path(resume or config.output_dir or HydraConfig.get().runtime.output_dir)
     return train(config, list(HydraConfig.get().overrides.task), directory.resolve())
 
 
@@ -64,10 +66,11 @@ def train(
     held = RunDirectory.reopen(directory) if config.resume else None
     checkpoint = None
     if held:
+        config = configuration.resumed(held.config, str(held.path), overrides)
+        if held.is_finished(config.trainer.get("max_steps")):
+            view.say(f"{held.path} is finished; to train on: resume={held.path} trainer.max_steps=…")
+            return held.read_result()
         checkpoint = checkpoints.latest(held.checkpoints, view.say)
-        config = configuration.resumed(held.config, str(held.path))
-        if ignored := [o for o in overrides if not o.startswith("resume=")]:
-            view.say(f"a resumed run goes on with its own configuration; ignored: {' '.join(ignored)}")
     trained = len(load_prepared(held.data).train) if held else None
     arguments.check(config, cache_dir())
     # With several nodes, as if all had what this one has; what they do have is known once they are there.
@@ -91,6 +94,7 @@ def train(
         held.describe(config, overrides)
     else:
         snapshot.directory_of(config.model, view.say)
+        held.go_on_with(config, overrides)
     with view:
         result = controller.run(config, held, python, site, placement, view, allocation, checkpoint)
     if result["held_out"]:

@@ -181,6 +181,17 @@ def test_an_interrupted_run_goes_on_to_the_same_end_with_the_same_tasks(pair, st
     assert "workplace" in last.said.split("held-out reward")[-1], "before, from the first start, and after"
     assert not (run.directory.parent / "hydra").exists(), "resuming leaves no second run directory"
 
+    began = time.monotonic()
+    finished = started("interrupted", resume=True)
+    assert finished.ended() == 0 and f"{run.directory} is finished; to train on: " in finished.said
+    assert time.monotonic() - began < 60 and not finished.descendants
+    other = started("interrupted", "trainer.learning_rate=1e-3", resume=True)
+    assert other.ended() == 1 and "error: trainer.learning_rate must be left out" in other.said
+    longer = started("interrupted", f"trainer.max_steps={STEPS + 1}", resume=True)
+    assert longer.ended() == 0, longer.said
+    assert run.steps() == list(range(1, STEPS + 2))
+    assert json.loads((run.directory / "result.json").read_text())["step"] == STEPS + 1
+
 
 def test_an_adapter_is_trained_goes_on_after_an_interruption_and_ends_in_the_weights(started, gym_python):
     changes = [

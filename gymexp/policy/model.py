@@ -83,8 +83,8 @@ def _make_savable(generation: Any, path: str) -> None:
             generation.validate(strict=True)
         except ValueError as error:
             raise ConfigError(
-                f"model.path={path!r}: its generation_config.json must be one that transformers saves, as the "
-                f"trained policy keeps it: correct it in a copy of the model. transformers says: {error}"
+                f"model.path={path!r}: its generation_config.json must be one that transformers saves, as "
+                f"the trained policy keeps it: correct it in a copy of the model. transformers says: {error}"
             ) from None
         log.info("generation_config.json: do_sample is true now, without which transformers saves no model")
 

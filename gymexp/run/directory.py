@@ -8,6 +8,7 @@ outputs/<name>/<date_time>/
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import importlib.metadata
 import json
@@ -103,6 +104,17 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [record for record in found if isinstance(record, dict)]
 
 
+def latest_run(outputs: Path) -> Path:
+    """The run below outputs/<name>/ that was written to last. Raises RunDirectoryError if there is none."""
+    runs = [config.parent for config in outputs.glob("*/*/config.yaml")]
+    if not runs:
+        raise RunDirectoryError(
+            f"resume=latest must find a run in {outputs.absolute()}/<name>/<date_time>, but there is none: "
+            "say resume=… with its directory"
+        )
+    return max(runs, key=lambda run: max(file.stat().st_mtime for file in run.glob("*.*")))
+
+
 class RunDirectory:
     """One run's directory, held by this process until it ends (an advisory lock, so that a crash leaves it
     free).
@@ -135,7 +147,7 @@ class RunDirectory:
         foreign = [] if run._was_claimed() else sorted({p.name for p in _entries(path)} - _BEFORE_A_RUN)
         if foreign:
             raise RunDirectoryError(
-                "output_dir must be a new or an empty folder, as a run writes over what has its files' names, "
+                "output_dir must be a new or an empty folder, as a run writes over what has its names, "
                 f"but {path} has {', '.join(foreign[:5])}: choose another output_dir (hydra.run.dir=…)"
             )
         for directory in (run.logs, run.data, run.checkpoints, run.rollouts):
@@ -149,6 +161,26 @@ class RunDirectory:
         (self.path / "versions.txt").write_text(_versions())
         (self.path / "overrides.yaml").write_text("".join(f"- {o}\n" for o in overrides))
         replace_file(self.config, to_yaml(config))
+
+    def go_on_with(self, config: RunConfig, overrides: Sequence[str]) -> None:
+        """Write down that a run goes on, perhaps further than it was meant to."""
+        if more := [override for override in overrides if not override.startswith("resume=")]:
+            with (self.path / "overrides.yaml").open("a") as file:
+                file.write("".join(f"- {o}\n" for o in more))
+            replace_file(self.config, to_yaml(dataclasses.replace(config, resume=None)))
+
+    def is_finished(self, max_steps: int | None) -> bool:
+        """Whether the run came to its end, and is not told to go on beyond it. Raises RunDirectoryError for
+        an end that it has passed."""
+        result = self.read_result()
+        if "step" not in result or result["stopped"] or result.get("pruned"):
+            return False
+        if max_steps is not None and 0 < max_steps < result["step"]:
+            raise RunDirectoryError(
+                f"trainer.max_steps must be above {result['step']}, the steps that {self.path} has trained, "
+                f"got {max_steps}"
+            )
+        return not max_steps or max_steps <= result["step"]
 
     @classmethod
     def reopen(cls, path: Path) -> RunDirectory:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import os
 
 import pytest
 
-from gymexp.config import EnvConfig, ModelConfig, RunConfig
-from gymexp.errors import RunDirectoryError
-from gymexp.run.directory import RunDirectory, append_line, read_json, read_lines, snapshot
+from gymexp.config import DataConfig, EnvConfig, ModelConfig, RunConfig, from_yaml, resumed
+from gymexp.errors import ConfigError, RunDirectoryError
+from gymexp.run.directory import RunDirectory, append_line, latest_run, read_json, read_lines, snapshot
 
 CONFIG = RunConfig(model=ModelConfig(name="m", path="p"), env={"e": EnvConfig(config_path="c", agent="a")})
 
@@ -102,3 +103,55 @@ def test_without_git_on_the_path_a_run_is_described_all_the_same(tmp_path, monke
     snapshot(tmp_path / "code")
     assert (tmp_path / "code" / "gymexp" / "train.py").exists()
     assert not list((tmp_path / "code").glob("git-*"))
+
+
+@pytest.mark.parametrize(
+    ("result", "max_steps", "finished"),
+    [
+        ({}, 4, False),
+        ({"error": "a server failed"}, 4, False),
+        ({"step": 4, "stopped": True}, 4, False),
+        ({"step": 2, "stopped": False, "pruned": "below the median"}, 4, False),
+        ({"step": 4, "stopped": False}, 4, True),
+        ({"step": 4, "stopped": False}, None, True),
+        ({"step": 4, "stopped": False}, -1, True),
+        ({"step": 4, "stopped": False}, 5, False),
+    ],
+)
+def test_a_run_is_finished_unless_it_is_told_to_go_further(tmp_path, result, max_steps, finished):
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    assert RunDirectory(tmp_path).is_finished(max_steps) is finished
+
+
+def test_a_run_cannot_be_told_to_end_before_where_it_is(tmp_path):
+    (tmp_path / "result.json").write_text(json.dumps({"step": 4, "stopped": False}))
+    with pytest.raises(RunDirectoryError, match=r"trainer\.max_steps must be above 4, .* got 3"):
+        RunDirectory(tmp_path).is_finished(3)
+
+
+def test_how_far_a_run_goes_is_written_down_anew(tmp_path):
+    run = RunDirectory.claim(tmp_path)
+    data = DataConfig(source="jsonl", train_file="t.jsonl", validation_file="v.jsonl")
+    config = RunConfig(model=ModelConfig(name="m", path="p"), env={"e": EnvConfig("c", "a", data=data)})
+    run.describe(config, ["env=[e]"])
+    config = from_yaml(run.config)
+    run.go_on_with(config, ["resume=x"])
+    assert from_yaml(run.config) == config, "nothing new was said"
+    further = resumed(run.config, "x", ["resume=x", "trainer.max_steps=9"])
+    run.go_on_with(further, ["resume=x", "trainer.max_steps=9"])
+    assert from_yaml(run.config).trainer["max_steps"] == 9 and from_yaml(run.config).resume is None
+    assert (tmp_path / "overrides.yaml").read_text() == "- env=[e]\n- trainer.max_steps=9\n"
+    with pytest.raises(ConfigError, match=r"^trainer\.learning_rate must be left out with resume=…"):
+        resumed(run.config, "x", ["resume=x", "trainer.learning_rate=1"])
+
+
+def test_the_latest_run_is_the_one_that_was_written_to_last(tmp_path):
+    with pytest.raises(RunDirectoryError, match=r"resume=latest must find a run in "):
+        latest_run(tmp_path)
+    for at, name in enumerate(("a/2026-01-02_10-00-00", "b/2026-01-01_10-00-00", "a/2026-01-03_10-00-00")):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "config.yaml").write_text("")
+        os.utime(tmp_path / name / "config.yaml", (at, at))
+    status = tmp_path / "b/2026-01-01_10-00-00" / "status.json"
+    status.write_text("{}")
+    assert latest_run(tmp_path) == status.parent
