@@ -11,8 +11,6 @@ from __future__ import annotations
 import itertools
 import json
 import multiprocessing
-import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from functools import partial
@@ -25,9 +23,8 @@ from gymexp.config import ModelConfig
 from gymexp.data.cache import sha256_of
 from gymexp.data.prepare import Prepared
 from gymexp.errors import DataError, TokenMismatch
-from gymexp.policy.inspection import digest
+from gymexp.policy.inspection import answer_elsewhere, digest
 from gymexp.policy.snapshot import directory_of
-from gymexp.run.environment import without_launchers
 
 _DEADLINE_S = 3600.0
 _MOST_PROBLEMS = 20
@@ -62,27 +59,9 @@ def check(model: ModelConfig, prepared: Prepared, cache: Path) -> None:
 
 
 def _counts(directory: Path, requests: Path, cache: Path) -> dict[str, int | str]:
-    """Kept in the cache under all that they depend on."""
     kept = cache / "prompts" / f"{digest(directory, _CODE, sha256_of(requests))}.json"
-    if not kept.exists():
-        try:
-            done = subprocess.run(
-                [sys.executable, "-m", "gymexp.policy.first_prompts", directory, requests],
-                capture_output=True,
-                text=True,
-                timeout=_DEADLINE_S,
-                env=without_launchers(),
-                check=False,
-            )
-        except subprocess.TimeoutExpired:
-            raise DataError(f"the tokens of {requests} were not counted within {_DEADLINE_S:.0f} s") from None
-        if done.returncode:
-            raise DataError(f"the tokens of {requests} cannot be counted:\n{done.stderr.strip()[-2000:]}")
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        part = kept.with_suffix(f".{os.getpid()}.part")
-        part.write_text(done.stdout.splitlines()[-1])
-        part.replace(kept)
-    return json.loads(kept.read_text())
+    asked = ["gymexp.policy.first_prompts", directory, requests]
+    return answer_elsewhere(asked, kept, _DEADLINE_S, f"counting the tokens of {requests}")
 
 
 def _lines(requests: Path) -> Iterator[dict[str, Any]]:

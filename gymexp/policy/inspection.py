@@ -11,6 +11,7 @@ import hashlib
 import importlib.metadata
 import itertools
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -54,14 +55,10 @@ def envs_with_tools(prepared: Prepared) -> list[str]:
 
 
 def _facts(directory: Path, cache: Path) -> dict[str, Any]:
-    """Of the tokenizer there; kept in the cache under all that they depend on."""
+    """Of the tokenizer there."""
     kept = cache / "tokenizers" / f"{digest(directory, _CODE)}.json"
-    if not kept.exists():
-        facts = _look_elsewhere(directory)
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.write_text(json.dumps(facts))
-        return facts
-    return json.loads(kept.read_text())
+    asked = ["gymexp.policy.inspection", directory]
+    return answer_elsewhere(asked, kept, _TIMEOUT_S, f"model.path: looking at the tokenizer in {directory}")
 
 
 def digest(directory: Path, code: Sequence[str], more: str = "") -> str:
@@ -76,23 +73,35 @@ def digest(directory: Path, code: Sequence[str], more: str = "") -> str:
     return summed.hexdigest()[:24]
 
 
-def _look_elsewhere(directory: Path) -> dict[str, Any]:
+def answer_elsewhere(asked: Sequence[str | Path], kept: Path, timeout_s: float, doing: str) -> Any:
+    """The JSON that a module of ours prints as its last line, in a process of its own. Raises ConfigError.
+
+    asked: the module and its arguments. kept: where the answer is in the cache, or will be; two runs may make
+    it at once.
+    """
     try:
-        shown = subprocess.run(
-            [sys.executable, "-m", "gymexp.policy.inspection", directory],
+        return json.loads(kept.read_bytes())
+    except (FileNotFoundError, ValueError):
+        pass
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", *asked],
             capture_output=True,
             text=True,
-            timeout=_TIMEOUT_S,
+            timeout=timeout_s,
             env=without_launchers(),
             check=False,
         )
     except subprocess.TimeoutExpired:
-        raise ConfigError(f"model.path: its tokenizer did not load within {_TIMEOUT_S} s") from None
-    if shown.returncode:
-        raise ConfigError(
-            f"model.path: the tokenizer in {directory} cannot be loaded:\n{shown.stderr.strip()[-2000:]}"
-        )
-    return json.loads(shown.stdout.splitlines()[-1])
+        raise ConfigError(f"{doing} took more than {timeout_s:.0f} s") from None
+    if done.returncode:
+        raise ConfigError(f"{doing} failed:\n{done.stderr.strip()[-2000:]}")
+    answer = json.loads(done.stdout.splitlines()[-1])
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    part = kept.with_suffix(f".{os.getpid()}.part")
+    part.write_text(json.dumps(answer))
+    part.replace(kept)
+    return answer
 
 
 def look(directory: Path) -> dict[str, Any]:
