@@ -22,6 +22,9 @@ test: setup  ## every test that this machine can run, but those of test-more
 test-more: setup  ## with the real vLLM on a CPU, several ranks, a Slurm cluster, with `gym env start`
 	$(RUN) -m pytest -m 'ranks or vllm or ray or slurm'
 
+test-faults: setup  ## every fault of docs/reliability.md, in whole runs, with its seconds
+	$(RUN) -m pytest tests/faults
+
 lint: setup  ## ruff and pyright
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
@@ -34,4 +37,4 @@ format: setup  ## rewrite the sources in the project's format
 clean:  ## remove .venv and what tests and tools leave; outputs/ stays
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build dist
 
-.PHONY: help setup demo test test-more lint format clean
+.PHONY: help setup demo test test-more test-faults lint format clean

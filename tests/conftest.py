@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from vllm_cpu import vllm_here
 from whole_run import Run
 
 from gymexp.config import GymConfig
@@ -69,3 +70,25 @@ def slurm() -> Iterator[None]:
     assert started.returncode == 0, started.stdout + started.stderr
     yield
     subprocess.run([scripts / "cluster_down.sh"], check=False, timeout=60)
+
+
+@pytest.fixture(scope="session")
+def vllm_python() -> Path:
+    return vllm_here()
+
+
+@pytest.fixture
+def vllm(vllm_python, monkeypatch) -> list[str]:
+    """Overrides that sample with it."""
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    return ["engine=vllm", f"engine.python='{vllm_python}'", "engine.args.enforce_eager=true"]
+
+
+@pytest.fixture
+def two_ranks(vllm, monkeypatch) -> list[str]:
+    """The placement takes these names for GPUs; torch and vLLM, which are for CPUs here, know of none."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
+    changes = ["placement.rollout_gpus=1", "placement.train_gpus=2", "engine.weights=disk"]
+    changes += ["rollout.drift_every=1", "rollout.max_drift=3e-4", "trainer.warmup_steps=0"]
+    return [*vllm, *changes, "evaluation.before=false", "evaluation.after=false"]

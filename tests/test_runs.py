@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -20,7 +19,7 @@ import pytest
 import torch
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from whole_run import BATCH, OVERRIDES, PATIENCE_S, ROOT, SIZES, STEPS, TINY, UNEVALUATED, Run, alive
+from whole_run import BATCH, OVERRIDES, PATIENCE_S, ROOT, SIZES, STEPS, TINY, UNEVALUATED, Run
 
 from gymexp.launch.jobs import read_sweep
 from gymexp.training import checkpoints
@@ -134,65 +133,6 @@ def test_the_same_configuration_plays_the_same_tasks_and_samples_the_same_first_
         assert sampled[0] == sampled[1]
 
 
-def test_an_interrupted_run_goes_on_to_the_same_end_with_the_same_tasks(pair, started):
-    run = started("interrupted", "evaluation.every_steps=0", "evaluation.num_tasks=8")
-    run.wait_for_step(1)
-    os.kill(run.process.pid, signal.SIGTERM)
-    assert run.ended() == 128 + signal.SIGTERM, run.said
-    command = re.search(
-        r"ended by SIGTERM after step \d; go on with: python -m gymexp.train (.*)\n", run.said
-    )
-    assert command and shlex.split(command[1]) == [f"resume={run.directory}"]
-    assert checkpoints.latest(run.directory / "checkpoints") is not None
-    assert run.left() == []
-
-    again = started("interrupted", resume=True)
-    again.wait_for_step(3)
-    os.killpg(again.process.pid, signal.SIGINT)  # as a terminal does it
-    assert again.ended() == 128 + signal.SIGINT, again.said
-    assert f"step 1/{STEPS}" not in again.said, "it goes on where the first start ended"
-    newest = checkpoints.latest(run.directory / "checkpoints")
-    assert newest is not None and checkpoints.step_of(newest) >= 3
-    assert again.left() == []
-
-    with (newest / "model.safetensors").open("r+b") as file:  # as large as before
-        file.seek(200_000)
-        damaged = bytes(255 - byte for byte in file.read(4000))
-        file.seek(200_000)
-        file.write(damaged)
-    with run.metrics_file.open("ab") as file:  # and a disk that was full
-        file.write(b'{"step": 3, "ti')
-    almost = started("interrupted", resume=True)
-    almost.wait_for_step(STEPS)
-    almost.wait_for(lambda: almost.status().get("phase") == "evaluate")
-    os.kill(almost.process.pid, signal.SIGTERM)
-    assert almost.ended() == 128 + signal.SIGTERM, almost.said
-    assert f"ended by SIGTERM after step {STEPS}" in almost.said
-
-    last = started("interrupted", resume=True)
-    assert last.ended() == 0, last.said
-    assert f"{newest.name} is not whole, its model.safetensors is damaged: going back" in almost.said
-    assert (run.directory / "checkpoints" / f"damaged-{newest.name}.1").is_dir()
-    assert run.steps() == list(range(1, STEPS + 1)), "what was said after the checkpoint is taken back"
-    assert json.loads((run.directory / "result.json").read_text())["step"] == STEPS
-    undisturbed = pair[0]
-    for step in range(1, STEPS + 1):
-        assert run.task_keys(step) == undisturbed.task_keys(step)
-    assert "workplace" in last.said.split("held-out reward")[-1], "before, from the first start, and after"
-    assert not (run.directory.parent / "hydra").exists(), "resuming leaves no second run directory"
-
-    began = time.monotonic()
-    finished = started("interrupted", resume=True)
-    assert finished.ended() == 0 and f"{run.directory} is finished; to train on: " in finished.said
-    assert time.monotonic() - began < 60 and not finished.descendants
-    other = started("interrupted", "trainer.learning_rate=1e-3", resume=True)
-    assert other.ended() == 1 and "error: trainer.learning_rate must be left out" in other.said
-    longer = started("interrupted", f"trainer.max_steps={STEPS + 1}", resume=True)
-    assert longer.ended() == 0, longer.said
-    assert run.steps() == list(range(1, STEPS + 2))
-    assert json.loads((run.directory / "result.json").read_text())["step"] == STEPS + 1
-
-
 def test_an_adapter_is_trained_goes_on_after_an_interruption_and_ends_in_the_weights(started, gym_python):
     changes = [
         "model.lora.r=4",
@@ -251,21 +191,6 @@ def logprobs_of(model, turn: dict) -> list[float]:
     return logits.log_softmax(-1).gather(-1, ids[0, len(turn["prompt_ids"]) :, None])[:, 0].tolist()
 
 
-def test_a_killed_server_and_a_hanging_one_cost_no_rollout(started):
-    changes = ["gym.health_interval_s=1", "gym.health_timeout_s=3", "trainer.max_steps=4"]
-    run = started("attacked", *changes, *UNEVALUATED)
-    run.wait_for_step(1)
-    run.server("workplace-workplace_assistant-0").kill()
-    run.server("sudoku-reasoning_gym").suspend()
-    assert run.ended() == 0, run.said
-    assert "workplace-workplace_assistant-0 was ended by SIGKILL; starting it again" in run.said
-    assert "sudoku-reasoning_gym has not answered for" in run.said
-    assert run.steps() == list(range(1, 5))
-    for entry in run.metrics():
-        assert entry.get("workplace/failed", 0) == entry.get("sudoku/failed", 0) == 0
-    assert run.left() == []
-
-
 def test_a_policy_that_answers_nonsense_trains_on_without_a_failure(started, folder):
     config = AutoConfig.from_pretrained(TINY)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder / "nonsense")
@@ -298,18 +223,6 @@ def test_a_cold_start_from_scratch_writes_a_policy_that_transformers_loads(gym_p
     assert model.config.hidden_size == 64 and model.config.vocab_size == len(tokenizer)
     asked = tokenizer.apply_chat_template([{"role": "user", "content": "hello"}], tokenize=False)
     assert "hello" in asked
-
-
-def test_servers_above_their_memory_budget_are_restarted_again_and_again_and_no_rollout_is_lost(started):
-    changes = ["env.workplace.memory_budget_mb=1", "trainer.max_steps=2", "gym.health_interval_s=0.5"]
-    run = started("budget", *changes, *UNEVALUATED)
-    assert run.ended() == 0, run.said
-    assert run.steps() == [1, 2]
-    for entry in run.metrics():
-        assert entry.get("workplace/failed", 0) == entry.get("sudoku/failed", 0) == 0
-    log = (run.directory / "logs" / "trainer.log").read_text()
-    assert log.count("above its memory budget of 1 MB") >= 2
-    assert "starting it again" not in run.said, "asked for, and not counted as failures"
 
 
 def test_a_sweep_runs_its_points_one_after_the_other_and_goes_on_after_an_interruption(folder, gym_python):
@@ -357,44 +270,3 @@ def test_a_sweep_that_is_told_where_one_run_should_lie_says_what_to_say_instead(
     assert shown.returncode == 1
     assert f"{key} must not be set in a sweep or with launcher=slurm: say hydra.sweep.dir=…" in shown.stderr
     assert not list(tmp_path.iterdir())
-
-
-def test_a_directory_in_use_is_refused_and_a_killed_controller_leaves_no_process(started):
-    run = started("killed", "trainer.max_steps=100", *UNEVALUATED)
-    run.wait_for(lambda: (run.directory / "services.json").exists())
-    second = started("killed")
-    assert second.ended() == 1
-    assert re.search(r"error: .* (holds a run already|is in use by a run)", second.said)
-    resumed = started("killed", resume=True)
-    assert resumed.ended() == 1
-    assert "is in use by a run that is still going on" in resumed.said
-    for refused in (second, resumed):
-        assert "Traceback" not in refused.said
-
-    run.wait_for_step(1)
-    below = run.left()
-    assert len(below) >= 8
-    began = time.monotonic()
-    run.process.kill()
-    run.process.wait()
-    while any(alive(process) for process in below):
-        assert time.monotonic() - began < 10, f"still there: {[p for p in below if alive(p)]}"
-        time.sleep(0.05)
-
-
-def test_a_second_signal_ends_a_run_at_once_and_in_order(started):
-    run = started("twice")
-    run.wait_for(lambda: "evaluate" in run.said)
-    for _ in range(2):
-        os.killpg(run.process.pid, signal.SIGINT)
-        time.sleep(0.3)
-    began = time.monotonic()
-    assert run.ended() in (128 + signal.SIGINT, -signal.SIGINT), run.said  # a shell shows 130 for both
-    assert time.monotonic() - began < 10
-    assert "Traceback" not in run.said
-    assert re.search(r"error: ended by SIGINT (at once|after step 0); go on with: ", run.said)
-    assert run.left() == []
-    status = json.loads((run.directory / "status.json").read_text())
-    assert status["phase"] == "stop"
-    assert status["outcome"].startswith("ended by SIGINT")
-    assert not {"new", "starting", "ready"} & set(status["services"].values())

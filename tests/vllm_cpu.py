@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 from packaging.requirements import Requirement
+from whole_run import Run
 
 from gymexp.run.directory import cache_dir
 
@@ -68,3 +69,24 @@ def _install(python: Path, *what: str) -> None:
 
 def _output(python: Path, *arguments: str) -> str:
     return subprocess.run([python, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+# Three steps of what it samples, each checked.
+SAMPLED = ["rollout.drift_every=1", "rollout.max_drift=3e-4", "trainer.max_steps=3", "trainer.warmup_steps=0"]
+SAMPLED += ["evaluation.every_steps=0", "evaluation.before=false"]
+
+
+def check(run: Run) -> None:
+    """Three steps, every rollout played, with weights that went round exactly."""
+    assert run.ended() == 0, run.said
+    entries = [entry for entry in run.metrics() if "loss" in entry]
+    assert len(entries) == 3
+    for entry in entries:
+        assert entry["drift"] < 3e-4, "before the first update and after each"
+        assert entry["sudoku/failed"] == entry["workplace/failed"] == 0
+        assert entry["sudoku/token_mismatches"] == entry["workplace/token_mismatches"] == 0
+        assert entry["workplace/turns"] > 1, "tool results came back, and the prompts went on exactly"
+        assert (entry["time/sync"] > 0) == (entry["step"] > 1)
+        assert 0.99 < entry["sampling/importance_sampling_ratio/mean"] < 1.01
+    assert run.left() == []
+    assert not (run.directory / "weights").exists(), "what weights were sent through is cleared away"

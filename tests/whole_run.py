@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -84,6 +85,13 @@ class Run:
             self.kill()
             pytest.fail(f"the run did not end:\n{self.said}")
 
+    def ended_cleanly(self) -> int:
+        """The exit code of a run that has left no process, and no traceback on the screen."""
+        code = self.ended()
+        assert "Traceback" not in self.said, self.said
+        assert self.left() == [], self.said
+        return code
+
     def wait_for(self, holds: Callable[[], object]) -> None:
         until = time.monotonic() + PATIENCE_S
         while not holds():
@@ -115,10 +123,20 @@ class Run:
     def task_keys(self, step: int) -> list[str]:
         return task_keys_of(self.directory, step)
 
+    def log(self, name: str) -> str:
+        path = self.directory / "logs" / f"{name}.log"
+        return path.read_text() if path.exists() else ""
+
     def server(self, name: str) -> psutil.Process:
         """The process that writes the server's log."""
+        return next(p for p in self.left() if self.writes(p, name))
+
+    def writes(self, process: psutil.Process, name: str) -> bool:
+        """Whether the process writes the log of this name."""
         log = str(self.directory / "logs" / f"{name}.log")
-        return next(p for p in self.descendants if alive(p) and os.readlink(f"/proc/{p.pid}/fd/1") == log)
+        with contextlib.suppress(OSError):  # it has ended
+            return os.readlink(f"/proc/{process.pid}/fd/1") == log
+        return False
 
     def left(self) -> list[psutil.Process]:
         return [p for p in self.descendants if alive(p)]
