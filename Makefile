@@ -16,11 +16,11 @@ setup: .venv/ready  ## make .venv with gymexp and all it needs
 demo: setup  ## train the tiny policy in two environments, on a CPU in minutes
 	$(RUN) -m gymexp.train experiment=quickstart
 
-test: setup  ## every test that this machine can run, but those of test-more
-	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not ranks and not vllm and not ray and not slurm'
+test: setup  ## every test that this machine can run, but those of test-more and test-faults
+	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not ranks and not vllm and not ray and not slurm and not fault'
 
 test-more: setup  ## with the real vLLM on a CPU, several ranks, a Slurm cluster, with `gym env start`
-	$(RUN) -m pytest -m 'ranks or vllm or ray or slurm'
+	$(RUN) -m pytest -m '(ranks or vllm or ray or slurm) and not fault'
 
 test-faults: setup  ## every fault of docs/reliability.md, in whole runs, with its seconds
 	$(RUN) -m pytest tests/faults

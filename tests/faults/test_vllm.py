@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import psutil
 import pytest
 from vllm_cpu import SAMPLED, check
 
@@ -21,12 +22,16 @@ def test_a_vllm_that_dies_and_one_that_hangs_come_back_with_the_policys_weights_
     blow.over()
     run.wait_for(lambda: 2 in run.steps() and run.status().get("in_flight"))
     blow = fault("vLLM hangs")
-    run.server("vllm-0").suspend()
+    next(p for p in run.left() if run.writes(p, "vllm-0") and listens(p)).suspend()
     run.wait_for(lambda: "is back, with the weights of step 2" in run.log("trainer"))
     blow.over()
     check(run)
     assert "vllm-0 exited with code" in run.said and "starting it again" in run.said
     assert "vllm-0 has not answered for" in run.said and "Traceback" not in run.said
+
+
+def listens(process: psutil.Process) -> bool:
+    return any(one.status == psutil.CONN_LISTEN for one in process.net_connections("tcp"))
 
 
 @pytest.mark.ranks
