@@ -317,7 +317,10 @@ _VLLM_OWNED = {
     "weight_transfer_config": "engine.weights",
     "enable_sleep_mode": "engine.colocate",
 } | dict.fromkeys(
-    ("host", "port", "served_model_name", "logprobs_mode", "generation_config", "enable_scale_out")
+    (
+        *("host", "port", "uds", "api_key", "middleware"),
+        *("served_model_name", "logprobs_mode", "generation_config", "enable_scale_out"),
+    )
 )
 
 

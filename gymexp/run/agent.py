@@ -21,6 +21,7 @@ import aiohttp
 from gymexp.errors import ServiceError
 from gymexp.run import ports
 from gymexp.run.clock import until_silent
+from gymexp.run.keys import header
 from gymexp.run.nodes import SILENCE_S, LocalNode, Task, lead_file
 from gymexp.run.placement import visible_gpus
 from gymexp.run.process import Running
@@ -45,7 +46,7 @@ async def _follow(directory: Path, task: Task) -> None:
         log.info("the lead has nothing to do here: %s", lead["over"])
         return
     here = LocalNode(visible_gpus(), task.node, ports.address_of(task.node))
-    async with aiohttp.ClientSession(headers={"Authorization": f"Bearer {lead['secret']}"}) as http:
+    async with aiohttp.ClientSession(headers=header(lead["key"])) as http:
         connection = await _connect(http, lead["url"], task)
         agent = Agent(here, connection)
         try:

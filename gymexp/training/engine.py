@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from gymexp.config import RunConfig
 from gymexp.errors import ServiceError
-from gymexp.run import ports
+from gymexp.run import keys, ports
 from gymexp.run.directory import RunDirectory, replace_file
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def serve_hf(config: RunConfig, model: Any, tokenizer: Any, fd: int, stack: Exit
     )
     sampling = HFSampling(engine)
     stack.callback(engine.close)
-    stack.callback(serve(engine, sock=ports.adopt(fd)).close)
+    stack.callback(serve(engine, sock=ports.adopt(fd), key=keys.required(keys.ENGINE)).close)
     return sampling
 
 

@@ -25,6 +25,7 @@ from gymexp.config import RunConfig, from_yaml
 from gymexp.errors import GymexpError
 from gymexp.run.direct import open_url
 from gymexp.run.directory import RunDirectory, read_json, replace_file
+from gymexp.run.keys import RUN, header_of
 from gymexp.run.lifeline import die_with_parent
 
 if TYPE_CHECKING:
@@ -144,9 +145,10 @@ def work(run: RunDirectory, config: RunConfig, asked: threading.Event) -> dict[s
 
 def _say_alive(control_url: str) -> None:
     name = f"trainer-{_rank()}" if _rank() else "trainer"
+    request = urllib.request.Request(f"{control_url}/alive/{name}", b"", header_of(RUN))
     while True:
         with contextlib.suppress(OSError):
-            open_url(urllib.request.Request(f"{control_url}/alive/{name}", b""), timeout_s=_ALIVE_S).close()
+            open_url(request, timeout_s=_ALIVE_S).close()
         time.sleep(_ALIVE_S)
 
 
