@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from vllm_cpu import vllm_here
 from whole_run import Run
 
 from gymexp.config import GymConfig
@@ -32,6 +33,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def gym_python() -> Path:
     """NeMo Gym's interpreter with what both environments need; made on first use, as a run makes it."""
     return ensure_python(GymConfig(), SERVERS, cache_dir(), print)
+
+
+@pytest.fixture(scope="session")
+def vllm_python() -> Path:
+    return vllm_here()
+
+
+@pytest.fixture
+def vllm(vllm_python, monkeypatch) -> list[str]:
+    """Overrides of a run that samples with the real vLLM, on a CPU."""
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    return ["engine=vllm", f"engine.python='{vllm_python}'", "engine.args.enforce_eager=true"]
 
 
 @pytest.fixture(scope="session")

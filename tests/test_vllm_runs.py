@@ -9,10 +9,8 @@ import re
 import signal
 import time
 import urllib.request
-from pathlib import Path
 
 import pytest
-from vllm_cpu import vllm_here
 from whole_run import BATCH, STEPS, Run
 
 from gymexp.run.keys import header
@@ -22,19 +20,6 @@ pytestmark = [
     pytest.mark.vllm,
     pytest.mark.timeout(900),
 ]
-
-
-@pytest.fixture(scope="session")
-def vllm_python() -> Path:
-    return vllm_here()
-
-
-@pytest.fixture
-def vllm(vllm_python, monkeypatch) -> list[str]:
-    """Overrides that sample with it."""
-    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    return ["engine=vllm", f"engine.python='{vllm_python}'", "engine.args.enforce_eager=true"]
 
 
 CHANGES = ["rollout.drift_every=1", "rollout.max_drift=3e-4", "trainer.max_steps=3", "trainer.warmup_steps=0"]

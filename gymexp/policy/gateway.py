@@ -34,6 +34,7 @@ from gymexp.policy.model import check_tokenizer, end_token_ids
 from gymexp.run import keys
 from gymexp.run.lifeline import die_with_parent
 from gymexp.run.ports import adopt, listen, url_of
+from gymexp.run.printable import log_to_stderr
 
 log = logging.getLogger(__name__)
 
@@ -298,7 +299,7 @@ def main() -> None:
         "--hold", action="store_true", help="no requests for an engine until POST /engine opens it"
     )
     args = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    log_to_stderr()
     guard = keys.guard(keys.required(keys.RUN), dict.fromkeys(FOR_NEMO_GYM, keys.required(keys.POLICY)))
     try:
         tokenizer = load_tokenizer(args.tokenizer)

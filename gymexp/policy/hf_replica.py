@@ -32,6 +32,7 @@ from gymexp.policy.weights import VERSION_KEY
 from gymexp.run import keys
 from gymexp.run.lifeline import die_with_parent
 from gymexp.run.ports import adopt, url_of
+from gymexp.run.printable import log_to_stderr
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +99,7 @@ def main() -> None:
     parser.add_argument("config", type=Path, help="the run's config.yaml")
     parser.add_argument("--fd", type=int, required=True, help="a listening socket, handed down by the parent")
     args = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    log_to_stderr()
     key = keys.required(keys.ENGINE)
     config = from_yaml(args.config)
     dtype = getattr(torch, config.model.dtype)

@@ -24,6 +24,7 @@ from typing import Any
 import gymexp
 from gymexp.config import CONF_DIR, RunConfig, to_yaml
 from gymexp.errors import RunDirectoryError
+from gymexp.run.printable import printable_in
 
 _VERSIONED = (
     "torch",
@@ -77,7 +78,7 @@ def append_line(path: Path, record: dict[str, Any]) -> None:
     with path.open("a+b") as file:
         if file.tell() and file.seek(-1, os.SEEK_END) and file.read() != b"\n":
             file.write(b"\n")
-        file.write(json.dumps(record).encode() + b"\n")
+        file.write(json.dumps(printable_in(record)).encode() + b"\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -212,13 +213,16 @@ class RunDirectory:
         """How the run ended: {"step", "stopped", "held_out"} or {"error"}; empty while it goes on."""
         return read_json(self.result)
 
+    def write_result(self, result: dict[str, Any]) -> None:
+        replace_file(self.result, json.dumps(printable_in(result), indent=1))
+
     def write_error(self, error: str) -> None:
         """Why the run ended, unless the trainer has said so itself."""
         if "error" not in self.read_result():
-            replace_file(self.result, json.dumps({"error": error}))
+            self.write_result({"error": error})
 
     def write_status(self, **status: Any) -> None:
-        replace_file(self.status, json.dumps(status, indent=1) + "\n")
+        replace_file(self.status, json.dumps(printable_in(status), indent=1) + "\n")
 
 
 def _entries(path: Path) -> list[Path]:

@@ -27,6 +27,7 @@ from omegaconf import DictConfig
 from gymexp.config import CONF_DIR, RunConfig, explain_key, nearest, options, register
 from gymexp.errors import GymexpError
 from gymexp.run import completion
+from gymexp.run.printable import log_to_stderr, say_error
 
 Job = Callable[[DictConfig], Any]
 T = TypeVar("T")
@@ -44,7 +45,7 @@ def guarded(main: Callable[..., Any], schema: type) -> Callable[..., Any]:
         except GymexpError as error:
             _end(error)
         except HydraException as error:
-            print(f"error: {explain(error, schema)}", file=sys.stderr)
+            say_error(explain(error, schema))
             sys.exit(1)
         except BrokenPipeError:  # `| head` has seen enough; what is still buffered is for nobody
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -54,7 +55,7 @@ def guarded(main: Callable[..., Any], schema: type) -> Callable[..., Any]:
 
 
 def _end(error: GymexpError) -> NoReturn:
-    print(f"error: {error}", file=sys.stderr)
+    say_error(error)
     number = getattr(error, "number", None)
     if number is None:
         sys.exit(1)
@@ -100,7 +101,7 @@ def outlive_readers() -> None:
 
 
 def log_to_terminal() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    log_to_stderr("%(message)s")
     logging.getLogger("filelock").setLevel(logging.WARNING)
 
 
