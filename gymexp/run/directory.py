@@ -24,6 +24,7 @@ from typing import Any
 import gymexp
 from gymexp.config import CONF_DIR, RunConfig, to_yaml
 from gymexp.errors import RunDirectoryError
+from gymexp.redaction import without_secrets
 from gymexp.run.printable import printable_in
 
 _VERSIONED = (
@@ -240,19 +241,23 @@ def snapshot(target: Path, runnable: bool = False) -> None:
         target.unlink(missing_ok=True)
         target.symlink_to(Path("..") / "code")
         return
-    skip = shutil.ignore_patterns("__pycache__", *(() if runnable else ("assets",)), "machine")
+    # An env.yaml and a .env are where NeMo Gym's and other servers look for API keys.
+    private = ("machine", "env.yaml", ".env", ".git")
+    skip = shutil.ignore_patterns("__pycache__", *(() if runnable else ("assets",)), *private)
     shutil.copytree(package, target / "gymexp", ignore=skip, dirs_exist_ok=True)
     shutil.copytree(CONF_DIR, target / "conf", ignore=skip, dirs_exist_ok=True)
     for own in OWN_SERVERS if runnable else ():
         if Path(own).is_dir():
             shutil.copytree(own, target / own, ignore=skip, dirs_exist_ok=True)
-    git = {"commit": ["rev-parse", "HEAD"], "diff": ["diff", "HEAD"]} if shutil.which("git") else {}
+    git = {"commit": ["rev-parse", "HEAD"], "diff": ["diff", "HEAD", "--", package.name, CONF_DIR.name]}
+    if not shutil.which("git"):
+        return
     for name, command in git.items():
         result = subprocess.run(
             ["git", "-C", package.parent, *command], capture_output=True, text=True, check=False
         )
         if result.returncode == 0:
-            (target / f"git-{name}.txt").write_text(result.stdout)
+            (target / f"git-{name}.txt").write_text(without_secrets(result.stdout))
 
 
 def _versions() -> str:

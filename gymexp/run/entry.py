@@ -25,7 +25,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from gymexp.config import CONF_DIR, RunConfig, explain_key, nearest, options, register
-from gymexp.errors import GymexpError
+from gymexp.errors import ConfigError, GymexpError
+from gymexp.redaction import in_override
 from gymexp.run import completion
 from gymexp.run.printable import log_to_stderr, say_error
 
@@ -141,7 +142,7 @@ def hydra_main(
             outlive_readers()
         log_to_terminal()
         job = hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=config_name)
-        return guarded(job(_in_job(main)), schema)
+        return guarded(_without_secrets(job(_in_job(main))), schema)
 
     return decorate
 
@@ -160,6 +161,21 @@ def _slurm_launcher(**params: Any) -> Any:
 
 def _no_launcher(**_: Any) -> Any:
     return BasicLauncher()
+
+
+def _without_secrets(main: Callable[[], Any]) -> Callable[[], Any]:
+    """Raises ConfigError for a command line that has one, before Hydra writes it down."""
+
+    @functools.wraps(main)
+    def wrapped() -> Any:
+        for key in filter(None, map(in_override, sys.argv[1:])):
+            raise ConfigError(
+                f"{key} must hold no secret, as other users see the command line (ps), and run directories "
+                "keep it: leave it out, and set the variable of the environment that the program reads"
+            )
+        return main()
+
+    return wrapped
 
 
 def _in_job(main: Job) -> Job:

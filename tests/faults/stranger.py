@@ -7,6 +7,7 @@ where a prefix was, "read": of /proc, "files": how many of the folder could be r
 from __future__ import annotations
 
 import contextlib
+import encodings.idna  # noqa: F401  # all imports before it is somebody else, who may not read Python
 import http.client
 import json
 import os

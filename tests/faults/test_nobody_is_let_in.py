@@ -8,6 +8,8 @@ import pwd
 import re
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -47,11 +49,14 @@ def stranger(run: Run, urls: list[str], secrets: list[str]) -> dict:
     return json.loads(done.stdout)
 
 
-def open_to_all(directory: Path) -> None:
-    """Tests' folders are their owner's alone; a user's often are not."""
-    for path in directory.parents:
-        if path != Path("/"):
-            path.chmod(path.stat().st_mode | 0o055)
+@pytest.fixture
+def seen() -> Iterator[Path]:
+    """A folder that everyone may look into, as pytest's own are not."""
+    before = os.umask(0o022)
+    with tempfile.TemporaryDirectory() as directory:
+        os.chmod(directory, 0o755)
+        yield Path(directory)
+    os.umask(before)
 
 
 def listening(run: Run) -> list[str]:
@@ -80,10 +85,9 @@ def refuses(run: Run, urls: list[str]) -> None:
         assert not any(secret.encode() in held for secret in secrets), path
 
 
-def test_another_user_reads_no_key_samples_nothing_restarts_nothing_and_ends_nothing(started, gym_python):
-    run = started("alone", *SUDOKU, *UNEVALUATED, "trainer.max_steps=1000")
+def test_another_user_reads_no_key_samples_restarts_and_ends_nothing(started, seen, gym_python):
+    run = started(f"{seen}/alone", *SUDOKU, *UNEVALUATED, "trainer.max_steps=1000")
     run.wait_for_step(1)
-    open_to_all(run.directory)
     services = json.loads((run.directory / "services.json").read_text())
     urls = listening(run)
     assert {services["control_url"], services["gateway_url"]} < set(urls)
@@ -100,10 +104,9 @@ def test_another_user_reads_no_key_samples_nothing_restarts_nothing_and_ends_not
 
 
 @pytest.mark.vllm
-def test_nobody_else_reaches_vllm_either(started, gym_python, vllm):
-    run = started("vllm", *vllm, *SUDOKU, *UNEVALUATED, "trainer.max_steps=1000")
+def test_nobody_else_reaches_vllm_either(started, seen, gym_python, vllm):
+    run = started(f"{seen}/vllm", *vllm, *SUDOKU, *UNEVALUATED, "trainer.max_steps=1000")
     run.wait_for_step(1)
-    open_to_all(run.directory)
     at = json.loads((run.directory / "services.json").read_text())["engine_urls"]
     assert set(at) < set(listening(run))
     serving = next(p for p in run.left() if "--middleware" in p.cmdline())
