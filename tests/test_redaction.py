@@ -56,7 +56,9 @@ def test_other_words_are_no_secrets(held):
 def test_a_configuration_with_a_secret_is_refused_by_its_key_and_the_secret_is_not_shown():
     engine = EngineConfig(args={"api_key": "abcd1234"})
     launcher = LauncherConfig(setup=[f"export HF_TOKEN={TOKEN}"])
-    config = RunConfig(ModelConfig("m", "p"), {"e": EnvConfig("c", "a")}, engine=engine, launcher=launcher)
+    config = RunConfig(
+        "n", model=ModelConfig("m", "p"), env={"e": EnvConfig("c", "a")}, engine=engine, launcher=launcher
+    )
     said = list(problems_of(config))
     assert [text.split(" must hold no secret")[0] for text in said] == [
         "engine.args.api_key",

@@ -109,14 +109,15 @@ def telling(key: str, config: dict) -> Any:
 
 
 def demanding(key: str | None, app: Any) -> Any:
-    """The ASGI application, for whoever has the key."""
+    """The ASGI application, for whoever has the key, and for other programs of this user's: some agents ask
+    the model server by a client of their own, which says what it likes."""
     if not key:
         return app
     expected = f"Bearer {key}".encode()
 
     async def guarded(scope: dict, receive: Any, send: Any) -> None:
         given = b"".join(v for k, v in scope.get("headers", ()) if k == b"authorization")
-        if scope["type"] == "lifespan" or hmac.compare_digest(given, expected):
+        if scope["type"] == "lifespan" or hmac.compare_digest(given, expected) or is_of_this_user(scope):
             await app(scope, receive, send)
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
@@ -125,6 +126,24 @@ def demanding(key: str | None, app: Any) -> Any:
             await send({"type": "http.response.body", "body": b"the run's key is missing or another one\n"})
 
     return guarded
+
+
+def is_of_this_user(scope: dict) -> bool:
+    """Whether the other end of a connection is a socket that this user has opened on this machine; False
+    where the kernel does not say so (proc_net(5) of Linux)."""
+    try:
+        ends = [
+            f"{int.from_bytes(socket.inet_aton(host), sys.byteorder):08X}:{port:04X}"
+            for host, port in (scope["client"], scope["server"])
+        ]
+        with open("/proc/net/tcp") as table:
+            for line in table:
+                _, local, remote, state, _, _, _, uid, _, inode, *_ = line.split()
+                if [local, remote] == ends:  # established; one that is closed has no owner any more
+                    return (state, int(uid)) == ("01", os.getuid()) and inode != "0"
+    except (OSError, TypeError, ValueError, KeyError):
+        pass
+    return False
 
 
 # Before the policy has spoken: what a server refuses there is the row.

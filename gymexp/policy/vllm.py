@@ -153,7 +153,7 @@ def serve_command(
         flags["api_server_count"] = num_api_servers
     if shared:
         flags |= {"enable_sleep_mode": True, "gpu_memory_utilization": SHARED_GPU_MEMORY}
-    command = [engine.python or sys.executable, "-m", "vllm.entrypoints.cli.main", "serve"]
+    command = [engine.python or sys.executable, "-m", "gymexp_serve", "serve"]
     command.append(str(directory_of(model)))
     for name, value in (flags | engine.args).items():
         flag = name.replace("_", "-")

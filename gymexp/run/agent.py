@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import logging
 import signal
@@ -125,9 +126,10 @@ class Agent:
                 self._dismissed = True
             case {"do": "start", "id": number, "command": command, "log": log, **more}:
                 await self._start(number, command, Path(log), more)
-            case {"do": "listen" | "reserve" as kind, "id": number}:
-                at = await (self._here.listen() if kind == "listen" else self._here.reserve())
-                await self._say(id=number, at={"host": at.host, "port": at.port, "fd": at.fd})
+            case {"do": "listen", "id": number}:
+                await self._say(id=number, at=dataclasses.asdict(await self._here.listen()))
+            case {"do": "reserve", "id": number, "exclusive": exclusive}:
+                await self._say(id=number, at=dataclasses.asdict(await self._here.reserve(exclusive)))
             case {"do": what, "process": number} if process := self._processes.get(number):
                 if what == "signal":
                     process.signal(message["number"])

@@ -136,7 +136,7 @@ class Controller:
                 self._write_services(layout, control.url, gateway_url, at, first.address)
                 host_log = self._directory.logs / "gym-host.log"
                 host = GymHost(gym_python, layout, sockets, host_log, keys.policy)
-                master = await first.reserve()
+                master = await first.reserve(exclusive=False)
                 self._start(supervisor, host, sockets, gateway_sock, nodes, at, master, keys)
                 result = await self._until_trained(supervisor)
                 self._outcome = "finished"

@@ -5,8 +5,9 @@ Under Slurm one task a node runs the same job. Task 0 is the lead, with the cont
 `lead.json` in the run directory, for its owner's eyes alone.
 
 Over the connection, a websocket, go JSON objects. The lead's: {"do": "start", "id", "command", "env", "log",
-"fds", "reap"}, {"do": "listen" | "reserve", "id"}, {"do": "signal", "process", "number"}, {"do": "terminate"
-| "kill", "process"}, {"do": "end"}, and {"do": "beat"} when it has said nothing for a while. The agent's:
+"fds", "reap"}, {"do": "listen", "id"}, {"do": "reserve", "id", "exclusive"}, {"do": "signal", "process",
+"number"}, {"do": "terminate" | "kill", "process"}, {"do": "end"}, and {"do": "beat"} when it has said nothing
+for a while. The agent's:
 first {"rank", "name", "address", "gpus"}, then {"id", …} in answer, with "error" where it failed, {"ended":
 process, "code"}, and {"rss_mb": {process: …}} now and then. A process is called by the id of what started it.
 """
@@ -100,7 +101,7 @@ class Node(Protocol):
         """A socket for a server that takes it over (`ports.listen`)."""
         ...
 
-    async def reserve(self) -> Endpoint:
+    async def reserve(self, exclusive: bool = True) -> Endpoint:
         """A port for a server that opens its own (`ports.reserve`)."""
         ...
 
@@ -128,8 +129,8 @@ class LocalNode:
     async def listen(self) -> Endpoint:
         return self._keep(ports.listen(self.address))
 
-    async def reserve(self) -> Endpoint:
-        return self._keep(ports.reserve(self.address))
+    async def reserve(self, exclusive: bool = True) -> Endpoint:
+        return self._keep(ports.reserve(self.address, exclusive))
 
     async def spawn(
         self,
@@ -199,8 +200,8 @@ class RemoteNode:
     async def listen(self) -> Endpoint:
         return Endpoint(**(await self._ask(do="listen"))["at"])
 
-    async def reserve(self) -> Endpoint:
-        return Endpoint(**(await self._ask(do="reserve"))["at"])
+    async def reserve(self, exclusive: bool = True) -> Endpoint:
+        return Endpoint(**(await self._ask(do="reserve", exclusive=exclusive))["at"])
 
     async def spawn(
         self,

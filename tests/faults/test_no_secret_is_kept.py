@@ -1,4 +1,4 @@
-"""A sweep, and a run in it, from which no file has a secret of the environment, of git or of a proxy's URL."""
+"""No file of a sweep, or of a run in it, has a secret of the environment, of git or of a proxy's URL."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def git(where: Path, *command: str) -> None:
 
 @pytest.fixture
 def checkout(tmp_path) -> Path:
-    """One of gymexp's, with secrets in tracked files: one that is gone since the commit, one in a new line."""
+    """One of gymexp's, with secrets in tracked files: in lines that are gone, and in new ones."""
     copy = tmp_path / "checkout"
     for folder in ("gymexp", "conf"):
         shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -94,6 +95,11 @@ def test_another_user_reads_no_key_samples_restarts_and_ends_nothing(started, se
     assert len(urls) == 6, "control, gateway, engine, and NeMo Gym's model server, agent and environment"
     before = run.status()["services"]
     refuses(run, urls)
+    # Some agents ask the model server by a client of their own, which knows no key.
+    model_server = run.server("policy_model")
+    [at] = [c.laddr for c in model_server.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
+    with urllib.request.urlopen(f"http://127.0.0.1:{at.port}/", timeout=30) as answer:
+        assert answer.status == 200, "the same user's programs are let in"
     step = max(run.steps())
     run.wait_for_step(step + 2)
     assert run.status()["services"] == before
