@@ -54,9 +54,12 @@ from gymexp.rollout.outcome import Failed, Task
 from gymexp.run import ports
 from gymexp.run.control import Control
 from gymexp.run.directory import cache_dir
+from gymexp.run.keys import Keys
 from gymexp.run.process import spawn
 from gymexp.run.supervisor import Service, Supervisor
 
+KEYS = Keys.new()
+os.environ |= KEYS.environ()  # of this process and of all that it starts
 HERE = Path(__file__).resolve().parent
 TINY = HERE.parent / "gymexp" / "assets" / "tiny"
 WARM_UP = 8  # rollouts a replica before the first round
@@ -165,7 +168,7 @@ async def measure(
 ) -> list[Variant]:
     """Start everything as a run does, play the rounds, end everything."""
     sockets = {name: ports.listen() for name in ("chat", "engine", "gateway")}
-    control = Control(ports.listen(), lambda _: None)
+    control = Control(ports.listen(), KEYS.run, lambda _: None)
     supervisor = control.supervisor = Supervisor(
         health_interval_s=config.gym.health_interval_s,
         health_timeout_s=config.gym.health_timeout_s,
@@ -212,7 +215,9 @@ def start_policy(supervisor: Supervisor, tokenizer: str, sockets: dict[str, Any]
         fd, log = sockets[name].fileno(), script.with_name(f"{name}.log")
         command = [*command, "--fd", str(fd)]
         url = ports.url_of(sockets[name])
-        supervisor.add(Service(name, lambda: spawn(command, log, fds=[fd]), log, url, health=health))
+        supervisor.add(
+            Service(name, lambda: spawn(command, log, fds=[fd]), log, url, health=health, key=KEYS.run)
+        )
 
     add("chat", [*fake, "chat"], "/health")
     add("engine", [*fake, "engine"], "/health")
@@ -230,7 +235,8 @@ def start_servers(
         return own[name].getsockname()[1]
 
     site = site_packages(python)
-    layout = plan(config.env, config.gym, site, ports.url_of(sockets["gateway"]), port)
+    url = ports.url_of(sockets["gateway"])
+    layout = plan(config.env, config.gym, site, url, port, key=KEYS.policy)
     alone = {f"{name}-direct": dataclasses.replace(env, replicas=1) for name, env in config.env.items()}
     gym = dataclasses.replace(config.gym, model_servers=1)
     other = f"{POLICY}-direct"  # both plans have a server of this name, and refer to it

@@ -25,8 +25,10 @@ import orjson
 import psutil
 from aiohttp import web
 
+from gymexp.run.keys import RUN, Keys, header_of
 from gymexp.run.ports import listen, url_of
 
+os.environ |= Keys.new().environ()  # of this process and of all that it starts
 GROUP = 16
 ROOT = Path(__file__).resolve().parent.parent
 ARGUMENTS = '{"query": "Carlos", "date_min": "2026-01-01"}'
@@ -94,7 +96,7 @@ def cpu_seconds(process: psutil.Process) -> float:
 async def load(url: str, pid: int, args: argparse.Namespace) -> None:
     gateway = psutil.Process(pid)
     connector = aiohttp.TCPConnector(limit=args.concurrency)
-    async with aiohttp.ClientSession(url, connector=connector) as http:
+    async with aiohttp.ClientSession(url, connector=connector, headers=header_of(RUN)) as http:
         for kind in ("sudoku", "workplace"):
             await asyncio.gather(*(play(http, kind, n, {}) for n in range(4)))
             seconds: dict[str, list[float]] = {}
@@ -183,7 +185,7 @@ def serve_engine(fd: int, tokenizer_path: str) -> None:
 
 async def started_within(url: str, timeout_s: float = 120.0) -> float:
     started = time.perf_counter()
-    async with aiohttp.ClientSession() as http:
+    async with aiohttp.ClientSession(headers=header_of(RUN)) as http:
         while time.perf_counter() - started < timeout_s:
             async with http.get(f"{url}/health") as response:
                 if response.status == 200:

@@ -47,6 +47,7 @@ from typing import Any
 import facts
 from omegaconf import OmegaConf
 from stack import (
+    KEYS,
     KINDS,
     Batch,
     Stack,
@@ -183,7 +184,7 @@ async def measure(args: argparse.Namespace, report: Report, logs: Path) -> None:
     engine_sock = ports.reserve()
     gateways = [ports.listen() for _ in range(args.gateways)]
     sockets: dict[str, Any] = {}
-    control = Control(ports.listen(), lambda _: None)
+    control = Control(ports.listen(), KEYS.run, lambda _: None)
     supervisor = control.supervisor = Supervisor(
         health_interval_s=config.gym.health_interval_s,
         health_timeout_s=config.gym.health_timeout_s,

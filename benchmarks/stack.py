@@ -26,10 +26,13 @@ from gymexp.policy.snapshot import directory_of
 from gymexp.rollout.collect import Collector
 from gymexp.rollout.outcome import Failed, Task
 from gymexp.run import ports
+from gymexp.run.keys import Keys, header
 from gymexp.run.process import spawn
 from gymexp.run.supervisor import Service, Supervisor
 
 JSON = {"Content-Type": "application/json"}
+KEYS = Keys.new()
+os.environ |= KEYS.environ()  # of this process and of all that it starts
 SERVERS = {
     "responses_api_models": "model server",
     "responses_api_agents": "agent",
@@ -91,7 +94,9 @@ class Stack:
         todo = iter(range(len(batch.prompt_ids)))
         bodies = [self.body(p, s, seeded) for p, s in zip(batch.prompt_ids, batch.samplings, strict=True)]
         connector, timeout = aiohttp.TCPConnector(limit=0), aiohttp.ClientTimeout(total=None)
-        async with aiohttp.ClientSession(self.engine_url, connector=connector, timeout=timeout) as http:
+        async with aiohttp.ClientSession(
+            self.engine_url, connector=connector, timeout=timeout, headers=header(KEYS.engine)
+        ) as http:
 
             async def work() -> None:
                 for index in todo:
@@ -129,7 +134,7 @@ class Stack:
         """Needs a server in development mode; the one that is started here is."""
         timeout = aiohttp.ClientTimeout(total=60)
         async with (
-            aiohttp.ClientSession(timeout=timeout) as http,
+            aiohttp.ClientSession(timeout=timeout, headers=header(KEYS.engine)) as http,
             http.post(f"{self.engine_url}/reset_prefix_cache") as response,
         ):
             if response.status != 200:
@@ -139,7 +144,7 @@ class Stack:
         """Forward passes of vLLM so far; None where its /metrics do not say."""
         timeout = aiohttp.ClientTimeout(total=60)
         async with (
-            aiohttp.ClientSession(timeout=timeout) as http,
+            aiohttp.ClientSession(timeout=timeout, headers=header(KEYS.engine)) as http,
             http.get(f"{self.engine_url}/metrics") as response,
         ):
             text = await response.text()
@@ -183,10 +188,11 @@ def start_vllm(supervisor: Supervisor, config: RunConfig, port: int, logs: Path)
     supervisor.add(
         Service(
             "vllm",
-            lambda: spawn(command, log, vllm.ENVIRONMENT, reap=True),
+            lambda: spawn(command, log, vllm.environment("disk"), reap=True),
             log,
             f"http://127.0.0.1:{port}",
             health="/health",
+            key=KEYS.engine,
             explain=vllm.explain,
         )
     )
@@ -203,7 +209,7 @@ def start_gateways(
         log, fd = logs / f"{name}.log", sock.fileno()
         own = [*command, "--fd", str(fd)]
         start = lambda: spawn(own, log, fds=[fd])  # noqa: E731
-        supervisor.add(Service(name, start, log, ports.url_of(sock), health="/v1/models"))
+        supervisor.add(Service(name, start, log, ports.url_of(sock), health="/v1/models", key=KEYS.run))
 
     for index, sock in enumerate(gateways):
         add(f"gateway-{index}", sock)
@@ -223,7 +229,8 @@ def start_servers(
         sockets[name] = ports.listen()
         return sockets[name].getsockname()[1]
 
-    layout = plan(config.env, config.gym, site_packages(python), ports.url_of(gateways[0]), port)
+    site, url = site_packages(python), ports.url_of(gateways[0])
+    layout = plan(config.env, config.gym, site, url, port, key=KEYS.policy)
     models = [entry for entry in layout.config.values() if "responses_api_models" in entry]
     for index, entry in enumerate(models):
         url = ports.url_of(gateways[index % len(gateways)])

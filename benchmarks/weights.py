@@ -149,9 +149,11 @@ def serve(directory: Path, index: int, args: argparse.Namespace, stack: ExitStac
     engine = EngineConfig(python=args.engine_python, args=flags)
     version = vllm.read_version(engine)
     command = vllm.serve_command(model, engine, sock.getsockname()[1], version, args.way, shared)
+    at = command.index("--middleware")
+    del command[at : at + 2]  # it demands a key, and TRL's client says none
     log = directory / f"vllm-{index}.log"
     reaper = [sys.executable, "-S", lifeline.__file__, str(os.getpid()), "--reap"]
-    env = os.environ | vllm.ENVIRONMENT
+    env = os.environ | vllm.environment(args.way)
     if torch.cuda.is_available():
         env |= {"CUDA_VISIBLE_DEVICES": str(index)}
     with log.open("w") as out:

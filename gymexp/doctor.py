@@ -17,6 +17,7 @@ from gymexp.checks import disks, gpus, machine, machine_file, nemo_gym, network,
 from gymexp.checks.configuration import composed
 from gymexp.checks.finding import Check, Finding, run_checks
 from gymexp.errors import GymexpError
+from gymexp.run.printable import say, say_error
 
 CHECKS = (
     Check("python", machine.python, 15),
@@ -46,7 +47,7 @@ def main() -> None:
     try:
         failed = _init(given.force) if given.init else _check(given.overrides)
     except GymexpError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say_error(error)
         failed = True
     sys.stdout.flush()
     sys.stderr.flush()
@@ -56,7 +57,7 @@ def main() -> None:
 def _init(force: bool) -> bool:
     print(f"{machine_file.write(force)}\nwritten to {machine_file.PATH}")
     if said := machine_file.remark():
-        print(said)
+        say(said)
     return False
 
 
@@ -64,7 +65,7 @@ def _check(overrides: list[str]) -> bool:
     subject, found = composed(overrides)
     found += run_checks(CHECKS, subject)
     for one in found:
-        print(_line(one))
+        say(_line(one))
     count = Counter(one.level for one in found)
     print(f"\n{count['ok']} ok, {count['warn']} to look at, {count['fail']} failed")
     return count["fail"] > 0

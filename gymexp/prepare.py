@@ -15,6 +15,7 @@ from gymexp.data.prepare import prepare
 from gymexp.gym.install import ensure_python
 from gymexp.run.directory import cache_dir
 from gymexp.run.entry import hydra_main
+from gymexp.run.printable import say
 
 # Hydra's own run directory and log file; a command line that says otherwise comes later and wins.
 _NOTHING_LEFT = [
@@ -44,10 +45,6 @@ def main(cfg: DictConfig) -> None:
     say(f"training set: {mix['size']} tasks an epoch: {parts}")
     say(f"order: {mix['order']}, seed {mix['seed']}, sha256 {mix['sha256'][:12]}")
     say(f"prepared in {time.perf_counter() - start:.1f} s")
-
-
-def say(line: str) -> None:
-    print(line, flush=True)
 
 
 if __name__ == "__main__":

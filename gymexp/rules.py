@@ -21,6 +21,7 @@ from gymexp.config import (
     with_values,
 )
 from gymexp.errors import ConfigError
+from gymexp.redaction import secrets_at
 from gymexp.search.space import ends, flat, problems_of_space
 
 
@@ -58,6 +59,13 @@ def problems_of(config: RunConfig) -> Iterator[str]:
     if endless := list(not_finite("", dataclasses.asdict(config))):
         yield from endless
         return  # other rules compare these numbers
+    if secrets := list(secrets_at("", dataclasses.asdict(config))):
+        for key in secrets:
+            yield (
+                f"{key} must hold no secret, as run directories keep the configuration: leave it out, and "
+                "set the variable of the environment that the program reads (HF_TOKEN, WANDB_API_KEY, …)"
+            )
+        return  # other rules show what they complain of
     yield from _seed_problems(config)
     if not config.env:
         known = ", ".join(options("env"))
@@ -317,7 +325,10 @@ _VLLM_OWNED = {
     "weight_transfer_config": "engine.weights",
     "enable_sleep_mode": "engine.colocate",
 } | dict.fromkeys(
-    ("host", "port", "served_model_name", "logprobs_mode", "generation_config", "enable_scale_out")
+    (
+        *("host", "port", "uds", "api_key", "middleware"),
+        *("served_model_name", "logprobs_mode", "generation_config", "enable_scale_out"),
+    )
 )
 
 

@@ -14,6 +14,7 @@ from gymexp.config import RunConfig
 from gymexp.errors import RunDirectoryError
 from gymexp.launch import jobs
 from gymexp.run.entry import guarded
+from gymexp.run.printable import say
 from gymexp.view import run_text
 from gymexp.view.progress import View
 from gymexp.view.sweep_table import counted, job_line, status_table
@@ -24,7 +25,7 @@ _POLL_S = 5.0
 def show_sweep(path: Path, follow: bool) -> None:
     """The table; then a line for each job that has come further, until all have ended."""
     sweep = jobs.read_sweep(path)
-    print(status_table(sweep))
+    say(status_table(sweep))
     said = {job.num: job_line(job) for job in sweep.jobs}
     while follow and not all(job.run.ended for job in sweep.jobs):
         time.sleep(_POLL_S)
@@ -32,17 +33,17 @@ def show_sweep(path: Path, follow: bool) -> None:
         for job in sweep.jobs:
             if said.get(job.num) != job_line(job):
                 said[job.num] = job_line(job)
-                print(said[job.num], flush=True)
+                say(said[job.num])
     if follow:
-        print(counted(sweep))
+        say(counted(sweep))
 
 
 def show_run(path: Path, follow: bool) -> None:
     run = run_text.look(path)
-    print(run_text.run_text(run), flush=True)
+    say(run_text.run_text(run))
     if follow and not run.ended:
         run = run_text.follow(path, View())
-        print(f"{run.state}{f': {run.why}' if run.why else ''}")
+        say(f"{run.state}{f': {run.why}' if run.why else ''}")
 
 
 def main() -> None:

@@ -13,12 +13,13 @@ from pathlib import Path
 from gymexp.config import RunConfig
 from gymexp.launch import jobs
 from gymexp.run.entry import guarded
+from gymexp.run.printable import printable, say
 
 
 def status(path: Path) -> None:
     from gymexp.view.sweep_table import status_table
 
-    print(status_table(jobs.read_sweep(path)))
+    say(status_table(jobs.read_sweep(path)))
 
 
 def collect(path: Path) -> None:
@@ -28,11 +29,11 @@ def collect(path: Path) -> None:
 
     sweep = jobs.read_sweep(path)
     rows = rows_of(sweep)
-    print(results_table(rows, sweep.keys))
-    print("", *sweep.study, counted(sweep), *(reason(j) for j in sweep.jobs if j.run.why), sep="\n")
-    replace_file(sweep.path / "results.csv", results_csv(rows, sweep.keys))
-    replace_file(sweep.path / "results.html", results_html(sweep, rows))
-    print(f"\n{sweep.path / 'results.csv'}\n{sweep.path / 'results.html'}")
+    say(results_table(rows, sweep.keys))
+    say("\n".join(["", *sweep.study, counted(sweep), *(reason(j) for j in sweep.jobs if j.run.why)]))
+    replace_file(sweep.path / "results.csv", printable(results_csv(rows, sweep.keys)))
+    replace_file(sweep.path / "results.html", printable(results_html(sweep, rows)))
+    say(f"\n{sweep.path / 'results.csv'}\n{sweep.path / 'results.html'}")
 
 
 def numbers(text: str) -> list[int]:

@@ -36,6 +36,19 @@ def gym_python() -> Path:
 
 
 @pytest.fixture(scope="session")
+def vllm_python() -> Path:
+    return vllm_here()
+
+
+@pytest.fixture
+def vllm(vllm_python, monkeypatch) -> list[str]:
+    """Overrides of a run that samples with the real vLLM, on a CPU."""
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    return ["engine=vllm", f"engine.python='{vllm_python}'", "engine.args.enforce_eager=true"]
+
+
+@pytest.fixture(scope="session")
 def folder(tmp_path_factory) -> Path:
     """A path that has to be quoted wherever it is passed on."""
     return tmp_path_factory.mktemp("runs") / "with a space"
@@ -70,19 +83,6 @@ def slurm() -> Iterator[None]:
     assert started.returncode == 0, started.stdout + started.stderr
     yield
     subprocess.run([scripts / "cluster_down.sh"], check=False, timeout=60)
-
-
-@pytest.fixture(scope="session")
-def vllm_python() -> Path:
-    return vllm_here()
-
-
-@pytest.fixture
-def vllm(vllm_python, monkeypatch) -> list[str]:
-    """Overrides that sample with it."""
-    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    return ["engine=vllm", f"engine.python='{vllm_python}'", "engine.args.enforce_eager=true"]
 
 
 @pytest.fixture

@@ -13,6 +13,8 @@ import pytest
 from vllm_cpu import SAMPLED, check
 from whole_run import BATCH, STEPS
 
+from gymexp.run.keys import header
+
 pytestmark = [
     pytest.mark.e2e,
     pytest.mark.vllm,
@@ -30,9 +32,10 @@ def test_an_adapter_is_trained_on_what_vllm_samples_and_a_client_that_hangs_up_f
     # Hot, so that few of them end by themselves before their client has gone.
     body = {"model": "policy", "temperature": 2.0, "messages": [{"role": "user", "content": "."}]}
     url, data = f"{services['gateway_url']}/v1/chat/completions", json.dumps(body).encode()
+    key = header(run.keys().policy)
     for _ in range(8):
         with contextlib.suppress(TimeoutError):
-            urllib.request.urlopen(urllib.request.Request(url, data), timeout=0.3).close()
+            urllib.request.urlopen(urllib.request.Request(url, data, key), timeout=0.3).close()
     log = run.directory / "logs" / "vllm-0.log"
     run.wait_for(lambda: re.search(r"Request \S+ aborted", log.read_text()))
     check(run)

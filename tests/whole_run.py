@@ -17,6 +17,8 @@ import psutil
 import pytest
 import zstandard
 
+from gymexp.run.keys import ENGINE, POLICY, RUN, Keys
+
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "gymexp" / "assets" / "tiny"
 STEPS = 4
@@ -137,6 +139,16 @@ class Run:
         with contextlib.suppress(OSError):  # it has ended
             return os.readlink(f"/proc/{process.pid}/fd/1") == log
         return False
+
+    def keys(self) -> Keys:
+        """Those of its servers, as the trainer's environment has them."""
+        log = str(self.directory / "logs" / "trainer.log")
+        environ = next(
+            found
+            for p in self.left()
+            if os.readlink(f"/proc/{p.pid}/fd/1") == log and RUN in (found := p.environ())
+        )
+        return Keys(environ[RUN], environ[POLICY], environ[ENGINE])
 
     def left(self) -> list[psutil.Process]:
         return [p for p in self.descendants if alive(p)]

@@ -23,6 +23,7 @@ from gymexp.config import EnvConfig, nearest
 from gymexp.errors import ConfigError, ServiceError
 from gymexp.gym.servers import POLICY, Replica
 from gymexp.run.direct import no_proxy, open_url
+from gymexp.run.keys import POLICY as POLICY_KEY
 
 _PATIENCE_S = 5.0
 
@@ -72,8 +73,9 @@ def replicas_of(head: Mapping[str, Any], envs: Mapping[str, EnvConfig]) -> dict[
     return found
 
 
-def check_policy(head: Mapping[str, Any], port: int) -> None:
-    """The running model server must ask the gateway; raises ConfigError that says what it asks instead."""
+def check_policy(head: Mapping[str, Any], port: int) -> str:
+    """The running model server must ask the gateway; raises ConfigError that says what it asks instead.
+    Returns the key that it says to the gateway."""
     models = (head.get(POLICY) or {}).get("responses_api_models") or {}
     if not models:
         raise ConfigError(f"the running NeMo Gym servers must have a model server named {POLICY}, got none")
@@ -90,6 +92,7 @@ def check_policy(head: Mapping[str, Any], port: int) -> None:
                 "the running NeMo Gym model server must have return_token_id_information: true "
                 "(vllm_model_for_training.yaml has it); without it rollouts carry no tokens to train on"
             )
+    return str(next(iter(models.values())).get("api_key"))
 
 
 def start_command(python: Path, envs: Mapping[str, EnvConfig], head_port: int, policy_url: str) -> list[str]:
@@ -108,7 +111,7 @@ def start_command(python: Path, envs: Mapping[str, EnvConfig], head_port: int, p
         "start",
         f"+config_paths=[{','.join(dict.fromkeys(paths))}]",
         f"+policy_base_url={policy_url}/v1",
-        "+policy_api_key=none",
+        f"+policy_api_key=${{oc.env:{POLICY_KEY},none}}",  # neither `ps` nor the head server shows it
         "+policy_model_name=policy",
         f"+head_server.port={head_port}",
         "+head_server.host=127.0.0.1",

@@ -19,6 +19,7 @@ import orjson
 from gymexp.errors import TokenMismatch
 from gymexp.policy.tokens import verify_turns
 from gymexp.rollout.outcome import Cause, Completed, Played, Rollout, Task, Truncated, Turn
+from gymexp.run.keys import POLICY, header_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +69,9 @@ async def play(
     began = time.monotonic()
     try:
         async with asyncio.timeout(timeout_s):
+            headers = {"Content-Type": "application/json"} | header_of(POLICY)
             async with http.post(
-                f"{url}/run", data=request_body(task, sampling), headers={"Content-Type": "application/json"}
+                f"{url}/run", data=request_body(task, sampling), headers=headers
             ) as response:
                 body = await response.read()
     except TimeoutError:

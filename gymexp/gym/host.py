@@ -7,16 +7,21 @@ and the servers share the imported code's memory. Ray is imported by NeMo Gym bu
 
 A user's own servers, in folders of NeMo Gym's names in `own`, are found before NeMo Gym's.
 
+Every path of a server takes the run's key for NeMo Gym, so that nobody else plays with the policy; what one
+server asks of another says it.
+
 Line protocol, JSON objects. First line in: {"config": NeMo Gym's global config, "servers": {name: {"module",
-"fd"}}, "own": folder}. Then in: {"start": name, "log": path}. Out: {"loaded": seconds}, {"started": name,
-"pid"}, {"exited": pid, "code"} (negative: the signal's number), {"error": text}. The host ends with its
-input or its parent, and its children with it.
+"fd"}}, "own": folder, "key": text or null}. Then in: {"start": name, "log": path}. Out: {"loaded": seconds},
+{"started": name, "pid"}, {"exited": pid, "code"} (negative: the signal's number), {"error": text}. The host
+ends with its input or its parent, and its children with it.
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
 import gc
+import hmac
 import importlib
 import json
 import os
@@ -46,9 +51,9 @@ def say(**message: object) -> None:
     os.write(PROTOCOL, (json.dumps(message) + "\n").encode())
 
 
-def load(config: dict, servers: dict, own: str) -> dict:
+def load(config: dict, servers: dict, own: str, key: str | None) -> dict:
     """Import what the servers are made of; returns each server's class by name. own: where the user's own
-    folders of NeMo Gym's names lie."""
+    folders of NeMo Gym's names lie. key: what they are to say to each other."""
     from nemo_gym import server_utils  # pyright: ignore[reportMissingImports]
     from nemo_gym.global_config import (  # pyright: ignore[reportMissingImports]
         GlobalConfigDictParserConfig,
@@ -63,6 +68,8 @@ def load(config: dict, servers: dict, own: str) -> dict:
             skip_load_from_dotenv=True,
         )
     )
+    if key:
+        server_utils.ClientSession = telling(key, config)  # what all of NeMo Gym's requests go through
     if any(os.path.isdir(os.path.join(own, server["module"].split(".")[0])) for server in servers.values()):
         sys.path.insert(0, own)
     classes = {}
@@ -79,6 +86,64 @@ def load(config: dict, servers: dict, own: str) -> dict:
             raise ImportError(f"{server['module']} defines no NeMo Gym server")
         classes[name] = found[-1]
     return classes
+
+
+def telling(key: str, config: dict) -> Any:
+    """aiohttp's client session, which says the key to the servers of `config` and to nobody else."""
+    from aiohttp import ClientSession
+
+    servers = {
+        (values["host"], values["port"])
+        for entry in config.values()
+        for kind in entry.values()
+        if isinstance(kind, dict)
+        for values in kind.values()
+    }
+
+    async def tell(request: Any, handler: Any) -> Any:
+        if (request.url.host, request.url.port) in servers:
+            request.headers["Authorization"] = f"Bearer {key}"
+        return await handler(request)
+
+    return functools.partial(ClientSession, middlewares=(tell,))
+
+
+def demanding(key: str | None, app: Any) -> Any:
+    """The ASGI application, for whoever has the key, and for other programs of this user's: some agents ask
+    the model server by a client of their own, which says what it likes."""
+    if not key:
+        return app
+    expected = f"Bearer {key}".encode()
+
+    async def guarded(scope: dict, receive: Any, send: Any) -> None:
+        given = b"".join(v for k, v in scope.get("headers", ()) if k == b"authorization")
+        if scope["type"] == "lifespan" or hmac.compare_digest(given, expected) or is_of_this_user(scope):
+            await app(scope, receive, send)
+        elif scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+        else:
+            await send({"type": "http.response.start", "status": 401, "headers": []})
+            await send({"type": "http.response.body", "body": b"the run's key is missing or another one\n"})
+
+    return guarded
+
+
+def is_of_this_user(scope: dict) -> bool:
+    """Whether the other end of a connection is a socket that this user has opened on this machine; False
+    where the kernel does not say so (proc_net(5) of Linux)."""
+    try:
+        ends = [
+            f"{int.from_bytes(socket.inet_aton(host), sys.byteorder):08X}:{port:04X}"
+            for host, port in (scope["client"], scope["server"])
+        ]
+        with open("/proc/net/tcp") as table:
+            for line in table:
+                _, local, remote, state, _, _, _, uid, _, inode, *_ = line.split()
+                if [local, remote] == ends:  # established; one that is closed has no owner any more
+                    return (state, int(uid)) == ("01", os.getuid()) and inode != "0"
+    except (OSError, TypeError, ValueError, KeyError):
+        pass
+    return False
 
 
 # Before the policy has spoken: what a server refuses there is the row.
@@ -168,13 +233,13 @@ def build_app(name: str, cls: Any):
     return app
 
 
-def serve(name: str, cls: type, sock: socket.socket) -> None:
+def serve(name: str, cls: type, sock: socket.socket, key: str | None) -> None:
     import uvicorn  # pyright: ignore[reportMissingImports]
 
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(65535, hard), hard))
     config = uvicorn.Config(
-        build_app(name, cls),
+        demanding(key, build_app(name, cls)),
         log_level="warning",
         access_log=False,
         timeout_graceful_shutdown=1,
@@ -183,7 +248,7 @@ def serve(name: str, cls: type, sock: socket.socket) -> None:
     uvicorn.Server(config).run(sockets=[sock])
 
 
-def start(name: str, log: str, cls: type, sock: socket.socket) -> int:
+def start(name: str, log: str, cls: type, sock: socket.socket, key: str | None) -> int:
     """Fork a child that serves `name`; returns its pid."""
     pid = os.fork()
     if pid:
@@ -199,7 +264,7 @@ def start(name: str, log: str, cls: type, sock: socket.socket) -> int:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(out, 1)
         os.dup2(out, 2)
-        serve(name, cls, sock)
+        serve(name, cls, sock, key)
         code = 0
     except BaseException:
         traceback.print_exc()
@@ -256,7 +321,8 @@ def main() -> None:
                     say(alive=True)
                     continue
                 name = message["start"]
-                say(started=name, pid=start(name, message["log"], classes[name], sockets[name]))
+                server = classes[name], sockets[name], first["key"]
+                say(started=name, pid=start(name, message["log"], *server))
 
 
 if __name__ == "__main__":

@@ -52,6 +52,7 @@ class Layout:
     config: dict[str, Any] = field(default_factory=dict)
     modules: dict[str, str] = field(default_factory=dict)  # server name -> Python module
     replicas: dict[str, list[Replica]] = field(default_factory=dict)  # by environment
+    policy_key: str | None = None  # what servers that gymexp did not start say to the policy
 
 
 def plan(
@@ -62,11 +63,13 @@ def plan(
     port: Callable[[str], int],
     chat_template_kwargs: Mapping[str, Any] | None = None,
     host: str = "127.0.0.1",
+    key: str = "none",
 ) -> Layout:
     """The servers of `envs`. site: where NeMo Gym's folders lie. port: gives each server, by name, its port
     on `host`.
 
     chat_template_kwargs: `model.chat_template_kwargs`, which the model server sends along with every request.
+    key: what it says to the policy.
     """
     layout = Layout(config={"head_server": {"host": "127.0.0.1", "port": 0}})
 
@@ -78,7 +81,8 @@ def plan(
 
     models = [POLICY if i == 0 else f"{POLICY}-{i}" for i in range(gym.model_servers)]
     for model in models:
-        add(model, "responses_api_models", "vllm_model", model_server(policy_url, chat_template_kwargs))
+        values = model_server(policy_url, chat_template_kwargs, key)
+        add(model, "responses_api_models", "vllm_model", values)
     count = 0
     for env_name, env in envs.items():
         defined = read_config(env_name, env, site)
@@ -126,11 +130,13 @@ def read_config(env_name: str, env: EnvConfig, site: Path) -> dict[str, Any]:
     return {str(name): value for name, value in defined.items()}
 
 
-def model_server(policy_url: str, chat_template_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
+def model_server(
+    policy_url: str, chat_template_kwargs: Mapping[str, Any] | None, key: str = "none"
+) -> dict[str, Any]:
     return {
         "entrypoint": "app.py",
         "base_url": f"{policy_url}/v1",
-        "api_key": "none",
+        "api_key": key,
         "model": "policy",
         "return_token_id_information": True,
         "uses_reasoning_parser": True,
@@ -194,7 +200,11 @@ class _Forked(LocalProcess):
 class GymHost:
     """The process that holds NeMo Gym and forks its servers (`gymexp/gym/host.py`)."""
 
-    def __init__(self, python: Path, layout: Layout, sockets: Mapping[str, Any], log: Path) -> None:
+    def __init__(
+        self, python: Path, layout: Layout, sockets: Mapping[str, Any], log: Path, key: str | None = None
+    ) -> None:
+        """key: what the servers demand of whoever asks them, each other as well (None: nothing)."""
+        self._key = key
         self._python = python
         self._layout = layout
         self._sockets = sockets
@@ -229,7 +239,8 @@ class GymHost:
                 start_new_session=True,
             )
         servers = {name: {"module": module, "fd": fds[name]} for name, module in self._layout.modules.items()}
-        self._send({"config": self._layout.config, "servers": servers, "own": str(own_servers())})
+        own = str(own_servers())
+        self._send({"config": self._layout.config, "servers": servers, "own": own, "key": self._key})
         self._reader = asyncio.create_task(self._read(heard))
         self._asking = asyncio.create_task(self._ask_for_life(heard))
         return Child(self._process)

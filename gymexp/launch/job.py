@@ -11,7 +11,6 @@ each one's task calls it: the first leads, the others do what it says (`gymexp.r
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import signal
 import sys
@@ -24,10 +23,11 @@ from gymexp.errors import GymexpError, Interrupted
 from gymexp.launch.freeze import FrozenJob, read_job
 from gymexp.run import agent, lifeline
 from gymexp.run.allocation import Allocation
-from gymexp.run.directory import RunDirectory, append_line, read_json, read_lines, replace_file
+from gymexp.run.directory import RunDirectory, append_line, read_json, read_lines
 from gymexp.run.entry import guarded, log_to_terminal, outlive_readers
 from gymexp.run.nodes import announce, read_task
 from gymexp.run.placement import num_nodes
+from gymexp.run.printable import say_error
 from gymexp.train import train
 from gymexp.training.checkpoints import newest_step
 
@@ -50,7 +50,7 @@ def run(sweep_dir: str, num: int) -> dict[str, Any]:
             return {}
         return _lead(held, job)
     except GymexpError as error:  # an agent's: its lead is gone, and can say nothing
-        print(f"error: {error}", file=sys.stderr)
+        say_error(error)
         sys.exit(1)
     finally:
         if task and task.rank == 0:
@@ -100,7 +100,7 @@ def _lead(held: RunDirectory, job: FrozenJob) -> dict[str, Any]:
         _set_outcome(held, allocation, text)
         if not isinstance(error, GymexpError):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        say_error(error)
         sys.exit(1)
 
 
@@ -145,9 +145,9 @@ def _start_again(held: RunDirectory, allocation: Allocation, interrupted: Interr
             f"{allocation.job_id}: {complaint}. It goes on from its checkpoint with: "
             f"python -m gymexp.sweep resubmit {held.path.parent}"
         )
-        replace_file(held.result, json.dumps({"error": text}))
+        held.write_result({"error": text})
         _set_outcome(held, allocation, text)
-        print(f"error: {text}", file=sys.stderr)
+        say_error(text)
         sys.exit(1)
     sys.exit(0)
 

@@ -16,6 +16,8 @@ import aiohttp
 import orjson
 from aiohttp import web
 
+from gymexp.run.keys import ENGINE, header_of
+
 log = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT_S = 10.0
@@ -97,7 +99,8 @@ class Engines:
         """For `app.cleanup_ctx`: the connections live as long as the app."""
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S)
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S)
-        async with aiohttp.ClientSession(connector=connector, timeout=timeout) as self._session:
+        key = header_of(ENGINE)
+        async with aiohttp.ClientSession(connector=connector, timeout=timeout, headers=key) as self._session:
             yield
 
     async def generate(

@@ -2,6 +2,9 @@
 
     python -m gymexp.policy.gateway --engine-url http://127.0.0.1:8001 --tokenizer PATH --port 8000
 
+Of the keys in its environment (`gymexp.run.keys`), GYMEXP_RUN_KEY opens every path, GYMEXP_POLICY_KEY those
+that NeMo Gym asks, and GYMEXP_ENGINE_KEY is what the engines are told.
+
 Each reply carries `prompt_token_ids`, `generation_token_ids` and `generation_log_probs` on its message. NeMo
 Gym sends them back on the next turn, whose prompt then continues exactly those ids (`tokens.splice`). An
 engine is anything with vLLM's `POST /inference/v1/generate` and `GET /health`.
@@ -28,13 +31,16 @@ from gymexp.policy.draws import CallSeeds
 from gymexp.policy.engines import EngineError, EngineRefusal, Engines, Generation
 from gymexp.policy.history import Conversation, History
 from gymexp.policy.model import check_tokenizer, end_token_ids
+from gymexp.run import keys
 from gymexp.run.lifeline import die_with_parent
 from gymexp.run.ports import adopt, listen, url_of
+from gymexp.run.printable import log_to_stderr
 
 log = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 1 << 28
 CACHED_PROMPTS = 2048
+FOR_NEMO_GYM = ("/v1/chat/completions", "/v1/models", "/tokenize")
 REMEMBERED_PLAYS = 65536
 NO_CALLS = (
     "tools must be left out: nothing here reads the calls that this policy's chat template writes. "
@@ -293,7 +299,8 @@ def main() -> None:
         "--hold", action="store_true", help="no requests for an engine until POST /engine opens it"
     )
     args = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    log_to_stderr()
+    guard = keys.guard(keys.required(keys.RUN), dict.fromkeys(FOR_NEMO_GYM, keys.required(keys.POLICY)))
     try:
         tokenizer = load_tokenizer(args.tokenizer)
     except ConfigError as error:
@@ -307,6 +314,7 @@ def main() -> None:
         tuple(end_token_ids(tokenizer, args.tokenizer)),
     )
     app = build_app(config, tokenizer)
+    app.middlewares.insert(0, guard)
     sock = listen(args.host, args.port, "--port") if args.fd is None else adopt(args.fd)
     log.info("gateway on %s, engines %s", url_of(sock), " ".join(config.engine_urls))
     web.run_app(

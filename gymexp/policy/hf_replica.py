@@ -7,6 +7,8 @@ trainer need not know which engine it is:
 
     POST /pause   POST /resume   POST /reset_prefix_cache
     POST /collective_rpc   {"method": "reload_weights", "kwargs": {"weights_path": DIRECTORY}}
+
+All of it takes GYMEXP_ENGINE_KEY, which must be in the environment (`gymexp.run.keys`).
 """
 
 from __future__ import annotations
@@ -27,8 +29,10 @@ from gymexp.policy.hf_server import build_app
 from gymexp.policy.model import end_token_ids, load_model, load_tokenizer
 from gymexp.policy.snapshot import directory_of
 from gymexp.policy.weights import VERSION_KEY
+from gymexp.run import keys
 from gymexp.run.lifeline import die_with_parent
 from gymexp.run.ports import adopt, url_of
+from gymexp.run.printable import log_to_stderr
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +99,8 @@ def main() -> None:
     parser.add_argument("config", type=Path, help="the run's config.yaml")
     parser.add_argument("--fd", type=int, required=True, help="a listening socket, handed down by the parent")
     args = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    log_to_stderr()
+    key = keys.required(keys.ENGINE)
     config = from_yaml(args.config)
     dtype = getattr(torch, config.model.dtype)
     tokenizer = load_tokenizer(config.model)
@@ -111,6 +116,7 @@ def main() -> None:
         dtype=dtype,
     )
     app = build_app(engine)
+    app.middlewares.insert(0, keys.guard(key))
     app.add_routes(Weights(model, engine).routes())
     sock = adopt(args.fd)
     log.info("the hf engine on %s", url_of(sock))

@@ -22,6 +22,7 @@ from aiohttp import web
 
 from gymexp.policy.hf import EngineError, HFEngine
 from gymexp.policy.hf_sampling import SamplingParams
+from gymexp.run.keys import guard
 
 MAX_REQUEST_BYTES = 64 * 2**20
 
@@ -52,19 +53,25 @@ class ServerHandle:
 
 
 def serve(
-    engine: HFEngine, host: str = "127.0.0.1", port: int = 0, sock: socket.socket | None = None
+    engine: HFEngine,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    sock: socket.socket | None = None,
+    key: str | None = None,
 ) -> ServerHandle:
     """Returns when it listens. port 0: a free one, see `.url`. Raises OSError if it cannot listen.
 
-    sock: a socket that listens already, instead of host and port.
+    sock: a socket that listens already, instead of host and port. key: demanded on every path (None: of
+    nobody).
     """
     started: list[ServerHandle | BaseException] = []
     ready = threading.Event()
 
     async def run() -> None:
-        runner = web.AppRunner(
-            build_app(engine), handler_cancellation=True, access_log=None, shutdown_timeout=1.0
-        )
+        app = build_app(engine)
+        if key:
+            app.middlewares.insert(0, guard(key))
+        runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=1.0)
         try:
             await runner.setup()
             site = web.SockSite(runner, sock) if sock else web.TCPSite(runner, host, port)

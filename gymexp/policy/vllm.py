@@ -23,13 +23,6 @@ from gymexp.run.placement import Placement
 IN_VLLM = Path(__file__).resolve().parent / "in_vllm"
 OLDEST, NEWEST = (0, 26), (0, 31)  # what TRL 1.16 takes, from the first with these routes
 SHARED_GPU_MEMORY = 0.5  # of a GPU that trains as well; vLLM gives it back while it sleeps
-ENVIRONMENT = {
-    "VLLM_SERVER_DEV_MODE": "1",
-    "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # IPC handles come pickled, from whoever reaches the port
-    "VLLM_NO_USAGE_STATS": "1",
-    "DO_NOT_TRACK": "1",
-    "PYTHONPATH": os.pathsep.join(filter(None, (str(IN_VLLM), os.environ.get("PYTHONPATH")))),
-}
 
 # What a log says, and what to do about it; the first that is found is told.
 _CAUSES = (
@@ -106,6 +99,21 @@ def read_version(engine: EngineConfig) -> Version:
     return version
 
 
+def environment(transfer: str) -> dict[str, str]:
+    """What a replica needs around it. transfer: how weights reach it, nccl, ipc or disk.
+
+    Each of these takes routes of the development mode: /pause, /resume and /reset_prefix_cache for all,
+    /collective_rpc for disk, those of weight transfer for nccl and ipc. Only ipc has something unpickled,
+    handles to GPU memory, which runs code of whoever sends it. So every path takes the engine's key
+    (`in_vllm/gymexp_key.py`), as vLLM's own guards none of these.
+    """
+    set_ = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+    set_["PYTHONPATH"] = os.pathsep.join(filter(None, (str(IN_VLLM), os.environ.get("PYTHONPATH"))))
+    set_["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1" if transfer == "ipc" else "0"
+    set_["VLLM_API_KEY"] = ""  # of the user's other servers: one that vLLM demands as well
+    return set_
+
+
 def serve_command(
     model: ModelConfig,
     engine: EngineConfig,
@@ -132,6 +140,7 @@ def serve_command(
         "logprobs_mode": "processed_logprobs",
         # The model's own generation_config.json would change the sampling behind the trainer's back.
         "generation_config": "vllm",
+        "middleware": "gymexp_key.DemandsKey",
     }
     if version >= (0, 30):
         flags["enable_scale_out"] = True
@@ -144,7 +153,7 @@ def serve_command(
         flags["api_server_count"] = num_api_servers
     if shared:
         flags |= {"enable_sleep_mode": True, "gpu_memory_utilization": SHARED_GPU_MEMORY}
-    command = [engine.python or sys.executable, "-m", "vllm.entrypoints.cli.main", "serve"]
+    command = [engine.python or sys.executable, "-m", "gymexp_serve", "serve"]
     command.append(str(directory_of(model)))
     for name, value in (flags | engine.args).items():
         flag = name.replace("_", "-")

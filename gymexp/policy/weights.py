@@ -26,6 +26,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from gymexp.errors import ServiceError
+from gymexp.run import keys
 from gymexp.run.direct import open_url
 
 log = logging.getLogger(__name__)
@@ -112,7 +113,7 @@ class Replicas:
     def _ask(self, url: str, path: str, body: bytes | None) -> Any:
         phase = urllib.parse.urlsplit(path).path.strip("/")
         try:
-            return _request(f"{url}{path}", body, self.timeout_s)
+            return _request(f"{url}{path}", body, self.timeout_s, keys.ENGINE)
         except urllib.error.HTTPError as error:
             said = f"{error.code}: {error.read()[:500].decode(errors='replace')}"
             kind = ReplicaLost if error.code >= 500 and _health(url) else ServiceError  # vLLM going down
@@ -232,7 +233,7 @@ class WeightSync:
     def _ask_gateway(self, path: str, body: dict[str, Any] | None = None) -> Any:
         data = None if body is None else json.dumps(body).encode()
         try:
-            return _request(f"{self._gateway_url}{path}", data, PHASE_TIMEOUT_S)
+            return _request(f"{self._gateway_url}{path}", data, PHASE_TIMEOUT_S, keys.RUN)
         except (OSError, http.client.HTTPException) as error:
             raise ServiceError(f"the gateway did not answer {path}: {error}") from None
 
@@ -265,14 +266,15 @@ def _at_once(ask: Callable[[str], T], urls: Sequence[str]) -> dict[str, Future[T
 
 def _health(url: str) -> str:
     try:
-        _request(f"{url}/health", None, _HEALTH_TIMEOUT_S)
+        _request(f"{url}/health", None, _HEALTH_TIMEOUT_S, keys.ENGINE)
     except (OSError, http.client.HTTPException) as error:
         return str(error) or type(error).__name__
     return ""
 
 
-def _request(url: str, data: bytes | None, timeout_s: float) -> Any:
-    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+def _request(url: str, data: bytes | None, timeout_s: float, key: str) -> Any:
+    headers = {"Content-Type": "application/json"} | keys.header_of(key)
+    request = urllib.request.Request(url, data, headers)
     with open_url(request, timeout_s) as response:
         text = response.read()
     return json.loads(text) if text.strip() else None

@@ -28,6 +28,7 @@ from gymexp.gym.client import RolloutFailure, Sampling, play
 from gymexp.gym.servers import Replica
 from gymexp.policy.draws import attempt_seed
 from gymexp.rollout.outcome import Cause, Failed, Outcome, Played, Task, task_of
+from gymexp.run.keys import RUN, header_of
 
 log = logging.getLogger(__name__)
 _AFTER_FAILURE_S = 0.3
@@ -161,7 +162,8 @@ class Collector:
         """Follow the controller's stream of service states. However long it says nothing, it is there until
         it hangs up: it may be stopped (Ctrl-Z), and what ends it ends this process as well."""
         try:
-            async with self._http.get(f"{self._control_url}/watch") as response:
+            async with self._http.get(f"{self._control_url}/watch", headers=header_of(RUN)) as response:
+                response.raise_for_status()
                 while line := await response.content.readline():
                     self._see(orjson.loads(line)["services"])
         except aiohttp.ClientError as error:
@@ -206,7 +208,7 @@ class Collector:
     async def _restart(self, name: str) -> None:
         """What fails here shows on the stream of states: the controller is gone."""
         with contextlib.suppress(aiohttp.ClientError):
-            async with self._http.post(f"{self._control_url}/restart/{name}"):
+            async with self._http.post(f"{self._control_url}/restart/{name}", headers=header_of(RUN)):
                 pass
 
     async def _collect(self, tasks: Sequence[Task], samplings: Sequence[Sampling]) -> list[Outcome]:
@@ -232,7 +234,9 @@ class Collector:
         try:
             async with (
                 asyncio.timeout(_GATEWAY_TIMEOUT_S),
-                self._http.post(f"{self._gateway_url}/versions", json={"plays": names}) as response,
+                self._http.post(
+                    f"{self._gateway_url}/versions", json={"plays": names}, headers=header_of(RUN)
+                ) as response,
             ):
                 versions = orjson.loads(await response.read())["versions"]
             pairs = list(zip(outcomes, versions, strict=True))

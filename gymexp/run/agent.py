@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import logging
 import signal
@@ -21,6 +22,7 @@ import aiohttp
 from gymexp.errors import ServiceError
 from gymexp.run import ports
 from gymexp.run.clock import until_silent
+from gymexp.run.keys import header
 from gymexp.run.nodes import SILENCE_S, LocalNode, Task, lead_file
 from gymexp.run.placement import visible_gpus
 from gymexp.run.process import Running
@@ -45,7 +47,7 @@ async def _follow(directory: Path, task: Task) -> None:
         log.info("the lead has nothing to do here: %s", lead["over"])
         return
     here = LocalNode(visible_gpus(), task.node, ports.address_of(task.node))
-    async with aiohttp.ClientSession(headers={"Authorization": f"Bearer {lead['secret']}"}) as http:
+    async with aiohttp.ClientSession(headers=header(lead["key"])) as http:
         connection = await _connect(http, lead["url"], task)
         agent = Agent(here, connection)
         try:
@@ -124,9 +126,10 @@ class Agent:
                 self._dismissed = True
             case {"do": "start", "id": number, "command": command, "log": log, **more}:
                 await self._start(number, command, Path(log), more)
-            case {"do": "listen" | "reserve" as kind, "id": number}:
-                at = await (self._here.listen() if kind == "listen" else self._here.reserve())
-                await self._say(id=number, at={"host": at.host, "port": at.port, "fd": at.fd})
+            case {"do": "listen", "id": number}:
+                await self._say(id=number, at=dataclasses.asdict(await self._here.listen()))
+            case {"do": "reserve", "id": number, "exclusive": exclusive}:
+                await self._say(id=number, at=dataclasses.asdict(await self._here.reserve(exclusive)))
             case {"do": what, "process": number} if process := self._processes.get(number):
                 if what == "signal":
                     process.signal(message["number"])

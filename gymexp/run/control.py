@@ -1,5 +1,5 @@
 """What the controller tells the trainer, and the other way round: a small HTTP endpoint, on loopback
-unless the run has several nodes.
+unless the run has several nodes. Every path takes the run's key (`gymexp.run.keys`).
 
 GET /watch streams a JSON line at every change of a service, and one a second: {"services": {name: {state,
 epoch, rss_mb, log}}}. POST /restart/{name} ends a service, which comes back. POST /progress takes what the
@@ -19,6 +19,7 @@ import orjson
 from aiohttp import web
 
 from gymexp.run import ports
+from gymexp.run.keys import guard
 from gymexp.run.nodes import Nodes
 from gymexp.run.supervisor import Supervisor
 
@@ -26,10 +27,11 @@ _BEAT_S = 1.0
 
 
 class Control:
-    """Serve on `sock`. `on_progress` is called with what the trainer reports."""
+    """Serve on `sock` whoever has the key. `on_progress` is called with what the trainer reports."""
 
-    def __init__(self, sock: socket.socket, on_progress: Callable[[dict[str, Any]], None]) -> None:
+    def __init__(self, sock: socket.socket, key: str, on_progress: Callable[[dict[str, Any]], None]) -> None:
         self._sock = sock
+        self._key = key
         self._on_progress = on_progress
         self._changed = asyncio.Event()
         self.supervisor: Supervisor | None = None
@@ -45,7 +47,7 @@ class Control:
         self._changed = asyncio.Event()
 
     async def __aenter__(self) -> Control:
-        app = web.Application()
+        app = web.Application(middlewares=[guard(self._key)])
         app.add_routes(
             [
                 web.get("/watch", self._watch),

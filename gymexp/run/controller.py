@@ -38,6 +38,7 @@ from gymexp.run import ports, services
 from gymexp.run.allocation import Allocation
 from gymexp.run.control import Control
 from gymexp.run.directory import RunDirectory, append_line, replace_file
+from gymexp.run.keys import Keys
 from gymexp.run.nodes import Endpoint, Node, Nodes, this_node
 from gymexp.run.placement import Placement, num_nodes, place
 from gymexp.run.process import last_lines
@@ -101,7 +102,10 @@ class Controller:
     async def run(self, gym_python: Path, site: Path) -> dict[str, Any]:
         gym = self._config.gym
         here, task = this_node(num_nodes(self._config.placement))
-        control = Control(ports.listen(here.address), self._on_progress)
+        keys = Keys.new()
+        if self._config.engine.urls:  # servers with a key of their own, or without
+            keys = dataclasses.replace(keys, engine=os.environ.get("VLLM_API_KEY", ""))
+        control = Control(ports.listen(here.address), keys.run, self._on_progress)
         supervisor = control.supervisor = Supervisor(
             health_interval_s=gym.health_interval_s,
             health_timeout_s=gym.health_timeout_s,
@@ -110,7 +114,9 @@ class Controller:
         )
         sockets: dict[str, socket.socket] = {}
         gateway_sock = ports.listen(here.address, gym.policy_port or 0, key="gym.policy_port")
-        others = control.nodes = Nodes(here, task, self._directory.path, supervisor.fail) if task else None
+        others: Nodes | None = None
+        if task:
+            others = control.nodes = Nodes(here, task, self._directory.path, keys.run, supervisor.fail)
         writing = asyncio.create_task(self._keep_status(supervisor))
         async with control:
             try:
@@ -123,12 +129,15 @@ class Controller:
                     self._placement = place(self._config, [node.gpus for node in nodes])
                 at = await self._open_engines(nodes)
                 gateway_url = ports.url_of(gateway_sock)
-                where = gym_python, site, gateway_url, sockets, here.address
+                where = gym_python, site, gateway_url, sockets, here.address, keys
                 layout = await services.gym_layout(self._config, self._directory, supervisor, *where)
+                keys = dataclasses.replace(keys, policy=layout.policy_key or keys.policy)
                 first = nodes[self._placement.training[0].node]
                 self._write_services(layout, control.url, gateway_url, at, first.address)
-                host = GymHost(gym_python, layout, sockets, self._directory.logs / "gym-host.log")
-                self._start(supervisor, host, sockets, gateway_sock, nodes, at, await first.reserve())
+                host_log = self._directory.logs / "gym-host.log"
+                host = GymHost(gym_python, layout, sockets, host_log, keys.policy)
+                master = await first.reserve(exclusive=False)
+                self._start(supervisor, host, sockets, gateway_sock, nodes, at, master, keys)
                 result = await self._until_trained(supervisor)
                 self._outcome = "finished"
                 return result
@@ -185,19 +194,22 @@ class Controller:
         nodes: Sequence[Node],
         at: Sequence[Endpoint],
         master: Endpoint,
+        keys: Keys,
     ) -> None:
         config, held, directory = self._config, self._placement, self._directory
         if config.gym.runtime == "managed":
             heard = lambda: supervisor.heard("gym-host")  # noqa: E731
-            for service in services.gym_servers(config, directory, host, sockets, heard):
+            for service in services.gym_servers(config, directory, host, sockets, keys, heard):
                 supervisor.add(service)
-        for service in services.engines(config, held, directory, nodes, at, ports.url_of(gateway_sock)):
+        url = ports.url_of(gateway_sock)
+        for service in services.engines(config, held, directory, nodes, at, url, keys):
             supervisor.add(service)
         fds = [endpoint.fd for endpoint in at] if held.in_trainer else []
-        self._ranks = services.trainers(held, directory, nodes, fds, master)
+        self._ranks = services.trainers(held, directory, nodes, fds, master, keys)
         for service in self._ranks:
             supervisor.add(service)
-        supervisor.add(services.gateway(config, held, directory, gateway_sock, self._engine_urls(at)))
+        urls = self._engine_urls(at)
+        supervisor.add(services.gateway(config, held, directory, gateway_sock, urls, keys))
         names, patience = [*sockets, "gateway"], config.gym.start_timeout_s
         self._ready = asyncio.create_task(supervisor.wait_ready(names, patience))
 

@@ -24,6 +24,8 @@ from typing import Any
 import gymexp
 from gymexp.config import CONF_DIR, RunConfig, to_yaml
 from gymexp.errors import RunDirectoryError
+from gymexp.redaction import without_secrets
+from gymexp.run.printable import printable_in
 
 _VERSIONED = (
     "torch",
@@ -77,7 +79,7 @@ def append_line(path: Path, record: dict[str, Any]) -> None:
     with path.open("a+b") as file:
         if file.tell() and file.seek(-1, os.SEEK_END) and file.read() != b"\n":
             file.write(b"\n")
-        file.write(json.dumps(record).encode() + b"\n")
+        file.write(json.dumps(printable_in(record)).encode() + b"\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -212,13 +214,16 @@ class RunDirectory:
         """How the run ended: {"step", "stopped", "held_out"} or {"error"}; empty while it goes on."""
         return read_json(self.result)
 
+    def write_result(self, result: dict[str, Any]) -> None:
+        replace_file(self.result, json.dumps(printable_in(result), indent=1))
+
     def write_error(self, error: str) -> None:
         """Why the run ended, unless the trainer has said so itself."""
         if "error" not in self.read_result():
-            replace_file(self.result, json.dumps({"error": error}))
+            self.write_result({"error": error})
 
     def write_status(self, **status: Any) -> None:
-        replace_file(self.status, json.dumps(status, indent=1) + "\n")
+        replace_file(self.status, json.dumps(printable_in(status), indent=1) + "\n")
 
 
 def _entries(path: Path) -> list[Path]:
@@ -236,19 +241,23 @@ def snapshot(target: Path, runnable: bool = False) -> None:
         target.unlink(missing_ok=True)
         target.symlink_to(Path("..") / "code")
         return
-    skip = shutil.ignore_patterns("__pycache__", *(() if runnable else ("assets",)), "machine")
+    # An env.yaml and a .env are where NeMo Gym's and other servers look for API keys.
+    private = ("machine", "env.yaml", ".env", ".git")
+    skip = shutil.ignore_patterns("__pycache__", *(() if runnable else ("assets",)), *private)
     shutil.copytree(package, target / "gymexp", ignore=skip, dirs_exist_ok=True)
     shutil.copytree(CONF_DIR, target / "conf", ignore=skip, dirs_exist_ok=True)
     for own in OWN_SERVERS if runnable else ():
         if Path(own).is_dir():
             shutil.copytree(own, target / own, ignore=skip, dirs_exist_ok=True)
-    git = {"commit": ["rev-parse", "HEAD"], "diff": ["diff", "HEAD"]} if shutil.which("git") else {}
+    git = {"commit": ["rev-parse", "HEAD"], "diff": ["diff", "HEAD", "--", package.name, CONF_DIR.name]}
+    if not shutil.which("git"):
+        return
     for name, command in git.items():
         result = subprocess.run(
             ["git", "-C", package.parent, *command], capture_output=True, text=True, check=False
         )
         if result.returncode == 0:
-            (target / f"git-{name}.txt").write_text(result.stdout)
+            (target / f"git-{name}.txt").write_text(without_secrets(result.stdout))
 
 
 def _versions() -> str:

@@ -25,8 +25,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from gymexp.config import CONF_DIR, RunConfig, explain_key, nearest, options, register
-from gymexp.errors import GymexpError
+from gymexp.errors import ConfigError, GymexpError
+from gymexp.redaction import in_override
 from gymexp.run import completion
+from gymexp.run.printable import log_to_stderr, say_error
 
 Job = Callable[[DictConfig], Any]
 T = TypeVar("T")
@@ -44,7 +46,7 @@ def guarded(main: Callable[..., Any], schema: type) -> Callable[..., Any]:
         except GymexpError as error:
             _end(error)
         except HydraException as error:
-            print(f"error: {explain(error, schema)}", file=sys.stderr)
+            say_error(explain(error, schema))
             sys.exit(1)
         except BrokenPipeError:  # `| head` has seen enough; what is still buffered is for nobody
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -54,7 +56,7 @@ def guarded(main: Callable[..., Any], schema: type) -> Callable[..., Any]:
 
 
 def _end(error: GymexpError) -> NoReturn:
-    print(f"error: {error}", file=sys.stderr)
+    say_error(error)
     number = getattr(error, "number", None)
     if number is None:
         sys.exit(1)
@@ -100,7 +102,7 @@ def outlive_readers() -> None:
 
 
 def log_to_terminal() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    log_to_stderr("%(message)s")
     logging.getLogger("filelock").setLevel(logging.WARNING)
 
 
@@ -140,7 +142,7 @@ def hydra_main(
             outlive_readers()
         log_to_terminal()
         job = hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=config_name)
-        return guarded(job(_in_job(main)), schema)
+        return guarded(_without_secrets(job(_in_job(main))), schema)
 
     return decorate
 
@@ -159,6 +161,21 @@ def _slurm_launcher(**params: Any) -> Any:
 
 def _no_launcher(**_: Any) -> Any:
     return BasicLauncher()
+
+
+def _without_secrets(main: Callable[[], Any]) -> Callable[[], Any]:
+    """Raises ConfigError for a command line that has one, before Hydra writes it down."""
+
+    @functools.wraps(main)
+    def wrapped() -> Any:
+        for key in filter(None, map(in_override, sys.argv[1:])):
+            raise ConfigError(
+                f"{key} must hold no secret, as other users see the command line (ps), and run directories "
+                "keep it: leave it out, and set the variable of the environment that the program reads"
+            )
+        return main()
+
+    return wrapped
 
 
 def _in_job(main: Job) -> Job:

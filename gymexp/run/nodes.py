@@ -1,12 +1,13 @@
 """The nodes of a run as its lead sees them: where processes start, sockets are opened and GPUs are.
 
 Under Slurm one task a node runs the same job. Task 0 is the lead, with the controller; the others are agents
-(`gymexp.run.agent`) that connect to the lead and do what it says. The lead's address, and a secret, are in
+(`gymexp.run.agent`) that connect to the lead and do what it says. The lead's address, and its key, are in
 `lead.json` in the run directory, for its owner's eyes alone.
 
 Over the connection, a websocket, go JSON objects. The lead's: {"do": "start", "id", "command", "env", "log",
-"fds", "reap"}, {"do": "listen" | "reserve", "id"}, {"do": "signal", "process", "number"}, {"do": "terminate"
-| "kill", "process"}, {"do": "end"}, and {"do": "beat"} when it has said nothing for a while. The agent's:
+"fds", "reap"}, {"do": "listen", "id"}, {"do": "reserve", "id", "exclusive"}, {"do": "signal", "process",
+"number"}, {"do": "terminate" | "kill", "process"}, {"do": "end"}, and {"do": "beat"} when it has said nothing
+for a while. The agent's:
 first {"rank", "name", "address", "gpus"}, then {"id", …} in answer, with "error" where it failed, {"ended":
 process, "code"}, and {"rss_mb": {process: …}} now and then. A process is called by the id of what started it.
 """
@@ -15,12 +16,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hmac
 import itertools
 import json
 import logging
 import os
-import secrets
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -102,7 +101,7 @@ class Node(Protocol):
         """A socket for a server that takes it over (`ports.listen`)."""
         ...
 
-    async def reserve(self) -> Endpoint:
+    async def reserve(self, exclusive: bool = True) -> Endpoint:
         """A port for a server that opens its own (`ports.reserve`)."""
         ...
 
@@ -130,8 +129,8 @@ class LocalNode:
     async def listen(self) -> Endpoint:
         return self._keep(ports.listen(self.address))
 
-    async def reserve(self) -> Endpoint:
-        return self._keep(ports.reserve(self.address))
+    async def reserve(self, exclusive: bool = True) -> Endpoint:
+        return self._keep(ports.reserve(self.address, exclusive))
 
     async def spawn(
         self,
@@ -201,8 +200,8 @@ class RemoteNode:
     async def listen(self) -> Endpoint:
         return Endpoint(**(await self._ask(do="listen"))["at"])
 
-    async def reserve(self) -> Endpoint:
-        return Endpoint(**(await self._ask(do="reserve"))["at"])
+    async def reserve(self, exclusive: bool = True) -> Endpoint:
+        return Endpoint(**(await self._ask(do="reserve", exclusive=exclusive))["at"])
 
     async def spawn(
         self,
@@ -293,17 +292,23 @@ def _teller(node: RemoteNode, process: int) -> Callable[..., None]:
 class Nodes:
     """Those of one run, this one first, the others as they join. Its `welcome` answers GET /node.
 
-    directory: the run's. on_lost: told when a node goes away of which nothing else says so.
+    directory: the run's. key: of the endpoint that they join at (`gymexp.run.keys`). on_lost: told when a
+    node goes away of which nothing else says so.
     """
 
     def __init__(
-        self, here: LocalNode, task: Task, directory: Path, on_lost: Callable[[ServiceError], None]
+        self,
+        here: LocalNode,
+        task: Task,
+        directory: Path,
+        key: str,
+        on_lost: Callable[[ServiceError], None],
     ) -> None:
         self._here = here
         self._task = task
         self._directory = directory
         self._on_lost = on_lost
-        self._secret = secrets.token_hex(32)
+        self._key = key
         self._others: dict[int, RemoteNode] = {}
         self._joined = asyncio.Event()
         self._ending = False
@@ -315,7 +320,7 @@ class Nodes:
 
         Raises ServiceError with those that did not come.
         """
-        announce(self._directory, self._task, url=url, secret=self._secret)
+        announce(self._directory, self._task, url=url, key=self._key)
         expected = set(range(1, self._task.count))
         try:
             async with asyncio.timeout(_JOIN_TIMEOUT_S):
@@ -332,9 +337,6 @@ class Nodes:
         return [self._here, *(self._others[rank] for rank in sorted(expected))]
 
     async def welcome(self, request: web.Request) -> web.StreamResponse:
-        given = request.headers.get("Authorization", "")
-        if not hmac.compare_digest(given, f"Bearer {self._secret}"):
-            raise web.HTTPForbidden(text="the secret is not the one in lead.json")
         response = web.WebSocketResponse()
         await response.prepare(request)
         self._open += 1
@@ -368,7 +370,7 @@ class Nodes:
 
 
 def announce(directory: Path, task: Task, **said: str) -> None:
-    """Write `lead.json`: {"attempt", "url", "secret"}, or "over" in place of the last two."""
+    """Write `lead.json`: {"attempt", "url", "key"}, or "over" in place of the last two."""
     replace_file(lead_file(directory), json.dumps({"attempt": task.attempt} | said), mode=0o600)
 
 

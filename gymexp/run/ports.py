@@ -34,12 +34,15 @@ def listen(host: str = "127.0.0.1", port: int = 0, key: str = "") -> socket.sock
     return sock
 
 
-def reserve(host: str = "127.0.0.1") -> socket.socket:
+def reserve(host: str = "127.0.0.1", exclusive: bool = True) -> socket.socket:
     """A port for a program that opens its own socket: bound here, so that nobody else is given it, and not
-    listened on. The program must set SO_REUSEADDR, as servers do."""
+    listened on. The program must set SO_REUSEPORT, with which Linux lets in the same user alone.
+
+    exclusive: False for a program that sets SO_REUSEADDR instead, as torch does: another user who does so may
+    take the port first.
+    """
     sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # vLLM's, with several API servers
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT if exclusive else socket.SO_REUSEADDR, 1)
     sock.bind((host, 0))
     return sock
 

@@ -15,6 +15,7 @@ import psutil
 
 from gymexp.run import lifeline
 from gymexp.run.environment import without_launchers
+from gymexp.run.printable import printable
 
 
 class Running(Protocol):
@@ -141,7 +142,7 @@ def last_lines(path: Path, count: int = 12) -> str:
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - 16_000))
         lines = file.read().decode(errors="replace").splitlines()
-    return "\n".join(f"    {line[:300]}" for line in lines[-count:])
+    return printable("\n".join(f"    {line[:300]}" for line in lines[-count:]))
 
 
 def ended(code: int) -> str:

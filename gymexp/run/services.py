@@ -19,6 +19,7 @@ from gymexp.policy import vllm
 from gymexp.policy.snapshot import directory_of
 from gymexp.run import ports
 from gymexp.run.directory import RunDirectory
+from gymexp.run.keys import ENGINE, POLICY, Keys, header
 from gymexp.run.nodes import Endpoint, Node
 from gymexp.run.placement import Placement, Share
 from gymexp.run.process import Running, spawn
@@ -31,7 +32,12 @@ _TRAINER_SILENCE_S = 900.0
 
 
 def gateway(
-    config: RunConfig, placement: Placement, directory: RunDirectory, sock: socket.socket, urls: Sequence[str]
+    config: RunConfig,
+    placement: Placement,
+    directory: RunDirectory,
+    sock: socket.socket,
+    urls: Sequence[str],
+    keys: Keys,
 ) -> Service:
     """urls: the engines'. The trainer opens each that is a server, once it has the policy's weights."""
     command = [sys.executable, "-m", "gymexp.policy.gateway", "--fd", str(sock.fileno())]
@@ -44,16 +50,22 @@ def gateway(
     log = directory.logs / "gateway.log"
     return Service(
         "gateway",
-        lambda: spawn(command, log, fds=[sock.fileno()]),
+        lambda: spawn(command, log, keys.environ(), [sock.fileno()]),
         log,
         ports.url_of(sock),
         health="/v1/models",
+        key=keys.run,
         max_restarts=config.gym.max_restarts,
     )
 
 
 def trainers(
-    placement: Placement, directory: RunDirectory, nodes: Sequence[Node], fds: Sequence[int], master: Endpoint
+    placement: Placement,
+    directory: RunDirectory,
+    nodes: Sequence[Node],
+    fds: Sequence[int],
+    master: Endpoint,
+    keys: Keys,
 ) -> list[Service]:
     """One process a training GPU, or a training node that has none. The first is named `trainer`, plays for
     all, and alone is asked to end. fds: of the socket that the hf engine inside it serves on. master: where
@@ -64,7 +76,9 @@ def trainers(
         name = f"trainer-{number}" if number else "trainer"
         log = directory.logs / f"{name}.log"
         command = [sys.executable, "-m", "gymexp.training.process", directory.path]
-        env = {"CUDA_VISIBLE_DEVICES": ",".join(share.gpus)} if share.gpus else {}
+        env = keys.environ()
+        if share.gpus:
+            env["CUDA_VISIBLE_DEVICES"] = ",".join(share.gpus)
         if num_ranks > 1:
             here = max(1, len(share.gpus))
             env |= {"WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(here)}
@@ -91,6 +105,7 @@ def engines(
     nodes: Sequence[Node],
     at: Sequence[Endpoint],
     gateway_url: str,
+    keys: Keys,
 ) -> list[Service]:
     """The servers that are to be started, each on its endpoint: a port kept free for vLLM, a socket for the
     hf engine.
@@ -107,13 +122,15 @@ def engines(
         name, node = f"{placement.engine}-{index}", nodes[share.node]
         log = directory.logs / f"{name}.log"
         command, fds = command_of(endpoint)
-        env = dict(vllm.ENVIRONMENT) if placement.engine == "vllm" else {}
+        env = {ENGINE: keys.engine}
+        if placement.engine == "vllm":
+            env |= vllm.environment(vllm.transfer_of(config, placement))
         if share.gpus:
             env["CUDA_VISIBLE_DEVICES"] = ",".join(share.gpus)
 
         async def start() -> Running:
             if service.epoch:
-                await _hold(gateway_url, endpoint.url)
+                await _hold(gateway_url, endpoint.url, keys.run)
             return await node.spawn(command, log, env, fds, reap=placement.engine == "vllm")
 
         service = Service(
@@ -122,6 +139,7 @@ def engines(
             log,
             endpoint.url,
             health="/health",
+            key=keys.engine,
             max_restarts=0 if placement.shared else config.gym.max_restarts,
             start_timeout_s=config.engine.start_timeout_s,
             explain=vllm.explain if placement.engine == "vllm" else lambda _: "",
@@ -159,6 +177,7 @@ def gym_servers(
     directory: RunDirectory,
     host: GymHost,
     socks: Mapping[str, socket.socket],
+    keys: Keys,
     heard: Callable[[], None],
 ) -> list[Service]:
     """The host and the servers that it forks, by name. heard: called at each sign of life of the host."""
@@ -166,7 +185,8 @@ def gym_servers(
     def server(name: str, sock: socket.socket) -> Service:
         log: Path = directory.logs / f"{name}.log"
         url, restarts = ports.url_of(sock), config.gym.max_restarts
-        return Service(name, lambda: host.start_server(name, log), log, url, max_restarts=restarts)
+        start = lambda: host.start_server(name, log)  # noqa: E731
+        return Service(name, start, log, url, max_restarts=restarts, key=keys.policy)
 
     silence_s = config.gym.health_timeout_s
     gym_host = Service("gym-host", lambda: host.start(heard), host.log, silence_s=silence_s)
@@ -174,12 +194,12 @@ def gym_servers(
 
 
 def gym_command(
-    config: RunConfig, directory: RunDirectory, gym_python: Path, head_port: int, policy_url: str
+    config: RunConfig, directory: RunDirectory, gym_python: Path, head_port: int, policy_url: str, keys: Keys
 ) -> Service:
     """`gym env start` in the user's own checkout, with all that it starts."""
     log = directory.logs / "gym.log"
     command = attached.start_command(gym_python, config.env, head_port, policy_url)
-    env = attached.start_environment(gym_python)
+    env = attached.start_environment(gym_python) | {POLICY: keys.policy}
     cwd = Path(config.gym.checkout or ".")
     return Service("gym", lambda: spawn(command, log, env, cwd=cwd, reap=True), log)
 
@@ -193,20 +213,22 @@ async def gym_layout(
     policy_url: str,
     sockets: dict[str, socket.socket],
     address: str,
+    keys: Keys,
 ) -> Layout:
     """Where the environments' servers are to be, or are. sockets: gets one a server that gymexp starts, by
     name. address: this node's."""
     gym = config.gym
     if gym.runtime == "attach":
         head = attached.read_head(gym.head_host, gym.head_port)
-        attached.check_policy(head, gym.policy_port or 0)
+        key = attached.check_policy(head, gym.policy_port or 0)
         attached.replicas_of(head, config.env)  # what it does not have, it will not have later either
         at = gym.head_host, gym.head_port
-        return Layout(replicas=await attached.wait_for_agents(*at, config.env, gym.start_timeout_s))
+        found = await attached.wait_for_agents(*at, config.env, gym.start_timeout_s)
+        return Layout(replicas=found, policy_key=key)
     if gym.runtime == "cli":
         with ports.listen() as free:
             head_port = free.getsockname()[1]
-        supervisor.add(gym_command(config, directory, gym_python, head_port, policy_url))
+        supervisor.add(gym_command(config, directory, gym_python, head_port, policy_url, keys))
         finding = asyncio.create_task(
             attached.wait_for_agents("127.0.0.1", head_port, config.env, gym.start_timeout_s)
         )
@@ -222,15 +244,16 @@ async def gym_layout(
         sockets[name] = ports.listen(address)
         return sockets[name].getsockname()[1]
 
-    return plan(config.env, gym, site, policy_url, port, config.model.chat_template_kwargs, address)
+    kwargs = config.model.chat_template_kwargs
+    return plan(config.env, gym, site, policy_url, port, kwargs, address, keys.policy)
 
 
-async def _hold(gateway_url: str, url: str) -> None:
+async def _hold(gateway_url: str, url: str, key: str) -> None:
     timeout = aiohttp.ClientTimeout(total=_GATEWAY_PATIENCE_S)
     body = {"url": url, "open": False}
     try:
         async with (
-            aiohttp.ClientSession(timeout=timeout) as http,
+            aiohttp.ClientSession(timeout=timeout, headers=header(key)) as http,
             http.post(f"{gateway_url}/engine", json=body) as response,
         ):
             response.raise_for_status()

@@ -21,6 +21,7 @@ import aiohttp
 
 from gymexp.errors import NodeLost, ServiceError
 from gymexp.run.clock import RunningClock
+from gymexp.run.keys import header
 from gymexp.run.process import Running, ended, last_lines
 
 log = logging.getLogger(__name__)
@@ -42,6 +43,7 @@ class Service:
     log: Path
     url: str | None = None  # answers GET / or GET `health` once ready; None: ready when started
     health: str = "/"
+    key: str = field(default="", repr=False)  # what it demands of whoever asks it
     max_restarts: int = 0
     start_timeout_s: float | None = None  # None: the supervisor's
     silence_s: float | None = None  # it tells `Supervisor.heard` of itself; at the longest so rarely
@@ -261,7 +263,8 @@ class Supervisor:
             total=min(self._health_timeout_s, 5.0 if service.state == "starting" else 1e9)
         )
         try:
-            async with self._http.get(f"{service.url}{service.health}", timeout=patience) as response:
+            url, headers = f"{service.url}{service.health}", header(service.key)
+            async with self._http.get(url, headers=headers, timeout=patience) as response:
                 return response.status < 500
         except (aiohttp.ClientError, TimeoutError):
             return False

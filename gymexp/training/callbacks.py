@@ -23,6 +23,7 @@ from gymexp.gym.client import Distribution
 from gymexp.rollout.collect import Progress
 from gymexp.run.direct import open_url
 from gymexp.run.directory import append_line, read_lines, replace_file
+from gymexp.run.keys import RUN, header_of
 from gymexp.training.metrics import rollout_metrics
 from gymexp.training.rollouts import Rollouts, on_main_rank
 
@@ -93,7 +94,8 @@ class Teller:
             entries = list(self._entries)
             body = json.dumps(self._latest | {"entries": entries}).encode()
             try:
-                open_url(urllib.request.Request(f"{self._url}/progress", body), timeout_s=5).close()
+                request = urllib.request.Request(f"{self._url}/progress", body, header_of(RUN))
+                open_url(request, timeout_s=5).close()
                 while entries and self._entries and self._entries[0]["number"] <= entries[-1]["number"]:
                     self._entries.popleft()
             except OSError:

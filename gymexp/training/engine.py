@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from gymexp.config import RunConfig
 from gymexp.errors import ServiceError
-from gymexp.run import ports
+from gymexp.run import keys, ports
 from gymexp.run.directory import RunDirectory, replace_file
+from gymexp.run.printable import printable
 
 if TYPE_CHECKING:
     import torch
@@ -100,7 +101,7 @@ def serve_hf(config: RunConfig, model: Any, tokenizer: Any, fd: int, stack: Exit
     )
     sampling = HFSampling(engine)
     stack.callback(engine.close)
-    stack.callback(serve(engine, sock=ports.adopt(fd)).close)
+    stack.callback(serve(engine, sock=ports.adopt(fd), key=keys.required(keys.ENGINE)).close)
     return sampling
 
 
@@ -119,7 +120,7 @@ def join_servers(
 
     def give_up(error: ServiceError) -> None:
         """NCCL waits for a replica that has failed, in a call that nothing else ends."""
-        replace_file(run.path / "result.json", json.dumps({"error": str(error)}))
+        replace_file(run.path / "result.json", json.dumps({"error": printable(str(error))}))
         os._exit(1)
 
     def gather(value: Any) -> list[Any]:

@@ -25,7 +25,9 @@ from gymexp.config import RunConfig, from_yaml
 from gymexp.errors import GymexpError
 from gymexp.run.direct import open_url
 from gymexp.run.directory import RunDirectory, read_json, replace_file
+from gymexp.run.keys import RUN, header_of
 from gymexp.run.lifeline import die_with_parent
+from gymexp.run.printable import log_to_stderr
 
 if TYPE_CHECKING:
     from gymexp.rollout.collect import Collector
@@ -44,7 +46,7 @@ _OUT_OF_MEMORY = (
 def main() -> None:
     die_with_parent()
     run = RunDirectory(Path(sys.argv[1]))
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+    log_to_stderr("%(asctime)s %(name)s: %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     asked = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: asked.set())
@@ -59,11 +61,11 @@ def main() -> None:
         elif not isinstance(error, GymexpError):
             raise
         if main_rank:
-            replace_file(run.result, json.dumps({"error": str(error)}))
+            run.write_result({"error": str(error)})
         log.error("%s", error)
         sys.exit(1)
     if main_rank:
-        replace_file(run.result, json.dumps(result, indent=1))
+        run.write_result(result)
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -144,9 +146,10 @@ def work(run: RunDirectory, config: RunConfig, asked: threading.Event) -> dict[s
 
 def _say_alive(control_url: str) -> None:
     name = f"trainer-{_rank()}" if _rank() else "trainer"
+    request = urllib.request.Request(f"{control_url}/alive/{name}", b"", header_of(RUN))
     while True:
         with contextlib.suppress(OSError):
-            open_url(urllib.request.Request(f"{control_url}/alive/{name}", b""), timeout_s=_ALIVE_S).close()
+            open_url(request, timeout_s=_ALIVE_S).close()
         time.sleep(_ALIVE_S)
 
 

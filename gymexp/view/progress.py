@@ -12,6 +12,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from gymexp.run.printable import printable, printable_in
+
 _NUMBERS = ("reward", "success", "turns", "tokens", "truncated", "failed")
 
 
@@ -60,14 +62,14 @@ class View:
             self._live = None
 
     def say(self, text: str) -> None:
-        self._console.print(text, markup=False)
+        self._console.print(printable(text), markup=False, emoji=False)
 
     def services(self, states: dict[str, str]) -> None:
         self._services = states
 
     def update(self, facts: dict[str, Any]) -> None:
         phase_before = self._facts.get("phase")
-        self._facts = facts
+        facts = self._facts = printable_in(facts)
         if facts.get("phase") == "train" and self._trained_since is None:
             self._trained_since = (time.monotonic(), facts.get("step") or 0)
         if facts.get("phase") != phase_before and facts.get("phase") != "train":

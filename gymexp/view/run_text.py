@@ -88,7 +88,8 @@ class Tail:
         self._at[path] = start + len(new)
         *whole, rest = (self._part.get(path, b"") + new).split(b"\n")
         self._part[path] = rest
-        return [line.decode(errors="replace").rstrip("\r") for line in whole]
+        # Of a line that was written over, as progress bars are, the last state.
+        return [line.decode(errors="replace").rstrip("\r").rpartition("\r")[2] for line in whole]
 
 
 def follow(path: Path, view: View, sleep: Callable[[float], Any] = time.sleep) -> RunState:

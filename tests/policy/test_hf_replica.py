@@ -19,8 +19,10 @@ from gymexp.policy.model import load_model
 from gymexp.policy.transfer import DiskTransfer
 from gymexp.policy.weights import Replicas
 from gymexp.run import ports
+from gymexp.run.keys import ENGINE, header
 
 PROMPT = [3, 17, 40, 9, 250]
+KEY = "the engine's"
 
 
 @pytest.fixture(scope="module")
@@ -34,17 +36,21 @@ def replicas(tmp_path_factory) -> Iterator[Replicas]:
     with ports.listen() as sock:
         command = [sys.executable, "-m", "gymexp.policy.hf_replica", str(directory / "config.yaml")]
         command += ["--fd", str(sock.fileno())]
+        patched = pytest.MonkeyPatch()
+        patched.setenv(ENGINE, KEY)
         process = subprocess.Popen(command, pass_fds=[sock.fileno()], cwd=ROOT)
         replicas = Replicas([ports.url_of(sock)])
         replicas.wait_healthy(120, threading.Event())
         yield replicas
         process.terminate()
+        patched.undo()
         assert process.wait(20) == 0
 
 
 def sample(replicas: Replicas) -> tuple[list[int], list[float]]:
     body = {"token_ids": PROMPT, "sampling_params": {"max_tokens": 12, "ignore_eos": True, "seed": 5}}
-    request = urllib.request.Request(f"{replicas.urls[0]}/inference/v1/generate", json.dumps(body).encode())
+    url, data = f"{replicas.urls[0]}/inference/v1/generate", json.dumps(body).encode()
+    request = urllib.request.Request(url, data, header(KEY))
     with urllib.request.urlopen(request, timeout=60) as response:
         choice = json.load(response)["choices"][0]
     return choice["token_ids"], [entry["logprob"] for entry in choice["logprobs"]["content"]]

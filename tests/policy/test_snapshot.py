@@ -19,6 +19,7 @@ from gymexp.policy import snapshot, vllm
 from gymexp.policy.model import end_token_ids, load_tokenizer
 from gymexp.run import services
 from gymexp.run.directory import RunDirectory
+from gymexp.run.keys import Keys
 from gymexp.run.placement import Placement, Share
 
 REPO = "acme/tiny"
@@ -196,7 +197,7 @@ def test_gateway_and_vllm_are_started_with_the_directory_of_the_pinned_commit(of
     config = RunConfig(model=pin("v2"))
     placement = Placement("hf", replicas=[], training=[Share(0, [])])
     with socket.create_server(("127.0.0.1", 0)) as sock:
-        service = services.gateway(config, placement, RunDirectory(tmp_path), sock, ["http://e"])
+        service = services.gateway(config, placement, RunDirectory(tmp_path), sock, ["http://e"], Keys.new())
         asyncio.run(service.start())
     assert started[0][started[0].index("--tokenizer") + 1] == str(snapshot.directory_of(model(V2)))
     command = vllm.serve_command(config.model, config.engine, 8001, vllm.Version(0, 31), "disk")

@@ -23,7 +23,7 @@ def flags(command: list[str]) -> dict[str, str | None]:
 
 def test_a_replica_serves_the_policy_on_loopback_with_the_log_probabilities_of_what_was_sampled():
     command = serve_command(MODEL, EngineConfig(tensor_parallel_size=2), 4000, Version(0, 26), "nccl")
-    assert command[1:4] == ["-m", "vllm.entrypoints.cli.main", "serve"]
+    assert command[1:4] == ["-m", "gymexp_serve", "serve"]
     assert command[4].endswith("gymexp/assets/tiny")
     said = flags(command)
     assert said["--host"] == "127.0.0.1" and said["--port"] == "4000"

@@ -20,6 +20,7 @@ from gymexp.config import EngineConfig, ModelConfig
 from gymexp.policy import vllm
 from gymexp.policy.weights import Replicas
 from gymexp.run import ports
+from gymexp.run.keys import ENGINE
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 NUM = 48
@@ -43,7 +44,10 @@ def served(model, tmp_path_factory) -> Iterator[str]:
     with ports.listen() as free:
         port = free.getsockname()[1]
     command = vllm.serve_command(config, engine, port, vllm.read_version(engine), "disk")
-    environment = os.environ | vllm.ENVIRONMENT | {"VLLM_CPU_KVCACHE_SPACE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    patched = pytest.MonkeyPatch()
+    patched.setenv(ENGINE, "the engine's")
+    environment = os.environ | vllm.environment("disk")
+    environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "CUDA_VISIBLE_DEVICES": ""}
     with (directory / "log").open("w") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
     url = f"http://127.0.0.1:{port}"
@@ -54,6 +58,7 @@ def served(model, tmp_path_factory) -> Iterator[str]:
     finally:
         os.killpg(process.pid, 15)
         process.wait(60)
+        patched.undo()
 
 
 def sample(url: str, seeds: list[int]) -> list[list[dict]]:

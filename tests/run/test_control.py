@@ -11,7 +11,10 @@ import orjson
 
 from gymexp.run import ports
 from gymexp.run.control import Control
+from gymexp.run.keys import header
 from gymexp.run.supervisor import Service
+
+KEY = "the run's"
 
 
 class Services:
@@ -35,9 +38,9 @@ def story(tell) -> list[dict]:
 
     async def run() -> None:
         services = Services()
-        control = Control(ports.listen(), progress.append)
+        control = Control(ports.listen(), KEY, progress.append)
         control.supervisor = services  # type: ignore[assignment]
-        async with control, aiohttp.ClientSession() as http:
+        async with control, aiohttp.ClientSession(headers=header(KEY)) as http:
             await tell(http, control.url, control, services)
 
     asyncio.run(asyncio.wait_for(run(), 20))

@@ -57,6 +57,8 @@ while True:
     client.close()
 """
 
+KEY = "the run's"
+
 
 class Led(NamedTuple):
     nodes: Nodes
@@ -71,8 +73,8 @@ def task(rank: int, attempt: str = "7.0") -> Task:
 @asynccontextmanager
 async def leading(directory: Path) -> AsyncIterator[Led]:
     lost: list[ServiceError] = []
-    control = Control(ports.listen(), lambda _: None)
-    control.nodes = Nodes(LocalNode([], "first"), task(0), directory, lost.append)
+    control = Control(ports.listen(), KEY, lambda _: None)
+    control.nodes = Nodes(LocalNode([], "first"), task(0), directory, KEY, lost.append)
     async with control:
         yield Led(control.nodes, control, lost)
         await control.nodes.close()
@@ -273,7 +275,7 @@ def test_a_lead_that_hangs_is_noticed(tmp_path, monkeypatch):
         app.router.add_get("/node", silent)
         server = TestServer(app)
         await server.start_server()
-        announce(tmp_path, task(0), url=str(server.make_url("")).rstrip("/"), secret="x")
+        announce(tmp_path, task(0), url=str(server.make_url("")).rstrip("/"), key="x")
         with pytest.raises(ServiceError, match="the lead is gone"):
             await asyncio.wait_for(agent._follow(tmp_path, task(1)), 10)
         await server.close()
@@ -296,26 +298,26 @@ def test_an_agent_that_hangs_is_noticed(tmp_path, monkeypatch):
     asyncio.run(asyncio.wait_for(run(), 40))
 
 
-def test_only_who_knows_the_secret_may_join(tmp_path):
+def test_only_who_knows_the_key_may_join(tmp_path):
     async def story(node: Node, work: asyncio.Task[None], led: Led) -> None:
         async with aiohttp.ClientSession() as http:
             for headers in ({}, {"Authorization": "Bearer "}, {"Authorization": "Bearer guess"}):
                 response = await http.get(f"{led.control.url}/node", headers=headers)
-                assert response.status == 403
+                assert response.status == 401
         assert lead_file(tmp_path).stat().st_mode & 0o777 == 0o600
 
     told(story, tmp_path)
 
 
 def test_a_lead_of_an_earlier_attempt_is_not_followed(tmp_path):
-    announce(tmp_path, task(0, "7.0"), url="http://127.0.0.1:1", secret="old")
+    announce(tmp_path, task(0, "7.0"), url="http://127.0.0.1:1", key="old")
 
     async def run() -> None:
         finding = asyncio.create_task(agent._find_lead(tmp_path, task(1, "7.1"), 20))
         await asyncio.sleep(0.5)
         assert not finding.done()
-        announce(tmp_path, task(0, "7.1"), url="http://127.0.0.1:2", secret="new")
-        assert (await finding)["secret"] == "new"
+        announce(tmp_path, task(0, "7.1"), url="http://127.0.0.1:2", key="new")
+        assert (await finding)["key"] == "new"
 
     asyncio.run(asyncio.wait_for(run(), 20))
 
@@ -333,7 +335,7 @@ def test_an_agent_returns_when_its_lead_has_ended_before_it_called(tmp_path):
 def test_an_agent_says_so_when_it_cannot_reach_the_lead(tmp_path, monkeypatch):
     monkeypatch.setattr(agent, "_CONNECT_TIMEOUT_S", 0.3)
     with ports.reserve() as nobody:
-        announce(tmp_path, task(0), url=ports.url_of(nobody), secret="x")
+        announce(tmp_path, task(0), url=ports.url_of(nobody), key="x")
         with pytest.raises(
             ServiceError, match=r"node localhost cannot reach the lead at http://127\.0\.0\.1"
         ):
