@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 
 from gymexp import config as configuration
 from gymexp.config import ConfigError, RunConfig
+from gymexp.run import disk
 from gymexp.run.allocation import Allocation
 from gymexp.run.directory import latest_run
 from gymexp.run.entry import hydra_main
@@ -42,6 +43,7 @@ def refuse_dry_run(config: RunConfig) -> None:
 
 
 @as_trial
+@disk.told()
 def train(
     config: RunConfig, overrides: Sequence[str], directory: Path, allocation: Allocation | None = None
 ) -> dict[str, Any]:

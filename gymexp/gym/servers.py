@@ -25,7 +25,8 @@ from gymexp.errors import ConfigError, ServiceError
 from gymexp.gym.install import environ_for
 from gymexp.run.directory import OWN_SERVERS as KINDS
 from gymexp.run.directory import own_servers
-from gymexp.run.process import Child, LocalProcess, Running, last_lines
+from gymexp.run.last_words import reason
+from gymexp.run.process import Child, LocalProcess, Running
 
 _ALIVE_S = 1.0
 _FIRST_WORD_S = 0.5  # for the supervisor to say how the host ended, before its servers say that it did
@@ -271,7 +272,7 @@ class GymHost:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._process.wait(), 10 * _FIRST_WORD_S)
         await asyncio.sleep(_FIRST_WORD_S)
-        error = ServiceError(f"NeMo Gym's host ended. The end of {self.log}:\n{last_lines(self.log)}")
+        error = ServiceError(f"NeMo Gym's host ended. {reason(self.log)}")
         waiting = [self._loaded, *self._ends.values()]
         while not self._starting.empty():
             waiting.append(self._starting.get_nowait())

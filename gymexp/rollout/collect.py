@@ -335,7 +335,7 @@ class Collector:
             await self._changed.wait()
 
     def _log_for(self, seat: _Seat, failure: RolloutFailure) -> str:
-        name = "gateway" if failure.cause == "engine" else seat.replica.name
+        name = "gateway" if failure.cause == "engine" else failure.server or seat.replica.name
         return self._services.get(name, {}).get("log", "")
 
 

@@ -31,16 +31,16 @@ from typing import Any
 import psutil
 
 from gymexp.config import RunConfig
-from gymexp.errors import Interrupted, NodeLost, ServiceError
+from gymexp.errors import Interrupted, NodeLost, RunDirectoryError, ServiceError
 from gymexp.gym.servers import GymHost, Layout
 from gymexp.policy import vllm
-from gymexp.run import ports, services
+from gymexp.run import disk, ports, services
 from gymexp.run.allocation import Allocation
 from gymexp.run.control import Control
 from gymexp.run.directory import RunDirectory, append_line, replace_file
+from gymexp.run.last_words import reason
 from gymexp.run.nodes import Endpoint, Node, Nodes, this_node
 from gymexp.run.placement import Placement, num_nodes, place
-from gymexp.run.process import last_lines
 from gymexp.run.supervisor import Service, Supervisor
 from gymexp.view.progress import View
 
@@ -97,6 +97,7 @@ class Controller:
         self._ranks: list[Service] = []  # the trainer's processes
         self._played = False
         self._num_told = 0  # of the trainer's log entries
+        self._refused: OSError | None = None  # what is in the way of writing to the run directory now
 
     async def run(self, gym_python: Path, site: Path) -> dict[str, Any]:
         gym = self._config.gym
@@ -138,7 +139,8 @@ class Controller:
                 error = self._interrupted("at once")
                 self._outcome = str(error)
                 raise error from None
-            except Exception as error:
+            except Exception as failure:
+                error = self._first_cause(failure)
                 # Elsewhere than in a job: the trainer was asked before it could take note of it.
                 unheard = self._allocation or any(
                     rank.exit_code == -signal.SIGTERM or rank.ended_for for rank in self._ranks
@@ -151,7 +153,7 @@ class Controller:
                 self._outcome = str(error) or type(error).__name__
                 if not isinstance(error, Interrupted):
                     self._directory.write_error(self._outcome)
-                raise
+                raise error from None
             finally:
                 self._stopping = True
                 self._facts["phase"] = "stop"
@@ -245,9 +247,8 @@ class Controller:
         failed = [rank for rank in ranks if rank.exit_code]
         if failed and not self._directory.result.exists():
             rank = min(failed, key=lambda rank: rank.ended_at)
-            raise ServiceError(
-                f"{rank.name} {rank.how_it_ended}. The end of {rank.log}:\n{last_lines(rank.log)}"
-            )
+            code = 0 if rank.ended_for else rank.exit_code or 0
+            raise ServiceError(f"{rank.name} {rank.how_it_ended}. {reason(rank.log, code)}")
 
     async def _ending(self, error: BaseException) -> bool:
         """Whether the run is to end anyway, when a service has failed. Slurm's SIGTERM goes to every process
@@ -259,8 +260,20 @@ class Controller:
             await _until(lambda: self._asked is not None, _SAME_SIGNAL_S)
         return self._asked is not None
 
+    def _first_cause(self, error: Exception) -> Exception:
+        """What made the run directory useless, where that came before an error; else the error."""
+        if lost := self._directory.loss():
+            return RunDirectoryError(lost)
+        if self._refused and not isinstance(error, Interrupted) and not self._directory.read_result():
+            resume = shlex.quote(f"resume={self._directory.path}")
+            words = disk.in_words(self._refused)
+            return RunDirectoryError(f"{words}; then go on with: python -m gymexp.train {resume}")
+        return error
+
     async def _cause(self, error: BaseException) -> BaseException:
         """A trainer that still runs gets to save a checkpoint; one that failed may have said why."""
+        if self._directory.loss():  # a checkpoint would be written to where the directory was
+            return error
         if self._ranks and all(rank.running for rank in self._ranks):  # one that is gone would be waited for
             self._view.say("a service failed: saving a checkpoint before the end")
             self._ranks[0].signal(signal.SIGTERM)
@@ -331,13 +344,18 @@ class Controller:
         given."""
         now = time.time()
         since = round(now - psutil.Process().create_time(), 2)
-        append_line(self._directory.timeline, {"time": round(now, 3), "seconds": since, "event": event})
+        self._note({"time": round(now, 3), "seconds": since, "event": event})
+
+    def _note(self, line: dict[str, Any]) -> None:
+        """A line of timeline.jsonl. What refuses it does not end a run: the trainer's files will."""
+        try:
+            append_line(self._directory.timeline, line)
+        except OSError as error:
+            self._refused = error
 
     def _on_progress(self, facts: dict[str, Any]) -> None:
         if facts.get("phase") != self._facts.get("phase"):
-            append_line(
-                self._directory.timeline, {"time": round(time.time(), 3), "phase": facts.get("phase")}
-            )
+            self._note({"time": round(time.time(), 3), "phase": facts.get("phase")})
         if facts.get("done") and not self._played:
             self._played = True
             self._mark("first rollout")
@@ -352,20 +370,27 @@ class Controller:
     def _write_status(self, supervisor: Supervisor) -> None:
         states = {s.name: s.state for s in supervisor.services.values()}
         job = dataclasses.asdict(self._allocation) if self._allocation else {}
-        self._directory.write_status(
-            host=socket.gethostname(),
-            pid=os.getpid(),
-            began=self._began,
-            outcome=self._outcome,
-            services=states,
-            **job,
-            **self._facts,
-        )
+        try:
+            self._directory.write_status(
+                host=socket.gethostname(),
+                pid=os.getpid(),
+                began=self._began,
+                outcome=self._outcome,
+                services=states,
+                **job,
+                **self._facts,
+            )
+            self._refused = None
+        except OSError as error:
+            self._refused = error
         self._view.services(states)
 
     async def _keep_status(self, supervisor: Supervisor) -> None:
         while True:
             self._write_status(supervisor)
+            if lost := self._directory.loss():
+                supervisor.hurry()  # asked to end, the trainer would save, and make the directory anew
+                supervisor.fail(RunDirectoryError(lost))
             await asyncio.sleep(_STATUS_S)
 
 

@@ -14,6 +14,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from typing import Any
 import gymexp
 from gymexp.config import CONF_DIR, RunConfig, to_yaml
 from gymexp.errors import RunDirectoryError
+from gymexp.run.disk import at, replacing
 
 _VERSIONED = (
     "torch",
@@ -65,16 +67,15 @@ def own_servers() -> Path:
 
 def replace_file(path: Path, text: str, mode: int = 0o666) -> None:
     """Write so that a reader sees the old text or the new one, never a part. mode: less the umask."""
-    part = path.with_name(path.name + ".part")
-    part.unlink(missing_ok=True)
-    with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w") as file:
-        file.write(text)
-    part.replace(path)
+    with replacing(path) as part:
+        descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+        with open(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
 
 
 def append_line(path: Path, record: dict[str, Any]) -> None:
     """Add an object to a file of one a line; on a line of its own, also after one that was cut short."""
-    with path.open("a+b") as file:
+    with at(path), path.open("a+b") as file:
         if file.tell() and file.seek(-1, os.SEEK_END) and file.read() != b"\n":
             file.write(b"\n")
         file.write(json.dumps(record).encode() + b"\n")
@@ -208,14 +209,37 @@ class RunDirectory:
             ) from None
         os.set_inheritable(self._lock_file.fileno(), False)
 
+    def loss(self) -> str:
+        """What became of the directory if it is no longer where it was claimed; empty while it is there."""
+        ours = self._lock_file.fileno()
+        try:
+            if os.path.samestat(os.fstat(ours), (self.path / _LOCK).stat()):
+                return ""
+        except (FileNotFoundError, NotADirectoryError):
+            pass
+        except OSError:
+            return ""  # a file system that does not answer now may do so again
+        now = Path(os.readlink(f"/proc/self/fd/{ours}")) if sys.platform == "linux" else None
+        if now and now.exists():
+            resume = shlex.quote(f"resume={now.parent}")
+            return (
+                f"the run directory {self.path} was moved to {now.parent} while the run went on, which ended "
+                f"it there; go on from its last checkpoint with: python -m gymexp.train {resume}"
+            )
+        return (
+            f"the run directory {self.path} was deleted while the run went on, which ended it: nothing of it "
+            "is left to go on from. Start it again, and delete a run's directory only after its end"
+        )
+
     def read_result(self) -> dict[str, Any]:
         """How the run ended: {"step", "stopped", "held_out"} or {"error"}; empty while it goes on."""
         return read_json(self.result)
 
     def write_error(self, error: str) -> None:
-        """Why the run ended, unless the trainer has said so itself."""
+        """Why the run ended, unless the trainer has said so itself; where it can still be written."""
         if "error" not in self.read_result():
-            replace_file(self.result, json.dumps({"error": error}))
+            with contextlib.suppress(OSError):
+                replace_file(self.result, json.dumps({"error": error}))
 
     def write_status(self, **status: Any) -> None:
         replace_file(self.status, json.dumps(status, indent=1) + "\n")

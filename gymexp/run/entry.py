@@ -26,7 +26,7 @@ from omegaconf import DictConfig
 
 from gymexp.config import CONF_DIR, RunConfig, explain_key, nearest, options, register
 from gymexp.errors import GymexpError
-from gymexp.run import completion
+from gymexp.run import completion, disk
 
 Job = Callable[[DictConfig], Any]
 T = TypeVar("T")
@@ -49,6 +49,10 @@ def guarded(main: Callable[..., Any], schema: type) -> Callable[..., Any]:
         except BrokenPipeError:  # `| head` has seen enough; what is still buffered is for nobody
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
+        except OSError as error:
+            if disk.refusal(error) is None:
+                raise
+            _end(GymexpError(disk.in_words(error)))
 
     return wrapped
 
@@ -86,7 +90,9 @@ class _Lasting:
         except (BrokenPipeError, ConnectionResetError):
             pass
         except OSError as error:
-            if error.errno != errno.EIO:  # a terminal that was closed; a full disk is another matter
+            if error.errno in disk.FULL:
+                return instead  # what is buffered is written once there is room
+            if error.errno != errno.EIO:  # a terminal that was closed
                 raise
         nothing = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nothing, self._stream.fileno())  # for what is buffered, and for processes that inherit it

@@ -134,16 +134,6 @@ async def spawn(
     return Child(process)
 
 
-def last_lines(path: Path, count: int = 12) -> str:
-    """The end of a log, for an error message."""
-    if not path.exists():
-        return ""
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - 16_000))
-        lines = file.read().decode(errors="replace").splitlines()
-    return "\n".join(f"    {line[:300]}" for line in lines[-count:])
-
-
 def ended(code: int) -> str:
     """How a process ended, in words; of SIGKILL also whether it may have been for want of memory."""
     if code >= 0:

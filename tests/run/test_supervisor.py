@@ -469,15 +469,6 @@ def test_closing_ends_the_first_named_services_before_the_others(tmp_path):
     assert ended == ["trainer", "server"]
 
 
-def test_the_end_of_a_log_is_shown_with_its_long_lines_cut(tmp_path):
-    log = tmp_path / "thing.log"
-    log.write_bytes(b"first\n" + b"x" * 1000 + b"\n\xff broken utf-8\nlast\n")
-    shown = process.last_lines(log, 3).splitlines()
-    assert [len(line) for line in shown] == [304, 4 + len("� broken utf-8"), 8]
-    assert shown[-1] == "    last"
-    assert process.last_lines(tmp_path / "none.log") == ""
-
-
 def test_a_process_that_the_kernel_ended_for_want_of_memory_is_told_from_one_that_was_killed(monkeypatch):
     assert process.ended(-signal.SIGKILL) == "was ended by SIGKILL"
     monkeypatch.setattr(process, "_OOM_KILLS_BEFORE", process._oom_kills() - 1)
