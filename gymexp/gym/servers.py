@@ -196,7 +196,7 @@ class GymHost:
     """The process that holds NeMo Gym and forks its servers (`gymexp/gym/host.py`)."""
 
     def __init__(self, python: Path, layout: Layout, sockets: Mapping[str, Any], log: Path) -> None:
-        self._python = python
+        self.python = python
         self._layout = layout
         self._sockets = sockets
         self.log = log
@@ -209,7 +209,7 @@ class GymHost:
         """Start the host process; its servers can be started once NeMo Gym is imported, which they wait
         for. heard: called whenever the host says something, which it is asked to do every few seconds; while
         it imports NeMo Gym it is taken to be alive."""
-        env = environ_for(self._python) | {
+        env = environ_for(self.python) | {
             "HF_HOME": os.environ.get("HF_HOME", str(Path.home() / ".cache/huggingface")),
             "RAY_USAGE_STATS_ENABLED": "0",
             # No threads but the main one before the forks; and a server is one core's work anyway.
@@ -220,7 +220,7 @@ class GymHost:
         fds = {name: sock.fileno() for name, sock in self._sockets.items()}
         with self.log.open("ab") as out:
             self._process = await asyncio.create_subprocess_exec(
-                self._python,
+                self.python,
                 _HOST,
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,

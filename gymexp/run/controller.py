@@ -34,10 +34,10 @@ from gymexp.config import RunConfig
 from gymexp.errors import Interrupted, NodeLost, RunDirectoryError, ServiceError
 from gymexp.gym.servers import GymHost, Layout
 from gymexp.policy import vllm
-from gymexp.run import disk, ports, services
+from gymexp.run import ports, services
 from gymexp.run.allocation import Allocation
 from gymexp.run.control import Control
-from gymexp.run.directory import RunDirectory, append_line, replace_file
+from gymexp.run.directory import RunDirectory, replace_file
 from gymexp.run.last_words import reason
 from gymexp.run.nodes import Endpoint, Node, Nodes, this_node
 from gymexp.run.placement import Placement, num_nodes, place
@@ -97,7 +97,6 @@ class Controller:
         self._ranks: list[Service] = []  # the trainer's processes
         self._played = False
         self._num_told = 0  # of the trainer's log entries
-        self._refused: OSError | None = None  # what is in the way of writing to the run directory now
 
     async def run(self, gym_python: Path, site: Path) -> dict[str, Any]:
         gym = self._config.gym
@@ -140,7 +139,8 @@ class Controller:
                 self._outcome = str(error)
                 raise error from None
             except Exception as failure:
-                error = self._first_cause(failure)
+                wrong = "" if isinstance(failure, Interrupted) else self._directory.what_is_wrong()
+                error = RunDirectoryError(wrong) if wrong else failure
                 # Elsewhere than in a job: the trainer was asked before it could take note of it.
                 unheard = self._allocation or any(
                     rank.exit_code == -signal.SIGTERM or rank.ended_for for rank in self._ranks
@@ -260,16 +260,6 @@ class Controller:
             await _until(lambda: self._asked is not None, _SAME_SIGNAL_S)
         return self._asked is not None
 
-    def _first_cause(self, error: Exception) -> Exception:
-        """What made the run directory useless, where that came before an error; else the error."""
-        if lost := self._directory.loss():
-            return RunDirectoryError(lost)
-        if self._refused and not isinstance(error, Interrupted) and not self._directory.read_result():
-            resume = shlex.quote(f"resume={self._directory.path}")
-            words = disk.in_words(self._refused)
-            return RunDirectoryError(f"{words}; then go on with: python -m gymexp.train {resume}")
-        return error
-
     async def _cause(self, error: BaseException) -> BaseException:
         """A trainer that still runs gets to save a checkpoint; one that failed may have said why."""
         if self._directory.loss():  # a checkpoint would be written to where the directory was
@@ -344,18 +334,11 @@ class Controller:
         given."""
         now = time.time()
         since = round(now - psutil.Process().create_time(), 2)
-        self._note({"time": round(now, 3), "seconds": since, "event": event})
-
-    def _note(self, line: dict[str, Any]) -> None:
-        """A line of timeline.jsonl. What refuses it does not end a run: the trainer's files will."""
-        try:
-            append_line(self._directory.timeline, line)
-        except OSError as error:
-            self._refused = error
+        self._directory.note({"time": round(now, 3), "seconds": since, "event": event})
 
     def _on_progress(self, facts: dict[str, Any]) -> None:
         if facts.get("phase") != self._facts.get("phase"):
-            self._note({"time": round(time.time(), 3), "phase": facts.get("phase")})
+            self._directory.note({"time": round(time.time(), 3), "phase": facts.get("phase")})
         if facts.get("done") and not self._played:
             self._played = True
             self._mark("first rollout")
@@ -370,19 +353,15 @@ class Controller:
     def _write_status(self, supervisor: Supervisor) -> None:
         states = {s.name: s.state for s in supervisor.services.values()}
         job = dataclasses.asdict(self._allocation) if self._allocation else {}
-        try:
-            self._directory.write_status(
-                host=socket.gethostname(),
-                pid=os.getpid(),
-                began=self._began,
-                outcome=self._outcome,
-                services=states,
-                **job,
-                **self._facts,
-            )
-            self._refused = None
-        except OSError as error:
-            self._refused = error
+        self._directory.write_status(
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            began=self._began,
+            outcome=self._outcome,
+            services=states,
+            **job,
+            **self._facts,
+        )
         self._view.services(states)
 
     async def _keep_status(self, supervisor: Supervisor) -> None:

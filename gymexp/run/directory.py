@@ -18,14 +18,14 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import gymexp
 from gymexp.config import CONF_DIR, RunConfig, to_yaml
 from gymexp.errors import RunDirectoryError
-from gymexp.run.disk import at, replacing
+from gymexp.run.disk import at, in_words, replacing
 
 _VERSIONED = (
     "torch",
@@ -58,6 +58,11 @@ OWN_SERVERS = ("resources_servers", "responses_api_agents", "responses_api_model
 def cache_dir() -> Path:
     """Where prepared data and NeMo Gym's venv are kept between runs: $GYMEXP_CACHE, else ~/.cache/gymexp."""
     return Path(os.environ.get("GYMEXP_CACHE") or Path.home() / ".cache" / "gymexp")
+
+
+def cache_refused(error: OSError) -> str:
+    """In words, with what to do."""
+    return in_words(error, instead="set GYMEXP_CACHE to a folder where this user may write")
 
 
 def own_servers() -> Path:
@@ -135,6 +140,7 @@ class RunDirectory:
         self.timeline = path / "timeline.jsonl"
         self.status = path / "status.json"
         self.result = path / "result.json"
+        self._refused: OSError | None = None  # what the file system said of the last try to write here
 
     @classmethod
     def claim(cls, path: Path) -> RunDirectory:
@@ -242,7 +248,32 @@ class RunDirectory:
                 replace_file(self.result, json.dumps({"error": error}))
 
     def write_status(self, **status: Any) -> None:
-        replace_file(self.status, json.dumps(status, indent=1) + "\n")
+        """What is in the way of this ends no run, but may be why it ends: `what_is_wrong`."""
+        with self._refusals():
+            replace_file(self.status, json.dumps(status, indent=1) + "\n")
+            self._refused = None
+
+    def note(self, line: dict[str, Any]) -> None:
+        """A line of timeline.jsonl; as `write_status`."""
+        with self._refusals():
+            append_line(self.timeline, line)
+
+    @contextlib.contextmanager
+    def _refusals(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self._refused = error
+
+    def what_is_wrong(self) -> str:
+        """Why nobody can write here now, and what to do; empty where one can, or where the trainer has said
+        it."""
+        if lost := self.loss():
+            return lost
+        if self._refused is None or self.read_result():
+            return ""
+        resume = shlex.quote(f"resume={self.path}")
+        return f"{in_words(self._refused)}; then go on with: python -m gymexp.train {resume}"
 
 
 def _entries(path: Path) -> list[Path]:

@@ -14,11 +14,13 @@ import aiohttp
 
 from gymexp.config import RunConfig
 from gymexp.gym import attached
+from gymexp.gym.install import missing_package
 from gymexp.gym.servers import GymHost, Layout, plan
 from gymexp.policy import vllm
 from gymexp.policy.snapshot import directory_of
 from gymexp.run import ports
 from gymexp.run.directory import RunDirectory
+from gymexp.run.last_words import last_exception
 from gymexp.run.nodes import Endpoint, Node
 from gymexp.run.placement import Placement, Share
 from gymexp.run.process import Running, spawn
@@ -168,8 +170,11 @@ def gym_servers(
         url, restarts = ports.url_of(sock), config.gym.max_restarts
         return Service(name, lambda: host.start_server(name, log), log, url, max_restarts=restarts)
 
+    def explain(log: Path) -> str:
+        return missing_package(last_exception(log.read_text(errors="replace")), host.python)
+
     silence_s = config.gym.health_timeout_s
-    gym_host = Service("gym-host", lambda: host.start(heard), host.log, silence_s=silence_s)
+    gym_host = Service("gym-host", lambda: host.start(heard), host.log, silence_s=silence_s, explain=explain)
     return [gym_host, *(server(*item) for item in socks.items())]
 
 
