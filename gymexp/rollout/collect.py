@@ -28,6 +28,7 @@ from gymexp.gym.client import RolloutFailure, Sampling, play
 from gymexp.gym.servers import Replica
 from gymexp.policy.draws import attempt_seed
 from gymexp.rollout.outcome import Cause, Failed, Outcome, Played, Task, task_of
+from gymexp.run import files
 
 log = logging.getLogger(__name__)
 _AFTER_FAILURE_S = 0.3
@@ -141,7 +142,7 @@ class Collector:
         self._changed = asyncio.Event()
         self._lost_control: str | None = None
         self._asked: set[asyncio.Task[None]] = set()  # kept, or they would be collected
-        self._limits = {name: asyncio.Semaphore(env.max_concurrency) for name, env in self._envs.items()}
+        self._limits = {name: asyncio.Semaphore(n) for name, n in files.concurrency(self._envs).items()}
         self._http = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0),
             timeout=aiohttp.ClientTimeout(total=None),

@@ -19,7 +19,6 @@ import dataclasses
 import json
 import logging
 import math
-import os
 import shlex
 import signal
 import socket
@@ -28,13 +27,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from gymexp.config import RunConfig
 from gymexp.errors import Interrupted, NodeLost, RunDirectoryError, ServiceError
 from gymexp.gym.servers import GymHost, Layout
 from gymexp.policy import vllm
-from gymexp.run import ports, services
+from gymexp.run import clock, ports, services
 from gymexp.run.allocation import Allocation
 from gymexp.run.control import Control
 from gymexp.run.directory import RunDirectory, replace_file
@@ -89,7 +86,7 @@ class Controller:
         self._directory = directory
         self._view = view
         self._facts: dict[str, Any] = {"phase": "start"}
-        self._began = time.time()
+        self._process = clock.this_process()
         self._asked: int | None = None
         self._stopping = False
         self._handlers: dict[int, Any] = {}  # those from before the run
@@ -332,9 +329,8 @@ class Controller:
     def _mark(self, event: str) -> None:
         """A line of timeline.jsonl; `seconds` since this process started, which is when the command was
         given."""
-        now = time.time()
-        since = round(now - psutil.Process().create_time(), 2)
-        self._directory.note({"time": round(now, 3), "seconds": since, "event": event})
+        since = round(clock.since_start(), 2)
+        self._directory.note({"time": round(time.time(), 3), "seconds": since, "event": event})
 
     def _on_progress(self, facts: dict[str, Any]) -> None:
         if facts.get("phase") != self._facts.get("phase"):
@@ -354,11 +350,9 @@ class Controller:
         states = {s.name: s.state for s in supervisor.services.values()}
         job = dataclasses.asdict(self._allocation) if self._allocation else {}
         self._directory.write_status(
-            host=socket.gethostname(),
-            pid=os.getpid(),
-            began=self._began,
             outcome=self._outcome,
             services=states,
+            **self._process,
             **job,
             **self._facts,
         )
