@@ -80,7 +80,8 @@ class EnvConfig:
     max_steps: int | None = None  # model turns in one rollout; None leaves the agent's own
     weight: float = 1.0  # share of the training tasks, relative to the other environments
     replicas: int = 1  # instances of the resources server and of the agent; rollouts are spread over them
-    max_concurrency: int = 64  # rollouts in flight
+    # Rollouts in flight; None: 64, or fewer where the limit on open files has no room for them.
+    max_concurrency: int | None = None
     timeout_s: float = 600.0  # of one rollout, before it counts as failed
     max_output_tokens: int = 1024  # of one model turn
     memory_budget_mb: float | None = None  # of a resources server of gym.runtime=managed; above it: restarted

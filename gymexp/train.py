@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 
 from gymexp import config as configuration
 from gymexp.config import ConfigError, RunConfig
+from gymexp.run import disk
 from gymexp.run.allocation import Allocation
 from gymexp.run.directory import latest_run
 from gymexp.run.entry import hydra_main
@@ -42,6 +43,7 @@ def refuse_dry_run(config: RunConfig) -> None:
 
 
 @as_trial
+@disk.told()
 def train(
     config: RunConfig, overrides: Sequence[str], directory: Path, allocation: Allocation | None = None
 ) -> dict[str, Any]:
@@ -53,13 +55,14 @@ def train(
     from gymexp.data.prepare import load_prepared, prepare, write_prepared
     from gymexp.gym.install import ensure_python, site_packages
     from gymexp.policy import first_prompts, inspection, snapshot, vllm
-    from gymexp.run import controller, environment
+    from gymexp.run import controller, environment, files
     from gymexp.run.directory import RunDirectory, cache_dir
     from gymexp.run.placement import num_nodes, place, visible_gpus
     from gymexp.training import arguments, checkpoints, schedule, sharding
     from gymexp.view.progress import View
     from gymexp.view.table import held_out_table
 
+    files.raise_limit()
     view = View()
     for remark in environment.remarks():
         view.say(remark)
@@ -72,6 +75,7 @@ def train(
             return held.read_result()
         checkpoint = checkpoints.latest(held.checkpoints, view.say)
     trained = len(load_prepared(held.data).train) if held else None
+    files.concurrency(config.env)
     arguments.check(config, cache_dir())
     # With several nodes, as if all had what this one has; what they do have is known once they are there.
     placement = place(config, [visible_gpus()] * num_nodes(config.placement))

@@ -15,6 +15,8 @@ import orjson
 from filelock import FileLock, Timeout
 
 from gymexp.errors import DataError
+from gymexp.run.directory import cache_refused
+from gymexp.run.disk import at
 
 _FORMAT = 1  # part of every key: raise it when what an entry holds changes
 _LOCK_TIMEOUT_S = 3600.0
@@ -34,18 +36,20 @@ def cached(
     key = hashlib.sha256(orjson.dumps([_FORMAT, determined_by], option=orjson.OPT_SORT_KEYS)).hexdigest()
     entry = cache / "data" / f"{label}-{key[:16]}"
     try:
-        entry.parent.mkdir(parents=True, exist_ok=True)
+        with at(entry.parent):
+            entry.parent.mkdir(parents=True, exist_ok=True)
+        with _held(Path(f"{entry}.lock"), label, say):
+            if (hashes := _intact(entry)) is not None:
+                return entry, hashes
+            if entry.exists():
+                say(f"{label}: the cache entry {entry} is damaged, making it again")
+                shutil.rmtree(entry)
+            with at(entry):
+                return entry, _make(entry, determined_by, make)
     except OSError as error:
-        raise DataError(
-            f"{cache} cannot be written ({error.strerror}): set GYMEXP_CACHE to a directory that can"
-        ) from None
-    with _held(Path(f"{entry}.lock"), label, say):
-        if (hashes := _intact(entry)) is not None:
+        if (hashes := _intact(entry)) is not None:  # a cache that others fill may be read-only here
             return entry, hashes
-        if entry.exists():
-            say(f"{label}: the cache entry {entry} is damaged, making it again")
-            shutil.rmtree(entry)
-        return entry, _make(entry, determined_by, make)
+        raise DataError(cache_refused(error)) from None
 
 
 def sha256_of(path: Path) -> str:
@@ -85,8 +89,8 @@ def _intact(entry: Path) -> dict[str, str] | None:
 def _make(entry: Path, determined_by: dict[str, Any], make: Callable[[Path], None]) -> dict[str, str]:
     part = entry.with_name(f".{entry.name}.part")  # ours alone, since the lock is held
     shutil.rmtree(part, ignore_errors=True)  # a run that was killed may have left one
-    part.mkdir()
     try:
+        part.mkdir()
         make(part)
         hashes = {file.name: sha256_of(file) for file in sorted(part.iterdir())}
         index = {"sha256": hashes, "determined_by": determined_by}

@@ -19,8 +19,9 @@ from gymexp.data.cache import Say, cached, sha256_of
 from gymexp.data.generate import versions
 from gymexp.data.rows import message
 from gymexp.errors import DataError
-from gymexp.gym.install import environ_for
+from gymexp.gym.install import environ_for, missing_package
 from gymexp.gym.servers import model_server
+from gymexp.run.last_words import last_exception
 
 _SCRIPT = Path(__file__).parent.parent / "gym" / "row_check.py"  # not imported: it runs in NeMo Gym's Python
 _DEADLINE_S = 1800.0
@@ -87,9 +88,11 @@ def _ask(python: Path, about: dict[str, Any], rows: Iterable[dict[str, Any]]) ->
     except subprocess.TimeoutExpired:
         raise DataError(f"NeMo Gym had not looked at the rows within {_DEADLINE_S:.0f} s") from None
     if done.returncode:
-        said = done.stderr.decode(errors="replace").strip()[-2000:]
+        text = done.stderr.decode(errors="replace").strip()
+        said = last_exception(text) or text[-2000:]
         raise DataError(
-            f"NeMo Gym's own check of the rows, in {python}, ended with {done.returncode}:\n{said}"
+            f"NeMo Gym's own check of the rows, in {python}, ended with {done.returncode}: {said}"
+            + (f"\n{advice}" if (advice := missing_package(said, python)) else "")
         )
     return map(orjson.loads, done.stdout.splitlines())
 

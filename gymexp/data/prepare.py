@@ -19,6 +19,7 @@ from gymexp.data.sources import fetch
 from gymexp.errors import DataError
 from gymexp.rollout.outcome import Task
 from gymexp.run.directory import replace_file
+from gymexp.run.disk import replacing
 
 
 @dataclass(frozen=True)
@@ -110,11 +111,9 @@ def write_prepared(prepared: Prepared, directory: Path) -> None:
 
 
 def _write_tasks(path: Path, tasks: Iterable[Task]) -> None:
-    part = path.with_name(path.name + ".part")
-    with part.open("wb") as file:
+    with replacing(path) as part, part.open("wb") as file:
         for task in tasks:
             file.write(orjson.dumps(task) + b"\n")
-    part.replace(path)
 
 
 def _read(path: Path) -> list[Task]:

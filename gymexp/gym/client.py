@@ -46,12 +46,14 @@ class Sampling(Distribution):
 
 
 class RolloutFailure(Exception):
-    """One attempt at a rollout failed; `cause` as in `outcome.Failed`."""
+    """One attempt at a rollout failed; `cause` as in `outcome.Failed`. server: the one that failed, where
+    that is known."""
 
-    def __init__(self, cause: Cause, detail: str) -> None:
+    def __init__(self, cause: Cause, detail: str, server: str = "") -> None:
         super().__init__(detail)
         self.cause: Cause = cause
         self.detail = detail
+        self.server = server
 
 
 async def play(
@@ -81,6 +83,9 @@ async def play(
     refused = _refusal(body, refused_reward) if response.status == 400 else None
     if response.status != 200 and refused is None:
         cause, text = _cause_in(body), body.decode(errors="replace")[:2000]
+        server, said = _origin(response.headers.get("x-gymexp-failed", ""))
+        if cause == "environment" and server:
+            raise RolloutFailure(cause, f"{server}: {said}", server)
         who = f"agent {task.agent}: " if cause == "token_mismatch" else ""
         raise RolloutFailure(cause, f"{who}{url}/run answered {response.status}: {text}")
     try:
@@ -90,6 +95,16 @@ async def play(
         raise RolloutFailure("token_mismatch", f"agent {task.agent}: {error}") from None
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise RolloutFailure("environment", f"{url}/run answered what is not a rollout: {error!r}") from None
+
+
+def _origin(told: str) -> tuple[str, str]:
+    """The server that failed first and why, as `gym/host.py` lets an agent tell it; empty where it did
+    not."""
+    try:
+        said = orjson.loads(told)
+        return str(said["server"]), str(said["said"])
+    except (ValueError, KeyError, TypeError):
+        return "", ""
 
 
 def _refusal(body: bytes, reward: float) -> dict[str, Any] | None:

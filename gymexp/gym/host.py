@@ -146,6 +146,7 @@ def is_of_this_user(scope: dict) -> bool:
     return False
 
 
+KINDS = {"resources_servers", "responses_api_agents", "responses_api_models"}
 # Before the policy has spoken: what a server refuses there is the row.
 BEFORE = ("/seed_session", "/reset")
 # What the policy said so far in this rollout (an agent's /run), as NeMo Gym's responses.
@@ -175,6 +176,31 @@ def refusal(error: Any, heard: list[bytes], resources_ports: set[int]) -> bytes 
             return None  # the row's other fields
     said = f"{request.url} answered {status}: {text.decode(errors='replace')[:2000]}"
     return b'{"refused": %s, "responses": [%s]}' % (json.dumps(said).encode(), b",".join(heard))
+
+
+# Of an answer with an error: the server that failed first, and why. Agents answer 500 for each server that
+# they ask, and NeMo Gym's body may become the policy's: a header is nobody's else.
+FAILED = "x-gymexp-failed"
+_MOST_SAID = 1000  # characters, of up to six bytes each in JSON; aiohttp takes headers of 8 KB
+
+
+def origin(error: Exception, name: str, names: dict[int, str]) -> str:
+    """The header's value, where a server called `name` raised: {"server", "said"} in JSON. names: of all
+    servers, by port."""
+    request = getattr(error, "request_info", None)
+    if request is None:
+        frames = traceback.extract_tb(error.__traceback__)
+        place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+        return _told(name, f"{type(error).__name__}: {str(error)[:_MOST_SAID]}{place}")
+    if told := (getattr(error, "headers", None) or {}).get(FAILED):
+        return told
+    text = getattr(error, "response_content", b"").decode(errors="replace")
+    said = f"{request.url.path} answered {getattr(error, 'status', '')}: {text[:_MOST_SAID]}"
+    return _told(names.get(request.url.port, str(request.url.origin())), said)
+
+
+def _told(server: str, said: str) -> str:
+    return json.dumps({"server": server, "said": said})
 
 
 def build_app(name: str, cls: Any):
@@ -207,29 +233,38 @@ def build_app(name: str, cls: Any):
     server = cls(config=config, server_client=client)
     app = server.setup_webserver()
     server.setup_liveness(app)
-    ports = {
-        server["port"]
-        for entry in OmegaConf.to_container(everything).values()  # pyright: ignore
-        if isinstance(entry, dict) and isinstance(entry.get("resources_servers"), dict)
-        for server in entry["resources_servers"].values()
-    }
+    names: dict[int, str] = {}
+    resources_ports: set[int] = set()
+    for one, entry in OmegaConf.to_container(everything).items():  # pyright: ignore
+        for kind in KINDS.intersection(entry) if isinstance(entry, dict) else ():
+            for values in entry[kind].values():
+                names[values["port"]] = str(one)
+                if kind == "resources_servers":
+                    resources_ports.add(values["port"])
 
     @app.middleware("http")
-    async def tell_refusals(request: Any, call_next: Any) -> Any:
-        if request.url.path != "/run":
-            return await call_next(request)
-        heard: list[bytes] = []
+    async def look_at_errors(request: Any, call_next: Any) -> Any:
+        heard: list[bytes] | None = [] if request.url.path == "/run" else None
         token = HEARD.set(heard)
         try:
             return await call_next(request)
         except Exception as error:
-            if (body := refusal(error, heard, ports)) is None:
-                raise
-            return Response(body, status_code=400, media_type="application/json")
+            if heard and (body := refusal(error, heard, resources_ports)):
+                return Response(body, status_code=400, media_type="application/json")
+            request.state.failed = origin(error, name, names)
+            raise
         finally:
             HEARD.reset(token)
 
     server.setup_exception_middleware(app)
+
+    @app.middleware("http")
+    async def tell_errors(request: Any, call_next: Any) -> Any:
+        response = await call_next(request)
+        if told := getattr(request.state, "failed", None):
+            response.headers[FAILED] = told
+        return response
+
     return app
 
 

@@ -7,23 +7,28 @@ selected environments' servers list in their requirements.txt is added as they a
 
 from __future__ import annotations
 
+import contextlib
+import csv
 import hashlib
 import os
+import re
 import shutil
 import subprocess
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from gymexp.config import GymConfig
 from gymexp.errors import ConfigError, ServiceError
-from gymexp.run.directory import cache_dir, own_servers
+from gymexp.run.directory import cache_dir, cache_refused, own_servers, replace_file
+from gymexp.run.disk import at
 from gymexp.run.environment import without_launchers
 
 _MINIMUM = (3, 12)
 _PREFERRED = ("3.12", "3.13", "3.14")  # 3.12 is what NeMo Gym 0.4 is developed on
 _LOCK_TIMEOUT_S = 1800
+_COMPLETE = "complete"  # a file of a venv that was finished, with the packages that it had then
 Say = Callable[[str], None]
 
 
@@ -38,21 +43,52 @@ def ensure_python(gym: GymConfig, config_paths: Iterable[str], cache: Path, say:
     if gym.runtime == "cli" and gym.checkout and (own := Path(gym.checkout) / ".venv/bin/python").exists():
         return _given(str(own), "gym.checkout")
     venv = cache / f"nemo-gym-{gym.version}"
-    cache.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(f"{venv}.lock", timeout=_LOCK_TIMEOUT_S)
+    python = venv / "bin" / "python"
+    lacking = ""
     try:
-        lock.acquire(timeout=0.05)
-    except Timeout:
-        say("waiting for another run that is making NeMo Gym's venv")
-        lock.acquire()
-    try:
-        python = venv / "bin" / "python"
-        if not (venv / "complete").exists() or not python.exists():  # its base Python may be gone since
-            _make(venv, gym.version, say)
-        _add_requirements(venv, python, config_paths, say)
-        return python
-    finally:
-        lock.release()
+        with at(cache):
+            cache.mkdir(parents=True, exist_ok=True)
+        with _held(venv, say):
+            if lacking := lacks(venv):
+                _make(venv, gym.version, lacking, say)
+            _add_requirements(venv, python, config_paths, say)
+            _seal(venv)
+    except OSError as error:  # a cache that others fill may be read-only here
+        if lacks(venv) or list(_to_add(venv, python, config_paths)):
+            raise ConfigError(f"NeMo Gym's venv: {cache_refused(error)}") from None
+    except ServiceError as error:
+        if lacking:
+            raise ServiceError(f"NeMo Gym's venv in {venv} is not whole ({lacking}), and {error}") from None
+        raise
+    return python
+
+
+def lacks(venv: Path) -> str:
+    """What is wrong with a venv that was made here: a file of its packages that is missing or cut short;
+    empty of a whole one. In about a second."""
+    if not (venv / _COMPLETE).exists():
+        return "it was not finished"
+    if not (venv / "bin" / "python").exists():
+        return "its python is gone"  # or the one that it was made from
+    for record in _records(venv, (venv / _COMPLETE).read_text(encoding="utf-8").split()):
+        try:
+            for name, _, size in csv.reader(record.read_text(encoding="utf-8").splitlines()):
+                path = os.path.join(record.parent.parent, name)
+                if not os.path.exists(path) or os.path.getsize(path) < int(size or 0):
+                    return f"{name} is missing or cut short"
+        except (OSError, ValueError):
+            return f"{record} is missing or damaged"
+    return ""
+
+
+def missing_package(said: str, python: Path) -> str:
+    """What to do about an exception of `python`'s, if it is that a module cannot be imported."""
+    if not re.match(r"(ModuleNotFoundError|ImportError)\b", said):
+        return ""
+    return (
+        "what an environment's server needs is listed in the requirements.txt in its folder; where a part "
+        f"of NeMo Gym itself is missing, install it anew in {python.parent.parent}, or leave gym.python out"
+    )
 
 
 def environ_for(python: Path) -> dict[str, str]:
@@ -116,17 +152,67 @@ def _uv(*arguments: str | os.PathLike[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run([find_uv_bin(), *arguments], capture_output=True, text=True, check=False)
 
 
-def _make(venv: Path, version: str, say: Say) -> None:
+@contextlib.contextmanager
+def _held(venv: Path, say: Say) -> Iterator[None]:
+    lock = FileLock(f"{venv}.lock", timeout=_LOCK_TIMEOUT_S)
+    try:
+        lock.acquire(timeout=0.05)
+    except Timeout:
+        say("waiting for another run that is making NeMo Gym's venv")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _records(venv: Path, known: Iterable[str] = ()) -> list[Path]:
+    """The packages' lists of files: of those that are there, and of those that are known to have been."""
+    site = next(venv.glob("lib/python*/site-packages"), venv)
+    return [site / name / "RECORD" for name in sorted({*known, *(p.name for p in site.glob("*.dist-info"))})]
+
+
+def _seal(venv: Path) -> None:
+    """Write down which packages a whole venv has."""
+    packages = "".join(f"{record.parent.name}\n" for record in _records(venv))
+    if not (venv / _COMPLETE).exists() or (venv / _COMPLETE).read_text(encoding="utf-8") != packages:
+        replace_file(venv / _COMPLETE, packages)
+
+
+def _make(venv: Path, version: str, lacking: str, say: Say) -> None:
+    """What was there is put back where no whole one can be made, without a network say: it may still
+    serve."""
     base = find_python()
-    say(f"making NeMo Gym {version}'s venv in {venv} (Python: {base})")
-    shutil.rmtree(venv, ignore_errors=True)
-    _checked(_uv("venv", "--quiet", "--python", base, venv), "make NeMo Gym's venv")
-    # httptools: uvicorn's parser in C, where its own in Python takes a fifth of a server's time.
-    _install(venv / "bin" / "python", [f"nemo-gym=={version}", "httptools"])
-    (venv / "complete").touch()
+    why = f": {lacking}" if venv.exists() else ""
+    say(f"making NeMo Gym {version}'s venv in {venv} (Python: {base}){why}")
+    aside = venv.with_name(f"{venv.name}.aside")
+    shutil.rmtree(aside, ignore_errors=True)
+    if venv.exists():
+        venv.rename(aside)
+    try:
+        _checked(_uv("venv", "--quiet", "--python", base, venv), "make NeMo Gym's venv")
+        # httptools: uvicorn's parser in C, where its own in Python takes a fifth of a server's time.
+        _install(venv / "bin" / "python", [f"nemo-gym=={version}", "httptools"])
+        _seal(venv)
+    except BaseException:
+        shutil.rmtree(venv, ignore_errors=True)
+        if aside.exists():
+            aside.rename(venv)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _add_requirements(venv: Path, python: Path, config_paths: Iterable[str], say: Say) -> None:
+    for name, wanted, added in _to_add(venv, python, config_paths):
+        if wanted:
+            say(f"adding what {name} needs: {' '.join(wanted)}")
+            _install(python, wanted)
+        added.touch()
+
+
+def _to_add(venv: Path, python: Path, config_paths: Iterable[str]) -> Iterator[tuple[str, list[str], Path]]:
+    """Of each folder of servers whose requirements are not in the venv yet: its name, these, and the file
+    that is to say that they are."""
     site = site_packages(python)
     for folder in sorted({Path(p).parent.parent for p in config_paths}):
         own = own_servers() / folder / "requirements.txt"
@@ -135,14 +221,9 @@ def _add_requirements(venv: Path, python: Path, config_paths: Iterable[str], say
             continue
         sha256 = hashlib.sha256(listed.read_bytes()).hexdigest()[:12]
         added = venv / f"added-{'-'.join(folder.parts)}-{sha256}"
-        if added.exists():
-            continue
-        lines = [line.strip() for line in listed.read_text().splitlines()]
-        wanted = [line for line in lines if line and not line.startswith(("-e", "#"))]
-        if wanted:
-            say(f"adding what {folder.name} needs: {' '.join(wanted)}")
-            _install(python, wanted)
-        added.touch()
+        if not added.exists():
+            lines = [line.strip() for line in listed.read_text(encoding="utf-8").splitlines()]
+            yield folder.name, [line for line in lines if line and not line.startswith(("-e", "#"))], added
 
 
 def _install(python: Path, requirements: list[str]) -> None:

@@ -25,7 +25,8 @@ from gymexp.errors import ConfigError, ServiceError
 from gymexp.gym.install import environ_for
 from gymexp.run.directory import OWN_SERVERS as KINDS
 from gymexp.run.directory import own_servers
-from gymexp.run.process import Child, LocalProcess, Running, last_lines
+from gymexp.run.last_words import reason
+from gymexp.run.process import Child, LocalProcess, Running
 
 _ALIVE_S = 1.0
 _FIRST_WORD_S = 0.5  # for the supervisor to say how the host ended, before its servers say that it did
@@ -205,7 +206,7 @@ class GymHost:
     ) -> None:
         """key: what the servers demand of whoever asks them, each other as well (None: nothing)."""
         self._key = key
-        self._python = python
+        self.python = python
         self._layout = layout
         self._sockets = sockets
         self.log = log
@@ -218,7 +219,7 @@ class GymHost:
         """Start the host process; its servers can be started once NeMo Gym is imported, which they wait
         for. heard: called whenever the host says something, which it is asked to do every few seconds; while
         it imports NeMo Gym it is taken to be alive."""
-        env = environ_for(self._python) | {
+        env = environ_for(self.python) | {
             "HF_HOME": os.environ.get("HF_HOME", str(Path.home() / ".cache/huggingface")),
             "RAY_USAGE_STATS_ENABLED": "0",
             # No threads but the main one before the forks; and a server is one core's work anyway.
@@ -229,7 +230,7 @@ class GymHost:
         fds = {name: sock.fileno() for name, sock in self._sockets.items()}
         with self.log.open("ab") as out:
             self._process = await asyncio.create_subprocess_exec(
-                self._python,
+                self.python,
                 _HOST,
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
@@ -282,7 +283,7 @@ class GymHost:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._process.wait(), 10 * _FIRST_WORD_S)
         await asyncio.sleep(_FIRST_WORD_S)
-        error = ServiceError(f"NeMo Gym's host ended. The end of {self.log}:\n{last_lines(self.log)}")
+        error = ServiceError(f"NeMo Gym's host ended. {reason(self.log)}")
         waiting = [self._loaded, *self._ends.values()]
         while not self._starting.empty():
             waiting.append(self._starting.get_nowait())

@@ -14,11 +14,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import shutil
-import socket
 import sys
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +26,7 @@ from omegaconf import OmegaConf
 from gymexp import config as configuration
 from gymexp.config import RunConfig
 from gymexp.errors import RunDirectoryError
+from gymexp.run.clock import this_process
 from gymexp.run.directory import replace_file, snapshot
 
 SCHEMA = 1
@@ -50,10 +48,8 @@ def freeze(sweep: Path, launcher: str, jobs: Mapping[int, FrozenJob], sbatch: Ma
         snapshot(sweep / "code", runnable=True)
         said = {
             "schema": SCHEMA,
-            "began": time.time(),
             "launcher": launcher,
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
+            **this_process(),
             "cwd": str(Path.cwd()),
             "command": [sys.executable, *sys.orig_argv[1:]],
             "sbatch": dict(sbatch),
@@ -121,7 +117,7 @@ def read_sweep(sweep: Path) -> dict[str, Any]:
 def claim(sweep: Path) -> None:
     """This process is the one that runs the jobs of a local sweep, from now on."""
     said = read_sweep(sweep)
-    write_sweep(sweep, said | {"began": time.time(), "host": socket.gethostname(), "pid": os.getpid()})
+    write_sweep(sweep, said | this_process())
 
 
 def write_sweep(sweep: Path, said: Mapping[str, Any]) -> None:

@@ -7,6 +7,7 @@ prints {"problem": what makes it useless, or "", "reads_calls": whether tool cal
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import itertools
@@ -23,6 +24,7 @@ from gymexp.data.prepare import Prepared
 from gymexp.errors import ConfigError
 from gymexp.policy.snapshot import directory_of
 from gymexp.run.environment import without_launchers
+from gymexp.run.last_words import last_exception
 
 _TIMEOUT_S = 120
 _FILES = ("*.json", "*.jinja", "*.model", "additional_chat_templates/*")
@@ -81,7 +83,7 @@ def answer_elsewhere(asked: Sequence[str | Path], kept: Path, timeout_s: float, 
     """
     try:
         return json.loads(kept.read_bytes())
-    except (FileNotFoundError, ValueError):
+    except (OSError, ValueError):
         pass
     try:
         done = subprocess.run(
@@ -95,12 +97,13 @@ def answer_elsewhere(asked: Sequence[str | Path], kept: Path, timeout_s: float, 
     except subprocess.TimeoutExpired:
         raise ConfigError(f"{doing} took more than {timeout_s:.0f} s") from None
     if done.returncode:
-        raise ConfigError(f"{doing} failed:\n{done.stderr.strip()[-2000:]}")
+        raise ConfigError(f"{doing} failed: {last_exception(done.stderr) or done.stderr.strip()[-2000:]}")
     answer = json.loads(done.stdout.splitlines()[-1])
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    part = kept.with_suffix(f".{os.getpid()}.part")
-    part.write_text(json.dumps(answer))
-    part.replace(kept)
+    with contextlib.suppress(OSError):  # the next run asks again, then
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        part = kept.with_suffix(f".{os.getpid()}.part")
+        part.write_text(json.dumps(answer))
+        part.replace(kept)
     return answer
 
 

@@ -28,6 +28,7 @@ from gymexp.gym.client import RolloutFailure, Sampling, play
 from gymexp.gym.servers import Replica
 from gymexp.policy.draws import attempt_seed
 from gymexp.rollout.outcome import Cause, Failed, Outcome, Played, Task, task_of
+from gymexp.run import files
 from gymexp.run.keys import RUN, header_of
 
 log = logging.getLogger(__name__)
@@ -142,7 +143,7 @@ class Collector:
         self._changed = asyncio.Event()
         self._lost_control: str | None = None
         self._asked: set[asyncio.Task[None]] = set()  # kept, or they would be collected
-        self._limits = {name: asyncio.Semaphore(env.max_concurrency) for name, env in self._envs.items()}
+        self._limits = {name: asyncio.Semaphore(n) for name, n in files.concurrency(self._envs).items()}
         self._http = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0),
             timeout=aiohttp.ClientTimeout(total=None),
@@ -339,7 +340,7 @@ class Collector:
             await self._changed.wait()
 
     def _log_for(self, seat: _Seat, failure: RolloutFailure) -> str:
-        name = "gateway" if failure.cause == "engine" else seat.replica.name
+        name = "gateway" if failure.cause == "engine" else failure.server or seat.replica.name
         return self._services.get(name, {}).get("log", "")
 
 

@@ -28,20 +28,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from gymexp.config import RunConfig
-from gymexp.errors import Interrupted, NodeLost, ServiceError
+from gymexp.errors import Interrupted, NodeLost, RunDirectoryError, ServiceError
 from gymexp.gym.servers import GymHost, Layout
 from gymexp.policy import vllm
-from gymexp.run import ports, services
+from gymexp.run import clock, ports, services
 from gymexp.run.allocation import Allocation
 from gymexp.run.control import Control
-from gymexp.run.directory import RunDirectory, append_line, replace_file
+from gymexp.run.directory import RunDirectory, replace_file
 from gymexp.run.keys import Keys
+from gymexp.run.last_words import reason
 from gymexp.run.nodes import Endpoint, Node, Nodes, this_node
 from gymexp.run.placement import Placement, num_nodes, place
-from gymexp.run.process import last_lines
 from gymexp.run.supervisor import Service, Supervisor
 from gymexp.view.progress import View
 
@@ -90,7 +88,7 @@ class Controller:
         self._directory = directory
         self._view = view
         self._facts: dict[str, Any] = {"phase": "start"}
-        self._began = time.time()
+        self._process = clock.this_process()
         self._asked: int | None = None
         self._stopping = False
         self._handlers: dict[int, Any] = {}  # those from before the run
@@ -147,7 +145,9 @@ class Controller:
                 error = self._interrupted("at once")
                 self._outcome = str(error)
                 raise error from None
-            except Exception as error:
+            except Exception as failure:
+                wrong = "" if isinstance(failure, Interrupted) else self._directory.what_is_wrong()
+                error = RunDirectoryError(wrong) if wrong else failure
                 # Elsewhere than in a job: the trainer was asked before it could take note of it.
                 unheard = self._allocation or any(
                     rank.exit_code == -signal.SIGTERM or rank.ended_for for rank in self._ranks
@@ -160,7 +160,7 @@ class Controller:
                 self._outcome = str(error) or type(error).__name__
                 if not isinstance(error, Interrupted):
                     self._directory.write_error(self._outcome)
-                raise
+                raise error from None
             finally:
                 self._stopping = True
                 self._facts["phase"] = "stop"
@@ -257,9 +257,8 @@ class Controller:
         failed = [rank for rank in ranks if rank.exit_code]
         if failed and not self._directory.result.exists():
             rank = min(failed, key=lambda rank: rank.ended_at)
-            raise ServiceError(
-                f"{rank.name} {rank.how_it_ended}. The end of {rank.log}:\n{last_lines(rank.log)}"
-            )
+            code = 0 if rank.ended_for else rank.exit_code or 0
+            raise ServiceError(f"{rank.name} {rank.how_it_ended}. {reason(rank.log, code)}")
 
     async def _ending(self, error: BaseException) -> bool:
         """Whether the run is to end anyway, when a service has failed. Slurm's SIGTERM goes to every process
@@ -273,6 +272,8 @@ class Controller:
 
     async def _cause(self, error: BaseException) -> BaseException:
         """A trainer that still runs gets to save a checkpoint; one that failed may have said why."""
+        if self._directory.loss():  # a checkpoint would be written to where the directory was
+            return error
         if self._ranks and all(rank.running for rank in self._ranks):  # one that is gone would be waited for
             self._view.say("a service failed: saving a checkpoint before the end")
             self._ranks[0].signal(signal.SIGTERM)
@@ -341,15 +342,12 @@ class Controller:
     def _mark(self, event: str) -> None:
         """A line of timeline.jsonl; `seconds` since this process started, which is when the command was
         given."""
-        now = time.time()
-        since = round(now - psutil.Process().create_time(), 2)
-        append_line(self._directory.timeline, {"time": round(now, 3), "seconds": since, "event": event})
+        since = round(clock.since_start(), 2)
+        self._directory.note({"time": round(time.time(), 3), "seconds": since, "event": event})
 
     def _on_progress(self, facts: dict[str, Any]) -> None:
         if facts.get("phase") != self._facts.get("phase"):
-            append_line(
-                self._directory.timeline, {"time": round(time.time(), 3), "phase": facts.get("phase")}
-            )
+            self._directory.note({"time": round(time.time(), 3), "phase": facts.get("phase")})
         if facts.get("done") and not self._played:
             self._played = True
             self._mark("first rollout")
@@ -365,11 +363,9 @@ class Controller:
         states = {s.name: s.state for s in supervisor.services.values()}
         job = dataclasses.asdict(self._allocation) if self._allocation else {}
         self._directory.write_status(
-            host=socket.gethostname(),
-            pid=os.getpid(),
-            began=self._began,
             outcome=self._outcome,
             services=states,
+            **self._process,
             **job,
             **self._facts,
         )
@@ -378,6 +374,9 @@ class Controller:
     async def _keep_status(self, supervisor: Supervisor) -> None:
         while True:
             self._write_status(supervisor)
+            if lost := self._directory.loss():
+                supervisor.hurry()  # asked to end, the trainer would save, and make the directory anew
+                supervisor.fail(RunDirectoryError(lost))
             await asyncio.sleep(_STATUS_S)
 
 

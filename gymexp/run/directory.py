@@ -14,10 +14,11 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ import gymexp
 from gymexp.config import CONF_DIR, RunConfig, to_yaml
 from gymexp.errors import RunDirectoryError
 from gymexp.redaction import without_secrets
+from gymexp.run.disk import at, in_words, replacing
 from gymexp.run.printable import printable_in
 
 _VERSIONED = (
@@ -60,6 +62,11 @@ def cache_dir() -> Path:
     return Path(os.environ.get("GYMEXP_CACHE") or Path.home() / ".cache" / "gymexp")
 
 
+def cache_refused(error: OSError) -> str:
+    """In words, with what to do."""
+    return in_words(error, instead="set GYMEXP_CACHE to a folder where this user may write")
+
+
 def own_servers() -> Path:
     """Where the user's own servers are looked for: the working directory, or in a job its sweep's copy."""
     return Path(os.environ.get("GYMEXP_SERVERS") or Path.cwd())
@@ -67,16 +74,15 @@ def own_servers() -> Path:
 
 def replace_file(path: Path, text: str, mode: int = 0o666) -> None:
     """Write so that a reader sees the old text or the new one, never a part. mode: less the umask."""
-    part = path.with_name(path.name + ".part")
-    part.unlink(missing_ok=True)
-    with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w") as file:
-        file.write(text)
-    part.replace(path)
+    with replacing(path) as part:
+        descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+        with open(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
 
 
 def append_line(path: Path, record: dict[str, Any]) -> None:
     """Add an object to a file of one a line; on a line of its own, also after one that was cut short."""
-    with path.open("a+b") as file:
+    with at(path), path.open("a+b") as file:
         if file.tell() and file.seek(-1, os.SEEK_END) and file.read() != b"\n":
             file.write(b"\n")
         file.write(json.dumps(printable_in(record)).encode() + b"\n")
@@ -136,6 +142,7 @@ class RunDirectory:
         self.timeline = path / "timeline.jsonl"
         self.status = path / "status.json"
         self.result = path / "result.json"
+        self._refused: OSError | None = None  # what the file system said of the last try to write here
 
     @classmethod
     def claim(cls, path: Path) -> RunDirectory:
@@ -210,6 +217,28 @@ class RunDirectory:
             ) from None
         os.set_inheritable(self._lock_file.fileno(), False)
 
+    def loss(self) -> str:
+        """What became of the directory if it is no longer where it was claimed; empty while it is there."""
+        ours = self._lock_file.fileno()
+        try:
+            if os.path.samestat(os.fstat(ours), (self.path / _LOCK).stat()):
+                return ""
+        except (FileNotFoundError, NotADirectoryError):
+            pass
+        except OSError:
+            return ""  # a file system that does not answer now may do so again
+        now = Path(os.readlink(f"/proc/self/fd/{ours}")) if sys.platform == "linux" else None
+        if now and now.exists():
+            resume = shlex.quote(f"resume={now.parent}")
+            return (
+                f"the run directory {self.path} was moved to {now.parent} while the run went on, which ended "
+                f"it there; go on from its last checkpoint with: python -m gymexp.train {resume}"
+            )
+        return (
+            f"the run directory {self.path} was deleted while the run went on, which ended it: nothing of it "
+            "is left to go on from. Start it again, and delete a run's directory only after its end"
+        )
+
     def read_result(self) -> dict[str, Any]:
         """How the run ended: {"step", "stopped", "held_out"} or {"error"}; empty while it goes on."""
         return read_json(self.result)
@@ -218,12 +247,38 @@ class RunDirectory:
         replace_file(self.result, json.dumps(printable_in(result), indent=1))
 
     def write_error(self, error: str) -> None:
-        """Why the run ended, unless the trainer has said so itself."""
+        """Why the run ended, unless the trainer has said so itself; where it can still be written."""
         if "error" not in self.read_result():
-            self.write_result({"error": error})
+            with contextlib.suppress(OSError):
+                self.write_result({"error": error})
 
     def write_status(self, **status: Any) -> None:
-        replace_file(self.status, json.dumps(printable_in(status), indent=1) + "\n")
+        """What is in the way of this ends no run, but may be why it ends: `what_is_wrong`."""
+        with self._refusals():
+            replace_file(self.status, json.dumps(printable_in(status), indent=1) + "\n")
+            self._refused = None
+
+    def note(self, line: dict[str, Any]) -> None:
+        """A line of timeline.jsonl; as `write_status`."""
+        with self._refusals():
+            append_line(self.timeline, line)
+
+    @contextlib.contextmanager
+    def _refusals(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self._refused = error
+
+    def what_is_wrong(self) -> str:
+        """Why nobody can write here now, and what to do; empty where one can, or where the trainer has said
+        it."""
+        if lost := self.loss():
+            return lost
+        if self._refused is None or self.read_result():
+            return ""
+        resume = shlex.quote(f"resume={self.path}")
+        return f"{in_words(self._refused)}; then go on with: python -m gymexp.train {resume}"
 
 
 def _entries(path: Path) -> list[Path]:

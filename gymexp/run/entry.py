@@ -7,6 +7,7 @@ import contextlib
 import errno
 import functools
 import importlib
+import locale
 import logging
 import os
 import re
@@ -27,7 +28,7 @@ from omegaconf import DictConfig
 from gymexp.config import CONF_DIR, RunConfig, explain_key, nearest, options, register
 from gymexp.errors import ConfigError, GymexpError
 from gymexp.redaction import in_override
-from gymexp.run import completion
+from gymexp.run import completion, disk
 from gymexp.run.printable import log_to_stderr, say_error
 
 Job = Callable[[DictConfig], Any]
@@ -42,6 +43,8 @@ def guarded(main: Callable[..., Any], schema: type) -> Callable[..., Any]:
     @functools.wraps(main)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         try:
+            _speak_utf8()
+            _look_around()
             return main(*args, **kwargs)
         except GymexpError as error:
             _end(error)
@@ -51,8 +54,39 @@ def guarded(main: Callable[..., Any], schema: type) -> Callable[..., Any]:
         except BrokenPipeError:  # `| head` has seen enough; what is still buffered is for nobody
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
+        except OSError as error:
+            if disk.refusal(error) is None:
+                raise
+            _end(GymexpError(disk.in_words(error)))
 
     return wrapped
+
+
+def _speak_utf8() -> None:
+    """Read and write UTF-8 whatever the locale says, here, in libraries and in every process of a run, which
+    takes a start of Python in that mode; and print what the output's own encoding lacks as its number."""
+    is_utf8 = sys.flags.utf8_mode or os.environ.get("PYTHONUTF8") == "1"
+    if not is_utf8 and locale.getencoding().lower() not in ("utf-8", "utf8"):
+        environ = os.environ | {"PYTHONUTF8": "1"}
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environ)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError):  # one that a caller has put there
+            stream.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _look_around() -> None:
+    """Raises GymexpError where nothing that is made would be of use."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise GymexpError("the working directory was deleted: change to one that is there") from None
+    umask = os.umask(0o077)
+    os.umask(umask)
+    if umask & 0o700:
+        raise GymexpError(
+            f"umask must leave a file's owner all rights, but {umask:04o} takes some: the run could not use "
+            "the files that it makes. Say `umask 022` or `umask 077`"
+        )
 
 
 def _end(error: GymexpError) -> NoReturn:
@@ -88,7 +122,9 @@ class _Lasting:
         except (BrokenPipeError, ConnectionResetError):
             pass
         except OSError as error:
-            if error.errno != errno.EIO:  # a terminal that was closed; a full disk is another matter
+            if error.errno in disk.FULL:
+                return instead  # what is buffered is written once there is room
+            if error.errno != errno.EIO:  # a terminal that was closed
                 raise
         nothing = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nothing, self._stream.fileno())  # for what is buffered, and for processes that inherit it

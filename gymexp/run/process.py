@@ -15,7 +15,6 @@ import psutil
 
 from gymexp.run import lifeline
 from gymexp.run.environment import without_launchers
-from gymexp.run.printable import printable
 
 
 class Running(Protocol):
@@ -133,16 +132,6 @@ async def spawn(
             start_new_session=True,
         )
     return Child(process)
-
-
-def last_lines(path: Path, count: int = 12) -> str:
-    """The end of a log, for an error message."""
-    if not path.exists():
-        return ""
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - 16_000))
-        lines = file.read().decode(errors="replace").splitlines()
-    return printable("\n".join(f"    {line[:300]}" for line in lines[-count:]))
 
 
 def ended(code: int) -> str:

@@ -14,12 +14,14 @@ import aiohttp
 
 from gymexp.config import RunConfig
 from gymexp.gym import attached
+from gymexp.gym.install import missing_package
 from gymexp.gym.servers import GymHost, Layout, plan
 from gymexp.policy import vllm
 from gymexp.policy.snapshot import directory_of
 from gymexp.run import ports
 from gymexp.run.directory import RunDirectory
 from gymexp.run.keys import ENGINE, POLICY, Keys, header
+from gymexp.run.last_words import last_exception
 from gymexp.run.nodes import Endpoint, Node
 from gymexp.run.placement import Placement, Share
 from gymexp.run.process import Running, spawn
@@ -188,8 +190,11 @@ def gym_servers(
         start = lambda: host.start_server(name, log)  # noqa: E731
         return Service(name, start, log, url, max_restarts=restarts, key=keys.policy)
 
+    def explain(log: Path) -> str:
+        return missing_package(last_exception(log.read_text(errors="replace")), host.python)
+
     silence_s = config.gym.health_timeout_s
-    gym_host = Service("gym-host", lambda: host.start(heard), host.log, silence_s=silence_s)
+    gym_host = Service("gym-host", lambda: host.start(heard), host.log, silence_s=silence_s, explain=explain)
     return [gym_host, *(server(*item) for item in socks.items())]
 
 

@@ -19,10 +19,11 @@ from typing import Any
 
 import aiohttp
 
-from gymexp.errors import NodeLost, ServiceError
+from gymexp.errors import GymexpError, NodeLost, ServiceError
 from gymexp.run.clock import RunningClock
 from gymexp.run.keys import header
-from gymexp.run.process import Running, ended, last_lines
+from gymexp.run.last_words import reason
+from gymexp.run.process import Running, ended
 
 log = logging.getLogger(__name__)
 _TERM_GRACE_S = 15.0
@@ -112,8 +113,7 @@ class Supervisor:
                 service = self.services[waiting[0]]
                 raise ServiceError(
                     f"{', '.join(waiting)} did not become ready within {deadline_s:.0f} s "
-                    "(gym.start_timeout_s). "
-                    f"The end of {service.log}:\n{last_lines(service.log)}"
+                    f"(gym.start_timeout_s). {reason(service.log)}"
                 )
             await asyncio.sleep(_POLL_S)
 
@@ -198,7 +198,7 @@ class Supervisor:
                                 if service.failures > 1
                                 else ""
                             )
-                            + f"{_advice(service)}. The end of {service.log}:\n{last_lines(service.log)}"
+                            + f"{_advice(service)}. {reason(service.log, 0 if service.ended_for else code)}"
                         )
                     await asyncio.sleep(min(0.2 * 2**service.failures, 10))
         except ServiceError as error:
@@ -206,7 +206,7 @@ class Supervisor:
         except OSError as error:
             self.fail(ServiceError(f"{service.name} could not be started: {error}"))
 
-    def fail(self, error: ServiceError) -> None:
+    def fail(self, error: GymexpError) -> None:
         """Make it the run's end, unless another failure or the end came first."""
         lets_go = self._letting_go and not isinstance(error, NodeLost)  # no signal of Slurm's does that
         if not self._closing and not lets_go and not self.failed.done():

@@ -8,6 +8,7 @@ whose good verdict is kept for the same values, packages and GPUs.
 from __future__ import annotations
 
 import ast
+import contextlib
 import hashlib
 import importlib.util
 import json
@@ -79,8 +80,9 @@ def problems(configs: Sequence[RunConfig], cache: Path, here: bool = False) -> l
             if wrong := answers[verdict]:
                 told[index] = told[index] or tried + wrong
             else:
-                verdict.parent.mkdir(parents=True, exist_ok=True)
-                verdict.touch()
+                with contextlib.suppress(OSError):  # the next run asks again, then
+                    verdict.parent.mkdir(parents=True, exist_ok=True)
+                    verdict.touch()
     return told
 
 

@@ -160,6 +160,8 @@ def writing(checkpoint: Path):
         seal(checkpoint)
     except Exception as error:
         shutil.rmtree(checkpoint, ignore_errors=True)
+        if not checkpoint.parent.exists():
+            raise  # there is no run directory to go on in
         free = shutil.disk_usage(checkpoint.parent).free / 2**20
         before = [path.name for path in all_of(checkpoint.parent).values() if whole(path)]
         raise CheckpointError(

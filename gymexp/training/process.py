@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from gymexp.config import RunConfig, from_yaml
 from gymexp.errors import GymexpError
+from gymexp.run import disk
 from gymexp.run.direct import open_url
 from gymexp.run.directory import RunDirectory, read_json, replace_file
 from gymexp.run.keys import RUN, header_of
@@ -54,18 +55,21 @@ def main() -> None:
     main_rank = _rank() == 0
     try:
         result = work(run, from_yaml(run.config), asked)
-    except (GymexpError, RuntimeError) as error:
-        if type(error).__name__ == "OutOfMemoryError":  # torch's, and not imported yet
-            log.exception("out of memory")
-            error = GymexpError(f"{_OUT_OF_MEMORY}. torch says: {error}")
-        elif not isinstance(error, GymexpError):
-            raise
         if main_rank:
-            run.write_result({"error": str(error)})
-        log.error("%s", error)
+            run.write_result(result)
+    except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, and not imported yet
+            said = f"{_OUT_OF_MEMORY}. torch says: {error}"
+        elif isinstance(error, GymexpError):
+            said = str(error)
+        elif refused := disk.refusal(error):
+            said = disk.in_words(refused)
+        else:
+            raise
+        log.error("%s", said, exc_info=not isinstance(error, GymexpError))
+        if main_rank:
+            run.write_error(said)
         sys.exit(1)
-    if main_rank:
-        run.write_result(result)
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()

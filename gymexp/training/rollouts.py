@@ -23,6 +23,7 @@ from gymexp.gym.client import Distribution, Sampling
 from gymexp.rollout.batch import build_batch
 from gymexp.rollout.collect import Collector, check_failed_share
 from gymexp.rollout.outcome import Failed, Outcome, Task, outcome_to_json
+from gymexp.run.disk import replacing
 from gymexp.training.metrics import flat_groups, rollout_metrics
 
 if TYPE_CHECKING:
@@ -172,9 +173,9 @@ class Rollouts:
         """`rollouts/<name>.jsonl.zst`, an Outcome a line; there whole or not at all. more: behind those it
         has."""
         path = self._directory / f"{name}.jsonl.zst"
-        part = path.with_name(path.name + ".part")
         # One frame again: zstandard's `decompress` reads no further.
         before = zstandard.decompress(path.read_bytes()) if more else b""
         lines = b"".join(orjson.dumps(outcome_to_json(outcome)) + b"\n" for outcome in outcomes)
-        part.write_bytes(zstandard.compress(before + lines))
-        part.replace(path)
+        path.parent.mkdir(exist_ok=True)
+        with replacing(path) as part:
+            part.write_bytes(zstandard.compress(before + lines))

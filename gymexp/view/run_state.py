@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 
+from gymexp.run.clock import start_ticks
 from gymexp.run.directory import read_json, read_lines
 from gymexp.run.slurm_states import SlurmState
 
@@ -128,13 +129,15 @@ def _process_lives(path: Path, status: dict[str, Any]) -> bool:
 
 
 def process_lives(said: Mapping[str, Any]) -> bool | None:
-    """Of a process that wrote "host", "pid" and, after its start, "began". None if it is another
-    machine's."""
+    """Of a process that wrote what `clock.this_process` says. None if it is another machine's."""
     if said.get("host", socket.gethostname()) != socket.gethostname():
         return None
     try:
         process = psutil.Process(said["pid"])
-        # The number may be another process's by now: that one began later than what was written.
+        # The number may be another process's by now, which started at another time: later than what was
+        # written, by a clock that may have been set since.
+        if said.get("ticks") is not None:
+            return process.status() != psutil.STATUS_ZOMBIE and start_ticks(said["pid"]) == said["ticks"]
         return process.status() != psutil.STATUS_ZOMBIE and process.create_time() <= said["began"] + 1
     except (psutil.NoSuchProcess, KeyError):
         return False
@@ -153,18 +156,19 @@ def rewards_of(entry: Mapping[str, Any], held_out: bool, metric: str = "reward")
 
 
 def wall_seconds(run: RunState) -> float:
-    """From each start to its end, or to its last sign of life, of all attempts together."""
+    """From each start to its end, or to its last sign of life, of all attempts together; of one during which
+    the clock was set back, up to then."""
     signs = [(line["time"], line.get("event")) for line in read_lines(run.path / "timeline.jsonl")]
     signs += [(line["time"], None) for line in run.metrics]
     if run.state == "running":
         signs.append((time.time(), None))
-    total = began = last = 0.0
+    total, began, last = 0.0, None, 0.0
     for at, event in sorted(signs, key=lambda sign: sign[0]):
         if event == "start":
-            total += last - began
+            total += 0.0 if began is None else last - began
             began = at
         last = at
-    return total + last - began if began else 0.0
+    return total + last - began if began is not None else 0.0
 
 
 def tokens_per_s(run: RunState) -> float | None:

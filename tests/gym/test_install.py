@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -106,6 +107,131 @@ def test_a_venv_whose_base_python_is_gone_is_made_anew(tmp_path, fake_uv):
     python.symlink_to(tmp_path / "removed" / "python3.12")
     assert ensure(tmp_path / "cache").exists()
     assert [line.split()[0] for line in calls.read_text().splitlines()] == ["venv", "pip"] * 2
+
+
+PACKAGE = "nemo_gym-0.4.0.dist-info"
+
+
+def install_package(venv: Path) -> Path:
+    """A package as uv leaves it: files, and a list of them with sizes; returns its folder."""
+    site = venv / "lib" / "python3.12" / "site-packages"
+    (site / PACKAGE).mkdir(parents=True)
+    (site / "nemo_gym").mkdir()
+    (site / "nemo_gym" / "__init__.py").write_text("")
+    (site / "nemo_gym" / "cli, more.py").write_text("print()")
+    listed = 'nemo_gym/__init__.py,sha256=x,0\n"nemo_gym/cli, more.py",sha256=y,7\n'
+    (site / PACKAGE / "RECORD").write_text(f"{listed}{PACKAGE}/RECORD,,\n")
+    return site
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (lambda site: (site / "nemo_gym" / "__init__.py").unlink(), "nemo_gym/__init__.py is missing or"),
+        (
+            lambda site: (site / "nemo_gym" / "cli, more.py").write_text("pri"),
+            "cli, more.py is missing or cut",
+        ),
+        (lambda site: shutil.rmtree(site / PACKAGE), f"{PACKAGE}/RECORD is missing"),
+        (lambda site: shutil.rmtree(site), f"{PACKAGE}/RECORD is missing"),
+        (lambda site: (site / "../../../bin/python").unlink(), "its python is gone"),
+        (lambda site: (site / "../../../complete").unlink(), "it was not finished"),
+    ],
+)
+def test_a_venv_that_lost_files_after_it_was_complete_is_made_anew(damage, told, tmp_path, fake_uv):
+    calls = fake_uv()
+    venv = ensure(tmp_path / "cache").parent.parent
+    site = install_package(venv)
+    ensure(tmp_path / "cache")
+    damage(site)
+    said: list[str] = []
+    ensure(tmp_path / "cache", said.append)
+    assert [line.split()[0] for line in calls.read_text().splitlines()] == ["venv", "pip"] * 2
+    assert len(said) == 1 and told in said[0], said
+    ensure(tmp_path / "cache", said.append)
+    assert len(said) == 1, "once"
+    assert [path.name for path in (tmp_path / "cache").iterdir() if path.is_dir()] == [venv.name]
+
+
+def test_a_venv_of_a_version_that_kept_no_list_is_taken_and_what_it_has_is_kept_from_then_on(
+    tmp_path, fake_uv
+):
+    calls = fake_uv()
+    venv = ensure(tmp_path / "cache").parent.parent
+    site = install_package(venv)
+    (venv / "complete").write_text("")
+    ensure(tmp_path / "cache")
+    assert len(calls.read_text().splitlines()) == 2
+    shutil.rmtree(site / PACKAGE)
+    ensure(tmp_path / "cache")
+    assert len(calls.read_text().splitlines()) == 4
+
+
+def test_a_damaged_venv_that_cannot_be_made_anew_is_still_there_and_both_causes_are_told(tmp_path, fake_uv):
+    fake_uv()
+    venv = ensure(tmp_path / "cache").parent.parent
+    site = install_package(venv)
+    (site / "nemo_gym" / "__init__.py").unlink()
+    fake_uv(fails="nemo-gym==0.4.0")
+    for _ in range(2):
+        with pytest.raises(ServiceError) as caught:
+            ensure(tmp_path / "cache")
+        said = str(caught.value)
+        assert (
+            f"NeMo Gym's venv in {venv} is not whole (nemo_gym/__init__.py is missing or cut short)" in said
+        )
+        assert "uv could not install nemo-gym==0.4.0" in said
+        assert (site / "nemo_gym" / "cli, more.py").exists()
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A file system of its own, and what makes it read-only."""
+    at = tmp_path / "disk"
+    at.mkdir()
+    mounted = ["mount", "-t", "tmpfs", "-o", "size=1m", "none", at]
+    if subprocess.run(mounted, capture_output=True, check=False).returncode:
+        pytest.skip("this user may not mount")
+    yield at, lambda: subprocess.run(["mount", "-o", "remount,ro", at], check=True)
+    subprocess.run(["umount", "-l", at], check=False)
+
+
+def test_a_read_only_cache_serves_if_it_has_all_and_is_named_if_it_has_not(disk, fake_uv):
+    cache, make_read_only = disk
+    fake_uv()
+    python = ensure(cache)
+    install_package(python.parent.parent)
+    make_read_only()
+    assert ensure(cache) == python
+    with pytest.raises(ConfigError) as caught:
+        ensure_python(GymConfig(version="0.5.0"), [], cache, print)
+    said = str(caught.value)
+    assert f"NeMo Gym's venv: cannot use {cache}/nemo-gym-0.5.0.lock: Read-only file system" in said
+    assert said.endswith("or set GYMEXP_CACHE to a folder where this user may write")
+
+
+def test_a_cache_that_is_a_file_is_named(tmp_path):
+    (tmp_path / "cache").touch()
+    with pytest.raises(ConfigError, match=r"cannot use .*/cache: .*set GYMEXP_CACHE"):
+        ensure(tmp_path / "cache")
+
+
+@pytest.mark.gym
+def test_the_real_venv_with_a_file_missing_is_whole_again(gym_python, tmp_path):
+    """In a copy, of links to the files: what is not there in it is still there for others."""
+    ours, venv = gym_python.parent.parent, tmp_path / "nemo-gym-0.4.0"
+    assert install.lacks(ours) == ""
+    try:
+        shutil.copytree(ours, venv, symlinks=True, copy_function=os.link)
+    except (OSError, shutil.Error):
+        pytest.skip("the cache is on another file system")
+    server_utils = next(venv.glob("lib/python*/site-packages/nemo_gym/server_utils.py"))
+    server_utils.unlink()
+    said: list[str] = []
+    python = ensure(tmp_path, said.append)
+    assert said[0].endswith("nemo_gym/server_utils.py is missing or cut short")
+    assert install.lacks(venv) == "" and server_utils.exists()
+    assert install.site_packages(python) == server_utils.parent.parent
 
 
 def test_a_failed_install_says_why_and_is_tried_again_by_the_next_run(tmp_path, fake_uv):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from contextlib import ExitStack
 
 import aiohttp
@@ -17,7 +18,7 @@ from gymexp.gym.servers import plan
 from gymexp.rollout.outcome import Rollout, Task
 
 pytestmark = pytest.mark.gym
-SERVER = """
+SERVER = r"""
 from fastapi import HTTPException
 from nemo_gym.base_resources_server import (
     BaseResourcesServerConfig, BaseVerifyRequest, BaseVerifyResponse, SimpleResourcesServer,
@@ -48,6 +49,8 @@ class Strict(SimpleResourcesServer):
             raise HTTPException(status_code=int(body.how), detail="no action in the answer")
         if body.how == "crash":
             raise RuntimeError("out of order")
+        if body.how == "loud":
+            raise RuntimeError("ü" * 5000 + "\r\nx-other: header")
         return BaseVerifyResponse(**body.model_dump(), reward=1.0)
 """
 CONFIG = """
@@ -75,6 +78,7 @@ ROWS = {
     "503": {"how": "503", "level": 1},
     "404": {"how": "404", "level": 1},
     "crash": {"how": "crash", "level": 1},
+    "loud": {"how": "loud", "level": 1},
     "seed": {"how": "seed", "level": 1},
     "row": {"how": "fine", "level": "high"},
     "fine": {"how": "fine", "level": 1},
@@ -126,10 +130,26 @@ def test_a_400_or_422_to_the_policys_answer_is_its_own_doing_and_keeps_its_token
     assert [(turn.prompt_ids, turn.completion_ids) for turn in rollout.turns] == [([1, 2], [3, 4])]
 
 
-@pytest.mark.parametrize("name", ["500", "503", "404", "crash", "seed", "row"])
+@pytest.mark.parametrize("name", ["500", "503", "404", "crash", "loud", "seed", "row"])
 def test_what_is_no_answer_to_the_policy_stays_a_failure_of_the_environment(name, outcomes):
     assert isinstance(outcomes[name], RolloutFailure), outcomes[name]
     assert outcomes[name].cause == "environment"
+
+
+@pytest.mark.parametrize(
+    ("name", "server", "said"),
+    [
+        ("500", "strict-strict", r"/verify answered 500: .*no action in the answer"),
+        ("crash", "strict-strict", r"RuntimeError: out of order \(.*resources_servers/strict/app\.py:\d+\)"),
+        ("loud", "strict-strict", r"RuntimeError: ü{1000} \(.*app\.py:\d+\)"),
+        ("seed", "strict-strict", r"/seed_session answered 400: .*no such level"),
+        ("row", "strict-strict", r"/verify answered 422: .*level"),
+    ],
+)
+def test_a_failure_names_the_server_that_failed_not_the_agent_that_asked_it(name, server, said, outcomes):
+    assert outcomes[name].server == server
+    assert re.fullmatch(rf"{server}: {said}.*", outcomes[name].detail, re.DOTALL), outcomes[name].detail
+    assert "Traceback" not in outcomes[name].detail
 
 
 def test_an_answer_that_is_scored_has_the_servers_reward(outcomes):
