@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-import resource
 import socket
 import sys
 from collections.abc import Iterable
@@ -17,13 +16,12 @@ from packaging.requirements import Requirement
 import gymexp
 from gymexp.checks.finding import Finding, Subject
 from gymexp.errors import ConfigError
+from gymexp.run import files
 from gymexp.run.ports import listen
 
 _GIB = 2**30
 _LITTLE_MEMORY = 6 * _GIB
 _FEW_PORTS = 5000
-_FILES_APART = 512  # what a process holds open besides its rollouts' connections
-_FILES_A_ROLLOUT = 4
 
 
 def python(subject: Subject) -> Iterable[Finding]:
@@ -82,17 +80,14 @@ def _cgroup(name: str) -> int | None:
 
 
 def open_files(subject: Subject) -> Iterable[Finding]:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    rollouts = sum(env.max_concurrency for env in subject.config.env.values())
-    needed = _FILES_APART + _FILES_A_ROLLOUT * rollouts
-    text = f"{soft} for each process; {rollouts} rollouts in flight take about {needed}"
-    if soft == resource.RLIM_INFINITY or soft >= needed:
-        yield Finding("ok", "open files", text)
-    elif hard == resource.RLIM_INFINITY or hard >= needed:
-        yield Finding("warn", "open files", text, f"ulimit -n {needed}")
+    files.raise_limit()  # as a run does
+    text = f"{files.limit()} for each process"
+    try:
+        rollouts = sum(files.concurrency(subject.config.env).values())
+    except ConfigError as error:
+        yield Finding("fail", "open files", text, str(error))
     else:
-        fix = f"have the hard limit ({hard}) raised, or say a smaller env.<name>.max_concurrency"
-        yield Finding("warn", "open files", text, fix)
+        yield Finding("ok", "open files", f"{text}, which have room for {rollouts} rollouts in flight")
 
 
 def ports(subject: Subject) -> Iterable[Finding]:
