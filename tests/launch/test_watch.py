@@ -52,6 +52,8 @@ def test_an_end_is_what_the_run_says_and_slurms_word_where_it_says_nothing(tmp_p
         "job 12_3 ended without a result; Slurm says OUT_OF_MEMORY",
     )
     assert ended.log == tmp_path / "slurm" / "12_3_0_log.out"
+    gone = end(tmp_path, None, watch.GONE)
+    assert gone.error == "job 12_3 ended without a result; Slurm does not know it any more"
     stopped = end(tmp_path, {"step": 2, "stopped": True, "held_out": {}}, "CANCELLED")
     assert stopped.error == "job 12_3 ended without a result; Slurm says CANCELLED"
     assert end(tmp_path, {"error": "why"}, "FAILED").error == "why"
