@@ -42,7 +42,7 @@ import orjson
 import psutil
 from scripted import question, write_script
 
-from gymexp.config import CONF_DIR, RunConfig, load, register
+from gymexp.config import CONF_DIR, RunConfig, load
 from gymexp.data.rows import load_rows, server_of
 from gymexp.data.sources import fetch
 from gymexp.gym.client import Sampling
@@ -57,6 +57,7 @@ from gymexp.run.directory import cache_dir
 from gymexp.run.keys import Keys
 from gymexp.run.process import spawn
 from gymexp.run.supervisor import Service, Supervisor
+from gymexp.schema import register
 
 KEYS = Keys.new()
 os.environ |= KEYS.environ()  # of this process and of all that it starts

@@ -46,6 +46,11 @@ MODULES = {  # the tests that notice a fault; slow ones last, as the first failu
     "rollout/batch": "rollout/test_batch.py",
     "rollout/collect": "rollout/test_collect.py",
     "gym/client": "gym/test_client.py rollout/test_collect.py",
+    "launch/watch": "launch/test_watch.py",
+    "launch/job": "launch/test_job.py launch/test_job_lead.py",
+    "search/study": "search/test_study_rules.py search/test_study.py",
+    "run/slurm_states": "run/test_slurm_states.py launch/test_watch.py",
+    "run/allocation": "run/test_allocation.py",
 }
 SLOW = "gym or e2e or ranks or vllm or ray or gpu or slurm"
 PRELOADED = (

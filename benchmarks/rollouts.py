@@ -59,7 +59,7 @@ from stack import (
     wait_ready,
 )
 
-from gymexp.config import CONF_DIR, RunConfig, load, register
+from gymexp.config import CONF_DIR, RunConfig, load
 from gymexp.data.rows import load_rows, server_of
 from gymexp.data.sources import fetch
 from gymexp.errors import GymexpError
@@ -73,6 +73,7 @@ from gymexp.run import ports
 from gymexp.run.control import Control
 from gymexp.run.directory import cache_dir
 from gymexp.run.supervisor import Supervisor
+from gymexp.schema import register
 
 ENV = "sudoku"
 TARGETS = {256: 0.95, 1024: 0.9}

@@ -8,18 +8,17 @@ or TRL, so that a mistake is answered in about a second. `trainer.*` is TRL's ow
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from gymexp.errors import ConfigError
+from gymexp.names import meant
 
 log = logging.getLogger(__name__)
 _PACKAGE = Path(__file__).resolve().parent
@@ -261,18 +260,6 @@ class RunConfig:
     launcher: LauncherConfig = field(default_factory=LauncherConfig)
 
 
-def register() -> None:
-    """Make the schema known to Hydra, under the name that `conf/train.yaml` puts first.
-
-    What others' programs take is open, and needs no `+` on the command line: TRL's arguments
-    (`gymexp.training.arguments` checks them), flags of `vllm serve`, variables of the chat template.
-    """
-    node = OmegaConf.structured(RunConfig)
-    for open_ in (node.trainer, node.engine.args, node.model.chat_template_kwargs, node.search.params):
-        OmegaConf.set_struct(open_, False)
-    ConfigStore.instance().store(name="schema", node=node)
-
-
 def options(group: str) -> list[str]:
     """The names of a config group's options, e.g. `options("env")`."""
     return sorted(p.stem for p in (CONF_DIR / group).glob("*.yaml"))
@@ -337,32 +324,7 @@ def _explain(error: OmegaConfBaseException) -> str:
     if name in known:
         return f"{key}: {text}"
     prefix = key.removesuffix(name)
-    return f"{key} is not a known key{nearest(name, known, prefix)}. Known keys here: {', '.join(known)}"
-
-
-def explain_key(key: str, schema: type = RunConfig) -> str | None:
-    """What is wrong with the key of an override, e.g. `env.sudoku.wieght`; None if it is a key of the
-    schema."""
-    place: Any = schema
-    done: list[str] = []
-    for name in key.split("."):
-        if not dataclasses.is_dataclass(place):
-            done.append(name)
-            place = EnvConfig if done == ["env", name] else Any
-            continue
-        fields = {f.name: f for f in dataclasses.fields(place)}
-        prefix = "".join(f"{d}." for d in done)
-        if name not in fields:
-            return (
-                f"{key} is not a known key{nearest(name, list(fields), prefix)}. "
-                f"Known keys here: {', '.join(fields)}"
-            )
-        done.append(name)
-        factory = fields[name].default_factory
-        place = factory if dataclasses.is_dataclass(factory) else Any
-    if done[0] == "env" and len(done) > 2:
-        return f"{key}: env.{done[1]} is not among the selected environments: add it to env=[…]"
-    return None
+    return f"{key} is not a known key{meant(name, known, prefix)}. Known keys here: {', '.join(known)}"
 
 
 def resumed(path: Path, resume: str, overrides: Sequence[str] = ()) -> RunConfig:
@@ -379,8 +341,3 @@ def resumed(path: Path, resume: str, overrides: Sequence[str] = ()) -> RunConfig
                 "alone may be said, to train it longer"
             )
     return dataclasses.replace(config, resume=resume)
-
-
-def nearest(name: str, known: list[str], prefix: str = "") -> str:
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"; did you mean {prefix}{close[0]}?" if close else ""

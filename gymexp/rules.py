@@ -16,11 +16,11 @@ from gymexp.config import (
     LoraConfig,
     RunConfig,
     SearchConfig,
-    nearest,
     options,
     with_values,
 )
 from gymexp.errors import ConfigError
+from gymexp.names import nearest
 from gymexp.redaction import secrets_at
 from gymexp.search.space import ends, flat, problems_of_space
 

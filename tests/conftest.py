@@ -68,6 +68,21 @@ def started(folder: Path) -> Iterator[Callable[..., Run]]:
         run.kill()
 
 
+@pytest.fixture
+def commands(tmp_path, monkeypatch) -> Callable[..., None]:
+    """Puts shell scripts of these names on the PATH, before all that is there: squeue="echo …"."""
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+
+    def put(**scripts: str) -> None:
+        for name, body in scripts.items():
+            path = tmp_path / "bin" / name
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(f"#!/bin/sh\n{body}\n")
+            path.chmod(0o755)
+
+    return put
+
+
 @pytest.fixture(scope="session")
 def slurm() -> Iterator[None]:
     """A Slurm cluster that answers; one of virtual nodes on loopback is started where there is none."""

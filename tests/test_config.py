@@ -21,7 +21,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from gymexp import config as configuration
-from gymexp.config import CONF_DIR, ConfigError, explain_key, load, options
+from gymexp import schema
+from gymexp.config import CONF_DIR, ConfigError, load, options
+from gymexp.schema import explain_key
 
 ROOT = Path(__file__).parent.parent
 GROUPS = [p.name for p in CONF_DIR.iterdir() if p.is_dir() and p.name != "machine"]
@@ -30,7 +32,7 @@ NODES = ("placement.rollout_nodes=1", "placement.train_nodes=2")
 
 
 def composed(*overrides: str, name: str = "train"):
-    configuration.register()
+    schema.register()
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
         return compose(name, overrides=list(overrides))
 
@@ -196,7 +198,7 @@ def test_tab_completes_options_and_keys_after_the_readmes_command(typed, complet
 
 @pytest.mark.parametrize("name", sorted(p.stem for p in (ROOT / "sweeps").glob("*.yaml")))
 def test_every_sweep_composes_and_every_point_of_it_loads(name):
-    configuration.register()
+    schema.register()
     with initialize_config_dir(str(ROOT / "sweeps"), version_base="1.3"):
         search = [f"hydra.searchpath=[file://{CONF_DIR}]"]
         cfg = compose(name, overrides=search, return_hydra_config=True)

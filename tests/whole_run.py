@@ -53,10 +53,9 @@ class Run:
         where = [f"resume={directory}"] if resume else [f"hydra.run.dir='{directory}'", *OVERRIDES]
         if own:
             where = ["--config-dir", str(own / "conf"), f"hydra.run.dir='{directory}'"]
-        hydra = [f"hydra.run.dir='{directory.parent / 'hydra'}'"] if resume else []
         with self.output.open("w") as out:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "gymexp.train", *where, *hydra, *overrides],
+                [sys.executable, "-m", "gymexp.train", *where, *overrides],
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=out,

@@ -11,9 +11,10 @@ from omegaconf import open_dict
 from gymexp import config as configuration
 from gymexp.checks.finding import Finding, Subject
 from gymexp.checks.machine_file import PATH
-from gymexp.config import CONF_DIR, RunConfig, register
+from gymexp.config import CONF_DIR, RunConfig
 from gymexp.errors import ConfigError
 from gymexp.run.entry import explain
+from gymexp.schema import register
 
 
 def composed(overrides: Sequence[str]) -> tuple[Subject, list[Finding]]:

@@ -9,7 +9,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from gymexp.checks.finding import Finding, Subject, ask
-from gymexp.config import LauncherConfig, nearest
+from gymexp.config import LauncherConfig
+from gymexp.names import nearest
 
 
 @dataclass(frozen=True)

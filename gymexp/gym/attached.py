@@ -19,9 +19,10 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from gymexp.config import EnvConfig, nearest
+from gymexp.config import EnvConfig
 from gymexp.errors import ConfigError, ServiceError
 from gymexp.gym.servers import POLICY, Replica
+from gymexp.names import nearest
 from gymexp.run.direct import no_proxy, open_url
 from gymexp.run.keys import POLICY as POLICY_KEY
 

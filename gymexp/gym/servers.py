@@ -20,9 +20,10 @@ from typing import Any
 import orjson
 from omegaconf import OmegaConf
 
-from gymexp.config import EnvConfig, GymConfig, nearest
+from gymexp.config import EnvConfig, GymConfig
 from gymexp.errors import ConfigError, ServiceError
 from gymexp.gym.install import environ_for
+from gymexp.names import nearest
 from gymexp.run.directory import OWN_SERVERS as KINDS
 from gymexp.run.directory import own_servers
 from gymexp.run.last_words import reason

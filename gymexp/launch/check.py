@@ -18,6 +18,7 @@ from gymexp import config as configuration
 from gymexp.config import ConfigError, RunConfig
 from gymexp.errors import GymexpError, LaunchError
 from gymexp.launch.freeze import FrozenJob, name_of, swept_of
+from gymexp.run import hydra_keys
 from gymexp.run.directory import cache_dir
 from gymexp.training import arguments, schedule
 
@@ -43,6 +44,8 @@ def check_jobs(
 
     Raises ConfigError with every mistake and the jobs that make it.
     """
+    if not job_overrides:
+        raise ConfigError("a sweep must have at least one job, got a key without any value, as in range(0,0)")
     jobs: dict[int, FrozenJob] = {}
     logging.getLogger(configuration.__name__).setLevel(logging.WARNING)  # what is said of each is the same
     wrong: dict[str, list[str]] = {}
@@ -100,12 +103,11 @@ def _too_few_tasks(config: RunConfig) -> str:
 def _compose(launcher: Any, overrides: Sequence[str]) -> RunConfig:
     """launcher: set up by Hydra, so that it has the configuration of all and what composes a job's."""
     cfg = launcher.hydra_context.config_loader.load_sweep_config(launcher.config, list(overrides))
+    hydra_keys.check_options(cfg)
     with open_dict(cfg):
         del cfg["hydra"]
     config = configuration.load(cfg)
     given = [key for key in ("output_dir", "resume") if getattr(config, key) is not None]
-    hydras = launcher.config.hydra.overrides.hydra  # it would take no notice of where a single run lies
-    given += [key for key, _, _ in (one.partition("=") for one in hydras) if key == "hydra.run.dir"]
     if given:
         raise ConfigError(
             f"{given[0]} must not be set in a sweep or with launcher=slurm: say hydra.sweep.dir=… for the "

@@ -115,14 +115,14 @@ def _raise_on_signals(*numbers: int) -> None:
 
 
 def _count_start(held: RunDirectory, allocation: Allocation) -> None:
-    """A line of starts.jsonl. Raises GymexpError if the last starts of this job all found the same
-    checkpoint."""
+    """A line of starts.jsonl. Raises GymexpError if the last starts of this job found no older checkpoint
+    than this one does."""
     path = held.path / "starts.jsonl"
     step = newest_step(held.checkpoints)
     earlier = read_lines(path)
     append_line(path, {"time": round(time.time(), 3), **dataclasses.asdict(allocation), "checkpoint": step})
-    same = [s["checkpoint"] for s in earlier if s["job_id"] == allocation.job_id][-_IN_VAIN:]
-    if len(same) == _IN_VAIN and set(same) == {step}:
+    found = [s["checkpoint"] for s in earlier if s.get("job_id") == allocation.job_id][-_IN_VAIN:]
+    if len(found) == _IN_VAIN and all((at or 0) >= (step or 0) for at in found):
         since = "before its first checkpoint" if step is None else f"without getting past checkpoint-{step}"
         raise GymexpError(
             f"job {allocation.job_id} was started {_IN_VAIN + 1} times {since}: give it more time "

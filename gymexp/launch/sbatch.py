@@ -10,16 +10,19 @@ from typing import Any
 
 from gymexp.config import RunConfig
 from gymexp.run.directory import cache_dir
+from gymexp.run.hydra_keys import SLURM
 from gymexp.run.placement import num_nodes
-
-# Of hydra.launcher: what gymexp decides itself, by its own keys or because a run is made so.
-_DECIDED = {"submitit_folder", "max_num_timeout", "timeout_min", "mem_gb", "name", "tasks_per_node", "nodes"}
-_DECIDED |= {"cpus_per_task", "gpus_per_node", "signal_delay_s", "array_parallelism", "stderr_to_stdout"}
 
 
 def extras(params: Mapping[str, Any]) -> dict[str, Any]:
     """The flags of `hydra.launcher` that go to sbatch as they are; those that are set."""
-    return {key: value for key, value in params.items() if key not in _DECIDED and value not in (None, {})}
+    return {key: value for key, value in params.items() if key not in SLURM and value not in (None, {})}
+
+
+def asks_for_gpus(more: Mapping[str, Any]) -> bool:
+    """Whether some flag of `extras` does, in place of launcher.gpus."""
+    flags = {**more, **more.get("additional_parameters", {})}
+    return any("gpu" in key or ("gres" in key and "gpu" in str(value)) for key, value in flags.items())
 
 
 def parameters(config: RunConfig, more: Mapping[str, Any], sweep: Path, cwd: str) -> dict[str, Any]:

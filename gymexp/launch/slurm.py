@@ -6,7 +6,9 @@ learns how they are from `sacct` alone. Here a job runs what was there at submis
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from hydra_plugins.hydra_submitit_launcher import submitit_launcher
 from omegaconf import OmegaConf
 
 from gymexp.config import RunConfig
-from gymexp.errors import LaunchError
+from gymexp.errors import ConfigError, LaunchError
 from gymexp.launch import job, sbatch, watch
 from gymexp.launch.check import check_jobs, returns
 from gymexp.launch.freeze import FrozenJob, freeze, read_job, read_sweep, take_back, write_sweep
@@ -33,11 +35,13 @@ class SlurmLauncher(submitit_launcher.SlurmLauncher):
         sweep = Path(str(self.config.hydra.sweep.dir)).resolve()
         more = sbatch.extras(self.params)
         try:
-            jobs = check_jobs(self, job_overrides, initial_job_idx, _fits)
+            jobs = check_jobs(self, job_overrides, initial_job_idx, lambda config: _fits(config, more))
             if next(iter(jobs.values())).config.launcher.dry_run:
                 _show(sweep, jobs, more)
                 raise SystemExit(0)
             freeze(sweep, "slurm", jobs, more)
+            if next(iter(jobs.values())).config.launcher.gpus is None and not sbatch.asks_for_gpus(more):
+                print("launcher.gpus is not set: the jobs ask Slurm for no GPU", flush=True)
             submit(sweep, list(jobs))
         except BaseException:
             take_back(sweep, range(initial_job_idx, initial_job_idx + len(job_overrides)))
@@ -45,11 +49,17 @@ class SlurmLauncher(submitit_launcher.SlurmLauncher):
         return returns(jobs, watch.wait(sweep, list(jobs)))
 
 
-def _fits(config: RunConfig) -> None:
-    """Raises ConfigError where what is asked of Slurm cannot be what the run needs."""
-    if config.launcher.gpus is not None:
-        gpus = [str(gpu) for gpu in range(config.launcher.gpus)]
-        place(config, [gpus] * num_nodes(config.placement))
+def _fits(config: RunConfig, more: Mapping[str, Any]) -> None:
+    """Raises ConfigError where what is asked of Slurm cannot be what the run needs. more: `sbatch.extras`."""
+    gpus, engine = config.launcher.gpus, config.engine
+    given = engine.urls or sbatch.asks_for_gpus(more)
+    if gpus is not None:
+        place(config, [[str(gpu) for gpu in range(gpus)]] * num_nodes(config.placement))
+    elif engine.kind == "vllm" and not given:
+        raise ConfigError(
+            "launcher.gpus must say how many GPUs of each node a job gets with engine=vllm, got None, which "
+            "asks Slurm for none: say e.g. launcher.gpus=2, or 0 for vLLM on CPUs"
+        )
 
 
 def submit(sweep: Path, nums: Sequence[int]) -> dict[int, str]:
@@ -96,11 +106,15 @@ def _executor(sweep: Path, asked: Any) -> Any:
 
 
 def _show(sweep: Path, jobs: dict[int, FrozenJob], more: dict[str, Any]) -> None:
-    """Print what would be submitted: the script of the first job, and every job's overrides."""
-    first = next(iter(jobs.values()))
-    executor = _executor(sweep, sbatch.parameters(first.config, more, sweep, str(Path.cwd())))
+    """Print what would be submitted: the script of the first job, and every job's overrides. Asks Slurm
+    nothing, and so works where there is none."""
+    from submitit.slurm.slurm import _make_sbatch_string
+
+    asked = sbatch.parameters(next(iter(jobs.values())).config, more, sweep, str(Path.cwd()))
     if len(jobs) > 1:
-        executor.parameters["map_count"] = len(jobs)
-    print(executor._make_submission_file_text(executor._submitit_command_str, "dry_run"))
+        asked["map_count"] = len(jobs)
+    folder = sweep / "slurm"
+    command = f"{shlex.quote(sys.executable)} -u -m submitit.core._submit {shlex.quote(str(folder))}"
+    print(_make_sbatch_string(command=command, folder=folder, **asked))
     for num, one in jobs.items():
         print(f"# job {num}: {' '.join(one.overrides)}")

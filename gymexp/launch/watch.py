@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from gymexp.errors import LaunchError
 from gymexp.launch.check import End
 from gymexp.launch.freeze import name_of, read_sweep
 from gymexp.run.directory import RunDirectory, read_json
@@ -21,6 +22,7 @@ from gymexp.view.progress import View, duration
 _POLL_S = 2.0
 _SUMMARY_S = 60.0  # between two lines about steps
 _FILE_LAG_S = 10.0  # for what a job wrote on its node to be seen here
+_SILENCE_S = 1800.0  # of Slurm, before this stops watching: the jobs need nobody who does
 GONE = "GONE"  # Slurm does not know the job (any more)
 
 
@@ -52,7 +54,8 @@ def end_of(sweep: Path, entry: dict[str, Any], state: str) -> End:
 def wait(sweep: Path, nums: Sequence[int]) -> dict[int, End]:
     """Show how the jobs are until all are over; returns their ends by number.
 
-    Ctrl-C leaves them to themselves and exits with 130.
+    Ctrl-C leaves them to themselves and exits with 130. Raises LaunchError if Slurm does not answer for half
+    an hour: that is not the jobs' end.
     """
     entries = [entry for entry in read_sweep(sweep)["jobs"] if entry["num"] in nums]
     view = View()
@@ -68,14 +71,27 @@ def _wait(sweep: Path, entries: list[dict[str, Any]], view: View) -> dict[int, E
     ends: dict[int, End] = {}
     over_since: dict[int, float] = {}
     before: dict[int, str] = {}
-    summed, began = time.monotonic(), time.monotonic()
+    summed = began = answered = time.monotonic()
+    silent = False
     while len(ends) < len(entries):
         open_ = [entry for entry in entries if entry["num"] not in ends]
-        known = states(entry["job_id"] for entry in open_) or {}
+        known = states(entry["job_id"] for entry in open_)
+        if known is None:
+            if time.monotonic() - answered > _SILENCE_S:
+                raise LaunchError(
+                    f"Slurm has not answered for {duration(_SILENCE_S)}; its jobs may go on; later: "
+                    f"python -m gymexp.sweep status {sweep}"
+                )
+            if not silent:
+                view.say("Slurm does not answer; its jobs are taken to go on")
+            silent = True
+            time.sleep(_POLL_S)
+            continue
+        if silent:
+            view.say("Slurm answers again")
+        answered, silent = time.monotonic(), False
         for entry in open_:
-            num, state = entry["num"], known.get(entry["job_id"], "")
-            if not state:
-                continue
+            num, state = entry["num"], known[entry["job_id"]]
             if state in GOING_ON:
                 over_since.pop(num, None)
                 if state != "COMPLETING" and state != before.get(num):

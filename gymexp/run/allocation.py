@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
+import time
 from dataclasses import dataclass
 
-_PATIENCE_S = 60.0  # for a controller of Slurm that is busy
+_PATIENCE_S = 60.0  # for a controller of Slurm that is busy, or away
+_AGAIN_S = 2.0
+# What Slurm's commands say where its controller did not answer; anything else is the controller's answer.
+_NO_ANSWER = re.compile(r"contact slurm|timed out|connection (refused|failure)|zero bytes", re.I)
 
 
 @dataclass(frozen=True)
@@ -38,13 +43,24 @@ class Allocation:
         return shown.returncode != 0 or shown.stdout.strip() in ("RUNNING", "")
 
     def requeue(self) -> str:
-        """Have Slurm end this job and start it again later. Returns Slurm's complaint, empty if it agreed."""
+        """Have Slurm end this job and start it again later. Returns Slurm's complaint, empty if it agreed.
+
+        A controller that does not answer is asked again, for as long as it may be busy.
+        """
         shown = _ask("scontrol", "requeue", self.job_id)
         return "" if shown.returncode == 0 else shown.stderr.strip() or "scontrol failed"
 
 
 def _ask(*command: str) -> subprocess.CompletedProcess[str]:
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=_PATIENCE_S)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return subprocess.CompletedProcess(command, 1, "", f"{command[0]}: {error}")
+    """The command's answer: the first one that is the controller's, or after _PATIENCE_S the last."""
+    until = time.monotonic() + _PATIENCE_S
+    while True:
+        left = max(0.1, until - time.monotonic())
+        try:
+            shown = subprocess.run(command, capture_output=True, text=True, check=False, timeout=left)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            return subprocess.CompletedProcess(command, 1, "", f"{command[0]}: {error}")
+        answered = shown.returncode == 0 or not _NO_ANSWER.search(shown.stderr)
+        if answered or time.monotonic() + _AGAIN_S > until:
+            return shown
+        time.sleep(_AGAIN_S)

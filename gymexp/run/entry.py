@@ -24,12 +24,16 @@ from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
-from gymexp.config import CONF_DIR, RunConfig, explain_key, nearest, options, register
-from gymexp.errors import ConfigError, GymexpError
+from gymexp.config import CONF_DIR, RunConfig, options
+from gymexp.errors import ConfigError, GymexpError, Interrupted
+from gymexp.names import nearest
 from gymexp.redaction import in_override
-from gymexp.run import completion, disk
+from gymexp.run import completion, disk, hydra_keys
 from gymexp.run.printable import log_to_stderr, say_error
+from gymexp.schema import explain_key, register
+from gymexp.training import fields
 
 Job = Callable[[DictConfig], Any]
 T = TypeVar("T")
@@ -45,12 +49,16 @@ def guarded(main: Callable[..., Any], schema: type) -> Callable[..., Any]:
         try:
             _speak_utf8()
             _look_around()
+            if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+                signal.signal(signal.SIGINT, signal.default_int_handler)  # in place of gymexp/__init__.py's
             return main(*args, **kwargs)
         except GymexpError as error:
             _end(error)
-        except HydraException as error:
+        except (HydraException, OmegaConfBaseException) as error:
             say_error(explain(error, schema))
             sys.exit(1)
+        except KeyboardInterrupt:  # before a run's controller takes signals over, or in what is no run
+            _end(Interrupted(signal.SIGINT, "ended by SIGINT before it began"))
         except BrokenPipeError:  # `| head` has seen enough; what is still buffered is for nobody
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
@@ -142,16 +150,26 @@ def log_to_terminal() -> None:
     logging.getLogger("filelock").setLevel(logging.WARNING)
 
 
-def explain(error: HydraException, schema: type) -> str:
+def explain(error: HydraException | OmegaConfBaseException, schema: type) -> str:
     """Hydra's own complaint, with the nearest option or key of the schema where one is unknown."""
     text = str(error)
-    if found := re.search(r"[Cc]ould not (?:find|load) '(\w+)/([^']+)'", text):
+    if found := re.search(r"[Cc]ould not (?:find|load) '([\w/]+)/([^'/]+)'", text):
         group, name = found.groups()
+        if group.startswith("hydra/"):
+            return hydra_keys.explain_option(group, name)
         known = options(group)
         return f"{group}={name} is not known{nearest(name, known, f'{group}=')}. Known: {', '.join(known)}"
-    if found := re.search(r"[Cc]ould not override '([\w.@/]+)'", text):
-        return explain_key(found.group(1), schema) or text
     cause = error.__cause__ or error.__context__
+    if found := re.search(r"[Cc]ould not override '([\w.@/]+)'", text):
+        key = found.group(1)
+        if key.startswith("hydra"):
+            return hydra_keys.explain_key(key)
+        trainers = [f"trainer.{name}" for name in sorted(fields.CARRIED)] if schema is RunConfig else []
+        return explain_key(key, schema, getattr(cause, "full_key", None), trainers) or text
+    if found := re.search(r"does not support sweep type : (\w+)_SWEEP", text):
+        return hydra_keys.explain_sweep(found.group(1).lower())
+    if isinstance(error, OmegaConfBaseException):
+        return f"{error.full_key}: {text.splitlines()[0]}" if error.full_key else text.splitlines()[0]
     return f"{text}: {str(cause).splitlines()[0]}" if cause else text
 
 
@@ -172,13 +190,21 @@ def hydra_main(
             plugins.class_name_to_class |= {_BASIC: _local_launcher, _SUBMITIT: _slurm_launcher}
         else:
             plugins.class_name_to_class[_SUBMITIT] = _no_launcher
+        hydra_keys.check_before_runs(launches)
         # Hydra would print its own errors and exit; this lets them come here.
         os.environ.setdefault("HYDRA_FULL_ERROR", "1")
         if launches:
             outlive_readers()
         log_to_terminal()
-        job = hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=config_name)
-        return guarded(_without_secrets(job(_in_job(main))), schema)
+        job = hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=config_name)(
+            _in_job(main)
+        )
+
+        def checked() -> Any:
+            hydra_keys.check_flags(sys.argv[1:])
+            return job()
+
+        return guarded(_without_secrets(checked), schema)
 
     return decorate
 

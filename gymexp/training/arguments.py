@@ -23,11 +23,12 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
-from gymexp.config import RunConfig, nearest
+from gymexp.config import RunConfig
 from gymexp.errors import ConfigError
+from gymexp.names import meant
 from gymexp.run.environment import without_launchers
 from gymexp.search.space import ends, flat
-from gymexp.training import fields, sharding
+from gymexp.training import fields, sharding, tracker
 
 if TYPE_CHECKING:
     from trl.trainer.grpo_config import GRPOConfig
@@ -153,8 +154,7 @@ def _named_problems(config: RunConfig) -> str:
     for name in searched | config.trainer:
         if name not in known:
             found.append(
-                f"trainer.{name} is not an argument of trl.GRPOConfig"
-                f"{nearest(name, sorted(known), 'trainer.')}"
+                f"trainer.{name} is not an argument of trl.GRPOConfig{meant(name, sorted(known), 'trainer.')}"
             )
     found.extend(fields.problems({n: None for n in searched if n in fields.OWNED} | config.trainer))
     for name in ("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"):
@@ -171,6 +171,8 @@ def _named_problems(config: RunConfig) -> str:
         )
     if (kind := config.tracker.kind) != "none" and not importlib.util.find_spec(kind):
         found.append(f"tracker.kind={kind} needs a package that is not installed: pip install {kind}")
+    else:
+        found.extend(tracker.problems(config.tracker))
     if config.search.trial is not None and not importlib.util.find_spec("optuna"):
         found.append("search needs a package that is not installed: pip install 'gymexp[optuna]'")
     return "\n".join(found)

@@ -79,11 +79,13 @@ def read_run(
 ) -> RunState:
     """`slurm`: what Slurm says of its jobs; None if it was not asked or does not answer.
 
-    job_id: the job that the run was submitted as, where the directory may not say so yet.
+    job_id: the job that the run was submitted as, where Slurm was asked of it.
     """
     status, result = read_json(path / "status.json"), read_json(path / "result.json")
     job = (slurm or {}).get(job_id or status.get("job_id") or "")
     state, why = _state(path, status, result, job, slurm is not None and bool(job_id or status.get("job_id")))
+    if state == "lost" and job_id and slurm is None:
+        state, why = "waiting", "Slurm does not answer"  # which is no job's end
     return RunState(path, state, why, status, result if state in ENDED else {})
 
 

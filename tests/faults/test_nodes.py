@@ -17,6 +17,7 @@ from hydra import compose, initialize_config_dir
 from whole_run import OVERRIDES, ROOT, Run
 
 from gymexp import config as configuration
+from gymexp import schema
 from gymexp.launch.freeze import FrozenJob, write_job
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(400)]
@@ -46,7 +47,7 @@ class NodesRun(Run):
 
     def __init__(self, sweep: Path) -> None:
         self.directory = sweep / "0"
-        configuration.register()
+        schema.register()
         with initialize_config_dir(str(configuration.CONF_DIR), version_base="1.3"):
             config = configuration.load(compose("train", SHORT))
         write_job(self.directory, FrozenJob(config, SHORT))

@@ -43,6 +43,17 @@ def test_the_second_restart_in_vain_is_the_last(tmp_path):
         start(run, 3)
 
 
+def test_a_job_whose_newest_checkpoint_is_damaged_again_and_again_is_given_up_as_well(tmp_path):
+    run = RunDirectory(tmp_path)
+    save(run, 2)
+    start(run, 0)
+    save(run, 4)
+    start(run, 1)
+    (run.checkpoints / "checkpoint-4").rename(run.checkpoints / "damaged-checkpoint-4.1")
+    with pytest.raises(GymexpError, match="started 3 times without getting past checkpoint-2"):
+        start(run, 2)
+
+
 def test_a_submission_of_its_own_counts_anew(tmp_path):
     run = RunDirectory(tmp_path)
     for number in (0, 1):

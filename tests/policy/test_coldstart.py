@@ -8,12 +8,13 @@ import random
 import pytest
 from hydra import compose, initialize_config_dir
 
-from gymexp.config import CONF_DIR, ModelConfig, explain_key
+from gymexp.config import CONF_DIR, ModelConfig
 from gymexp.errors import ConfigError, DataError
 from gymexp.policy import coldstart
 from gymexp.policy.coldstart import IGNORED, SFTOptions, tokenize, train
 from gymexp.policy.model import load_model, load_tokenizer
 from gymexp.policy.tiny import Shape, build_model, build_tokenizer, render
+from gymexp.schema import explain_key
 
 
 def demonstrations(n: int) -> list[dict]:

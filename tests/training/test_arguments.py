@@ -14,6 +14,7 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from gymexp import config as configuration
+from gymexp import schema
 from gymexp.config import CONF_DIR, EnvConfig, ModelConfig, RunConfig, SearchConfig, options
 from gymexp.errors import ConfigError
 from gymexp.training import arguments
@@ -250,7 +251,7 @@ MISSING = ("bitsandbytes", "galore_torch", "torchao", "torchdistx", "liger_kerne
     reason="what is said here of missing packages and GPUs is there",
 )
 def test_trl_itself_takes_the_good_and_every_experiment_and_refuses_the_bad(tmp_path, monkeypatch):
-    configuration.register()
+    schema.register()
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
         composed = [compose("train", [f"experiment={name}"]) for name in options("experiment")]
         composed += [compose("train", [f"trainer={name}"]) for name in options("trainer")]
