@@ -86,8 +86,10 @@ def test_states_are_ends_or_waits_or_neither():
         "RUNNING": (False, False),
         "TIMEOUT": (False, True),
     }
-    for name in ("REQUEUED", "SUSPENDED", "COMPLETING", "CONFIGURING", "STOPPED"):
-        assert not SlurmState(name).over
+    for name in "REQUEUED REQUEUE_HOLD REQUEUE_FED RESV_DEL_HOLD SPECIAL_EXIT".split():
+        assert SlurmState(name).waits and not SlurmState(name).over
+    for name in "SUSPENDED COMPLETING CONFIGURING STOPPED RESIZING SIGNALING POWER_UP_NODE STAGE_OUT".split():
+        assert not SlurmState(name).waits and not SlurmState(name).over
 
 
 def test_a_run_of_a_job_is_not_lost_while_slurm_does_not_answer(tmp_path):

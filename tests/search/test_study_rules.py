@@ -225,3 +225,15 @@ def test_a_resumed_trial_is_one_though_the_command_line_does_not_say_so(tmp_path
         "no override: its configuration has them"
     )
     assert trial_of(tmp_path, 0).value == 0.7
+
+
+def test_a_trial_that_goes_on_as_another_keeps_what_was_measured(tmp_path):
+    study.begin(search(0), tmp_path / "0")
+    study.Judge(search(0), tmp_path / "0").report(1, {"sudoku": {"reward": 0.4}})
+    study.end(search(0), tmp_path / "0", {})
+    first = trial_of(tmp_path, 0)
+    study.begin(search(0), tmp_path / "0")
+    again = trial_of(tmp_path, 0)
+    assert again.number != first.number and again.state.name == "RUNNING"
+    assert again.intermediate_values == first.intermediate_values == {1: 0.4}
+    assert again.user_attrs["after"] == first.number
