@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from slurm_sweeps import Submitted
 from vllm_cpu import vllm_here
 from whole_run import Run
 
@@ -107,3 +108,17 @@ def two_ranks(vllm, monkeypatch) -> list[str]:
     changes = ["placement.rollout_gpus=1", "placement.train_gpus=2", "engine.weights=disk"]
     changes += ["rollout.drift_every=1", "rollout.max_drift=3e-4", "trainer.warmup_steps=0"]
     return [*vllm, *changes, "evaluation.before=false", "evaluation.after=false"]
+
+
+@pytest.fixture
+def submitted(slurm, gym_python, tmp_path) -> Iterator[Callable[..., Submitted]]:
+    """Submits to a directory that has to be quoted; what a failed test leaves of it is cancelled."""
+    made: list[Submitted] = []
+
+    def submit(*overrides: str, **more: Path) -> Submitted:
+        made.append(Submitted(tmp_path / "with a space" / f"sweep{len(made)}", *overrides, **more))
+        return made[-1]
+
+    yield submit
+    for one in made:
+        one.end()
