@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from gymexp.run.printable import printable
+
 _TAIL_BYTES = 1 << 17
 _NUM_LINES = 8
 _WIDTH = 300
@@ -21,7 +23,7 @@ _CAUSED = "The above exception was the direct cause of the following exception:"
 def reason(log: Path, code: int = 1) -> str:
     """For an error message: the log's last exception and where it was raised, or else its last lines; and
     which file it is. code: of the process's end; one that a signal ended has raised no exception."""
-    text = _tail(log)
+    text = printable(_tail(log))
     if code > 0 and (found := last_exception(text)):
         return f"{found}\nLook into {log}"
     lines = [line for line in text.splitlines() if line.strip() and not _NOISE.match(line)]

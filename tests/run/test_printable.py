@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from gymexp.run import printable as module
 from gymexp.run.directory import RunDirectory, append_line, read_lines
+from gymexp.run.last_words import reason
 from gymexp.run.printable import printable, printable_in
-from gymexp.run.process import last_lines
 from gymexp.view.progress import View
 from gymexp.view.run_text import Tail
 
@@ -77,7 +77,8 @@ def test_what_a_run_writes_down_of_others_is_printable_in_each_file(tmp_path):
 
 def test_the_end_of_a_servers_log_is_printable(tmp_path):
     (tmp_path / "server.log").write_bytes(EVIL.encode(errors="replace") + b"\n")
-    assert fit(last_lines(tmp_path / "server.log")) and r"\x1b]0;owned" in last_lines(tmp_path / "server.log")
+    said = reason(tmp_path / "server.log")
+    assert fit(said) and r"\x1b]0;owned" in said
 
 
 def test_of_a_line_that_was_written_over_the_last_state_is_followed(tmp_path):
