@@ -26,7 +26,7 @@ from gymexp.policy.snapshot import directory_of
 from gymexp.run.environment import without_launchers
 from gymexp.run.last_words import last_exception
 
-_TIMEOUT_S = 120
+_TIMEOUT_S = 600
 _FILES = ("*.json", "*.jinja", "*.model", "additional_chat_templates/*")
 _CODE = ("reply.py", "tokens.py", "model.py", "inspection.py")
 

@@ -38,7 +38,7 @@ _SOURCES = (
     ("trl", "trainer/base_config.py", "_BaseConfig"),
     ("transformers", "training_args.py", "TrainingArguments"),
 )
-_CHECK_TIMEOUT_S = 120
+_CHECK_TIMEOUT_S = 600  # 15 s of work, on a machine that may be busy
 _MOST_COMBINATIONS = 64
 
 
