@@ -86,9 +86,18 @@ def test_states_are_ends_or_waits_or_neither():
         "RUNNING": (False, False),
         "TIMEOUT": (False, True),
     }
-    for name in "REQUEUED REQUEUE_HOLD REQUEUE_FED RESV_DEL_HOLD SPECIAL_EXIT".split():
+    for name in ["REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "RESV_DEL_HOLD", "SPECIAL_EXIT"]:
         assert SlurmState(name).waits and not SlurmState(name).over
-    for name in "SUSPENDED COMPLETING CONFIGURING STOPPED RESIZING SIGNALING POWER_UP_NODE STAGE_OUT".split():
+    for name in [
+        "SUSPENDED",
+        "COMPLETING",
+        "CONFIGURING",
+        "STOPPED",
+        "RESIZING",
+        "SIGNALING",
+        "POWER_UP_NODE",
+        "STAGE_OUT",
+    ]:
         assert not SlurmState(name).waits and not SlurmState(name).over
 
 
