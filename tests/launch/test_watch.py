@@ -139,10 +139,13 @@ def test_only_the_jobs_that_were_asked_for_are_watched(watched):
     assert list(ends) == [1] and slurm.asked == [["12_1"]] and lines[0].startswith("1 jobs submitted")
 
 
-def test_silence_of_slurms_is_said_once_and_is_no_end(watched):
+def test_silence_of_slurms_is_said_once_and_is_no_end(watched, monkeypatch):
     finish(watched.sweep, 0)
+    pauses: list[float] = []
+    monkeypatch.setattr(watch.time, "sleep", pauses.append)
     answer = {"12_0": "COMPLETED", "12_1": "FAILED"}
     ends, lines, _ = watched(None, None, None, answer)
+    assert pauses[:3] == [0.01] * 3, "between two questions"
     assert [line for line in lines if "answer" in line] == [
         "Slurm does not answer; its jobs are taken to go on",
         "Slurm answers again",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -237,3 +238,12 @@ def test_a_trial_that_goes_on_as_another_keeps_what_was_measured(tmp_path):
     assert again.number != first.number and again.state.name == "RUNNING"
     assert again.intermediate_values == first.intermediate_values == {1: 0.4}
     assert again.user_attrs["after"] == first.number
+
+
+def test_without_optuna_a_summary_says_what_to_install_and_its_verbosity_stays(tmp_path, monkeypatch):
+    before = optuna.logging.get_verbosity()
+    study.begin(search(0), tmp_path / "0")
+    assert optuna.logging.get_verbosity() == before and (tmp_path / "study.journal").exists()
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    said = "study: its best trial is shown where Optuna is: pip install 'gymexp[optuna]'"
+    assert study.summary(tmp_path) == [said]
