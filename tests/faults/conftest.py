@@ -73,4 +73,5 @@ def _with_seconds(line: str, seconds: dict[str, float]) -> str:
     row = ROW.match(line)
     if not row or row["fault"] not in seconds:
         return line
-    return f"{line[: row.start('seconds')]}{seconds[row['fault']]:.0f}{line[row.end('seconds') :]}"
+    took = seconds[row["fault"]]
+    return f"{line[: row.start('seconds')]}{took:.{0 if took >= 10 else 1}f}{line[row.end('seconds') :]}"
