@@ -37,7 +37,7 @@ OVERRIDES = [
 ]
 UNEVALUATED = ["evaluation.before=false", "evaluation.after=false", "evaluation.every_steps=0"]
 NO_WAY_OUT = dict.fromkeys(("http_proxy", "HTTP_PROXY"), "http://127.0.0.1:9")  # a proxy that is not there
-PATIENCE_S = 300
+PATIENCE_S = 600
 
 
 class Run:

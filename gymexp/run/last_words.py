@@ -16,7 +16,8 @@ _FRAME = re.compile(r'\s+File "(?P<file>[^"]+)", line (?P<line>\d+)')
 _EXCEPTION = re.compile(r"(?:\w+\.)*[A-Z]\w*(?:: .*)?")
 # Warnings, and what is left of a traceback without its exception.
 _NOISE = re.compile(r'.*Warning: |\s+File "|\s{4}|Traceback \(')
-_NUM_MORE = 3
+_NUM_MORE = 8
+_LINK = "For further information visit "
 _CAUSED = "The above exception was the direct cause of the following exception:"
 
 
@@ -62,8 +63,9 @@ def _exception_at(text: str, at: int) -> str:
         elif line and not line[0].isspace():
             if not _EXCEPTION.fullmatch(line):
                 return ""
-            num_more = _NUM_MORE if "validation error" in line else 0  # pydantic's has several lines
-            more = [f"  {one.strip()[:_WIDTH]}" for one in lines[number + 1 :][:num_more]]
+            more = [one for one in lines[number + 1 :] if one.strip() and _LINK not in one]
+            more = more[:_NUM_MORE] if "validation error" in line else []  # pydantic's: two lines a field
+            more = [f"  {one.strip()[:_WIDTH]}" for one in more]
             return "\n".join([line[: 2 * _WIDTH] + place, *more])
     return ""
 

@@ -66,7 +66,9 @@ def main() -> None:
             said = disk.in_words(refused)
         else:
             raise
-        log.error("%s", said, exc_info=not isinstance(error, GymexpError))
+        if not isinstance(error, GymexpError):
+            log.exception("it ends for this:")
+        log.error("%s", said)
         if main_rank:
             run.write_error(said)
         sys.exit(1)

@@ -34,7 +34,7 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_nothing_can_be_done_about_is_said_in_one_line(name, tmp_path):
     shell, environ, said = REFUSED[name]
-    where = [f"output_dir={tmp_path / 'run'}", f"hydra.run.dir={tmp_path / 'run'}"]
+    where = [f"output_dir={tmp_path / 'run'}"]
     code, shown = command("experiment=quickstart", *where, cwd=tmp_path, shell=shell, **environ)
     assert code == 1 and "Traceback" not in shown, shown
     errors = [line for line in shown.splitlines() if line.startswith("error: ")]
@@ -43,7 +43,7 @@ def test_what_nothing_can_be_done_about_is_said_in_one_line(name, tmp_path):
 
 
 def test_too_many_rollouts_for_the_limit_on_open_files_are_refused_before_anything_starts(tmp_path):
-    where = [f"output_dir={tmp_path / 'run'}", f"hydra.run.dir={tmp_path / 'run'}"]
+    where = [f"output_dir={tmp_path / 'run'}"]
     asked = "env.sudoku.max_concurrency=64"
     code, shown = command("experiment=quickstart", asked, *where, shell="ulimit -n 256")
     assert code == 1 and "env.sudoku.max_concurrency must be at most 36, got 64" in shown, shown
