@@ -272,14 +272,19 @@ def test_ctrl_c_in_the_first_seconds_is_a_line_and_130(after_s, tmp_path):
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": str(CONF_DIR.parent), "GYMEXP_CACHE": str(tmp_path / "cache")},
         start_new_session=True,
+        # A shell ignores it in what it starts in the background, these tests perhaps, and so would the run.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    assert process.stdout
-    for line in process.stdout:  # Python's own start comes before anything of gymexp's
-        if line.endswith("| gymexp\n"):
-            break
-    time.sleep(after_s)
-    os.killpg(process.pid, signal.SIGINT)
-    shown, _ = process.communicate(timeout=60)
+    try:
+        assert process.stdout
+        for line in process.stdout:  # Python's own start comes before anything of gymexp's
+            if line.endswith("| gymexp\n"):
+                break
+        time.sleep(after_s)
+        os.killpg(process.pid, signal.SIGINT)
+        shown, _ = process.communicate(timeout=60)
+    finally:
+        process.terminate()
     said = "\n".join(line for line in shown.splitlines() if not line.startswith("import time:"))
     assert process.returncode == 130, said
     assert "Traceback" not in said and said.count("error: ended by SIGINT") == 1, said
