@@ -44,16 +44,16 @@ def fault(request: pytest.FixtureRequest) -> Callable[[str], Stopwatch]:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--write-seconds", action="store_true", help="write them into docs/reliability.md")
-    parser.addoption("--third", type=int, choices=range(3), help="run every third test, from this one on")
+    parser.addoption("--fifth", type=int, choices=range(5), help="run every fifth test, from this one on")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    third = config.getoption("--third", default=None)
+    fifth = config.getoption("--fifth", default=None)
     injecting = [item for item in items if "fault" in getattr(item, "fixturenames", ())]
     for item in injecting:
         item.add_marker("fault")
     for number, item in enumerate(sorted(injecting, key=lambda item: item.nodeid)):
-        if third is not None and number % 3 != third:
+        if fifth is not None and number % 5 != fifth:
             items.remove(item)
 
 

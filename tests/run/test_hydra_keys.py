@@ -272,8 +272,6 @@ def test_ctrl_c_in_the_first_seconds_is_a_line_and_130(after_s, tmp_path):
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": str(CONF_DIR.parent), "GYMEXP_CACHE": str(tmp_path / "cache")},
         start_new_session=True,
-        # A shell ignores it in what it starts in the background, these tests perhaps, and so would the run.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         assert process.stdout
