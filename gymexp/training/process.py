@@ -67,7 +67,7 @@ def main() -> None:
         else:
             raise
         if not isinstance(error, GymexpError):
-            log.exception("it ends for this:")
+            log.exception("the error")
         log.error("%s", said)
         if main_rank:
             run.write_error(said)
