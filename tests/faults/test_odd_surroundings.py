@@ -1,16 +1,20 @@
-"""A whole run in surroundings that nobody would wish for."""
+"""Whole runs in surroundings that nobody would wish for: few files, no HOME, a clock that is set."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import psutil
 import pytest
 from whole_run import OVERRIDES, ROOT, UNEVALUATED, metrics_of, steps_of
 
 from gymexp.run.directory import cache_dir
+from gymexp.view.run_state import read_run, wall_seconds
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 ODD = {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
@@ -50,3 +54,36 @@ def test_256_open_files_no_path_no_home_and_another_locale_are_enough(folder, gy
     assert not [
         p for p in psutil.process_iter(["cmdline"]) if str(directory) in " ".join(p.info.get("cmdline") or [])
     ]
+
+
+@pytest.fixture
+def clock(tmp_path, monkeypatch) -> Path:
+    """A file that says by how many seconds the clock of every process started from now on is wrong."""
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if not compiler:
+        pytest.skip("no C compiler")
+    by, library = tmp_path / "by", tmp_path / "set_clock.so"
+    by.write_text("0")
+    source = ROOT / "tests" / "set_clock.c"
+    subprocess.run([compiler, "-O1", "-shared", "-fPIC", "-o", library, source], check=True)
+    monkeypatch.setenv("LD_PRELOAD", str(library))
+    monkeypatch.setenv("SET_CLOCK_BY", str(by))
+    return by
+
+
+def test_a_clock_that_is_set_back_and_forth_changes_nothing(started, gym_python, clock, fault):
+    run = started("clock", *UNEVALUATED, "trainer.max_steps=8", "gym.health_interval_s=1")
+    run.wait_for_step(1)
+    blow = fault("The clock is set back by an hour, then forward")
+    clock.write_text("-3600")
+    run.wait_for_step(4)
+    clock.write_text("3600")
+    run.wait_for_step(7)
+    blow.over()
+    assert run.ended_cleanly() == 0, run.said
+    assert run.steps() == list(range(1, 9))
+    assert "starting it again" not in run.said and "has not answered" not in run.said, run.said
+    off = [entry["time"] - time.time() for entry in run.metrics()]
+    assert min(off) < -3000 and max(off) > 3000, "the clock was set in the run's own processes"
+    assert all(0 < entry["time/step"] < 600 for entry in run.metrics() if "loss" in entry)
+    assert 0 < wall_seconds(read_run(run.directory)) < 600
