@@ -27,8 +27,8 @@ _TITLE = """\
 
 A key is set on the command line (`python -m gymexp.train engine.max_batch_size=32`) or in a YAML file that
 the command takes (`--config-name`, `experiment=…`, `conf/machine/default.yaml`). A default is the schema's;
-an option of `conf/` may bring another one, and `python -m gymexp.train --cfg job` prints what a run would get. A
-key whose default is `???` needs a value, which an option of its group brings: `model=…` sets `model.path`,
+an option of `conf/` may bring another one, and `python -m gymexp.train --cfg job` prints what a run would get.
+A key whose default is `???` needs a value, which an option of its group brings: `model=…` sets `model.path`,
 and `env=[…]` sets `env.<name>.agent`.
 """
 _ENV = "The key has the environment's name: `env.sudoku.weight=3`. `env=[…]` selects the environments."
@@ -50,7 +50,7 @@ UNSAID = {
     "env.<name>.data.revision": "of the dataset: branch, tag or commit",
     "env.<name>.data.validation_file": "the held-out tasks, as `train_file`",
     "env.<name>.data.train_size": "training tasks; None: all of the file",
-    "env.<name>.data.train_seed": "of the generator: reasoning_gym's training tasks, or all tasks of workplace",
+    "env.<name>.data.train_seed": "of the generator: reasoning_gym's training tasks, all tasks of workplace",
     "env.<name>.data.validation_size": "held-out tasks; None: all of the file",
     "env.<name>.data.validation_seed": "of the generator: reasoning_gym's held-out tasks",
     "dataset.seed": "of the order of the tasks, in every epoch",
