@@ -27,9 +27,9 @@ _TITLE = """\
 
 A key is set on the command line (`python -m gymexp.train engine.max_batch_size=32`) or in a YAML file that
 the command takes (`--config-name`, `experiment=…`, `conf/machine/default.yaml`). A default is the schema's;
-an option of `conf/` may bring another one, and `python -m gymexp.train --cfg job` prints what a run would get.
-A key whose default is `???` needs a value, which an option of its group brings: `model=…` sets `model.path`,
-and `env=[…]` sets `env.<name>.agent`.
+an option of `conf/` may bring another one, and `python -m gymexp.train --cfg job` prints what a run would
+get. A key whose default is `???` needs a value, which an option of its group brings: `model=…` sets
+`model.path`, and `env=[…]` sets `env.<name>.agent`.
 """
 _ENV = "The key has the environment's name: `env.sudoku.weight=3`. `env=[…]` selects the environments."
 _TRAINER = """\
