@@ -44,7 +44,7 @@ _FATES = """\
 is refused is refused before anything starts.
 """
 # Of fields that have no comment.
-UNSAID = {
+UNCOMMENTED = {
     "seed": "of the rollouts' draws and of the trainer",
     "model.attn_implementation": "how transformers computes attention: any implementation that can train",
     "env.<name>.data.revision": "of the dataset: branch, tag or commit",
@@ -79,8 +79,8 @@ def meanings(schema: type) -> dict[str, str]:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             last = node.end_lineno or node.lineno
             beside = [comments.pop(line) for line in range(node.lineno, last + 1) if line in comments]
-            if said := [*_above(node.lineno, comments), *beside]:
-                found[node.target.id] = " ".join(said)
+            if texts := [*_above(node.lineno, comments), *beside]:
+                found[node.target.id] = " ".join(texts)
     return found
 
 
@@ -102,12 +102,12 @@ def sections(schema: type = RunConfig, at: str = "") -> Iterator[tuple[str, type
 
 def rows(schema: type, at: str) -> Iterator[tuple[str, str, str, str]]:
     """(key, type, default, meaning) of each field that has no section of its own."""
-    said = meanings(schema)
+    commented = meanings(schema)
     for field in dataclasses.fields(schema):
         if _below(schema, field) or (schema is RunConfig and field.name == "trainer"):
             continue
         key = f"{at}{field.name}"
-        meaning = said.get(field.name) or UNSAID.get(key, "")
+        meaning = commented.get(field.name) or UNCOMMENTED.get(key, "")
         yield key, str(field.type), _default(field), meaning
 
 
@@ -148,7 +148,7 @@ def _trainer() -> Iterator[str]:
     """The section of `trainer.*`, whose schema is TRL's."""
     yield "## `trainer`\n"
     yield _paragraph(_TRAINER)
-    yield _table(("key", "value"), ((f"`trainer.{k}`", f"`{v}`") for k, v in _said_by_conf().items()))
+    yield _table(("key", "value"), ((f"`trainer.{k}`", f"`{v}`") for k, v in _trainer_of_conf().items()))
     yield _paragraph(_FATES)
     yield "**Carried**: TRL's trainer does what the argument says.\n"
     yield _paragraph(", ".join(f"`{name}`" for name in sorted(fields.CARRIED)) + ".")
@@ -163,7 +163,7 @@ def _trainer() -> Iterator[str]:
     yield _table(("argument", "why"), ((f"`{k}`", why) for k, why in fields.HARMLESS.items()))
 
 
-def _said_by_conf() -> Mapping[str, Any]:
+def _trainer_of_conf() -> Mapping[str, Any]:
     """What a run's `trainer` has before the command line says anything."""
     found: dict[str, Any] = {}
     for file, at in (("train.yaml", "trainer"), ("trainer/grpo.yaml", "")):

@@ -65,9 +65,11 @@ def test_a_meaning_is_found_wherever_its_comment_stands():
 
 
 def test_no_meaning_is_written_twice():
-    said = {f"{at}{name}" for at, section in reference.sections() for name in reference.meanings(section)}
-    assert not said & reference.UNSAID.keys()
-    assert reference.UNSAID.keys() <= {key for key, *_ in ROWS}
+    commented = {
+        f"{at}{name}" for at, section in reference.sections() for name in reference.meanings(section)
+    }
+    assert not commented & reference.UNCOMMENTED.keys()
+    assert reference.UNCOMMENTED.keys() <= {key for key, *_ in ROWS}
 
 
 def test_a_section_begins_with_its_dataclass_docstring():
