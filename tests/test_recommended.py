@@ -23,7 +23,7 @@ from gymexp.config import CONF_DIR, RunConfig, load
 from gymexp.run import hydra_keys
 
 ROOT = Path(__file__).parent.parent
-TEXTS = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+TEXTS = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "docs" / "guides").glob("*.md")]
 TEXTS += [*CONF_DIR.rglob("*.yaml"), *(ROOT / "sweeps").glob("*.yaml")]
 
 
@@ -108,6 +108,14 @@ def without_slurm(tmp_path: Path, *arguments: str) -> subprocess.CompletedProces
         timeout=300,
         check=False,
     )
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.name)
+def test_brackets_of_a_command_stand_in_quotes(path):
+    """zsh takes `env=[sudoku]` for a pattern of files, and ends where none has that name."""
+    for line in path.read_text().splitlines():
+        command = line[line.find("python -m gymexp") :] if "python -m gymexp" in line else ""
+        assert not re.search(r"(?<=\s)[\w.]+=\[", re.sub(r"\s#.*", "", command)), line
 
 
 def test_a_dry_run_needs_no_slurm_and_leaves_nothing(tmp_path):
