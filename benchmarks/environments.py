@@ -42,22 +42,25 @@ import orjson
 import psutil
 from scripted import question, write_script
 
-from gymexp.config import CONF_DIR, RunConfig, load
+from gymexp.config.hydra_schema import register
+from gymexp.config.load import load
+from gymexp.config.options import CONF_DIR
+from gymexp.config.schema import RunConfig
 from gymexp.data.rows import load_rows, server_of
 from gymexp.data.sources import fetch
-from gymexp.gym.client import Sampling
+from gymexp.gateway.server import load_tokenizer
+from gymexp.gym.hosted import GymHost
 from gymexp.gym.install import ensure_python, site_packages
-from gymexp.gym.servers import POLICY, GymHost, Layout, plan
-from gymexp.policy.gateway import load_tokenizer
+from gymexp.gym.plan import POLICY, Layout, plan
+from gymexp.processes import ports
+from gymexp.processes.keys import Keys
+from gymexp.processes.process import spawn
+from gymexp.processes.supervisor import Service, Supervisor
+from gymexp.record.places import cache_dir
 from gymexp.rollout.collect import Collector
 from gymexp.rollout.outcome import Failed, Task
-from gymexp.run import ports
+from gymexp.rollout.play import Sampling
 from gymexp.run.control import Control
-from gymexp.run.directory import cache_dir
-from gymexp.run.keys import Keys
-from gymexp.run.process import spawn
-from gymexp.run.supervisor import Service, Supervisor
-from gymexp.schema import register
 
 KEYS = Keys.new()
 os.environ |= KEYS.environ()  # of this process and of all that it starts
@@ -209,7 +212,7 @@ async def measure(
 def start_policy(supervisor: Supervisor, tokenizer: str, sockets: dict[str, Any], script: Path) -> None:
     """The gateway as a run starts it, and the two fakes."""
     fake = [sys.executable, str(HERE / "scripted.py"), "--script", str(script)]
-    gateway = [sys.executable, "-m", "gymexp.policy.gateway", "--tokenizer", tokenizer]
+    gateway = [sys.executable, "-m", "gymexp.gateway.server", "--tokenizer", tokenizer]
     gateway += ["--engine-url", ports.url_of(sockets["engine"]), "--max-model-len", "32768"]
 
     def add(name: str, command: list[str], health: str) -> None:

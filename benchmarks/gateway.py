@@ -25,8 +25,8 @@ import orjson
 import psutil
 from aiohttp import web
 
-from gymexp.run.keys import RUN, Keys, header_of
-from gymexp.run.ports import listen, url_of
+from gymexp.processes.keys import RUN, Keys, header_of
+from gymexp.processes.ports import listen, url_of
 
 os.environ |= Keys.new().environ()  # of this process and of all that it starts
 GROUP = 16
@@ -127,7 +127,7 @@ def build_tokenizer(path: str) -> None:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    from gymexp.policy.tiny import RESPONSE_TEMPLATE, chat_template
+    from gymexp.coldstart.tiny import RESPONSE_TEMPLATE, chat_template
 
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -151,9 +151,9 @@ def build_tokenizer(path: str) -> None:
 
 def serve_engine(fd: int, tokenizer_path: str) -> None:
     """Calls a tool twice, then says so; without tools in the prompt, a grid."""
-    from gymexp.policy.gateway import load_tokenizer
-    from gymexp.run.lifeline import die_with_parent
-    from gymexp.run.ports import adopt
+    from gymexp.gateway.server import load_tokenizer
+    from gymexp.processes.lifeline import die_with_parent
+    from gymexp.processes.ports import adopt
 
     die_with_parent()
     tokenizer = load_tokenizer(tokenizer_path)
@@ -216,7 +216,7 @@ def main() -> None:
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
         engine = [sys.executable, __file__, "--serve-engine", engine_fd, "--tokenizer", args.tokenizer]
         profile = ["-m", "cProfile", "-o", args.profile] if args.profile else []
-        gateway = [sys.executable, *profile, "-m", "gymexp.policy.gateway", "--fd", gateway_fd]
+        gateway = [sys.executable, *profile, "-m", "gymexp.gateway.server", "--fd", gateway_fd]
         gateway += [
             "--engine-url",
             url_of(sockets[0]),

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from gymexp.policy.hf import HFEngine
-from gymexp.policy.hf_sampling import SamplingParams
+from gymexp.engine.hf.engine import HFEngine
+from gymexp.engine.hf.sampling import SamplingParams
 
 
 def build_model() -> Qwen3ForCausalLM:

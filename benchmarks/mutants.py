@@ -1,7 +1,7 @@
 """Which small faults in what decides training do the fast tests miss?
 
     python benchmarks/mutants.py                          17 mutants of each module in MODULES
-    python benchmarks/mutants.py policy/tokens --num 50 --seed 3
+    python benchmarks/mutants.py rollout/tokens --num 50 --seed 3
 
 A mutant is a module with one change. Its tests run in a copy of the repository; a mutant that they do not
 notice has survived, and is printed as a diff. Left out are what has no effect on what is computed (texts of
@@ -35,22 +35,22 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 EQUIVALENT = Path(__file__).with_suffix("").with_name("mutants_equivalent.toml")
 MODULES = {  # the tests that notice a fault; slow ones last, as the first failure ends a mutant
-    "policy/tokens": "policy/test_tokens.py policy/test_history.py",
-    "policy/history": "policy/test_history.py",
-    "policy/gateway": "policy/test_gateway.py policy/test_history.py policy/test_draws.py",
-    "policy/chat": "policy/test_chat.py policy/test_gateway.py",
-    "policy/weights": "policy/test_weights.py",
+    "rollout/tokens": "rollout/test_tokens.py gateway/test_history.py",
+    "gateway/history": "gateway/test_history.py",
+    "gateway/server": "gateway/test_server.py gateway/test_history.py rollout/test_draws.py",
+    "gateway/chat": "gateway/test_chat.py gateway/test_server.py",
+    "engine/weights": "engine/test_weights.py",
     "training/rollouts": "training/test_rollouts.py",
     "training/padding": "training/test_padding.py training/test_objective.py",
     "training/callbacks": "training/test_callbacks.py",
     "rollout/batch": "rollout/test_batch.py",
     "rollout/collect": "rollout/test_collect.py",
-    "gym/client": "gym/test_client.py rollout/test_collect.py",
-    "launch/watch": "launch/test_watch.py",
-    "launch/job": "launch/test_job.py launch/test_job_lead.py",
-    "search/study": "search/test_study_rules.py search/test_study.py",
-    "run/slurm_states": "run/test_slurm_states.py launch/test_watch.py",
-    "run/allocation": "run/test_allocation.py",
+    "rollout/play": "rollout/test_play.py rollout/test_collect.py",
+    "sweep/watch": "sweep/test_watch.py",
+    "sweep/job": "sweep/test_job.py sweep/test_job_lead.py",
+    "record/study": "record/test_study_rules.py record/test_study.py",
+    "cluster/slurm": "cluster/test_slurm_states.py sweep/test_watch.py",
+    "cluster/job": "cluster/test_allocation.py",
 }
 SLOW = "gym or e2e or ranks or vllm or ray or gpu or slurm"
 PRELOADED = (

@@ -59,21 +59,23 @@ from stack import (
     wait_ready,
 )
 
-from gymexp.config import CONF_DIR, RunConfig, load
+from gymexp.config.hydra_schema import register
+from gymexp.config.load import load
+from gymexp.config.options import CONF_DIR
+from gymexp.config.schema import RunConfig
 from gymexp.data.rows import load_rows, server_of
 from gymexp.data.sources import fetch
 from gymexp.errors import GymexpError
-from gymexp.gym.client import Sampling
+from gymexp.gateway.server import load_tokenizer
 from gymexp.gym.install import ensure_python
-from gymexp.policy.gateway import load_tokenizer
-from gymexp.policy.tokens import end_of_turn_ids
+from gymexp.processes import ports
+from gymexp.processes.supervisor import Supervisor
+from gymexp.record.places import cache_dir
 from gymexp.rollout.collect import Collector
 from gymexp.rollout.outcome import Failed, Task
-from gymexp.run import ports
+from gymexp.rollout.play import Sampling
+from gymexp.rollout.tokens import end_of_turn_ids
 from gymexp.run.control import Control
-from gymexp.run.directory import cache_dir
-from gymexp.run.supervisor import Supervisor
-from gymexp.schema import register
 
 ENV = "sudoku"
 TARGETS = {256: 0.95, 1024: 0.9}

@@ -29,9 +29,9 @@ import zstandard
 from facts import RESULTS, machine, versions, write
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-from gymexp.gym.client import read_reply
+from gymexp.processes.ports import listen
 from gymexp.rollout.outcome import Task, outcome_to_json
-from gymexp.run.ports import listen
+from gymexp.rollout.play import read_reply
 
 VOCABULARY = 151_936
 # name: tokens of the first prompt, turns, tokens sampled a turn, tokens added between turns

@@ -44,7 +44,7 @@ def write_script(path: Path, tokenizer: Any, rows: Sequence[dict[str, Any]], wro
 
 def write_row(tokenizer: Any, row: dict[str, Any], is_wrong: bool) -> dict[str, Any]:
     """What the fakes know of a row: how to recognise it, its first prompt, and the replies turn by turn."""
-    from gymexp.policy.tokens import encode, render
+    from gymexp.rollout.tokens import encode, render
 
     tools = row["responses_create_params"].get("tools") or []
     tools = [{"type": "function", "function": {k: v for k, v in t.items() if k != "type"}} for t in tools]
@@ -141,8 +141,8 @@ def build_chat(script: dict[str, Any]) -> Callable[[bytes], bytes]:
 
 
 def main() -> None:
-    from gymexp.run.lifeline import die_with_parent
-    from gymexp.run.ports import adopt
+    from gymexp.processes.lifeline import die_with_parent
+    from gymexp.processes.ports import adopt
 
     die_with_parent()
     parser = argparse.ArgumentParser()

@@ -16,19 +16,21 @@ import aiohttp
 import orjson
 import psutil
 
-from gymexp.config import RunConfig
+from gymexp.config.schema import RunConfig
+from gymexp.engine import vllm
 from gymexp.errors import GymexpError
-from gymexp.gym.client import Sampling
+from gymexp.gateway import chat
+from gymexp.gym.hosted import GymHost
 from gymexp.gym.install import site_packages
-from gymexp.gym.servers import GymHost, Layout, plan
-from gymexp.policy import chat, vllm
+from gymexp.gym.plan import Layout, plan
 from gymexp.policy.snapshot import directory_of
+from gymexp.processes import ports
+from gymexp.processes.keys import Keys, header
+from gymexp.processes.process import spawn
+from gymexp.processes.supervisor import Service, Supervisor
 from gymexp.rollout.collect import Collector
 from gymexp.rollout.outcome import Failed, Task
-from gymexp.run import ports
-from gymexp.run.keys import Keys, header
-from gymexp.run.process import spawn
-from gymexp.run.supervisor import Service, Supervisor
+from gymexp.rollout.play import Sampling
 
 JSON = {"Content-Type": "application/json"}
 KEYS = Keys.new()
@@ -201,7 +203,7 @@ def start_vllm(supervisor: Supervisor, config: RunConfig, port: int, logs: Path)
 def start_gateways(
     supervisor: Supervisor, config: RunConfig, engine_url: str, gateways: list[Any], logs: Path
 ) -> None:
-    command = [sys.executable, "-m", "gymexp.policy.gateway", "--tokenizer"]
+    command = [sys.executable, "-m", "gymexp.gateway.server", "--tokenizer"]
     command.append(str(directory_of(config.model)))
     command += ["--engine-url", engine_url, "--max-model-len", str(config.model.max_model_len)]
 

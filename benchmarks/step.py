@@ -43,7 +43,7 @@ import facts
 import orjson
 import zstandard
 
-from gymexp.run.placement import visible_gpus
+from gymexp.cluster.placement import visible_gpus
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = ("rollout", "sync", "logprobs", "update", "other")

@@ -36,12 +36,13 @@ import torch
 from aiohttp import web
 from make_model import SIZES, make, make_tensors
 
-from gymexp.config import EngineConfig, ModelConfig
+from gymexp.config.schema import EngineConfig, ModelConfig
+from gymexp.engine import vllm
+from gymexp.engine.replicas import Replicas
+from gymexp.engine.transfer import DiskTransfer, IpcTransfer, NcclTransfer
+from gymexp.engine.weights import WeightSync
 from gymexp.errors import ServiceError
-from gymexp.policy import vllm
-from gymexp.policy.transfer import DiskTransfer, IpcTransfer, NcclTransfer
-from gymexp.policy.weights import Replicas, WeightSync
-from gymexp.run import lifeline, ports
+from gymexp.processes import lifeline, ports
 
 START_S = 600
 

@@ -1,6 +1,6 @@
 """Make and check the tasks of the selected environments, as a run would; nothing is left but the cache.
 
-python -m gymexp.prepare env=[sudoku,workplace]
+python -m gymexp.prepare 'env=[sudoku,workplace]'
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ import time
 
 from omegaconf import DictConfig
 
-from gymexp.config import load
+from gymexp.cli.entry import hydra_main
+from gymexp.config.load import load
 from gymexp.data.prepare import prepare
 from gymexp.gym.install import ensure_python
-from gymexp.run.directory import cache_dir
-from gymexp.run.entry import hydra_main
-from gymexp.run.printable import say
+from gymexp.printable import say
+from gymexp.record.places import cache_dir
 
 # Hydra's own run directory and log file; a command line that says otherwise comes later and wins.
 _NOTHING_LEFT = [

@@ -10,14 +10,14 @@ import sys
 import time
 from pathlib import Path
 
-from gymexp.config import RunConfig
+from gymexp.cli.terminal import guarded
+from gymexp.config.schema import RunConfig
 from gymexp.errors import RunDirectoryError
-from gymexp.launch import jobs
-from gymexp.run.entry import guarded
-from gymexp.run.printable import say
+from gymexp.printable import say
+from gymexp.sweep import jobs
+from gymexp.sweep.table import counted, job_line, status_table
 from gymexp.view import run_text
 from gymexp.view.progress import View
-from gymexp.view.sweep_table import counted, job_line, status_table
 
 _POLL_S = 5.0
 

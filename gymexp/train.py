@@ -1,110 +1,35 @@
 """Train a policy in NeMo Gym's environments.
 
-python -m gymexp.train env=[sudoku,workplace] model=qwen3_4b
+python -m gymexp.train 'env=[sudoku,workplace]' model=qwen3_4b
 python -m gymexp.train -m trainer.learning_rate=1e-6,1e-5        a sweep
 python -m gymexp.train resume=outputs/<name>/<date_time>         a run that ended early
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from gymexp import config as configuration
-from gymexp.config import ConfigError, RunConfig
-from gymexp.run import disk
-from gymexp.run.allocation import Allocation
-from gymexp.run.directory import latest_run
-from gymexp.run.entry import hydra_main
-from gymexp.search.study import as_trial
+from gymexp.cli.entry import hydra_main
+from gymexp.config.load import load
+from gymexp.record.directory import latest_run
+from gymexp.sweep.launchers import LAUNCHERS
 
 
-@hydra_main(config_name="train", launches=True)
+@hydra_main(config_name="train", launchers=LAUNCHERS)
 def main(cfg: DictConfig) -> Any:
-    config = configuration.load(cfg)
+    config = load(cfg)
+    # Late: a mistake in the configuration is answered before these are imported.
+    from gymexp.run.train import train
+    from gymexp.sweep.check import refuse_dry_run
+
     refuse_dry_run(config)
     resume = latest_run(Path("outputs")) if config.resume == "latest" else config.resume
     directory = Path(resume or config.output_dir or HydraConfig.get().runtime.output_dir)
     return train(config, list(HydraConfig.get().overrides.task), directory.resolve())
-
-
-def refuse_dry_run(config: RunConfig) -> None:
-    """Raises ConfigError where a run would start here that was meant to be shown."""
-    if config.launcher.dry_run:
-        raise ConfigError(
-            "launcher.dry_run shows what launcher=slurm would submit, got launcher=local: say launcher=slurm "
-            "as well, or --cfg job for the configuration"
-        )
-
-
-@as_trial
-@disk.told()
-def train(
-    config: RunConfig, overrides: Sequence[str], directory: Path, allocation: Allocation | None = None
-) -> dict[str, Any]:
-    """One run in `directory`: a new one, or with `config.resume` on with the one that it holds.
-
-    overrides: what was said on the command line. allocation: the Slurm job that the run is all of.
-    Returns what the run's result.json says.
-    """
-    from gymexp.data.prepare import load_prepared, prepare, write_prepared
-    from gymexp.gym.install import ensure_python, site_packages
-    from gymexp.policy import first_prompts, inspection, snapshot, vllm
-    from gymexp.run import controller, environment, files
-    from gymexp.run.directory import RunDirectory, cache_dir
-    from gymexp.run.placement import num_nodes, place, visible_gpus
-    from gymexp.training import arguments, checkpoints, schedule, sharding
-    from gymexp.view.progress import View
-    from gymexp.view.table import held_out_table
-
-    files.raise_limit()
-    view = View()
-    for remark in environment.remarks():
-        view.say(remark)
-    held = RunDirectory.reopen(directory) if config.resume else None
-    checkpoint = None
-    if held:
-        config = configuration.resumed(held.config, str(held.path), overrides)
-        if held.is_finished(config.trainer.get("max_steps")):
-            view.say(f"{held.path} is finished; to train on: resume={held.path} trainer.max_steps=…")
-            return held.read_result()
-        checkpoint = checkpoints.latest(held.checkpoints, view.say)
-    trained = len(load_prepared(held.data).train) if held else None
-    files.concurrency(config.env)
-    arguments.check(config, cache_dir())
-    # With several nodes, as if all had what this one has; what they do have is known once they are there.
-    placement = place(config, [visible_gpus()] * num_nodes(config.placement))
-    sharding.check(config, placement)
-    schedule.check(config, placement.num_ranks, trained)
-    if placement.engine == "vllm" and not config.engine.urls:
-        vllm.read_version(config.engine)
-    python = ensure_python(config.gym, [e.config_path for e in config.env.values()], cache_dir(), view.say)
-    site = site_packages(python)
-    if held is None:
-        prepared = prepare(config, python, cache_dir(), view.say)
-        planned = schedule.plan(config, placement.num_ranks, prepared.train)
-        view.say(schedule.told(planned, len(prepared.train)))
-        prepared.summary["training"] = planned
-        config = dataclasses.replace(config, model=snapshot.pin(config.model, view.say))
-        inspection.check(config.model, prepared, cache_dir())
-        first_prompts.check(config.model, prepared, cache_dir())
-        held = RunDirectory.claim(directory)
-        write_prepared(prepared, held.data)
-        held.describe(config, overrides)
-    else:
-        snapshot.directory_of(config.model, view.say)
-        held.go_on_with(config, overrides)
-    with view:
-        result = controller.run(config, held, python, site, placement, view, allocation, checkpoint)
-    if result["held_out"]:
-        view.say(held_out_table(result))
-    view.say(f"run directory: {held.path}")
-    return result
 
 
 if __name__ == "__main__":

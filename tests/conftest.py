@@ -14,9 +14,9 @@ from slurm_sweeps import Submitted
 from vllm_cpu import vllm_here
 from whole_run import Run
 
-from gymexp.config import GymConfig
+from gymexp.config.schema import GymConfig
 from gymexp.gym.install import ensure_python
-from gymexp.run.directory import cache_dir
+from gymexp.record.places import cache_dir
 
 SERVERS = (
     "resources_servers/reasoning_gym/configs/reasoning_gym.yaml",

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from aiohttp import web
 
-from gymexp.gym.servers import GymHost, Layout
-from gymexp.run import ports
-from gymexp.run.supervisor import Service, Supervisor
+from gymexp.gym.hosted import GymHost
+from gymexp.gym.plan import Layout
+from gymexp.processes import ports
+from gymexp.processes.supervisor import Service, Supervisor
 
 
 class Servers:

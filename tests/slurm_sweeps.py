@@ -16,7 +16,7 @@ import pytest
 from whole_run import ROOT, steps_of
 
 from gymexp.gym.install import site_packages
-from gymexp.launch import watch
+from gymexp.sweep import watch
 
 PATIENCE_S = 420
 SMALL = [

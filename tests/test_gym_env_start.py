@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from gymexp.config import EnvConfig
+from gymexp.config.schema import EnvConfig
 from gymexp.gym import attached
-from gymexp.run import ports
-from gymexp.run.lifeline import __file__ as lifeline
+from gymexp.processes import ports
+from gymexp.processes.lifeline import __file__ as lifeline
 
 pytestmark = [
     pytest.mark.e2e,

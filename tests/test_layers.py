@@ -17,15 +17,13 @@ SAYS_NOTHING = {"utils", "util", "common", "helpers", "misc", "base", "manager",
 
 
 def read_layers() -> dict[str, int]:
-    """Module or package -> its layer's number, as the list in docs/architecture.md has them, from the top."""
+    """Each folder, and each module outside of one -> its floor, from the top."""
     section = (ROOT / "docs" / "architecture.md").read_text().split("## Layers")[1]
-    lines = section.split("```")[1].strip().splitlines()
-    named = [line.split("  ")[0].split() for line in lines]
+    names = [line.split()[0] for line in section.split("```")[1].strip().splitlines()]
+    assert len(names) == len(set(names)), "each is named once"
     return {
-        f"gymexp.{name.removesuffix('.py').rstrip('/').replace('/', '.')}": number
-        for number, names in enumerate(named)
-        for name in names
-    } | {"gymexp": len(lines)}
+        name.removesuffix(".py").rstrip("/"): number for number, name in enumerate([*names, "__init__.py"])
+    }
 
 
 LAYERS = read_layers()
@@ -50,27 +48,25 @@ def imports(path: Path, module_level_only: bool = False) -> set[str]:
     return found
 
 
-def layer_of(module: str) -> int:
-    """The layer of the module itself where the list names it, else of its package."""
-    package = module.rpartition(".")[0]
-    while module not in LAYERS and package not in ("", "gymexp"):
-        module, package = package, package.rpartition(".")[0]
-    assert module in LAYERS, f"docs/architecture.md names no layer for {module}"
-    return LAYERS[module]
+def room_of(module: str) -> str:
+    """A module's folder, or the module itself where it is in none."""
+    return [*module.split("."), "__init__"][1]
 
 
-def test_the_list_of_layers_names_what_exists():
-    assert set(LAYERS) <= set(MODULES)
+def test_the_list_of_layers_names_every_folder_and_nothing_else():
+    assert LAYERS.keys() == {room_of(module) for module in MODULES}
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_point_down(module):
-    above = [i for i in imports(MODULES[module]) if i in MODULES and layer_of(i) < layer_of(module)]
+    """Within functions as well. So no two folders import each other, whatever way round."""
+    below = [i for i in imports(MODULES[module]) if i in MODULES and room_of(i) != room_of(module)]
+    above = [i for i in below if LAYERS[room_of(i)] <= LAYERS[room_of(module)]]
     assert not above, f"{module} imports from above: {', '.join(above)}"
 
 
-def test_no_two_modules_import_each_other():
-    graph = {name: imports(path, True) & MODULES.keys() for name, path in MODULES.items()}
+def test_no_modules_import_each_other_within_functions_either():
+    graph = {name: imports(path) & MODULES.keys() for name, path in MODULES.items()}
     done: set[str] = set()
 
     def visit(name: str, way: list[str]) -> None:
@@ -82,6 +78,19 @@ def test_no_two_modules_import_each_other():
 
     for name in graph:
         visit(name, [])
+
+
+def named(path: Path) -> set[str]:
+    """The modules of gymexp whose dotted name a file has as a text, as for import_module or `python -m`."""
+    texts = (n.value for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Constant))
+    return {text for text in texts if isinstance(text, str) and text in MODULES and "." in text}
+
+
+def test_no_module_is_imported_by_its_name():
+    """`python -m` starts a process, and points wherever it has to; an import by name would hide an arrow."""
+    for module, path in MODULES.items():
+        loads = "import_module" in path.read_text() or "__import__" in path.read_text()
+        assert not (loads and named(path)), f"{module} imports {named(path)} by name"
 
 
 def loaded_by(module: str) -> dict[str, str]:
@@ -104,11 +113,11 @@ def loaded_by(module: str) -> dict[str, str]:
     [
         "gymexp.train",
         "gymexp.prepare",
-        "gymexp.coldstart",
-        "gymexp.config",
+        "gymexp.coldstart.__main__",
+        "gymexp.config.schema",
         "gymexp.run.controller",
         "gymexp.training.arguments",
-        "gymexp.policy.gateway",
+        "gymexp.gateway.server",
     ],
 )
 def test_what_starts_a_run_imports_no_heavy_library(module):

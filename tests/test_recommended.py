@@ -18,9 +18,11 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import ConfigCompositionException
 
-from gymexp import schema
-from gymexp.config import CONF_DIR, RunConfig, load
-from gymexp.run import hydra_keys
+from gymexp.cli import hydra_keys
+from gymexp.config.hydra_schema import register
+from gymexp.config.load import load
+from gymexp.config.options import CONF_DIR
+from gymexp.config.schema import RunConfig
 
 ROOT = Path(__file__).parent.parent
 TEXTS = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "docs" / "guides").glob("*.md")]
@@ -62,7 +64,7 @@ def test_there_is_something_to_look_at():
 
 @pytest.mark.parametrize("command", commands())
 def test_each_command_composes_and_its_first_job_loads(command):
-    schema.register()
+    register()
     hydra_keys.check_flags(shlex.split(command))
     said, folder, overrides = read(command)
     parsed = OverridesParser.create().parse_overrides(overrides)
@@ -85,7 +87,7 @@ def test_each_command_composes_and_its_first_job_loads(command):
 
 @pytest.mark.parametrize("key", keys())
 def test_each_key_that_is_recommended_can_be_set_without_a_plus(key):
-    schema.register()
+    register()
     top = key.partition(".")[0]
     launcher = ["launcher=slurm"] if key.startswith("hydra.launcher") else []
     tops = {field.name for field in dataclasses.fields(RunConfig)} | {"hydra"}

@@ -16,7 +16,7 @@ from filelock import FileLock
 from packaging.requirements import Requirement
 from whole_run import Run
 
-from gymexp.run.directory import cache_dir
+from gymexp.record.places import cache_dir
 
 VERSION = "0.31.0"
 _LEFT_OUT = {"torch", "torchaudio", "torchvision", "torchcodec", "transformers", "setuptools", "numba"}

@@ -44,7 +44,13 @@ def write_run(
         result = {"step": steps, "stopped": False, "held_out": table} | (result or {})
     if result:
         (path / "result.json").write_text(json.dumps(result))
-    said = {"pid": os.getpid(), "began": began + 1000, "outcome": outcome, "services": {"trainer": "ready"}}
+    said = {
+        "pid": os.getpid(),
+        "began": began + 1000,
+        "ended": outcome and (outcome if outcome in ("finished", "requeued") else "failed"),
+        "outcome": outcome,
+        "services": {"trainer": "ready"},
+    }
     said |= {"phase": "train", "step": steps, "max_steps": max_steps} | status
     (path / "status.json").write_text(json.dumps(said))
     return path

@@ -15,8 +15,8 @@ import orjson
 from filelock import FileLock, Timeout
 
 from gymexp.errors import DataError
-from gymexp.run.directory import cache_refused
-from gymexp.run.disk import at
+from gymexp.files import at
+from gymexp.record.places import cache_refused
 
 _FORMAT = 1  # part of every key: raise it when what an entry holds changes
 _LOCK_TIMEOUT_S = 3600.0

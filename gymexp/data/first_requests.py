@@ -14,14 +14,14 @@ from typing import Any
 
 import orjson
 
-from gymexp.config import RunConfig
+from gymexp.config.schema import RunConfig
 from gymexp.data.cache import Say, cached, sha256_of
 from gymexp.data.generate import versions
 from gymexp.data.rows import message
 from gymexp.errors import DataError
 from gymexp.gym.install import environ_for, missing_package
-from gymexp.gym.servers import model_server
-from gymexp.run.last_words import last_exception
+from gymexp.gym.plan import model_server
+from gymexp.processes.last_words import last_exception
 
 _SCRIPT = Path(__file__).parent.parent / "gym" / "row_check.py"  # not imported: it runs in NeMo Gym's Python
 _DEADLINE_S = 1800.0

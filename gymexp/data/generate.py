@@ -17,11 +17,11 @@ from typing import Any
 
 import orjson
 
-from gymexp.config import DataConfig
+from gymexp.config.schema import DataConfig
 from gymexp.data.cache import Say, cached, sha256_of
 from gymexp.errors import DataError
 from gymexp.gym.install import environ_for, site_packages
-from gymexp.run import lifeline
+from gymexp.processes import lifeline
 
 _DEADLINE_S = 1800.0
 _ROUNDS = 5  # how often more validation puzzles are made in place of those that the training set holds
@@ -129,9 +129,8 @@ def _workplace(
 ) -> tuple[Path, dict[str, str]]:
     if data.options:
         raise DataError(f"env.{name}.data.options must be empty for generator=workplace, got {data.options}")
-    script = Path(__file__).with_name("workplace.py")
-    # The script may be split over modules beside it; each of them decides what it makes.
-    sources = [*script.parent.glob("workplace*.py"), *script.parent.glob("workplace_*/**/*.py")]
+    script = Path(__file__).parent / "workplace" / "make.py"
+    sources = script.parent.rglob("*.py")  # each of them decides what the script makes
     determined_by = {
         "generator": "workplace",
         "script": {str(path.relative_to(script.parent)): sha256_of(path) for path in sorted(sources)},

@@ -27,7 +27,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import tqdm
 
-from gymexp.config import DataConfig
+from gymexp.config.schema import DataConfig
 from gymexp.data.cache import Say
 from gymexp.errors import DataError
 
@@ -37,7 +37,7 @@ _STALL_TIMEOUT_S = 30.0  # without a byte of progress
 
 def download(name: str, data: DataConfig, say: Say) -> tuple[Path, Path]:
     """The train and the validation file in huggingface_hub's own cache (HF_HOME), both of the same commit."""
-    assert data.repo_id and data.train_file and data.validation_file  # gymexp.config has checked it
+    assert data.repo_id and data.train_file and data.validation_file  # gymexp.config.schema has checked it
     train, commit = _file(name, data, data.train_file, data.revision, say)
     validation, _ = _file(name, data, data.validation_file, commit, say)
     return train, validation

@@ -10,16 +10,15 @@ from typing import Any
 
 import orjson
 
-from gymexp.config import EnvConfig, RunConfig
+from gymexp.config.schema import EnvConfig, RunConfig
 from gymexp.data.cache import Say
 from gymexp.data.first_requests import Split, first_requests
 from gymexp.data.mix import describe, keys_sha256, mix
 from gymexp.data.rows import read_rows, server_of
 from gymexp.data.sources import fetch
 from gymexp.errors import DataError
+from gymexp.files import replace_file, replacing
 from gymexp.rollout.outcome import Task
-from gymexp.run.directory import replace_file
-from gymexp.run.disk import replacing
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from gymexp.config import EnvConfig
+from gymexp.config.schema import EnvConfig
 from gymexp.data.cache import Say, sha256_of
 from gymexp.data.generate import generate
 from gymexp.errors import DataError
@@ -46,7 +46,7 @@ def fetch(name: str, env: EnvConfig, gym_python: Path | None, cache: Path, say: 
 
 
 def _own(key: str, value: str | None) -> Path:
-    assert value, key  # gymexp.config has checked it
+    assert value, key  # gymexp.config.schema has checked it
     path = Path(value).expanduser()
     if not path.is_file():
         rule = "is a directory" if path.is_dir() else "does not exist"

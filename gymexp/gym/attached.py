@@ -19,12 +19,13 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from gymexp.config import EnvConfig
+from gymexp.config.names import nearest
+from gymexp.config.schema import EnvConfig
 from gymexp.errors import ConfigError, ServiceError
-from gymexp.gym.servers import POLICY, Replica
-from gymexp.names import nearest
-from gymexp.run.direct import no_proxy, open_url
-from gymexp.run.keys import POLICY as POLICY_KEY
+from gymexp.gym.plan import POLICY
+from gymexp.processes.direct import no_proxy, open_url
+from gymexp.processes.keys import POLICY as POLICY_KEY
+from gymexp.record.services import Replica
 
 _PATIENCE_S = 5.0
 

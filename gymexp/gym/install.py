@@ -19,11 +19,11 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from gymexp.config import GymConfig
+from gymexp.config.schema import GymConfig
 from gymexp.errors import ConfigError, ServiceError
-from gymexp.run.directory import cache_dir, cache_refused, own_servers, replace_file
-from gymexp.run.disk import at
-from gymexp.run.environment import without_launchers
+from gymexp.files import at, replace_file
+from gymexp.processes.environment import without_launchers
+from gymexp.record.places import cache_dir, cache_refused, own_servers
 
 _MINIMUM = (3, 12)
 _PREFERRED = ("3.12", "3.13", "3.14")  # 3.12 is what NeMo Gym 0.4 is developed on
@@ -79,6 +79,14 @@ def lacks(venv: Path) -> str:
         except (OSError, ValueError):
             return f"{record} is missing or damaged"
     return ""
+
+
+def lost(python: Path, cache: Path) -> str:
+    """What became of the venv that was whole when a run began; empty of one that still is, or is a user's."""
+    venv = python.parent.parent
+    if venv.parent != cache or not (lacking := lacks(venv)):
+        return ""
+    return f"NeMo Gym's venv in {venv} lost files while the run went on ({lacking})"
 
 
 def missing_package(said: str, python: Path) -> str:

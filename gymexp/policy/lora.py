@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gymexp.config import LoraConfig, ModelConfig
+from gymexp.config.names import nearest
+from gymexp.config.schema import LoraConfig, ModelConfig
 from gymexp.errors import ConfigError
-from gymexp.names import nearest
 
 if TYPE_CHECKING:
     import peft

@@ -7,10 +7,10 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gymexp.config import ModelConfig
+from gymexp.config.schema import ModelConfig
 from gymexp.errors import ConfigError
 from gymexp.policy.snapshot import directory_of
-from gymexp.policy.tokens import end_of_turn_ids
+from gymexp.rollout.tokens import end_of_turn_ids
 
 log = logging.getLogger(__name__)
 

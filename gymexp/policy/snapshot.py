@@ -29,7 +29,7 @@ from huggingface_hub import (
 )
 from huggingface_hub.errors import HFValidationError, RevisionNotFoundError
 
-from gymexp.config import ModelConfig
+from gymexp.config.schema import ModelConfig
 from gymexp.data import hub
 from gymexp.data.cache import Say
 from gymexp.errors import ConfigError

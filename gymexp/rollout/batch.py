@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gymexp.policy.tokens import flatten
 from gymexp.rollout.outcome import Failed, Outcome, Truncated
+from gymexp.rollout.tokens import flatten
 
 
 @dataclass(frozen=True)

@@ -22,14 +22,14 @@ from typing import Any
 import aiohttp
 import orjson
 
-from gymexp.config import EnvConfig, RolloutConfig
+from gymexp.config.schema import EnvConfig, RolloutConfig
 from gymexp.errors import RolloutError, ServiceError
-from gymexp.gym.client import RolloutFailure, Sampling, play
-from gymexp.gym.servers import Replica
-from gymexp.policy.draws import attempt_seed
+from gymexp.processes import open_files
+from gymexp.processes.keys import RUN, header_of
+from gymexp.record.services import Replica
+from gymexp.rollout.draws import attempt_seed
 from gymexp.rollout.outcome import Cause, Failed, Outcome, Played, Task, task_of
-from gymexp.run import files
-from gymexp.run.keys import RUN, header_of
+from gymexp.rollout.play import RolloutFailure, Sampling, play
 
 log = logging.getLogger(__name__)
 _AFTER_FAILURE_S = 0.3
@@ -143,7 +143,7 @@ class Collector:
         self._changed = asyncio.Event()
         self._lost_control: str | None = None
         self._asked: set[asyncio.Task[None]] = set()  # kept, or they would be collected
-        self._limits = {name: asyncio.Semaphore(n) for name, n in files.concurrency(self._envs).items()}
+        self._limits = {name: asyncio.Semaphore(n) for name, n in open_files.concurrency(self._envs).items()}
         self._http = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0),
             timeout=aiohttp.ClientTimeout(total=None),

@@ -1,10 +1,10 @@
 """What the controller tells the trainer, and the other way round: a small HTTP endpoint, on loopback
-unless the run has several nodes. Every path takes the run's key (`gymexp.run.keys`).
+unless the run has several nodes. Every path takes the run's key (`gymexp.processes.keys`).
 
 GET /watch streams a JSON line at every change of a service, and one a second: {"services": {name: {state,
 epoch, rss_mb, log}}}. POST /restart/{name} ends a service, which comes back. POST /progress takes what the
 live view shows. POST /alive/{name} says that a trainer lives. GET /node is for the agents of other nodes
-(`gymexp.run.nodes`).
+(`gymexp.cluster.lead`).
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from typing import Any
 import orjson
 from aiohttp import web
 
-from gymexp.run import ports
-from gymexp.run.keys import guard
-from gymexp.run.nodes import Nodes
-from gymexp.run.supervisor import Supervisor
+from gymexp.cluster.lead import Nodes
+from gymexp.processes import ports
+from gymexp.processes.keys import guard
+from gymexp.processes.supervisor import Supervisor
 
 _BEAT_S = 1.0
 

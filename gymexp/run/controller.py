@@ -8,7 +8,7 @@
 
 The controller holds every listening socket and hands it down, so that addresses are known before anything
 starts and survive restarts. With several nodes it is the lead's: trainers and engines start through the other
-nodes' agents (`gymexp.run.nodes`). It imports no torch.
+nodes' agents (`gymexp.cluster.lead`). It imports no torch.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import json
 import logging
 import math
 import os
@@ -28,19 +27,22 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from gymexp.config import RunConfig
+from gymexp.cluster.job import Allocation
+from gymexp.cluster.lead import Nodes
+from gymexp.cluster.node import Endpoint, Node, this_node
+from gymexp.cluster.placement import Placement, num_nodes, place
+from gymexp.config.schema import RunConfig
 from gymexp.errors import Interrupted, NodeLost, RunDirectoryError, ServiceError
-from gymexp.gym.servers import GymHost, Layout
-from gymexp.policy import vllm
-from gymexp.run import clock, ports, services
-from gymexp.run.allocation import Allocation
+from gymexp.gym import install
+from gymexp.gym.hosted import GymHost
+from gymexp.processes import clock, ports
+from gymexp.processes.keys import Keys
+from gymexp.processes.last_words import reason
+from gymexp.processes.supervisor import Service, Supervisor
+from gymexp.record.directory import Ended, RunDirectory
+from gymexp.record.places import cache_dir
+from gymexp.run import services
 from gymexp.run.control import Control
-from gymexp.run.directory import RunDirectory, replace_file
-from gymexp.run.keys import Keys
-from gymexp.run.last_words import reason
-from gymexp.run.nodes import Endpoint, Node, Nodes, this_node
-from gymexp.run.placement import Placement, num_nodes, place
-from gymexp.run.supervisor import Service, Supervisor
 from gymexp.view.progress import View
 
 log = logging.getLogger(__name__)
@@ -92,7 +94,8 @@ class Controller:
         self._asked: int | None = None
         self._stopping = False
         self._handlers: dict[int, Any] = {}  # those from before the run
-        self._outcome: str | None = None  # of the run, once it has ended
+        self._ended: Ended | None = None
+        self._outcome: str | None = None  # how it ended, in words
         self._ranks: list[Service] = []  # the trainer's processes
         self._played = False
         self._num_told = 0  # of the trainer's log entries
@@ -131,23 +134,28 @@ class Controller:
                 layout = await services.gym_layout(self._config, self._directory, supervisor, *where)
                 keys = dataclasses.replace(keys, policy=layout.policy_key or keys.policy)
                 first = nodes[self._placement.training[0].node]
-                self._write_services(layout, control.url, gateway_url, at, first.address)
+                urls = control.url, gateway_url
+                services.told(
+                    self._config, self._placement, layout, urls, at, first.address, self._checkpoint
+                ).write(self._directory.path)
+                self._directory.result.unlink(missing_ok=True)
                 host_log = self._directory.logs / "gym-host.log"
                 host = GymHost(gym_python, layout, sockets, host_log, keys.policy)
                 master = await first.reserve(exclusive=False)
                 self._start(supervisor, host, sockets, gateway_sock, nodes, at, master, keys)
                 result = await self._until_trained(supervisor)
-                self._outcome = "finished"
+                self._ended, self._outcome = Ended.FINISHED, "finished"
                 return result
             except asyncio.CancelledError:
                 if self._asked is None:
                     raise
                 error = self._interrupted("at once")
-                self._outcome = str(error)
+                self._ended, self._outcome = Ended.STOPPED, str(error)
                 raise error from None
             except Exception as failure:
-                wrong = "" if isinstance(failure, Interrupted) else self._directory.what_is_wrong()
-                error = RunDirectoryError(wrong) if wrong else failure
+                error = (
+                    failure if isinstance(failure, Interrupted) else self._deeper_cause(failure, gym_python)
+                )
                 # Elsewhere than in a job: the trainer was asked before it could take note of it.
                 unheard = self._allocation or any(
                     rank.exit_code == -signal.SIGTERM or rank.ended_for for rank in self._ranks
@@ -155,10 +163,11 @@ class Controller:
                 if unheard and not isinstance(error, Interrupted) and await self._ending(error):
                     log.warning("the run did not save at its end: %s", error)
                     interrupted = self._interrupted("before it could save")
-                    self._outcome = str(interrupted)
+                    self._ended, self._outcome = Ended.STOPPED, str(interrupted)
                     raise interrupted from error
+                self._ended = Ended.STOPPED if isinstance(error, Interrupted) else Ended.FAILED
                 self._outcome = str(error) or type(error).__name__
-                if not isinstance(error, Interrupted):
+                if self._ended is Ended.FAILED:
                     self._directory.write_error(self._outcome)
                 raise error from None
             finally:
@@ -176,6 +185,19 @@ class Controller:
                 here.close()
                 for sock in (gateway_sock, *sockets.values()):
                     sock.close()
+
+    def _deeper_cause(self, failure: Exception, gym_python: Path) -> Exception:
+        """What was taken away from under the run, where that is why it fails; else the failure itself."""
+        if isinstance(failure, Interrupted):
+            return failure
+        if wrong := self._directory.what_is_wrong():
+            return RunDirectoryError(wrong)
+        if lost := install.lost(gym_python, cache_dir()):
+            resume = shlex.quote(f"resume={self._directory.path}")
+            made_anew = f"{lost}; make it anew and go on with: python -m gymexp.train {resume}"
+            self._directory.write_result({"error": f"{failure}\n{made_anew}"})
+            return ServiceError(f"{failure}\n{made_anew}")
+        return failure
 
     async def _open_engines(self, nodes: Sequence[Node]) -> list[Endpoint]:
         """Where the engines are to be. vLLM opens its socket itself, on a port kept for it."""
@@ -208,13 +230,10 @@ class Controller:
         self._ranks = services.trainers(held, directory, nodes, fds, master, keys)
         for service in self._ranks:
             supervisor.add(service)
-        urls = self._engine_urls(at)
+        urls = services.engine_urls(config, at)
         supervisor.add(services.gateway(config, held, directory, gateway_sock, urls, keys))
         names, patience = [*sockets, "gateway"], config.gym.start_timeout_s
         self._ready = asyncio.create_task(supervisor.wait_ready(names, patience))
-
-    def _engine_urls(self, at: Sequence[Endpoint]) -> list[str]:
-        return self._config.engine.urls or [endpoint.url for endpoint in at]
 
     async def _until_trained(self, supervisor: Supervisor) -> dict[str, Any]:
         """Wait for the trainer's end, a failure, or a failed start, whichever is first."""
@@ -317,28 +336,6 @@ class Controller:
         for number in numbers:
             self._handlers[number] = signal.signal(number, received)
 
-    def _write_services(
-        self,
-        layout: Layout,
-        control_url: str,
-        gateway_url: str,
-        at: Sequence[Endpoint],
-        trainer_address: str,
-    ) -> None:
-        replicas = {name: [dataclasses.asdict(r) for r in some] for name, some in layout.replicas.items()}
-        said = {"control_url": control_url, "gateway_url": gateway_url, "replicas": replicas}
-        said["engine"] = self._placement.engine
-        said["checkpoint"] = self._checkpoint and self._checkpoint.name
-        if self._placement.in_trainer:
-            said["engine_fd"] = at[0].fd
-        else:
-            said["engine_urls"] = self._engine_urls(at)
-            said["shared"] = self._placement.shared
-            said["transfer"] = vllm.transfer_of(self._config, self._placement)
-            said["trainer_address"] = trainer_address
-        replace_file(self._directory.path / "services.json", json.dumps(said, indent=1))
-        self._directory.result.unlink(missing_ok=True)
-
     def _mark(self, event: str) -> None:
         """A line of timeline.jsonl; `seconds` since this process started, which is when the command was
         given."""
@@ -363,6 +360,7 @@ class Controller:
         states = {s.name: s.state for s in supervisor.services.values()}
         job = dataclasses.asdict(self._allocation) if self._allocation else {}
         self._directory.write_status(
+            ended=self._ended,
             outcome=self._outcome,
             services=states,
             **self._process,

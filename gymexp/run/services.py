@@ -4,6 +4,7 @@ are well."""
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 import socket
 import sys
@@ -12,20 +13,22 @@ from pathlib import Path
 
 import aiohttp
 
-from gymexp.config import RunConfig
+from gymexp.cluster.node import Endpoint, Node
+from gymexp.cluster.placement import Placement, Share, transfer_of
+from gymexp.config.schema import RunConfig
+from gymexp.engine import vllm
 from gymexp.gym import attached
+from gymexp.gym.hosted import GymHost
 from gymexp.gym.install import missing_package
-from gymexp.gym.servers import GymHost, Layout, plan
-from gymexp.policy import vllm
+from gymexp.gym.plan import Layout, plan
 from gymexp.policy.snapshot import directory_of
-from gymexp.run import ports
-from gymexp.run.directory import RunDirectory
-from gymexp.run.keys import ENGINE, POLICY, Keys, header
-from gymexp.run.last_words import last_exception
-from gymexp.run.nodes import Endpoint, Node
-from gymexp.run.placement import Placement, Share
-from gymexp.run.process import Running, spawn
-from gymexp.run.supervisor import Service, Supervisor
+from gymexp.processes import ports
+from gymexp.processes.keys import ENGINE, POLICY, Keys, header
+from gymexp.processes.last_words import last_exception
+from gymexp.processes.process import Running, spawn
+from gymexp.processes.supervisor import Service, Supervisor
+from gymexp.record.directory import RunDirectory
+from gymexp.record.services import Services
 
 _GATEWAY_PATIENCE_S = 30.0
 # A trainer says each few seconds that it lives, from a thread that Python may keep waiting: while a library
@@ -42,7 +45,7 @@ def gateway(
     keys: Keys,
 ) -> Service:
     """urls: the engines'. The trainer opens each that is a server, once it has the policy's weights."""
-    command = [sys.executable, "-m", "gymexp.policy.gateway", "--fd", str(sock.fileno())]
+    command = [sys.executable, "-m", "gymexp.gateway.server", "--fd", str(sock.fileno())]
     for url in urls:
         command += ["--engine-url", url]
     command += ["--tokenizer", str(directory_of(config.model))]
@@ -126,7 +129,7 @@ def engines(
         command, fds = command_of(endpoint)
         env = {ENGINE: keys.engine}
         if placement.engine == "vllm":
-            env |= vllm.environment(vllm.transfer_of(config, placement))
+            env |= vllm.environment(transfer_of(config, placement))
         if share.gpus:
             env["CUDA_VISIBLE_DEVICES"] = ",".join(share.gpus)
 
@@ -157,7 +160,7 @@ _Command = Callable[[Endpoint], tuple[list[str], list[int]]]  # and the sockets 
 
 def _vllm_command(config: RunConfig, placement: Placement) -> _Command:
     version = vllm.read_version(config.engine)
-    transfer = vllm.transfer_of(config, placement)
+    transfer = transfer_of(config, placement)
     most = max(sum(other.node == share.node for other in placement.replicas) for share in placement.replicas)
     num_api_servers = vllm.count_api_servers(os.cpu_count() or 1, most)
     shared = placement.shared
@@ -170,7 +173,7 @@ def _vllm_command(config: RunConfig, placement: Placement) -> _Command:
 
 
 def _hf_command(directory: RunDirectory) -> _Command:
-    command = [sys.executable, "-m", "gymexp.policy.hf_replica", str(directory.config), "--fd"]
+    command = [sys.executable, "-m", "gymexp.engine.hf.replica", str(directory.config), "--fd"]
     return lambda at: ([*command, str(at.fd)], [at.fd])
 
 
@@ -264,3 +267,30 @@ async def _hold(gateway_url: str, url: str, key: str) -> None:
             response.raise_for_status()
     except (aiohttp.ClientError, TimeoutError) as error:
         raise OSError(f"the gateway could not be told to hold {url}: {error!r}") from error
+
+
+def engine_urls(config: RunConfig, at: Sequence[Endpoint]) -> list[str]:
+    """Of the servers that sample. at: where those that gymexp starts listen."""
+    return config.engine.urls or [endpoint.url for endpoint in at]
+
+
+def told(
+    config: RunConfig,
+    placement: Placement,
+    layout: Layout,
+    urls: tuple[str, str],
+    at: Sequence[Endpoint],
+    trainer_address: str,
+    checkpoint: Path | None,
+) -> Services:
+    """What the trainer's processes are told. urls: of the control endpoint and of the gateway."""
+    common = Services(*urls, layout.replicas, placement.engine, checkpoint and checkpoint.name)
+    if placement.in_trainer:
+        return dataclasses.replace(common, engine_fd=at[0].fd)
+    return dataclasses.replace(
+        common,
+        engine_urls=engine_urls(config, at),
+        transfer=transfer_of(config, placement),
+        shared=placement.shared,
+        trainer_address=trainer_address,
+    )

@@ -23,11 +23,11 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
-from gymexp.config import RunConfig
+from gymexp.config.names import meant
+from gymexp.config.schema import RunConfig
+from gymexp.config.space import ends, flat
 from gymexp.errors import ConfigError
-from gymexp.names import meant
-from gymexp.run.environment import without_launchers
-from gymexp.search.space import ends, flat
+from gymexp.processes.environment import without_launchers
 from gymexp.training import fields, sharding, tracker
 
 if TYPE_CHECKING:

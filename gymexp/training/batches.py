@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import Sampler
 from transformers import TrainerCallback
 
-from gymexp.config import DatasetConfig
+from gymexp.config.schema import DatasetConfig
 from gymexp.data.mix import epoch_order
 from gymexp.errors import ConfigError, RunDirectoryError
 from gymexp.rollout.outcome import Task

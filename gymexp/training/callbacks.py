@@ -17,18 +17,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TrainerCallback
 
-from gymexp.config import EvaluationConfig, RunConfig
+from gymexp.config.schema import EvaluationConfig, RunConfig
 from gymexp.data.prepare import Prepared
-from gymexp.gym.client import Distribution
+from gymexp.files import append_line, read_lines, replace_file
+from gymexp.processes.direct import open_url
+from gymexp.processes.keys import RUN, header_of
 from gymexp.rollout.collect import Progress
-from gymexp.run.direct import open_url
-from gymexp.run.directory import append_line, read_lines, replace_file
-from gymexp.run.keys import RUN, header_of
+from gymexp.rollout.play import Distribution
 from gymexp.training.metrics import rollout_metrics
-from gymexp.training.rollouts import Rollouts, on_main_rank
+from gymexp.training.ranks import on_main_rank
+from gymexp.training.rollouts import Rollouts
 
 if TYPE_CHECKING:
-    from gymexp.search.study import Judge
+    from gymexp.record.study import Judge
     from gymexp.training.trainer import PolicyTrainer
 
 _UNTOLD_ENTRIES = 1000

@@ -19,9 +19,9 @@ from statistics import fmean
 
 import xxhash
 
-from gymexp.config import CheckpointConfig
+from gymexp.config.schema import CheckpointConfig
 from gymexp.errors import RunDirectoryError
-from gymexp.run.directory import read_lines
+from gymexp.files import read_lines
 
 log = logging.getLogger(__name__)
 _MANIFEST = "complete.json"

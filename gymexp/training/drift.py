@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gymexp.config import RunConfig
+from gymexp.config.schema import RunConfig
 from gymexp.errors import DrawError, DriftError
-from gymexp.policy.tokens import flatten
 from gymexp.rollout.outcome import Failed, Outcome, Rollout, task_of
+from gymexp.rollout.tokens import flatten
 
 if TYPE_CHECKING:
     from gymexp.training.trainer import PolicyTrainer

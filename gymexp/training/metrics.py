@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from statistics import fmean, pstdev
 
-from gymexp.config import EnvConfig
+from gymexp.config.schema import EnvConfig
 from gymexp.rollout.outcome import Completed, Failed, Outcome, Truncated, task_of
 
 

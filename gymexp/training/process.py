@@ -21,14 +21,17 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gymexp.config import RunConfig, from_yaml
+from gymexp import files
+from gymexp.config.load import from_yaml
+from gymexp.config.schema import RunConfig
 from gymexp.errors import GymexpError
-from gymexp.run import disk
-from gymexp.run.direct import open_url
-from gymexp.run.directory import RunDirectory, read_json, replace_file
-from gymexp.run.keys import RUN, header_of
-from gymexp.run.lifeline import die_with_parent
-from gymexp.run.printable import log_to_stderr
+from gymexp.files import read_json, replace_file
+from gymexp.printable import log_to_stderr
+from gymexp.processes.direct import open_url
+from gymexp.processes.keys import RUN, header_of
+from gymexp.processes.lifeline import die_with_parent
+from gymexp.record.directory import RunDirectory
+from gymexp.record.services import Services
 
 if TYPE_CHECKING:
     from gymexp.rollout.collect import Collector
@@ -62,8 +65,8 @@ def main() -> None:
             said = f"{_OUT_OF_MEMORY}. torch says: {error}"
         elif isinstance(error, GymexpError):
             said = str(error)
-        elif refused := disk.refusal(error):
-            said = disk.in_words(refused)
+        elif refused := files.refusal(error):
+            said = files.in_words(refused)
         else:
             raise
         if not isinstance(error, GymexpError):
@@ -87,22 +90,22 @@ def work(run: RunDirectory, config: RunConfig, asked: threading.Event) -> dict[s
     """Train; returns what result.json says. The first rank alone plays rollouts, talks to the controller and
     writes."""
     main_rank = _rank() == 0
-    services = json.loads((run.path / "services.json").read_text())
+    services = Services.read(run.path)
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
     import torch
 
     from gymexp.data.prepare import load_prepared
     from gymexp.policy.model import load_model, load_tokenizer
-    from gymexp.search.study import Judge
+    from gymexp.record.study import Judge
     from gymexp.training import arguments, checkpoints
     from gymexp.training.callbacks import EndWhenAsked, Evaluation, MetricsFile, Steps, Teller
-    from gymexp.training.engine import ServerSampling, join_servers, serve_hf
     from gymexp.training.rollouts import Rollouts
+    from gymexp.training.sampling import ServerSampling, join_servers, serve_hf
     from gymexp.training.trainer import PolicyTrainer
 
-    threading.Thread(target=_say_alive, args=[services["control_url"]], name="alive", daemon=True).start()
-    teller = Teller(services["control_url"] if main_rank else None)
+    threading.Thread(target=_say_alive, args=[services.control_url], name="alive", daemon=True).start()
+    teller = Teller(services.control_url if main_rank else None)
     teller.tell(phase="load model")
     prepared = load_prepared(run.data)
     tokenizer = load_tokenizer(config.model)
@@ -115,9 +118,9 @@ def work(run: RunDirectory, config: RunConfig, asked: threading.Event) -> dict[s
         stack.callback(teller.close)
         if main_rank:
             _open_tracker(config, run, stack)
-        if "engine_fd" in services:
+        if services.engine_fd is not None:
             torch.nn.Module.to(model, device)  # else the trainer moves it, or shards it from where it is
-            engine = serve_hf(config, model, tokenizer, services["engine_fd"], stack)
+            engine = serve_hf(config, model, tokenizer, services.engine_fd, stack)
         else:
             teller.tell(phase="load engine")
             engine = join_servers(config, run, services, _rank(), device, asked, stack)
@@ -130,7 +133,7 @@ def work(run: RunDirectory, config: RunConfig, asked: threading.Event) -> dict[s
         if isinstance(engine, ServerSampling):
             # A server that gymexp did not start may hold any weights.
             trainer.sample_with_servers(engine, version=None if config.engine.urls else 0)
-        resume = run.checkpoints / services["checkpoint"] if services["checkpoint"] else None
+        resume = run.checkpoints / services.checkpoint if services.checkpoint else None
         first_step = checkpoints.step_of(resume) if resume else 0
         judge = Judge(config.search, run.path) if main_rank and config.search.trial is not None else None
         evaluation = Evaluation(config, prepared, rollouts, teller, judge)
@@ -161,21 +164,23 @@ def _say_alive(control_url: str) -> None:
 
 def _open_collector(
     config: RunConfig,
-    services: dict[str, Any],
+    services: Services,
     vocab_size: int,
     teller: Teller,
     asked: threading.Event,
     stack: ExitStack,
 ) -> Collector:
     """It stops once the run is asked to end."""
-    from gymexp.gym.servers import Replica
     from gymexp.rollout.collect import Collector
 
-    replicas = {name: [Replica(**r) for r in some] for name, some in services["replicas"].items()}
-    control_url = services["control_url"]
-    gateway_url = services["gateway_url"]
     collector = Collector(
-        replicas, config.env, config.rollout, vocab_size, control_url, gateway_url, teller.progress
+        services.replicas,
+        config.env,
+        config.rollout,
+        vocab_size,
+        services.control_url,
+        services.gateway_url,
+        teller.progress,
     )
     stack.callback(collector.close)
     threading.Thread(target=lambda: (asked.wait(), collector.stop()), daemon=True).start()

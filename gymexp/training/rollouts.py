@@ -10,54 +10,32 @@ import dataclasses
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import orjson
 import zstandard
 
-from gymexp.config import RunConfig
+from gymexp.config.schema import RunConfig
 from gymexp.errors import ServiceError
-from gymexp.gym.client import Distribution, Sampling
+from gymexp.files import replacing
 from gymexp.rollout.batch import build_batch
 from gymexp.rollout.collect import Collector, check_failed_share
 from gymexp.rollout.outcome import Failed, Outcome, Task, outcome_to_json
-from gymexp.run.disk import replacing
+from gymexp.rollout.play import Distribution, Sampling
 from gymexp.training.metrics import flat_groups, rollout_metrics
+from gymexp.training.ranks import on_main_rank
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
-
-    from gymexp.training.engine import Engine
+    from gymexp.training.sampling import Engine
     from gymexp.training.trainer import PolicyTrainer
-
-
-T = TypeVar("T")
 
 
 def seed_of(run_seed: int, step: int | None, key: str, index: int) -> int:
     """The seed of one rollout: the same run replays the same draws. Below 2**31, which every engine takes."""
     digest = hashlib.blake2s(f"{run_seed}/{step}/{key}/{index}".encode(), digest_size=4).digest()
     return int.from_bytes(digest, "big") >> 1
-
-
-def on_main_rank(accelerator: Accelerator, work: Callable[[], T]) -> T:
-    """What `work` returns, or raises, on the first rank: on every rank."""
-    if accelerator.num_processes == 1:
-        return work()
-    from accelerate.utils import broadcast_object_list
-
-    box: list[Any] = [None, None]
-    if accelerator.is_main_process:
-        try:
-            box[0] = work()
-        except Exception as error:
-            box[1] = error
-    broadcast_object_list(box)
-    if box[1] is not None:
-        raise box[1]
-    return box[0]
 
 
 def check_weights(outcomes: Sequence[Outcome], version: int) -> None:

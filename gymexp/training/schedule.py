@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from gymexp.config import RunConfig
+from gymexp.config.schema import RunConfig
 from gymexp.data.mix import share_out
 from gymexp.errors import ConfigError
 from gymexp.rollout.outcome import Task

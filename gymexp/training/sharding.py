@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from gymexp.config import RunConfig
+from gymexp.cluster.placement import Placement
+from gymexp.config.schema import RunConfig
 from gymexp.errors import ConfigError
-from gymexp.run.placement import Placement
 
 if TYPE_CHECKING:
     from trl.trainer.grpo_config import GRPOConfig

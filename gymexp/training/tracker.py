@@ -6,7 +6,7 @@ import functools
 import os
 from collections.abc import Iterator
 
-from gymexp.config import TrackerConfig
+from gymexp.config.schema import TrackerConfig
 
 _LOG_MODEL = "WANDB_LOG_MODEL"
 

@@ -18,18 +18,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
-from gymexp.config import RunConfig
+from gymexp.config.schema import RunConfig
 from gymexp.data.prepare import Prepared
+from gymexp.engine.replicas import NamedTensors, TensorSpecs
 from gymexp.errors import ServiceError
 from gymexp.policy import lora
 from gymexp.policy.model import end_token_ids, save_policy
 from gymexp.policy.snapshot import directory_of
-from gymexp.policy.weights import NamedTensors, TensorSpecs
+from gymexp.record.directory import RunDirectory
 from gymexp.rollout.outcome import Outcome
-from gymexp.run.directory import RunDirectory
 from gymexp.training import batches, checkpoints, drift, padding
-from gymexp.training.engine import ServerSampling
-from gymexp.training.rollouts import Rollouts, on_main_rank
+from gymexp.training.ranks import on_main_rank
+from gymexp.training.rollouts import Rollouts
+from gymexp.training.sampling import ServerSampling
 
 log = logging.getLogger(__name__)
 

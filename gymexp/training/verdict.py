@@ -17,7 +17,7 @@ import typing
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from gymexp.names import nearest
+from gymexp.config.names import nearest
 from gymexp.training.arguments import construct, read_source
 
 if TYPE_CHECKING:

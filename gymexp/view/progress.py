@@ -12,7 +12,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from gymexp.run.printable import printable, printable_in
+from gymexp.printable import printable, printable_in
 
 _NUMBERS = ("reward", "success", "turns", "tokens", "truncated", "failed")
 

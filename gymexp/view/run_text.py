@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from gymexp.run.slurm_states import slurm_states
+from gymexp.cluster.slurm import slurm_states
+from gymexp.record.state import RunState, last_errors, read_run, tokens_per_s, wall_seconds
 from gymexp.view.progress import View, duration
-from gymexp.view.run_state import RunState, last_errors, read_run, tokens_per_s, wall_seconds
 
 _POLL_S = 0.5
 _STATE_S = 5.0  # between two looks at whether the run is still there
@@ -112,5 +112,5 @@ def follow(path: Path, view: View, sleep: Callable[[float], Any] = time.sleep) -
         if ended:
             return run
         sleep(_POLL_S)
-        if now.status.get("outcome") or time.monotonic() - looked > _STATE_S:
+        if now.status.get("ended") or time.monotonic() - looked > _STATE_S:
             looked, run = time.monotonic(), look(path)

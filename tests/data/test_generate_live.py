@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from gymexp.config import DataConfig, EnvConfig, RunConfig
-from gymexp.data.demonstrations import demonstrations
+from gymexp.coldstart.demonstrations import demonstrations
+from gymexp.config.schema import DataConfig, EnvConfig, RunConfig
 from gymexp.data.prepare import prepare
 from gymexp.data.rows import load_rows
 from gymexp.data.sources import fetch

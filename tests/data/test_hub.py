@@ -6,7 +6,7 @@ import huggingface_hub
 import pytest
 from hub_stand_in import COMMIT, Hub, serve
 
-from gymexp.config import DataConfig, EnvConfig
+from gymexp.config.schema import DataConfig, EnvConfig
 from gymexp.data import hub as hub_module
 from gymexp.data.sources import Files, fetch
 from gymexp.errors import DataError

@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 
 from gymexp import data
-from gymexp.config import DataConfig, DatasetConfig, EnvConfig, RunConfig
-from gymexp.data.demonstrations import demonstrations
+from gymexp.coldstart.demonstrations import demonstrations
+from gymexp.config.schema import DataConfig, DatasetConfig, EnvConfig, RunConfig
 from gymexp.data.prepare import load_prepared, needs_gym_python, prepare, write_prepared
 from gymexp.data.sources import Files, fetch
 from gymexp.errors import DataError

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from gymexp.config import DataConfig, EnvConfig
+from gymexp.config.schema import DataConfig, EnvConfig
 from gymexp.data import cache as cache_module
 from gymexp.data import generate as generate_module
 from gymexp.data.cache import cached, sha256_of

@@ -12,7 +12,7 @@ import pytest
 from whole_run import UNEVALUATED
 
 from gymexp.gym.install import lacks
-from gymexp.run.directory import cache_dir
+from gymexp.record.places import cache_dir
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 SHORT = [*UNEVALUATED, "trainer.max_steps=1", "trainer.save_steps=1"]

@@ -16,9 +16,10 @@ import pytest
 from hydra import compose, initialize_config_dir
 from whole_run import OVERRIDES, ROOT, Run
 
-from gymexp import config as configuration
-from gymexp import schema
-from gymexp.launch.freeze import FrozenJob, write_job
+from gymexp.config.hydra_schema import register
+from gymexp.config.load import load
+from gymexp.config.options import CONF_DIR
+from gymexp.sweep.freeze import FrozenJob, write_job
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(400)]
 SHORT = [
@@ -34,10 +35,10 @@ SHORT = [
     "placement.rollout_nodes=1",
     "placement.train_nodes=2",
 ]
-IN_TASK = "import sys; from gymexp.launch import job; job.run(sys.argv[1], 0)"
+IN_TASK = "import sys; from gymexp.sweep import job; job.run(sys.argv[1], 0)"
 COME_BACK = {
-    "Over nodes: an engine is killed": "gymexp.policy.hf_replica",
-    "Over nodes: the gateway is killed": "gymexp.policy.gateway",
+    "Over nodes: an engine is killed": "gymexp.engine.hf.replica",
+    "Over nodes: the gateway is killed": "gymexp.gateway.server",
 }
 PATIENCE_S = 60  # for the end of a run whose part was killed
 
@@ -47,9 +48,9 @@ class NodesRun(Run):
 
     def __init__(self, sweep: Path) -> None:
         self.directory = sweep / "0"
-        schema.register()
-        with initialize_config_dir(str(configuration.CONF_DIR), version_base="1.3"):
-            config = configuration.load(compose("train", SHORT))
+        register()
+        with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+            config = load(compose("train", SHORT))
         write_job(self.directory, FrozenJob(config, SHORT))
         self.output = sweep / "output.txt"
         self.name = f"nodes-{os.getpid()}-{time.monotonic_ns()}"
@@ -120,7 +121,7 @@ def test_two_nodes_train_with_what_a_third_one_samples_though_engine_and_gateway
         blow.over()
     places = {rank: run.part("gymexp.training.process", RANK=rank) for rank in ("0", "1")}
     nodes = [process.environ()["SLURMD_NODENAME"] for process in places.values()]
-    engine = run.part("gymexp.policy.hf_replica").environ()["SLURMD_NODENAME"]
+    engine = run.part("gymexp.engine.hf.replica").environ()["SLURMD_NODENAME"]
     assert len({*nodes, engine}) == 3
     assert run.ended_cleanly() == 0, run.said
     steps = [entry for entry in run.metrics() if "loss" in entry]

@@ -13,8 +13,8 @@ import psutil
 import pytest
 from whole_run import OVERRIDES, ROOT, UNEVALUATED, metrics_of, steps_of
 
-from gymexp.run.directory import cache_dir
-from gymexp.view.run_state import read_run, wall_seconds
+from gymexp.record.places import cache_dir
+from gymexp.record.state import read_run, wall_seconds
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 ODD = {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}

@@ -11,7 +11,7 @@ import pytest
 from slurm_sweeps import collected, limit_job, said_by, waiting_project, with_own_server
 from whole_run import steps_of, task_keys_of
 
-from gymexp.launch import watch
+from gymexp.sweep import watch
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 SWEPT = ("trainer.num_generations", "trainer.learning_rate")

@@ -13,7 +13,7 @@ from aiohttp import web
 from loopback import serving
 from omegaconf import OmegaConf
 
-from gymexp.config import EnvConfig
+from gymexp.config.schema import EnvConfig
 from gymexp.errors import ConfigError, ServiceError
 from gymexp.gym.attached import check_policy, read_head, replicas_of, start_command, wait_for_agents
 

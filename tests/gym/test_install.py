@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from gymexp.config import GymConfig
+from gymexp.config.schema import GymConfig
 from gymexp.errors import ConfigError, ServiceError
 from gymexp.gym import install
 from gymexp.gym.install import ensure_python, find_python

@@ -11,11 +11,11 @@ import pytest
 from loopback import serving
 from real_servers import Servers, policy_that_says
 
-from gymexp.config import EnvConfig, GymConfig
-from gymexp.gym.client import RolloutFailure, Sampling, play
+from gymexp.config.schema import EnvConfig, GymConfig
 from gymexp.gym.install import site_packages
-from gymexp.gym.servers import plan
+from gymexp.gym.plan import plan
 from gymexp.rollout.outcome import Rollout, Task
+from gymexp.rollout.play import RolloutFailure, Sampling, play
 
 pytestmark = pytest.mark.gym
 SERVER = r"""

@@ -14,10 +14,10 @@ import psutil
 import pytest
 from real_servers import Servers
 
-from gymexp.config import EnvConfig, GymConfig
+from gymexp.config.schema import EnvConfig, GymConfig
 from gymexp.errors import ConfigError, ServiceError
 from gymexp.gym.install import site_packages
-from gymexp.gym.servers import Layout, plan
+from gymexp.gym.plan import Layout, plan
 
 SUDOKU = EnvConfig(
     config_path="resources_servers/reasoning_gym/configs/reasoning_gym.yaml",

@@ -17,9 +17,9 @@ from trl.distributed import DistributedBackend
 from trl.generation.vllm_generation import VLLMGeneration
 from whole_run import TINY
 
-from gymexp.config import LoraConfig
+from gymexp.config.schema import LoraConfig
+from gymexp.engine.hf.engine import HFEngine, SamplingParams
 from gymexp.errors import ConfigError
-from gymexp.policy.hf import HFEngine, SamplingParams
 from gymexp.policy.lora import build_peft_config, merged_parameters
 from gymexp.policy.model import save_policy
 

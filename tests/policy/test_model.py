@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 from whole_run import ROOT, TINY
 
-from gymexp.config import LoraConfig, ModelConfig
+from gymexp.config.schema import LoraConfig, ModelConfig
 from gymexp.errors import ConfigError
 from gymexp.policy.model import end_token_ids, load_model, load_tokenizer
 from gymexp.policy.snapshot import resolve_path

@@ -12,15 +12,16 @@ import pytest
 from hub_stand_in import COMMIT, Hub, put_into_cache, serve
 from whole_run import TINY
 
-from gymexp.config import ModelConfig, RunConfig
+from gymexp.cluster.placement import Placement, Share
+from gymexp.config.schema import ModelConfig, RunConfig
 from gymexp.data import hub as hub_module
+from gymexp.engine import vllm
 from gymexp.errors import ConfigError
-from gymexp.policy import snapshot, vllm
+from gymexp.policy import snapshot
 from gymexp.policy.model import end_token_ids, load_tokenizer
+from gymexp.processes.keys import Keys
+from gymexp.record.directory import RunDirectory
 from gymexp.run import services
-from gymexp.run.directory import RunDirectory
-from gymexp.run.keys import Keys
-from gymexp.run.placement import Placement, Share
 
 REPO = "acme/tiny"
 V2 = "beef" + 36 * "0"

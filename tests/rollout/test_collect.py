@@ -19,13 +19,13 @@ from aiohttp import web
 from loopback import serving
 from trl.trainer.utils import nanstd
 
-from gymexp.config import EnvConfig, RolloutConfig
+from gymexp.config.schema import EnvConfig, RolloutConfig
 from gymexp.errors import RolloutError, ServiceError
-from gymexp.gym.client import Sampling, read_reply
-from gymexp.gym.servers import Replica
+from gymexp.record.services import Replica
 from gymexp.rollout import collect
 from gymexp.rollout.collect import Collector, Progress, Stopped, check_failed_share
 from gymexp.rollout.outcome import Completed, Failed, Rollout, Task, Truncated
+from gymexp.rollout.play import Sampling, read_reply
 
 VOCAB_SIZE = 100
 AFTER_FAILURE_S = collect._AFTER_FAILURE_S

@@ -9,10 +9,10 @@ from pathlib import Path
 import aiohttp
 import orjson
 
-from gymexp.run import ports
+from gymexp.processes import ports
+from gymexp.processes.keys import header
+from gymexp.processes.supervisor import Service
 from gymexp.run.control import Control
-from gymexp.run.keys import header
-from gymexp.run.supervisor import Service
 
 KEY = "the run's"
 

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import TrainerCallback
 
-from gymexp.config import EnvConfig, LoraConfig, ModelConfig, RunConfig
+from gymexp.config.schema import EnvConfig, LoraConfig, ModelConfig, RunConfig
 from gymexp.data.prepare import Prepared
 from gymexp.policy.model import load_model, load_tokenizer
 from gymexp.rollout.batch import Batch

@@ -12,7 +12,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM, TrainerCallback
 from trl import GRPOTrainer
 
-from gymexp.config import EnvConfig, LoraConfig, ModelConfig, RunConfig
+from gymexp.config.schema import EnvConfig, LoraConfig, ModelConfig, RunConfig
 from gymexp.data.prepare import Prepared
 from gymexp.policy.model import load_model, load_tokenizer
 from gymexp.rollout.outcome import Task

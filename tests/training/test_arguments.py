@@ -13,9 +13,10 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from gymexp import config as configuration
-from gymexp import schema
-from gymexp.config import CONF_DIR, EnvConfig, ModelConfig, RunConfig, SearchConfig, options
+from gymexp.config.hydra_schema import register
+from gymexp.config.load import load
+from gymexp.config.options import CONF_DIR, options
+from gymexp.config.schema import EnvConfig, ModelConfig, RunConfig, SearchConfig
 from gymexp.errors import ConfigError
 from gymexp.training import arguments
 
@@ -251,11 +252,11 @@ MISSING = ("bitsandbytes", "galore_torch", "torchao", "torchdistx", "liger_kerne
     reason="what is said here of missing packages and GPUs is there",
 )
 def test_trl_itself_takes_the_good_and_every_experiment_and_refuses_the_bad(tmp_path, monkeypatch):
-    schema.register()
+    register()
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
         composed = [compose("train", [f"experiment={name}"]) for name in options("experiment")]
         composed += [compose("train", [f"trainer={name}"]) for name in options("trainer")]
-    configs = [configuration.load(cfg) for cfg in composed]
+    configs = [load(cfg) for cfg in composed]
     same = {"dtype": "float32", "attn_implementation": "sdpa", "here": True}
     asked = [{"trainer": one} | same for one in (*GOOD, *(one.trainer for one in configs))]
     asked += [{"trainer": one} | same for _, one in BAD]

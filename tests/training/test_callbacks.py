@@ -19,7 +19,7 @@ from aiohttp import web
 from loopback import serving
 from transformers import TrainerControl
 
-from gymexp.config import EnvConfig, EvaluationConfig, ModelConfig, RunConfig
+from gymexp.config.schema import EnvConfig, EvaluationConfig, ModelConfig, RunConfig
 from gymexp.data.prepare import Prepared
 from gymexp.rollout.collect import Progress
 from gymexp.rollout.outcome import Completed, Rollout, Task, Turn

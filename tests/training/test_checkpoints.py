@@ -14,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gymexp.config import CheckpointConfig
+from gymexp.config.schema import CheckpointConfig
 from gymexp.errors import RunDirectoryError
 from gymexp.training import checkpoints
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from gymexp.config import EnvConfig, ModelConfig, RolloutConfig, RunConfig
+from gymexp.config.schema import EnvConfig, ModelConfig, RolloutConfig, RunConfig
 from gymexp.errors import DrawError, DriftError
 from gymexp.rollout.outcome import Completed, Failed, Outcome, Rollout, Task, Truncated, Turn
 from gymexp.training.drift import Checks, Row, Tally, check_draws, check_drift, choose_rows, tally

@@ -13,11 +13,11 @@ import torch
 from aiohttp import web
 from loopback import serving
 
-from gymexp.config import EngineConfig, EnvConfig, ModelConfig, RunConfig
+from gymexp.config.schema import EngineConfig, EnvConfig, ModelConfig, RunConfig
+from gymexp.engine import transfer
+from gymexp.engine.weights import WeightSync
 from gymexp.errors import ServiceError
-from gymexp.policy import transfer
-from gymexp.policy.weights import WeightSync
-from gymexp.training.engine import HFSampling, ServerSampling, join_servers
+from gymexp.training.sampling import HFSampling, ServerSampling, join_servers
 
 
 class HFEngine:

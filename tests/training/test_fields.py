@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from gymexp.config import EnvConfig, ModelConfig, RunConfig, SearchConfig
+from gymexp.config.schema import EnvConfig, ModelConfig, RunConfig, SearchConfig
 from gymexp.errors import ConfigError
 from gymexp.training import arguments, fields
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gymexp.config import EnvConfig
+from gymexp.config.schema import EnvConfig
 from gymexp.rollout.outcome import Cause, Completed, Failed, Outcome, Rollout, Task, Truncated, Turn
 from gymexp.training.metrics import flat_groups, mean_reward, rollout_metrics
 

@@ -13,7 +13,7 @@ from hub_stand_in import put_into_cache
 from small_trainer import MadeUp, build_trainer, save_policy
 from transformers import AutoModelForCausalLM
 
-from gymexp.config import LoraConfig, ModelConfig
+from gymexp.config.schema import LoraConfig, ModelConfig
 from gymexp.policy.model import load_model
 from gymexp.policy.snapshot import pin
 

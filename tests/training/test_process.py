@@ -17,9 +17,9 @@ import pytest
 import wandb
 from whole_run import ROOT
 
-from gymexp.config import EnvConfig, EvaluationConfig, RunConfig, TrackerConfig
+from gymexp.config.schema import EnvConfig, EvaluationConfig, RunConfig, TrackerConfig
 from gymexp.errors import GymexpError
-from gymexp.gym.servers import Replica
+from gymexp.record.services import Replica
 from gymexp.rollout.collect import Stopped
 from gymexp.training import process
 

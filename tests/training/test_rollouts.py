@@ -13,11 +13,12 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gymexp.config import EnvConfig, ModelConfig, RolloutConfig, RunConfig
+from gymexp.config.schema import EnvConfig, ModelConfig, RolloutConfig, RunConfig
 from gymexp.errors import RolloutError, ServiceError
-from gymexp.gym.client import Distribution
 from gymexp.rollout.outcome import Completed, Failed, Rollout, Task, Truncated, Turn
-from gymexp.training.rollouts import Rollouts, on_main_rank, seed_of
+from gymexp.rollout.play import Distribution
+from gymexp.training.ranks import on_main_rank
+from gymexp.training.rollouts import Rollouts, seed_of
 
 SOFTMAX = Distribution(temperature=1.0)
 TASKS = {key: Task(key, "e", "a", {"large": "row"}) for key in ("e/train/0", "e/train/1")}

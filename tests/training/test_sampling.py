@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from gymexp.config import EnvConfig, EvaluationConfig, ModelConfig, RunConfig
+from gymexp.config.schema import EnvConfig, EvaluationConfig, ModelConfig, RunConfig
 from gymexp.data.prepare import Prepared
-from gymexp.gym.client import Distribution, Sampling, request_body
 from gymexp.rollout.outcome import Completed, Rollout, Task, Turn
+from gymexp.rollout.play import Distribution, Sampling, request_body
 from gymexp.training.callbacks import Evaluation, held_out_distribution
 from gymexp.training.rollouts import Rollouts
 

@@ -9,14 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gymexp.config import DataConfig, DatasetConfig, EnvConfig, ModelConfig, RunConfig, SearchConfig
+from gymexp.config.schema import DataConfig, DatasetConfig, EnvConfig, ModelConfig, RunConfig, SearchConfig
 from gymexp.data import prepare
 from gymexp.data.prepare import Prepared
 from gymexp.errors import ConfigError
 from gymexp.gym import install
-from gymexp.launch import check as launch_check
 from gymexp.rollout.outcome import Task
-from gymexp.train import train
+from gymexp.run.train import train
+from gymexp.sweep import check as launch_check
 from gymexp.training import arguments, schedule
 from gymexp.training.schedule import Schedule
 

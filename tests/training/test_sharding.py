@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from whole_run import ROOT, TINY
 
-from gymexp.config import EnvConfig, RunConfig
+from gymexp.cluster.placement import Placement, Share
+from gymexp.config.schema import EnvConfig, RunConfig
 from gymexp.errors import ConfigError
-from gymexp.run.placement import Placement, Share
 from gymexp.training import sharding
 
 PATIENCE_S = 200

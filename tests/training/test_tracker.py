@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gymexp.config import TrackerConfig
+from gymexp.config.schema import TrackerConfig
 from gymexp.training import tracker
 
 KEY = "0123456789" * 4

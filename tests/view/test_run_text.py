@@ -30,6 +30,7 @@ def say(run: Path, pid: int | None = None, outcome: str | None = None, **facts) 
         "pid": pid or os.getpid(),
         "host": socket.gethostname(),
         "began": time.time(),
+        "ended": outcome and (outcome if outcome in ("finished", "requeued") else "failed"),
         "outcome": outcome,
     }
     (run / "status.json").write_text(json.dumps(status | facts))

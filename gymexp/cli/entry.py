@@ -1,0 +1,107 @@
+"""The entry of a command that Hydra configures: its flags, its launchers, its run directory."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra._internal.core_plugins.basic_launcher import BasicLauncher
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.plugins import Plugins
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from gymexp.cli import completion, hydra_keys
+from gymexp.cli.terminal import end_with, guarded, log_to_terminal, outlive_readers
+from gymexp.config.hydra_schema import register
+from gymexp.config.options import CONF_DIR
+from gymexp.config.redaction import in_override
+from gymexp.config.schema import RunConfig
+from gymexp.errors import ConfigError, GymexpError
+
+Job = Callable[[DictConfig], Any]
+Launchers = Mapping[str, Callable[..., Any]]
+# The names under which Hydra looks for the launchers of conf/launcher/.
+BASIC = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
+SUBMITIT = "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher"
+
+
+def hydra_main(
+    config_name: str, schema: type = RunConfig, launchers: Launchers | None = None
+) -> Callable[[Job], Callable[[], Any]]:
+    """`hydra.main` over gymexp's configuration; every mistake is printed as text, with what to do about it.
+
+    launchers: what starts the command's jobs, in the place of Hydra's classes BASIC and SUBMITIT. Hydra looks
+    plugins up by name and wants functions of a module. None: the command works in this process alone.
+    """
+
+    def decorate(main: Job) -> Callable[[], Any]:
+        if completion.asks_for_it(sys.argv[1:]):
+            return lambda: print(completion.script())
+        register()
+        plugins: Any = Plugins.instance()
+        plugins.class_name_to_class |= launchers or {SUBMITIT: _no_launcher}
+        hydra_keys.check_before_runs(launchers is not None)
+        # Hydra would print its own errors and exit; this lets them come here.
+        os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+        if launchers:
+            outlive_readers()
+        log_to_terminal()
+        job = hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=config_name)(
+            _in_job(main)
+        )
+
+        def checked() -> Any:
+            hydra_keys.check_flags(sys.argv[1:])
+            return job()
+
+        return guarded(_without_secrets(checked), schema)
+
+    return decorate
+
+
+def _no_launcher(**_: Any) -> Any:
+    return BasicLauncher()
+
+
+def _without_secrets(main: Callable[[], Any]) -> Callable[[], Any]:
+    """Raises ConfigError for a command line that has one, before Hydra writes it down."""
+
+    @functools.wraps(main)
+    def wrapped() -> Any:
+        for key in filter(None, map(in_override, sys.argv[1:])):
+            raise ConfigError(
+                f"{key} must hold no secret, as other users see the command line (ps), and run directories "
+                "keep it: leave it out, and set the variable of the environment that the program reads"
+            )
+        return main()
+
+    return wrapped
+
+
+def _in_job(main: Job) -> Job:
+    """Hydra makes the run directory before `main`: take it back when nothing was written to it, as after a
+    mistake, or a resumed run, which goes on in its own.
+
+    A single run's error ends here, before Hydra puts a line of its own above it; a sweep's names the job.
+    """
+
+    @functools.wraps(main)
+    def wrapped(cfg: DictConfig) -> Any:
+        try:
+            return main(cfg)
+        except GymexpError as error:
+            if HydraConfig.get().mode == RunMode.MULTIRUN:
+                raise
+            end_with(error)
+        finally:
+            with contextlib.suppress(OSError):
+                Path(HydraConfig.get().runtime.output_dir).rmdir()
+
+    return wrapped

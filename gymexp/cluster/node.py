@@ -1,0 +1,110 @@
+"""A node of a run: where processes start and sockets open, on this machine or on another one."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from gymexp.cluster.job import Task, read_task
+from gymexp.cluster.placement import visible_gpus
+from gymexp.errors import ConfigError
+from gymexp.processes import ports
+from gymexp.processes.process import Running, spawn
+
+
+def lead_of(num_nodes: int, task: Task | None) -> Task:
+    """This process as the lead of so many nodes. Raises ConfigError if it is not in a job of these."""
+    if task is None or task.count != num_nodes:
+        there = "none is running" if task is None else f"job {task.attempt} has {task.count}"
+        raise ConfigError(
+            f"placement.rollout_nodes and placement.train_nodes need a Slurm job of {num_nodes} tasks, one a "
+            f"node, and {there}: say launcher=slurm, or start the same job on every node by srun"
+        )
+    return task
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """A socket on a node; `fd` is its number there, also in what is started with it."""
+
+    host: str
+    port: int
+    fd: int
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.host}:{self.port}"
+
+
+class Node(Protocol):
+    """A machine of the run. gpus: as CUDA_VISIBLE_DEVICES names them there."""
+
+    name: str
+    address: str
+    gpus: list[str]
+
+    async def listen(self) -> Endpoint:
+        """A socket for a server that takes it over (`ports.listen`)."""
+        ...
+
+    async def reserve(self, exclusive: bool = True) -> Endpoint:
+        """A port for a server that opens its own (`ports.reserve`)."""
+        ...
+
+    async def spawn(
+        self,
+        command: Sequence[str | os.PathLike[str]],
+        log: Path,
+        env: Mapping[str, str] | None = None,
+        fds: Sequence[int] = (),
+        reap: bool = False,
+    ) -> Running:
+        """As `process.spawn`. The log is where every node sees it."""
+        ...
+
+
+class LocalNode:
+    """This machine."""
+
+    def __init__(self, gpus: list[str], name: str = "localhost", address: str = "127.0.0.1") -> None:
+        self.name = name
+        self.address = address
+        self.gpus = gpus
+        self._socks: list[socket.socket] = []
+
+    async def listen(self) -> Endpoint:
+        return self._keep(ports.listen(self.address))
+
+    async def reserve(self, exclusive: bool = True) -> Endpoint:
+        return self._keep(ports.reserve(self.address, exclusive))
+
+    async def spawn(
+        self,
+        command: Sequence[str | os.PathLike[str]],
+        log: Path,
+        env: Mapping[str, str] | None = None,
+        fds: Sequence[int] = (),
+        reap: bool = False,
+    ) -> Running:
+        return await spawn(command, log, env, fds, reap=reap)
+
+    def _keep(self, sock: socket.socket) -> Endpoint:
+        self._socks.append(sock)
+        host, port = sock.getsockname()
+        return Endpoint(host, port, sock.fileno())
+
+    def close(self) -> None:
+        for sock in self._socks:
+            sock.close()
+
+
+def this_node(count: int) -> tuple[LocalNode, Task | None]:
+    """This machine; and this process as the lead of so many nodes, where there are several."""
+    if count == 1:
+        return LocalNode([]), None
+    task = lead_of(count, read_task())
+    return LocalNode(visible_gpus(), task.node, ports.address_of(task.node)), task

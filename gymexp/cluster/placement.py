@@ -1,0 +1,188 @@
+"""Which GPUs sample and which train, on one node or over several, decided before anything starts and without
+torch."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from gymexp.config.schema import PlacementConfig, RunConfig
+from gymexp.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Share:
+    """Some of a node's GPUs, as CUDA_VISIBLE_DEVICES names them there; none on a node without. node: its
+    number."""
+
+    node: int
+    gpus: list[str]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """engine: hf or vllm. training: one share a node that trains. replicas: one share an engine that is to be
+    started as a server; none with `engine.urls`, and with engine=hf on one node, which lives in the trainer.
+    """
+
+    engine: str
+    training: list[Share]
+    replicas: list[Share]
+
+    @property
+    def shared(self) -> bool:
+        """Whether a GPU both samples and trains."""
+        sampling = {(share.node, gpu) for share in self.replicas for gpu in share.gpus}
+        return any((share.node, gpu) in sampling for share in self.training for gpu in share.gpus)
+
+    @property
+    def in_trainer(self) -> bool:
+        """Whether the trainer's own process samples."""
+        return self.engine == "hf" and not self.replicas
+
+    @property
+    def num_ranks(self) -> int:
+        """Of the trainer: one a GPU, or one a node that has none."""
+        return sum(max(1, len(share.gpus)) for share in self.training)
+
+    @property
+    def num_train_gpus(self) -> int:
+        return sum(len(share.gpus) for share in self.training)
+
+
+def num_nodes(placement: PlacementConfig) -> int:
+    """Of the run, one Slurm task each."""
+    return 1 if placement.rollout_nodes is None else placement.rollout_nodes + placement.train_nodes
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs that a child would see: CUDA_VISIBLE_DEVICES where it is set, else what nvidia-smi lists."""
+    if (named := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return [gpu for gpu in named.split(",") if gpu and gpu != "-1"]
+    if not shutil.which("nvidia-smi"):
+        return []
+    shown = subprocess.run(
+        ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    return shown.stdout.split() if shown.returncode == 0 else []
+
+
+def place(config: RunConfig, nodes: Sequence[list[str]]) -> Placement:
+    """Share out the GPUs of the run's nodes as the configuration says. Raises ConfigError.
+
+    On one node, unless said otherwise: half of them sample (whole replicas of `engine.tensor_parallel_size`),
+    the others train; a single one does both in turn, and all do with `engine.colocate`. Of several nodes the
+    first `placement.rollout_nodes` sample and the others train, with all their GPUs.
+    """
+    engine = config.engine
+    kind = engine.kind
+    if kind == "auto":
+        kind = "vllm" if any(nodes) and (engine.python or importlib.util.find_spec("vllm")) else "hf"
+    if config.placement.rollout_nodes is None:
+        return _place_on_one(config, kind, nodes[0])
+    return _place_over_nodes(config, kind, nodes, config.placement.rollout_nodes)
+
+
+def _place_over_nodes(config: RunConfig, kind: str, nodes: Sequence[list[str]], rollout: int) -> Placement:
+    size = config.engine.tensor_parallel_size if kind == "vllm" else 1
+    if kind == "hf" and config.engine.weights not in ("auto", "disk"):
+        raise ConfigError(
+            f"engine.weights must be disk with engine=hf over several nodes, got {config.engine.weights!r}"
+        )
+    for number, gpus in enumerate(nodes[:rollout]):
+        if len(gpus) % size:
+            raise ConfigError(
+                f"engine.tensor_parallel_size must divide the GPUs of every rollout node, got {size}, and "
+                f"node {number} has {len(gpus)}"
+            )
+    training = [Share(number, gpus) for number, gpus in enumerate(nodes)][rollout:]
+    if without := [str(share.node) for share in training if any(nodes) and not share.gpus]:
+        raise ConfigError(
+            f"placement.train_nodes={len(training)} need GPUs where another node has some, but node "
+            f"{', '.join(without)} has none: ask Slurm for as many on every node (--gpus-per-node)"
+        )
+    replicas = [
+        Share(number, gpus[i : i + size])
+        for number, gpus in enumerate(nodes[:rollout])
+        for i in range(0, max(1, len(gpus)), size)
+    ]
+    return Placement(kind, training, replicas)
+
+
+def _place_on_one(config: RunConfig, kind: str, gpus: list[str]) -> Placement:
+    engine, wanted = config.engine, config.placement
+    if kind == "hf" or engine.urls:
+        train = _count("placement.train_gpus", wanted.train_gpus, min(1, len(gpus)), len(gpus))
+        if kind == "hf" and train > 1:
+            raise ConfigError(
+                f"placement.train_gpus must be 1 with engine=hf, which samples in the trainer's one process, "
+                f"got {train}: say engine=vllm"
+            )
+        return _on_one(kind, gpus[:train], [])
+    size = engine.tensor_parallel_size
+    if not gpus:
+        return _on_one(kind, [], [[]])
+    if engine.colocate or len(gpus) == 1:
+        for key, count in (("rollout_gpus", wanted.rollout_gpus), ("train_gpus", wanted.train_gpus)):
+            if count not in (None, len(gpus)):
+                raise ConfigError(
+                    f"placement.{key} must be left out where every GPU both samples and trains "
+                    f"({len(gpus)} of them), got {count}"
+                )
+        if len(gpus) % size:
+            raise ConfigError(
+                f"engine.tensor_parallel_size must divide the number of GPUs here, {len(gpus)}, got {size}"
+            )
+        return _on_one(kind, gpus, [gpus[i : i + size] for i in range(0, len(gpus), size)])
+    if wanted.rollout_gpus is None and wanted.train_gpus is not None:
+        rollout = max(len(gpus) - wanted.train_gpus, 0) // size * size
+    else:
+        rollout = wanted.rollout_gpus or max(len(gpus) // 2 // size, 1) * size
+    if rollout % size or rollout < size:
+        raise ConfigError(
+            f"placement.rollout_gpus must be a multiple of engine.tensor_parallel_size={size}, "
+            f"got {rollout}: a replica needs so many"
+        )
+    _count("placement.rollout_gpus", rollout, rollout, len(gpus))
+    apart = len(gpus) - rollout
+    train = wanted.train_gpus or apart
+    if not train or train > apart:
+        raise ConfigError(
+            f"placement.rollout_gpus={rollout} and placement.train_gpus={train} must not be more than the "
+            f"{len(gpus)} GPUs of this machine together, and both at least 1 (engine.colocate=true: each GPU "
+            "samples and trains in turn)"
+        )
+    replicas = [gpus[i : i + size] for i in range(0, rollout, size)]
+    return _on_one(kind, gpus[rollout : rollout + train], replicas)
+
+
+def _on_one(kind: str, train_gpus: list[str], replica_gpus: list[list[str]]) -> Placement:
+    return Placement(kind, [Share(0, train_gpus)], [Share(0, gpus) for gpus in replica_gpus])
+
+
+def _count(key: str, wanted: int | None, default: int, there: int) -> int:
+    count = default if wanted is None else wanted
+    if count > there:
+        raise ConfigError(f"{key} must be at most {there}, the number of GPUs here, got {count}")
+    return count
+
+
+def transfer_of(config: RunConfig, placement: Placement) -> str:
+    """How the trainer's weights reach the engine's servers: ipc on shared GPUs, nccl between others, disk
+    without any, and for the hf engine."""
+    if placement.engine == "hf":
+        return "disk"
+    if config.engine.weights != "auto":
+        return config.engine.weights
+    if placement.shared:
+        return "ipc"
+    apart = placement.num_train_gpus and placement.replicas
+    return "nccl" if apart and importlib.util.find_spec("vllm") else "disk"

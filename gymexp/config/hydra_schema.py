@@ -1,0 +1,44 @@
+"""The schema as Hydra gets it: which keys are open on the command line, and what was meant by one that is not
+there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
+
+from gymexp.config.schema import DataConfig, EnvConfig, RunConfig
+
+
+def _open() -> Any:
+    return OmegaConf.create({}, flags={"struct": False})
+
+
+@dataclass
+class _OpenData(DataConfig):
+    options: dict[str, Any] = field(default_factory=_open)
+
+
+@dataclass
+class _OpenEnv(EnvConfig):
+    data: DataConfig = field(default_factory=_OpenData)
+
+
+@dataclass
+class _OpenRun(RunConfig):
+    env: dict[str, _OpenEnv] = field(default_factory=dict)  # pyright: ignore[reportIncompatibleVariableOverride]
+
+
+def register() -> None:
+    """Make the schema known to Hydra, under the name that `conf/train.yaml` puts first.
+
+    What others' programs take is open, and needs no `+` on the command line: TRL's arguments
+    (`gymexp.training.arguments` checks them), flags of `vllm serve`, variables of the chat template, options
+    of a generator.
+    """
+    node = OmegaConf.structured(_OpenRun)
+    for open_ in (node.trainer, node.engine.args, node.model.chat_template_kwargs, node.search.params):
+        OmegaConf.set_struct(open_, False)
+    ConfigStore.instance().store(name="schema", node=node)

@@ -1,0 +1,365 @@
+"""What a configuration must satisfy beyond its types. Nothing is imported or asked for it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from gymexp.config.names import nearest
+from gymexp.config.options import options
+from gymexp.config.redaction import secrets_at
+from gymexp.config.schema import (
+    DataConfig,
+    EngineConfig,
+    EvaluationConfig,
+    LauncherConfig,
+    LoraConfig,
+    RunConfig,
+)
+from gymexp.config.space import problems_of_space
+
+
+def _one_of(key: str, value: Any, allowed: tuple[str | None, ...]) -> Iterator[str]:
+    if value not in allowed:
+        names = [name for name in allowed if name is not None]
+        near = nearest(str(value), names)
+        yield f"{key} must be one of {', '.join(names)}, got {value!r}{near}"
+
+
+def _at_least(key: str, value: float | None, least: float) -> Iterator[str]:
+    if value is not None and not value >= least:
+        yield f"{key} must be >= {least:g}, got {value!r}"
+
+
+def _positive(key: str, value: float | None) -> Iterator[str]:
+    if value is not None and not value > 0:
+        yield f"{key} must be > 0, got {value!r}"
+
+
+def not_finite(at: str, value: Any) -> Iterator[str]:
+    """Keys at or below `at` whose number is nan or infinite: no key means anything by that."""
+    if isinstance(value, float) and not math.isfinite(value):
+        yield f"{at} must be a finite number, got {value!r}"
+    elif isinstance(value, dict):
+        for name, inner in value.items():
+            yield from not_finite(f"{at}.{name}" if at else str(name), inner)
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            yield from not_finite(f"{at}[{index}]", inner)
+
+
+def problems_of(config: RunConfig) -> Iterator[str]:
+    """Every rule that the configuration breaks, said with key, rule and value."""
+    if endless := list(not_finite("", dataclasses.asdict(config))):
+        yield from endless
+        return  # other rules compare these numbers
+    if secrets := list(secrets_at("", dataclasses.asdict(config))):
+        for key in secrets:
+            yield (
+                f"{key} must hold no secret, as run directories keep the configuration: leave it out, and "
+                "set the variable of the environment that the program reads (HF_TOKEN, WANDB_API_KEY, …)"
+            )
+        return  # other rules show what they complain of
+    yield from _seed_problems(config)
+    if not config.env:
+        known = ", ".join(options("env"))
+        yield f"env must name at least one environment, got []: say e.g. env=[sudoku]. Known: {known}"
+    for name, env in config.env.items():
+        at = f"env.{name}"
+        if not env.weight >= 0:
+            yield f"{at}.weight must be a number >= 0, got {env.weight!r}"
+        for key in ("replicas", "max_concurrency", "max_output_tokens"):
+            yield from _at_least(f"{at}.{key}", getattr(env, key), 1)
+        yield from _at_least(f"{at}.max_steps", env.max_steps, 1)
+        yield from _positive(f"{at}.timeout_s", env.timeout_s)
+        yield from _positive(f"{at}.memory_budget_mb", env.memory_budget_mb)
+        if abs(env.refused_reward) > 1e16:
+            yield f"{at}.refused_reward must be within ±1e16, as every reward, got {env.refused_reward!r}"
+        if env.refused_reward and config.gym.runtime != "managed":
+            yield (
+                f"{at}.refused_reward must be left out with gym.runtime={config.gym.runtime}, whose servers "
+                f"do not say which status they answered with, got {env.refused_reward!r}"
+            )
+        yield from _data_problems(f"{at}.data", env.data)
+    if config.env and all(env.weight == 0 for env in config.env.values()):
+        yield "env.<name>.weight must be > 0 for at least one environment, got 0 for all: " + ", ".join(
+            config.env
+        )
+    yield from _one_of("dataset.order", config.dataset.order, ("interleave", "shuffle"))
+    yield from _at_least("dataset.train_size", config.dataset.train_size, 1)
+    yield from _at_least("dataset.validation_size", config.dataset.validation_size, 1)
+    yield from _engine_problems(config.engine)
+    yield from _placement_problems(config)
+    yield from _one_of("model.dtype", config.model.dtype, ("float32", "bfloat16", "float16"))
+    yield from _at_least("model.max_model_len", config.model.max_model_len, 8)
+    yield from _lora_problems(config.model.lora)
+    yield from _launcher_problems(config.launcher)
+    if config.model.lora.r is not None and config.trainer.get("sync_ref_model"):
+        yield (
+            "trainer.sync_ref_model must be false with model.lora, whose reference is the model without its "
+            f"adapter, got {config.trainer['sync_ref_model']!r}"
+        )
+    yield from _sharding_problems(config.trainer)
+    yield from _one_of("gym.runtime", config.gym.runtime, ("managed", "cli", "attach"))
+    if config.gym.runtime == "cli" and not config.gym.checkout:
+        yield "gym.checkout must name your NeMo Gym checkout when gym.runtime=cli, got None"
+    if config.gym.runtime == "attach" and config.gym.policy_port is None:
+        yield (
+            "gym.policy_port must be the port of the running servers' policy_base_url "
+            "when gym.runtime=attach, got None"
+        )
+    yield from _at_least("gym.model_servers", config.gym.model_servers, 1)
+    for key in ("start_timeout_s", "health_interval_s", "health_timeout_s"):
+        yield from _positive(f"gym.{key}", getattr(config.gym, key))
+    yield from _at_least("gym.max_restarts", config.gym.max_restarts, 0)
+    yield from _at_least("rollout.max_retries", config.rollout.max_retries, 0)
+    if not 0 <= config.rollout.max_failed_share <= 1:
+        yield f"rollout.max_failed_share must be between 0 and 1, got {config.rollout.max_failed_share!r}"
+    yield from _one_of("rollout.truncated", config.rollout.truncated, ("scored", "masked"))
+    yield from _at_least("rollout.drift_every", config.rollout.drift_every, 1)
+    yield from _positive("rollout.max_drift", config.rollout.max_drift)
+    yield from _at_least("evaluation.every_steps", config.evaluation.every_steps, 0)
+    yield from _at_least("evaluation.num_tasks", config.evaluation.num_tasks, 1)
+    yield from _distribution_problems(config.evaluation)
+    yield from _checkpoint_problems(config)
+    yield from _search_problems(config)
+    yield from _one_of("tracker.kind", config.tracker.kind, ("none", "wandb", "trackio", "tensorboard"))
+    yield from _one_of("tracker.mode", config.tracker.mode, (None, "online", "offline", "disabled"))
+
+
+def _seed_problems(config: RunConfig) -> Iterator[str]:
+    """numpy, which transformers and Optuna seed, takes 32 bits. A trial adds its number to search.seed."""
+    if not 0 <= config.seed < 2**32:
+        yield f"seed must be between 0 and 2**32 - 1, got {config.seed!r}"
+    if not 0 <= config.search.seed <= 2**32 - max(1, config.search.num_trials):
+        yield (
+            "search.seed must be between 0 and 2**32 - 1, and so with search.num_trials added, got "
+            f"{config.search.seed!r}"
+        )
+
+
+def _distribution_problems(evaluation: EvaluationConfig) -> Iterator[str]:
+    """What vLLM does as asked: below a temperature of 0.01 it samples at 0.01, and it takes none above 2."""
+    temperature = evaluation.temperature
+    if temperature is not None and temperature != 0 and not 0.01 <= temperature <= 2:
+        yield (
+            "evaluation.temperature must be between 0.01 and 2, or 0 for the likeliest token every time, got "
+            f"{temperature!r}"
+        )
+    if not 0 < evaluation.top_p <= 1:
+        yield f"evaluation.top_p must be > 0 and <= 1, got {evaluation.top_p!r}"
+    yield from _at_least("evaluation.top_k", evaluation.top_k, 0)
+    if not 0 <= evaluation.min_p <= 1:
+        yield f"evaluation.min_p must be between 0 and 1, got {evaluation.min_p!r}"
+    yield from _positive("evaluation.repetition_penalty", evaluation.repetition_penalty)
+    if temperature == 0:
+        for key, neutral in (("top_p", 1.0), ("top_k", 0), ("min_p", 0.0)):
+            if (value := getattr(evaluation, key)) != neutral:
+                yield (
+                    f"evaluation.{key} must be {neutral} with evaluation.temperature=0, which takes the "
+                    f"likeliest token, got {value!r}"
+                )
+
+
+def _placement_problems(config: RunConfig) -> Iterator[str]:
+    placement, engine = config.placement, config.engine
+    for key in ("rollout_gpus", "train_gpus", "rollout_nodes", "train_nodes"):
+        yield from _at_least(f"placement.{key}", getattr(placement, key), 1)
+    if placement.rollout_nodes is None:
+        if placement.train_nodes > 1:
+            yield (
+                "placement.rollout_nodes must say how many nodes sample where several train, got None and "
+                f"placement.train_nodes={placement.train_nodes}"
+            )
+        return
+    several = f"placement.rollout_nodes={placement.rollout_nodes}"
+    for key in ("rollout_gpus", "train_gpus"):
+        if (count := getattr(placement, key)) is not None:
+            yield (
+                f"placement.{key} must be left out with {several}, where a node samples or trains with all "
+                f"its GPUs, got {count}: ask Slurm for fewer"
+            )
+    if engine.urls:
+        yield f"engine.urls must be left out with {several}, whose nodes sample, got {engine.urls}"
+    if engine.colocate:
+        yield f"engine.colocate must be false with {several}: a node samples or trains"
+    if engine.weights == "ipc":
+        yield f"engine.weights must be auto, nccl or disk with {several} (IPC is a GPU's own), got 'ipc'"
+    if config.gym.runtime != "managed":
+        yield (
+            f"gym.runtime must be managed with {several}, so that other nodes reach its servers, got "
+            f"{config.gym.runtime!r}"
+        )
+
+
+def _launcher_problems(launcher: LauncherConfig) -> Iterator[str]:
+    if not re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}", launcher.time):
+        yield (
+            "launcher.time must be minutes, or hours:minutes:seconds, or days-hours:minutes:seconds, "
+            f"got {launcher.time!r}"
+        )
+    if launcher.mem is not None and not re.fullmatch(r"\d+[KMGT]?", launcher.mem):
+        yield f"launcher.mem must be a number with K, M, G or T, as in 200G, got {launcher.mem!r}"
+    yield from _at_least("launcher.signal_s", launcher.signal_s, 1)
+    yield from _at_least("launcher.gpus", launcher.gpus, 0)
+    yield from _at_least("launcher.cpus", launcher.cpus, 1)
+    yield from _at_least("launcher.array_parallelism", launcher.array_parallelism, 1)
+
+
+def _checkpoint_problems(config: RunConfig) -> Iterator[str]:
+    checkpoint = config.checkpoint
+    yield from _at_least("checkpoint.keep_last", checkpoint.keep_last, 1)
+    yield from _at_least("checkpoint.keep_best", checkpoint.keep_best, 0)
+    yield from _at_least("checkpoint.keep_every", checkpoint.keep_every, 1)
+    for key in ("keep_best", "keep_every"):
+        if getattr(checkpoint, key) and checkpoint.keep_last is None:
+            yield f"checkpoint.keep_last must be set with checkpoint.{key}, got None, which keeps all"
+    if checkpoint.keep_best < 1:
+        return
+    every, save = config.evaluation.every_steps, config.trainer.get("save_steps", 500)
+    strategy = config.trainer.get("save_strategy", "steps")
+    if strategy != "steps":
+        yield f"trainer.save_strategy must be steps with checkpoint.keep_best, got {strategy!r}"
+    elif not isinstance(save, int) or every < 1 or (save % every and every % save):
+        yield (
+            "checkpoint.keep_best compares checkpoints of steps that were evaluated: evaluation.every_steps "
+            f"must divide trainer.save_steps, or be a multiple of it, got {every} and {save!r}"
+        )
+
+
+def _search_problems(config: RunConfig) -> Iterator[str]:
+    search = config.search
+    yield from _at_least("search.num_trials", search.num_trials, 0)
+    yield from _one_of("search.direction", search.direction, ("maximize", "minimize"))
+    yield from _at_least("search.startup_trials", search.startup_trials, 1)
+    yield from _at_least("search.warmup_steps", search.warmup_steps, 0)
+    yield from problems_of_space(search.params)
+    if search.num_trials and search.trial is None:
+        yield (
+            "search.trial must be swept with search.num_trials: say it in a sweep file, as "
+            "sweeps/search_lr.yaml does (hydra.sweeper.params), got None"
+        )
+    if search.trial is None:
+        return
+    if not search.params:
+        yield "search.params must name the keys to search, with choices or {low, high}, got {}"
+    if not config.evaluation.after:
+        yield "evaluation.after must be true with a search, which compares what it measures, got False"
+    if search.prune and not config.evaluation.every_steps:
+        yield "evaluation.every_steps must be >= 1 with search.prune=true, which judges by it, got 0"
+    env = search.metric.rpartition("/")[0]
+    if env and env not in config.env:
+        known = ", ".join(config.env)
+        yield f"search.metric must be of a selected environment ({known}), got {search.metric!r}"
+
+
+def _lora_problems(lora: LoraConfig) -> Iterator[str]:
+    if lora.r is None and lora != LoraConfig():
+        yield "model.lora.r must be the adapter's rank where other keys of model.lora are set, got None"
+    yield from _at_least("model.lora.r", lora.r, 1)
+    yield from _at_least("model.lora.lora_alpha", lora.lora_alpha, 1)
+    if not 0 <= lora.lora_dropout < 1:
+        yield f"model.lora.lora_dropout must be >= 0 and below 1, got {lora.lora_dropout!r}"
+    if not _may_name_modules(lora.target_modules):
+        yield (
+            "model.lora.target_modules must be all-linear, a list of module names, or a regular expression, "
+            f"got {lora.target_modules!r}"
+        )
+
+
+def _sharding_problems(trainer: dict[str, Any]) -> Iterator[str]:
+    if trainer.get("fsdp") and trainer.get("deepspeed"):
+        yield "trainer.fsdp and trainer.deepspeed do the same work: leave one of them out"
+    if isinstance(deepspeed := trainer.get("deepspeed"), dict):
+        zero = deepspeed.get("zero_optimization")
+        stage = zero.get("stage") if isinstance(zero, dict) else zero
+        if stage not in (1, 2, 3):
+            yield f"trainer.deepspeed.zero_optimization.stage must be 1, 2 or 3, got {stage!r}"
+    fsdp = trainer.get("fsdp_config")
+    if not trainer.get("fsdp") or not isinstance(fsdp, dict):
+        return
+    version = fsdp.get("version", fsdp.get("fsdp_version", 2))
+    if str(version) != "2":
+        yield f"trainer.fsdp_config.version must be 2, got {version!r}: transformers gives the first one up"
+    if fsdp.get("activation_checkpointing") and trainer.get("gradient_checkpointing", True):
+        yield (
+            "trainer.gradient_checkpointing must be false with trainer.fsdp_config.activation_checkpointing, "
+            "which does the same, got " + repr(trainer.get("gradient_checkpointing", True))
+        )
+
+
+def _may_name_modules(value: Any) -> bool:
+    if isinstance(value, list):
+        return bool(value) and all(isinstance(name, str) and name for name in value)
+    try:
+        return isinstance(value, str) and value != "" and bool(re.compile(value))
+    except re.error:
+        return False
+
+
+# Flags of `vllm serve` that other keys set, or that the token contract rests on.
+_VLLM_OWNED = {
+    "model": "model.path",
+    "revision": "model.revision",
+    "dtype": "model.dtype",
+    "max_model_len": "model.max_model_len",
+    "tensor_parallel_size": "engine.tensor_parallel_size",
+    "weight_transfer_config": "engine.weights",
+    "enable_sleep_mode": "engine.colocate",
+} | dict.fromkeys(
+    (
+        *("host", "port", "uds", "api_key", "middleware"),
+        *("served_model_name", "logprobs_mode", "generation_config", "enable_scale_out"),
+    )
+)
+
+
+def _engine_problems(engine: EngineConfig) -> Iterator[str]:
+    yield from _one_of("engine.kind", engine.kind, ("auto", "hf", "vllm"))
+    yield from _one_of("engine.weights", engine.weights, ("auto", "nccl", "ipc", "disk"))
+    yield from _at_least("engine.max_batch_size", engine.max_batch_size, 1)
+    yield from _at_least("engine.tensor_parallel_size", engine.tensor_parallel_size, 1)
+    yield from _positive("engine.start_timeout_s", engine.start_timeout_s)
+    for name in engine.args:
+        plain = str(name).lstrip("-").replace("-", "_")
+        if plain in _VLLM_OWNED:
+            instead = _VLLM_OWNED[plain]
+            yield f"engine.args.{name} is set by gymexp" + (f": use {instead} instead" if instead else "")
+    for url in engine.urls:
+        if not url.startswith(("http://", "https://")):
+            yield f"engine.urls must hold addresses like http://127.0.0.1:8000, got {url!r}"
+    if engine.urls and engine.kind == "hf":
+        yield f"engine.urls is for engine=vllm, got engine.kind='hf' and {engine.urls}"
+    if engine.colocate and (engine.urls or engine.kind == "hf"):
+        yield "engine.colocate=true is for vLLM that gymexp starts: leave out engine.urls and engine=hf"
+    if engine.colocate and engine.weights == "nccl":
+        yield "engine.weights must be ipc or disk with engine.colocate=true (NCCL has no two ranks on a GPU)"
+
+
+def _data_problems(at: str, data: DataConfig) -> Iterator[str]:
+    if data.source not in ("generate", "huggingface", "jsonl"):
+        yield f"{at}.source must be one of generate, huggingface, jsonl, got {data.source!r}"
+    elif data.source == "generate":
+        if data.generator not in ("reasoning_gym", "workplace"):
+            yield (
+                f"{at}.generator must be reasoning_gym or workplace for source=generate, "
+                f"got {data.generator!r}"
+            )
+        for key in ("train_size", "validation_size"):
+            if getattr(data, key) is None:
+                yield f"{at}.{key} must be set for source=generate"
+    elif data.source == "huggingface" and not data.repo_id:
+        yield f"{at}.repo_id must name a Hugging Face dataset for source=huggingface, got None"
+    if data.source in ("huggingface", "jsonl"):
+        for key in ("train_file", "validation_file"):
+            if not getattr(data, key):
+                yield f"{at}.{key} must be set for source={data.source}, got {getattr(data, key)!r}"
+    for key in ("train_size", "validation_size"):
+        value = getattr(data, key)
+        if value is not None and value < 1:
+            yield f"{at}.{key} must be >= 1, got {value!r}"
+    for key in ("train_seed", "validation_seed"):  # Python's Random makes the same of seed and -seed
+        yield from _at_least(f"{at}.{key}", getattr(data, key), 0)

@@ -1,0 +1,6 @@
+"""Templates of workplace_assistant tasks, one module a domain. Importing the package registers them."""
+
+from gymexp.data.workplace.tasks import analytics, calendar, customers, email, projects, several
+from gymexp.data.workplace.tasks.draft import TEMPLATES, Draft
+
+__all__ = ["TEMPLATES", "Draft", "analytics", "calendar", "customers", "email", "projects", "several"]

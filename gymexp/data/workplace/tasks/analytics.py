@@ -1,0 +1,254 @@
+"""Analytics tasks: plots of website visits, some chosen by what the numbers are."""
+
+from __future__ import annotations
+
+from collections import Counter
+from datetime import date, timedelta
+from random import Random
+
+from gymexp.data.workplace.tasks.draft import Call, ask, template
+from gymexp.data.workplace.tasks.words import METRICS, PLOTS, say_date
+from gymexp.data.workplace.tasks.world import TODAY, Record, World, other
+
+MONTHS = {
+    "September": ("2023-09-01", "2023-09-30"),
+    "October": ("2023-10-01", "2023-10-31"),
+    "November": ("2023-11-01", TODAY),
+}
+SOURCES = {
+    "direct": "visits_direct",
+    "referral": "visits_referral",
+    "search engine": "visits_search_engine",
+    "social media": "visits_social_media",
+}
+
+
+def plot(first: str, last: str, metric: str, kind: str) -> Call:
+    return (
+        "analytics_create_plot",
+        {"time_min": first, "time_max": last, "value_to_plot": metric, "plot_type": kind},
+    )
+
+
+def look(tool: str, first: str, last: str, **more: str) -> Call:
+    return (f"analytics_{tool}", {"time_min": first, "time_max": last} | more)
+
+
+def span(r: Random, low: int = 1, high: int = 40) -> tuple[str, str]:
+    """Two days of the recorded autumn, low..high days apart."""
+    length = r.randint(low, high)
+    first = date(2023, 9, 1) + timedelta(days=r.randint(0, 90 - length))
+    return first.isoformat(), (first + timedelta(days=length)).isoformat()
+
+
+def on_day(w: World, day: str) -> list[Record]:
+    return [v for v in w.visitors if v["date_of_visit"] == day]
+
+
+def one_visitor(w: World, r: Random) -> Record:
+    """A visitor who came only once, so that the id names one visit."""
+    visits = Counter(v["visitor_id"] for v in w.visitors)
+    return r.choice([v for v in w.visitors if visits[v["visitor_id"]] == 1])
+
+
+def said_plot(r: Random, metric: str, kind: str) -> str:
+    return f"a {r.choice(PLOTS[kind])} of {r.choice(METRICS[metric])}"
+
+
+@template("analytics", "easy")
+def plot_between_dates(w: World, r: Random) -> tuple[str, list[Call]]:
+    first, last = span(r)
+    metric, kind = r.choice(list(METRICS)), r.choice(list(PLOTS))
+    wordings = [
+        "make {plot} from {a} to {b}",
+        "create {plot} between {a} and {b}",
+        "draw {plot} for {a} to {b}",
+        "plot {metric} from {a} to {b} as a {kind}",
+        "I would like to see {plot} from {a} to {b}.",
+        "give me {plot} for the days from {a} to {b}",
+    ]
+    values = {
+        "plot": said_plot(r, metric, kind),
+        "metric": r.choice(METRICS[metric]),
+        "kind": r.choice(PLOTS[kind]),
+    }
+    return ask(r, *wordings, a=first, b=last, **values), [plot(first, last, metric, kind)]
+
+
+@template("analytics", "easy")
+def plot_one_day(w: World, r: Random) -> tuple[str, list[Call]]:
+    day = span(r)[0]
+    metric, kind = r.choice(list(METRICS)), r.choice(list(PLOTS))
+    wordings = [
+        "make {plot} for {a} only",
+        "create {plot} for the single day {a}",
+        "draw {plot} from {a} to {a}",
+    ]
+    return ask(r, *wordings, plot=said_plot(r, metric, kind), a=day), [plot(day, day, metric, kind)]
+
+
+@template("analytics", "medium")
+def plot_said_dates(w: World, r: Random) -> tuple[str, list[Call]]:
+    """Two plots over one stretch of time that is said in words."""
+    first, last = span(r)
+    month = r.choice(list(MONTHS))
+    when, (first, last) = r.choice(
+        [
+            (f"from {say_date(r, first)} to {say_date(r, last)}", (first, last)),
+            (f"from {say_date(r, first)} until today", (first, TODAY)),
+            (f"for {month}", MONTHS[month]),
+        ]
+    )
+    one, two = r.sample(list(METRICS), 2)
+    kind, kind_two = r.choice(list(PLOTS)), r.choice(list(PLOTS))
+    wordings = [
+        "make {x} and then {y}, both {when}",
+        "First make {x} {when}, then {y} for the same days.",
+        "create {x} {when}, and after that {y} for the same time",
+    ]
+    text = ask(r, *wordings, x=said_plot(r, one, kind), y=said_plot(r, two, kind_two), when=when)
+    return text, [plot(first, last, one, kind), plot(first, last, two, kind_two)]
+
+
+@template("analytics", "medium")
+def plot_day_of_visitor(w: World, r: Random) -> tuple[str, list[Call]]:
+    visitor, metric, kind = one_visitor(w, r), r.choice(list(METRICS)), r.choice(list(PLOTS))
+    day = visitor["date_of_visit"]
+    wordings = [
+        "make {plot} for the day on which visitor {id} came",
+        "create {plot} for the day of visitor {id}'s visit",
+        "When did visitor {id} come? Draw {plot} for that day.",
+    ]
+    calls = [("analytics_get_visitor_information_by_id", {"visitor_id": visitor["visitor_id"]})]
+    text = ask(r, *wordings, plot=said_plot(r, metric, kind), id=visitor["visitor_id"])
+    return text, [*calls, plot(day, day, metric, kind)]
+
+
+@template("analytics", "medium")
+def plot_source_of_visitor(w: World, r: Random) -> tuple[str, list[Call]]:
+    visitor, kind, month = one_visitor(w, r), r.choice(list(PLOTS)), r.choice(list(MONTHS))
+    wordings = [
+        "make a {kind} of the visits in {month} from the traffic source that visitor {id} came from",
+        "find the traffic source of visitor {id} and plot its visits in {month} as a {kind}",
+    ]
+    calls = [("analytics_get_visitor_information_by_id", {"visitor_id": visitor["visitor_id"]})]
+    text = ask(r, *wordings, kind=r.choice(PLOTS[kind]), month=month, id=visitor["visitor_id"])
+    return text, [*calls, plot(*MONTHS[month], SOURCES[visitor["traffic_source"]], kind)]
+
+
+@template("analytics", "medium")
+def plot_after_start_of_visitor(w: World, r: Random) -> tuple[str, list[Call]]:
+    visitor, metric, kind = one_visitor(w, r), r.choice(list(METRICS)), r.choice(list(PLOTS))
+    wordings = [
+        "make {plot} from the day of visitor {id}'s visit until today",
+        "look up visitor {id} and create {plot} from that visit to today",
+    ]
+    calls = [("analytics_get_visitor_information_by_id", {"visitor_id": visitor["visitor_id"]})]
+    text = ask(r, *wordings, plot=said_plot(r, metric, kind), id=visitor["visitor_id"])
+    return text, [*calls, plot(visitor["date_of_visit"], TODAY, metric, kind)]
+
+
+@template("analytics", "hard")
+def depends_on_a_number(w: World, r: Random) -> tuple[str, list[Call]]:
+    """Which of two plots is right depends on one day's visits, engaged users, or session length."""
+    day = span(r)[0]
+    rows = on_day(w, day)
+    source = r.choice(list(SOURCES))
+    engaged = sum(v["user_engaged"] == "True" for v in rows)
+    seconds = sum(int(v["session_duration_seconds"]) for v in rows) / len(rows)
+    noun, tool, more, value = r.choice(
+        [
+            ("the total number of visits", "total_visits_count", {}, len(rows)),
+            ("the number of engaged users", "engaged_users_count", {}, engaged),
+            (
+                f"the number of {source} visits",
+                "traffic_source_count",
+                {"traffic_source": source},
+                sum(v["traffic_source"] == source for v in rows),
+            ),
+            ("the average session duration in seconds", "get_average_session_duration", {}, seconds),
+        ]
+    )
+    limit = max(0, round(value) + r.randint(-3, 3))
+    first, last = span(r)
+    (one, kind), (two, kind_two) = ((m, r.choice(list(PLOTS))) for m in r.sample(list(METRICS), 2))
+    wordings = [
+        "If {noun} on {day} was above {n}, make {x} from {a} to {b}; otherwise make {y} for these days.",
+        "Check {noun} on {day}. Above {n}, create {x} from {a} to {b}; if not, {y} for the same days.",
+    ]
+    values = {
+        "noun": noun,
+        "day": say_date(r, day),
+        "n": limit,
+        "a": say_date(r, first),
+        "b": say_date(r, last),
+    }
+    text = ask(r, *wordings, x=said_plot(r, one, kind), y=said_plot(r, two, kind_two), **values)
+    chosen = plot(first, last, one, kind) if value > limit else plot(first, last, two, kind_two)
+    return text, [look(tool, day, day, **more), chosen]
+
+
+@template("analytics", "hard")
+def plot_the_busiest_day(w: World, r: Random) -> tuple[str, list[Call]] | None:
+    first, last = span(r, 2, 3)
+    metric, kind = r.choice(list(METRICS)), r.choice(list(PLOTS))
+    noun, tool, rows = r.choice(
+        [
+            ("the most visits", "total_visits_count", w.visitors),
+            (
+                "the most engaged users",
+                "engaged_users_count",
+                [v for v in w.visitors if v["user_engaged"] == "True"],
+            ),
+        ]
+    )
+    ranking = Counter(v["date_of_visit"] for v in rows if first <= v["date_of_visit"] <= last).most_common(2)
+    if len(ranking) < 2 or ranking[0][1] == ranking[1][1]:
+        return None
+    day = ranking[0][0]
+    wordings = [
+        "find the day with {noun} from {a} to {b} and make {plot} for that day",
+        "Which day from {a} to {b} had {noun}? Create {plot} for it.",
+    ]
+    values = {"noun": noun, "a": say_date(r, first), "b": say_date(r, last)}
+    text = ask(r, *wordings, plot=said_plot(r, metric, kind), **values)
+    return text, [look(tool, first, last), plot(day, day, metric, kind)]
+
+
+@template("analytics", "hard")
+def plot_the_stronger_source(w: World, r: Random) -> tuple[str, list[Call]] | None:
+    day, kind, month = span(r)[0], r.choice(list(PLOTS)), r.choice(list(MONTHS))
+    one = r.choice(list(SOURCES))
+    two = other(r, list(SOURCES), one)
+    count = Counter(v["traffic_source"] for v in on_day(w, day))
+    if count[one] == count[two]:
+        return None
+    wordings = [
+        "Were there more {one} or {two} visits on {day}? Plot the larger source for {month} as a {kind}.",
+        "compare {one} with {two} visits on {day} and make a {kind} of the larger of the two for {month}",
+    ]
+    text = ask(r, *wordings, one=one, two=two, day=say_date(r, day), month=month, kind=r.choice(PLOTS[kind]))
+    looks = [look("traffic_source_count", day, day, traffic_source=source) for source in (one, two)]
+    return text, [*looks, plot(*MONTHS[month], SOURCES[max(one, two, key=lambda s: count[s])], kind)]
+
+
+@template("analytics", "hard")
+def depends_on_visitor(w: World, r: Random) -> tuple[str, list[Call]]:
+    visitor = one_visitor(w, r)
+    first, last = span(r)
+    (one, kind), (two, kind_two) = ((m, r.choice(list(PLOTS))) for m in r.sample(list(METRICS), 2))
+    source = visitor["traffic_source"] if r.random() < 0.5 else r.choice(list(SOURCES))
+    said, holds = r.choice(
+        [
+            ("was engaged", visitor["user_engaged"] == "True"),
+            (f"came through {source}", visitor["traffic_source"] == source),
+        ]
+    )
+    wordings = [
+        "If visitor {id} {said}, make {x} from {a} to {b}, otherwise make {y} for these days.",
+        "Look up visitor {id}: if this one {said}, create {x} from {a} to {b}; if not, {y} for these days.",
+    ]
+    values = {"id": visitor["visitor_id"], "said": said, "a": say_date(r, first), "b": say_date(r, last)}
+    text = ask(r, *wordings, x=said_plot(r, one, kind), y=said_plot(r, two, kind_two), **values)
+    chosen = plot(first, last, one, kind) if holds else plot(first, last, two, kind_two)
+    return text, [("analytics_get_visitor_information_by_id", {"visitor_id": visitor["visitor_id"]}), chosen]

@@ -1,6 +1,0 @@
-"""Templates of workplace_assistant tasks, one module a domain. Importing the package registers them."""
-
-from gymexp.data.workplace_tasks import analytics, calendar, customers, email, projects, several
-from gymexp.data.workplace_tasks.draft import TEMPLATES, Draft
-
-__all__ = ["TEMPLATES", "Draft", "analytics", "calendar", "customers", "email", "projects", "several"]

@@ -1,0 +1,98 @@
+"""The directories that a run writes to: room, rights, locks, speed."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from huggingface_hub import constants
+
+from gymexp.config.schema import ModelConfig
+from gymexp.doctor.finding import Finding, Subject, ask
+from gymexp.policy.snapshot import cached, resolve_path
+from gymexp.record.places import cache_dir
+
+GIB = 2**30
+_DEADLINE_S = 15.0
+_SLOW_S = 0.5  # one small file; a run writes some a step
+_FEW_INODES = 10_000
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+# What is least there, and what is comfortable, in GiB.
+_ROOM = {"outputs": (1, 20), "cache": (1, 5), "hub cache": (1, 20), "tmp": (0.2, 2), "shm": (0.05, 1)}
+
+
+def look(subject: Subject) -> Iterable[Finding]:
+    places = {
+        "outputs": Path(subject.config.output_dir or "outputs"),
+        "cache": cache_dir(),
+        "hub cache": Path(constants.HF_HUB_CACHE),
+        "tmp": Path(tempfile.gettempdir()),
+        "shm": Path("/dev/shm"),
+    }
+    with ThreadPoolExecutor() as pool:
+        yield from pool.map(lambda item: _look_at(item[0], item[1], subject), places.items())
+
+
+def _look_at(name: str, path: Path, subject: Subject) -> Finding:
+    what = f"disk: {name}"
+    module = "gymexp.doctor.disk_probe"
+    shown = ask(sys.executable, "-m", module, str(path), timeout_s=_DEADLINE_S)
+    if shown.code != 0:
+        reason = (shown.error.splitlines() or ["no output"])[-1]
+        if shown.code is None:
+            reason = f"no answer within {_DEADLINE_S:g} s: the file system hangs"
+        return Finding("fail", what, f"{path}: {reason}", f"{_how_to_move(name)}, or have it mended")
+    found = json.loads(shown.out)
+    free = found["free"] / GIB
+    text = f"{path} ({found['type']}): {free:.1f} GiB free"
+    if found["error"]:
+        return Finding("fail", what, f"{text}; {found['where']} {found['error']}", _how_to_move(name))
+    least, comfortable = _ROOM[name]
+    if name == "outputs" and (needed := checkpoint_bytes(subject.config.model)):
+        text += f"; a checkpoint of this model takes about {needed / GIB:.1f} GiB"
+        least = max(least, 2 * needed / GIB)  # the newest stays until the next is whole
+    if free < least:
+        return Finding("fail", what, text, f"make room ({least:.1f} GiB at least), or {_how_to_move(name)}")
+    if found["inodes_free"] is not None and found["inodes_free"] < _FEW_INODES:
+        text += f", and only {found['inodes_free']} more files"
+        return Finding("warn", what, text, f"delete files there, or {_how_to_move(name)}")
+    if free < comfortable:
+        return Finding("warn", what, text, f"make room, or {_how_to_move(name)}")
+    if found["write_s"] > _SLOW_S:
+        text += f"; a small file took {found['write_s']:.1f} s"
+        return Finding("warn", what, text, f"{_how_to_move(name)} that is faster")
+    return Finding("ok", what, text)
+
+
+def _how_to_move(name: str) -> str:
+    return {
+        "outputs": "say output_dir=… (hydra.sweep.dir=… for a sweep) on another disk",
+        "cache": "set GYMEXP_CACHE to a directory on another disk",
+        "hub cache": "set HF_HOME to a directory on another disk",
+        "tmp": "set TMPDIR to a directory on another disk",
+        "shm": "give the container a larger /dev/shm (docker: --shm-size=8g, or --ipc=host)",
+    }[name]
+
+
+def checkpoint_bytes(model: ModelConfig) -> int | None:
+    """Weights and AdamW's state in float32, 12 bytes a parameter. None with an adapter, and where the model
+    is not on this machine."""
+    if model.lora.r is not None:
+        return None
+    directory = _directory_of(model)
+    if directory is None:
+        return None
+    described = json.loads((directory / "config.json").read_text())
+    dtype = described.get("dtype") or described.get("torch_dtype") or "float32"
+    size = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+    return 12 * size // _BYTES.get(dtype, 4) or None
+
+
+def _directory_of(model: ModelConfig) -> Path | None:
+    path = resolve_path(model.path)
+    return Path(path) if Path(path).is_absolute() else cached(path, model.revision or "main")

@@ -1,0 +1,148 @@
+"""Rows of the hf engine, and which of their prefixes another prompt may take over instead of computing it."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future
+from typing import Any, Literal
+
+import numpy as np
+
+from gymexp.engine.hf.cache import LayerRows, SlotCache
+from gymexp.engine.hf.sampling import SamplingParams
+
+FinishReason = Literal["stop", "length"]
+
+WORTH = 16  # tokens; shorter common prefixes are computed, as copying would gain nothing
+
+
+class Row:
+    """One request on its way: its ids so far, and what is known about keys and values of its prefix."""
+
+    def __init__(
+        self,
+        prompt: np.ndarray,
+        limit: int,
+        params: SamplingParams,
+        ends: frozenset[int],
+        future: Future[Any],
+        rng: random.Random,
+    ):
+        self.prompt_length = self.length = len(prompt)
+        self.limit = limit
+        self.ids = np.concatenate([prompt, np.zeros(min(limit, 64), dtype=np.int64)])
+        self.logprobs: list[float] = []
+        self.params = params
+        self.ends = ends
+        self.future = future
+        self.rng = rng
+        self.reused = 0  # leading tokens whose keys and values come from `donor`
+        self.donor: int | Kept | None = None
+        self.kv_version = self.first_version = self.last_version = 0
+
+    @property
+    def num_new(self) -> int:
+        """How many tokens of the prompt must be prefilled."""
+        return self.length - 1 - self.reused
+
+    @property
+    def computed(self) -> np.ndarray:
+        """The ids that keys and values exist for: all but the last."""
+        return self.ids[: self.length - 1]
+
+    def append(self, token: int, logprob: float, version: int, tokenizer: Any) -> FinishReason | None:
+        """Take a sampled token; says why the row ends, if it does."""
+        if self.length == len(self.ids):
+            self.ids = np.concatenate([self.ids, np.zeros(len(self.ids), dtype=np.int64)])
+        self.ids[self.length] = token
+        self.length += 1
+        if not self.logprobs:
+            self.first_version = version
+        self.logprobs.append(logprob)
+        self.last_version = version
+        if token in self.ends or (self.params.stop and self._ends_in_stop_text(tokenizer)):
+            return "stop"
+        return "length" if len(self.logprobs) == self.limit else None
+
+    def _ends_in_stop_text(self, tokenizer: Any) -> bool:
+        # A token may be as little as one byte of a character: this many hold the longest text.
+        window = 4 * max(len(text) for text in self.params.stop) + 8
+        start = max(self.prompt_length, self.length - window)
+        text = tokenizer.decode(self.ids[start : self.length].tolist(), skip_special_tokens=False)
+        return any(stop in text for stop in self.params.stop)
+
+
+class Kept:
+    """Ids of a finished row and a copy of their keys and values."""
+
+    def __init__(self, ids: np.ndarray, layers: LayerRows):
+        self.ids = ids
+        self.layers = layers
+
+
+class PrefixStore:
+    """Finished rows' keys and values, newest last, at most `capacity` tokens, for one weights version."""
+
+    def __init__(self, capacity: int):
+        self.capacity = capacity
+        self.version = 0
+        self._kept: deque[Kept] = deque()
+        self._tokens = 0
+
+    def use_version(self, version: int) -> None:
+        if version != self.version:
+            self.clear()
+            self.version = version
+
+    def clear(self) -> None:
+        self._kept.clear()
+        self._tokens = 0
+
+    def find(self, row: Row, running: Sequence[Row], wave: Sequence[Row]) -> bool:
+        """Note the best donor in `row`. False: a row of the wave will be a better one once it is computed."""
+        prompt = row.ids[: row.length - 1]
+        row.donor, row.reused = None, 0
+        best = WORTH - 1
+        sources = [(slot, r.computed) for slot, r in enumerate(running) if r.kv_version == self.version]
+        for donor, ids in [*sources, *((kept, kept.ids) for kept in reversed(self._kept))]:
+            # Only a donor that agrees where it would have to win can win: most candidates end here.
+            if best < len(ids) and best < len(prompt) and ids[best] == prompt[best]:
+                shared = common_prefix(ids, prompt)
+                if shared > best:
+                    best = shared
+                    row.donor, row.reused = donor, shared
+        bar = best + 2 * WORTH
+        return not any(common_prefix(other.computed, prompt) >= bar for other in wave)
+
+    def copy_into(self, cache: SlotCache, slot: int, row: Row) -> None:
+        if isinstance(row.donor, Kept):
+            cache.write_row(slot, row.donor.layers, row.reused)
+        elif row.donor is not None:
+            cache.copy_row(row.donor, slot, row.reused)
+        row.donor = None
+
+    def keep(self, cache: SlotCache, slot: int, row: Row) -> None:
+        """Keep what a leaving row has computed, in place of earlier turns that it contains."""
+        ids = row.computed.copy()
+        if row.kv_version != self.version or len(ids) > self.capacity:
+            return
+        for kept in [k for k in self._kept if common_prefix(k.ids, ids) == len(k.ids)]:
+            self._drop(kept)
+        self._kept.append(Kept(ids, cache.read_row(slot, len(ids))))
+        self._tokens += len(ids)
+        while self._tokens > self.capacity:
+            self._drop(self._kept[0])
+
+    def _drop(self, kept: Kept) -> None:
+        self._kept.remove(kept)
+        self._tokens -= len(kept.ids)
+
+
+def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
+    """How many leading ids two prompts share."""
+    size = min(len(a), len(b))
+    differs = a[:size] != b[:size]
+    first = int(differs.argmax()) if size else 0
+    return first if size and differs[first] else size

@@ -1,0 +1,135 @@
+"""The hf engine as a server of its own, for runs whose trainer is on another node:
+
+    python -m gymexp.engine.hf.replica RUN_DIR/config.yaml --fd N
+
+Besides the routes of `hf_server` it answers those of vLLM's that `gymexp.engine.weights` asks, so that the
+trainer need not know which engine it is:
+
+    POST /pause   POST /resume   POST /reset_prefix_cache
+    POST /collective_rpc   {"method": "reload_weights", "kwargs": {"weights_path": DIRECTORY}}
+
+All of it takes GYMEXP_ENGINE_KEY, which must be in the environment (`gymexp.processes.keys`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+from pathlib import Path
+
+import torch
+from aiohttp import web
+from safetensors import safe_open
+from transformers import PreTrainedModel
+
+from gymexp.config.load import from_yaml
+from gymexp.engine.hf.engine import HFEngine
+from gymexp.engine.hf.server import build_app
+from gymexp.engine.replicas import VERSION_KEY
+from gymexp.policy.model import end_token_ids, load_model, load_tokenizer
+from gymexp.policy.snapshot import directory_of
+from gymexp.printable import log_to_stderr
+from gymexp.processes import keys
+from gymexp.processes.lifeline import die_with_parent
+from gymexp.processes.ports import adopt, url_of
+
+log = logging.getLogger(__name__)
+
+
+class Weights:
+    """What changes the engine's weights, on request."""
+
+    def __init__(self, model: PreTrainedModel, engine: HFEngine) -> None:
+        self._model = model
+        self._engine = engine
+        self._is_paused = False
+
+    def routes(self) -> list[web.RouteDef]:
+        return [
+            web.post("/pause", self._pause),
+            web.post("/resume", self._resume),
+            web.post("/reset_prefix_cache", self._reset_prefix_cache),
+            web.post("/collective_rpc", self._collective_rpc),
+        ]
+
+    def load(self, directory: Path) -> None:
+        """Take `model.safetensors`, which must hold this model's parameters. Raises ValueError, OSError."""
+        held = dict(self._model.named_parameters())
+        with safe_open(directory / "model.safetensors", "pt", device=str(self._model.device)) as file:
+            if different := sorted(held.keys() ^ set(file.keys())):
+                raise ValueError(f"{directory} and the model differ in {', '.join(different[:5])}")
+            with torch.no_grad(), self._engine.paused():
+                for name, parameter in held.items():
+                    parameter.copy_(file.get_tensor(name))
+                # What the file says of itself; keys and values of other weights are dropped for it.
+                self._engine.weights_version = int(file.metadata()[VERSION_KEY])
+
+    async def _pause(self, _: web.Request) -> web.Response:
+        if not self._is_paused:
+            self._is_paused = True
+            await asyncio.to_thread(self._engine.pause)
+        return web.json_response({})
+
+    async def _resume(self, _: web.Request) -> web.Response:
+        if self._is_paused:
+            self._is_paused = False
+            self._engine.resume()
+        return web.json_response({})
+
+    async def _reset_prefix_cache(self, _: web.Request) -> web.Response:
+        await asyncio.to_thread(self._engine.free_memory)
+        return web.json_response({})
+
+    async def _collective_rpc(self, request: web.Request) -> web.Response:
+        match await request.json():
+            case {"method": "reload_weights", "kwargs": {"weights_path": str(path)}}:
+                try:
+                    await asyncio.to_thread(self.load, Path(path))
+                except (ValueError, OSError) as error:
+                    raise web.HTTPBadRequest(text=str(error)) from None
+                return web.json_response({})
+            case other:
+                raise web.HTTPBadRequest(text=f"the hf engine's only method is reload_weights, got {other}")
+
+
+def main() -> None:
+    die_with_parent()
+    parser = argparse.ArgumentParser(prog="python -m gymexp.engine.hf.replica", allow_abbrev=False)
+    parser.add_argument("config", type=Path, help="the run's config.yaml")
+    parser.add_argument("--fd", type=int, required=True, help="a listening socket, handed down by the parent")
+    args = parser.parse_args()
+    log_to_stderr()
+    key = keys.required(keys.ENGINE)
+    config = from_yaml(args.config)
+    dtype = getattr(torch, config.model.dtype)
+    tokenizer = load_tokenizer(config.model)
+    model = load_model(config.model)
+    torch.nn.Module.to(model, "cuda" if torch.cuda.is_available() else "cpu", dtype)
+    engine = HFEngine(
+        model,
+        eos_token_ids=end_token_ids(tokenizer, directory_of(config.model)),
+        pad_token_id=tokenizer.pad_token_id,  # pyright: ignore[reportArgumentType]
+        max_batch_size=config.engine.max_batch_size,
+        max_model_len=config.model.max_model_len,
+        tokenizer=tokenizer,
+        dtype=dtype,
+    )
+    app = build_app(engine)
+    app.middlewares.insert(0, keys.guard(key))
+    app.add_routes(Weights(model, engine).routes())
+    sock = adopt(args.fd)
+    log.info("the hf engine on %s", url_of(sock))
+    web.run_app(
+        app,
+        sock=sock,
+        handler_cancellation=True,
+        access_log=None,
+        shutdown_timeout=1.0,
+        print=lambda *_: None,
+    )
+    engine.close()
+
+
+if __name__ == "__main__":
+    main()

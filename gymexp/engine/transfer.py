@@ -1,0 +1,235 @@
+"""The ways of the weights from the trainer to the engine's servers.
+
+nccl   one NCCL group of the trainer (rank 0) and all workers of all replicas (vLLM's weight-transfer API):
+       between GPUs of their own
+ipc    handles to the trainer's own GPU memory, which the replica on the same GPU copies from: shared GPUs
+disk   a safetensors file that every replica reads: places without either, vLLM on a CPU, the hf engine on
+       nodes of its own
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import pickle
+import shutil
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from gymexp.engine.replicas import (
+    NamedTensors,
+    Replicas,
+    TensorSpecs,
+    reload_weights,
+    write_weights,
+)
+from gymexp.errors import ServiceError
+
+IPC_CHUNK_BYTES = 1 << 30
+
+
+class DiskTransfer:
+    """Two directories used in turn, so that a replica never reads what is being written."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    def send(self, replicas: Replicas, version: int, specs: TensorSpecs, weights: NamedTensors) -> None:
+        target = self._directory / f"{version % 2}"
+        write_weights(target, weights, version)
+        reload_weights(replicas, target)
+
+    def forget(self) -> None:
+        pass
+
+    def close(self) -> None:
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+
+class NcclTransfer:
+    """Tensors are packed and broadcast; one send for all replicas.
+
+    give_up: called from another thread when a replica fails while NCCL waits for it, which nothing else ends.
+    address: this node's, where all of them meet.
+    """
+
+    def __init__(
+        self, device: torch.device, give_up: Callable[[ServiceError], None], address: str = "127.0.0.1"
+    ) -> None:
+        from trl.generation import vllm_client
+
+        self._vllm: Any = vllm_client  # what it imports of vLLM, by version, is what is needed here too
+        self._device = device
+        self._give_up = give_up
+        self._address = address
+        self._group: Any = None
+        self._members: list[str] = []
+
+    def send(self, replicas: Replicas, version: int, specs: TensorSpecs, weights: NamedTensors) -> None:
+        if not replicas.urls:
+            self._members = []
+            for _ in weights:  # walking over sharded parameters is every rank's
+                pass
+            return
+        if self._members != replicas.urls:
+            self._join(replicas)
+        names, dtypes, shapes = (list(column) for column in zip(*specs, strict=True))
+        info = {"names": names, "shapes": shapes}
+        info["dtype_names"] = [str(dtype).removeprefix("torch.") for dtype in dtypes]
+        stateful = self._vllm._HAS_STATEFUL_TRAINER_ENGINE
+        replicas.post("/start_weight_update")
+        receiving = replicas.start(
+            "/update_weights", {"update_info": info | ({} if stateful else {"packed": True})}
+        )
+        with watched(receiving, replicas.timeout_s, "update_weights", self._give_up):
+            if stateful:
+                self._vllm.packed_nccl_broadcast_producer(
+                    iterator=weights, group=self._group, src=0, post_iter_func=lambda item: item[1]
+                )
+            else:
+                arguments = self._vllm.NCCLTrainerSendWeightsArgs(group=self._group, packed=True)
+                self._vllm.NCCLWeightTransferEngine.trainer_send_weights(weights, arguments)
+            torch.cuda.synchronize(self._device)
+        replicas.post("/finish_weight_update")
+
+    def forget(self) -> None:
+        self._members = []
+
+    def close(self) -> None:
+        with contextlib.suppress(AttributeError):  # a store and a socket that its destructor trips over
+            self._group.group.store = None
+            self._group.group.socket = None
+
+    def _join(self, replicas: Replicas) -> None:
+        self.close()
+        torch.cuda.set_device(self._device)
+        sizes = [answer["world_size"] for answer in replicas.get("/get_world_size")]
+        with socket.socket() as free:
+            free.bind((self._address, 0))
+            port = free.getsockname()[1]
+        common = {"master_address": self._address, "master_port": port, "world_size": 1 + sum(sizes)}
+        stateful = self._vllm._HAS_STATEFUL_TRAINER_ENGINE
+        if stateful:
+            common["packed"] = True
+        infos = [{"init_info": common | {"rank_offset": 1 + sum(sizes[:i])}} for i in range(len(sizes))]
+        joining = replicas.start("/init_weight_transfer_engine", infos)
+        open_group = (
+            self._vllm.open_trainer_endpoint if stateful else self._vllm.NCCLWeightTransferEngine.trainer_init
+        )
+        with watched(joining, replicas.timeout_s, "init_weight_transfer_engine", self._give_up):
+            self._group = open_group(infos[0]["init_info"])
+        self._members = list(replicas.urls)
+
+
+@contextlib.contextmanager
+def watched(
+    answers: list[Future[Any]],
+    timeout_s: float,
+    phase: str,
+    give_up: Callable[[ServiceError], None],
+    grace_s: float = 10.0,
+) -> Iterator[None]:
+    """A block that waits for the replicas in NCCL, which waits for ever for a rank that has failed.
+
+    answers: what the replicas say to the request that began it; their results are waited for at the end.
+    give_up: called from another thread when an answer is an error, or none came within timeout_s, and the
+    block has not ended of itself.
+    """
+    left = threading.Event()
+
+    def watch() -> None:
+        done, waiting = wait(answers, timeout_s, FIRST_EXCEPTION)
+        failed = next((error for one in done if (error := one.exception())), None)
+        if left.wait(grace_s if failed or waiting else timeout_s):
+            return
+        late = ServiceError(f"weights: {phase} did not end within {timeout_s:.0f} s")
+        give_up(failed if isinstance(failed, ServiceError) else late)
+
+    threading.Thread(target=watch, name=f"watch {phase}", daemon=True).start()
+    try:
+        yield
+        for one in answers:
+            one.result()
+    finally:
+        left.set()
+
+
+class IpcTransfer:
+    """Every rank of the trainer shares the copy on its own GPU, and rank 0 tells the replicas where.
+
+    gather: a value of each rank -> those of all ranks, on each. What a handle points to is kept until the
+    replicas have copied it, a chunk at a time: a gathered or merged parameter lives no longer.
+    """
+
+    def __init__(self, gather: Callable[[Any], list[Any]], is_first_rank: bool) -> None:
+        self._gather = gather
+        self._is_first_rank = is_first_rank
+        self._joined = False
+
+    def send(self, replicas: Replicas, version: int, specs: TensorSpecs, weights: NamedTensors) -> None:
+        if self._is_first_rank:
+            if not self._joined:
+                replicas.post("/init_weight_transfer_engine", {"init_info": {}})
+                self._joined = True
+            replicas.post("/start_weight_update")
+        chunk: list[torch.Tensor] = []
+        begin = 0
+        for index, (_, tensor) in enumerate(weights):
+            chunk.append(tensor.detach().contiguous())
+            size = sum(one.nbytes for one in chunk)
+            if index == len(specs) - 1 or size >= IPC_CHUNK_BYTES:
+                self._send_chunk(replicas, specs[begin : index + 1], chunk)
+                chunk, begin = [], index + 1
+        if self._is_first_rank:
+            replicas.post("/finish_weight_update")
+
+    def forget(self) -> None:
+        self._joined = False
+
+    def close(self) -> None:
+        pass
+
+    def _send_chunk(self, replicas: Replicas, specs: TensorSpecs, tensors: list[torch.Tensor]) -> None:
+        from torch.multiprocessing.reductions import reduce_tensor
+
+        torch.cuda.synchronize()
+        gpu = str(torch.cuda.get_device_properties(tensors[0].device).uuid)
+        shared = [{gpu: reduce_tensor(tensor)[1]} for tensor in tensors]
+        everyones = self._gather(shared)
+        if self._is_first_rank:
+            merged = [
+                {gpu: h for one in each for gpu, h in one.items()} for each in zip(*everyones, strict=True)
+            ]
+            names, dtypes, shapes = (list(column) for column in zip(*specs, strict=True))
+            info: dict[str, Any] = {"names": names, "shapes": shapes}
+            info["dtype_names"] = [str(dtype).removeprefix("torch.") for dtype in dtypes]
+            info["ipc_handles_pickled"] = base64.b64encode(pickle.dumps(merged)).decode()
+            replicas.post("/update_weights", {"update_info": info})
+        self._gather(None)  # until then every rank keeps what the others' replicas may be copying
+
+
+class IpcPeer:
+    """The other ranks' part of an update: what `WeightSync` is on the first."""
+
+    def __init__(self, transfer: IpcTransfer) -> None:
+        self._transfer = transfer
+
+    def update(self, version: int, specs: TensorSpecs, weights: NamedTensors) -> None:
+        self._transfer.send(Replicas([]), version, specs, weights)
+
+
+class Transfer(Protocol):
+    """A way of the weights (`gymexp.engine.transfer`)."""
+
+    def send(self, replicas: Replicas, version: int, specs: TensorSpecs, weights: NamedTensors) -> None: ...
+
+    def forget(self) -> None:
+        """A replica was started anew: what was agreed on with the others has to be so again."""
+
+    def close(self) -> None: ...

@@ -1,0 +1,332 @@
+"""The policy as an OpenAI-compatible endpoint, in front of engines that take and give token ids.
+
+    python -m gymexp.gateway.server --engine-url http://127.0.0.1:8001 --tokenizer PATH --port 8000
+
+Of the keys in its environment (`gymexp.processes.keys`), GYMEXP_RUN_KEY opens every path,
+GYMEXP_POLICY_KEY those that NeMo Gym asks, and GYMEXP_ENGINE_KEY is what the engines are told.
+
+Each reply carries `prompt_token_ids`, `generation_token_ids` and `generation_log_probs` on its message. NeMo
+Gym sends them back on the next turn, whose prompt then continues exactly those ids (`tokens.splice`). An
+engine is anything with vLLM's `POST /inference/v1/generate` and `GET /health`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import time
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import orjson
+from aiohttp import web
+
+from gymexp.errors import ConfigError, TokenMismatch
+from gymexp.gateway import chat
+from gymexp.gateway.engines import EngineError, EngineRefusal, Engines, Generation
+from gymexp.gateway.history import Conversation, History
+from gymexp.policy.model import check_tokenizer, end_token_ids
+from gymexp.printable import log_to_stderr
+from gymexp.processes import keys
+from gymexp.processes.lifeline import die_with_parent
+from gymexp.processes.ports import adopt, listen, url_of
+from gymexp.rollout import tokens
+from gymexp.rollout.draws import CallSeeds
+
+log = logging.getLogger(__name__)
+
+MAX_BODY_BYTES = 1 << 28
+CACHED_PROMPTS = 2048
+FOR_NEMO_GYM = ("/v1/chat/completions", "/v1/models", "/tokenize")
+REMEMBERED_PLAYS = 65536
+NO_CALLS = (
+    "tools must be left out: nothing here reads the calls that this policy's chat template writes. "
+    "Say how in its tokenizer_config.json, as response_template"
+)
+
+
+@dataclass(frozen=True)
+class GatewayConfig:
+    """max_model_len: prompt + generation, in tokens. engine_timeout_s: for one generation, the wait for an
+    engine included. hold: see `Engines`. stop_token_ids: what ends a generation; None: what the tokenizer and
+    its chat template say."""
+
+    engine_urls: tuple[str, ...]
+    model_name: str = "policy"
+    max_model_len: int | None = None
+    engine_timeout_s: float = 1800.0
+    hold: bool = False
+    stop_token_ids: tuple[int, ...] | None = None
+
+
+class Gateway:
+    """The routes, and what they share: tokenizer, parser, engines, cached first-turn prompts, counts."""
+
+    def __init__(self, config: GatewayConfig, tokenizer: Any):
+        self.config = config
+        self.tokenizer = tokenizer
+        from gymexp.gateway.reply import (
+            ReplyParser,  # imports transformers; load_tokenizer keeps torch out first
+        )
+
+        self.history = History(tokenizer)
+        self.parser = ReplyParser(tokenizer)
+        stops = config.stop_token_ids
+        self.stop_token_ids = tokens.end_of_turn_ids(tokenizer) if stops is None else list(stops)
+        self.engines = Engines(config.engine_urls, config.engine_timeout_s, config.hold)
+        self.prompts: OrderedDict[bytes, list[int]] = OrderedDict()
+        self.seeds = CallSeeds()
+        self.versions: OrderedDict[str, tuple[int, int]] = OrderedDict()  # by play, oldest and newest
+        self.stats: dict[str, float] = dict.fromkeys(
+            (
+                "requests",
+                "in_flight",
+                "prompt_tokens",
+                "generation_tokens",
+                "seconds",
+                "errors",
+                "cached_prompts",
+            ),
+            0,
+        )
+
+    async def chat_completions(self, request: web.Request) -> web.Response:
+        started = time.perf_counter()
+        self.stats["requests"] += 1
+        self.stats["in_flight"] += 1
+        try:
+            answer = await self._complete(chat.read_object(await request.read()))
+        except BaseException:
+            self.stats["errors"] += 1
+            raise
+        finally:
+            self.stats["in_flight"] -= 1
+            self.stats["seconds"] += time.perf_counter() - started
+        return json_response(answer)
+
+    async def _complete(self, body: dict[str, Any]) -> dict[str, Any]:
+        stop, conversation, prompt_ids, continues = self.read(body)
+        sampling_params = chat.sampling_params(body, len(prompt_ids), self.config.max_model_len)
+        sampling_params["stop_token_ids"] = self.stop_token_ids
+        generation = await self._sample(body, prompt_ids, sampling_params, continues)
+        self.stats["prompt_tokens"] += len(prompt_ids)
+        self.stats["generation_tokens"] += len(generation.token_ids)
+        tools = None if body.get("tool_choice") == "none" else body.get("tools")
+        parallel = body.get("parallel_tool_calls") is not False
+        reply = self.parser.parse(generation.token_ids, prompt_ids, tools, parallel, stop)
+        self.history.remember(conversation, prompt_ids, generation.token_ids, reply)
+        # Who asks for ids in place of token texts (NeMo Gym) has them on the message; a second copy costs as
+        # much again.
+        wants_texts = body.get("logprobs") and not body.get("return_tokens_as_token_ids")
+        texts = [self.tokenizer.decode([i]) for i in generation.token_ids] if wants_texts else None
+        return chat.completion(self.config.model_name, prompt_ids, generation, reply, texts)
+
+    def read(self, body: dict[str, Any]) -> tuple[list[str], Conversation, list[int], int]:
+        """(stop texts, conversation, its prompt's ids, how many of these are the turn before). Raises
+        BadRequest, TokenMismatch for what is answered with 400."""
+        chat.check_neutral(body)
+        if body.get("tools") and body.get("tool_choice") != "none" and not self.parser.reads_calls:
+            raise chat.BadRequest(NO_CALLS)
+        stop = chat.read_stop(body)
+        conversation = read_conversation(body)
+        return stop, conversation, *self.prompt_ids(conversation)
+
+    async def _sample(
+        self, body: dict[str, Any], prompt_ids: list[int], sampling_params: dict[str, Any], continues: int
+    ) -> Generation:
+        if (rollout_seed := sampling_params.get("seed")) is None:
+            return await self.engines.generate(prompt_ids, sampling_params, continues)
+        play = chat.read_play(body)
+        with self.seeds.take(play, rollout_seed, prompt_ids) as seed:
+            generation = await self.engines.generate(prompt_ids, sampling_params | {"seed": seed}, continues)
+        if play is not None and (versions := generation.weights_versions):
+            earlier = self.versions.pop(play, versions)
+            self.versions[play] = (min(*earlier, *versions), max(*earlier, *versions))
+            if len(self.versions) > REMEMBERED_PLAYS:
+                self.versions.popitem(last=False)
+        return generation
+
+    def prompt_ids(self, conversation: Conversation) -> tuple[list[int], int]:
+        """(ids, how many of them are the previous turn's prompt and generation; 0 in a first turn)."""
+        try:
+            if (index := tokens.last_sampled(conversation.messages)) is not None:
+                self.history.verify(conversation)
+                sampled = conversation.messages[index]
+                ids = conversation.prompt_ids(self.tokenizer)
+                return ids, len(sampled["prompt_token_ids"]) + len(sampled["generation_token_ids"])
+            key = conversation.key()
+            if (ids := self.prompts.pop(key, None)) is None:
+                ids = conversation.prompt_ids(self.tokenizer)
+            else:
+                self.stats["cached_prompts"] += 1
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise chat.BadRequest(f"messages or tools: {type(error).__name__}: {error}") from error
+        self.prompts[key] = ids
+        if len(self.prompts) > CACHED_PROMPTS:
+            self.prompts.popitem(last=False)
+        return ids, 0
+
+    async def tokenize(self, request: web.Request) -> web.Response:
+        body = chat.read_object(await request.read())
+        if isinstance(prompt := body.get("prompt"), str):
+            ids = self.tokenizer.encode(prompt, add_special_tokens=body.get("add_special_tokens", True))
+        else:
+            ids, _ = self.prompt_ids(read_conversation(body))
+        return json_response({"count": len(ids), "max_model_len": self.config.max_model_len, "tokens": ids})
+
+    async def models(self, request: web.Request) -> web.Response:
+        model = {"id": self.config.model_name, "object": "model", "created": 0, "owned_by": "gymexp"}
+        return json_response(
+            {"object": "list", "data": [model | {"max_model_len": self.config.max_model_len}]}
+        )
+
+    async def health(self, request: web.Request) -> web.Response:
+        ill = await self.engines.ill()
+        return json_response({"ill": ill}, status=503 if ill else 200)
+
+    async def read_stats(self, request: web.Request) -> web.Response:
+        engines = {"engines": self.engines.in_flight, "held": sorted(self.engines.held)}
+        return json_response(self.stats | engines)
+
+    async def read_versions(self, request: web.Request) -> web.Response:
+        """{"plays": […]}: the oldest and the newest weights that sampled in each; null where nobody knows."""
+        plays = chat.read_object(await request.read()).get("plays")
+        if not isinstance(plays, list) or not all(isinstance(play, str) for play in plays):
+            raise chat.BadRequest("plays must be a list of texts")
+        return json_response({"versions": [self.versions.get(play) for play in plays]})
+
+    async def change_engine(self, request: web.Request) -> web.Response:
+        """{"url": …, "open": true, "weights_version": …}: it holds the policy's weights, of that version.
+        Without "open": it was sent them. "open": false: it holds others, or it is not there."""
+        body = chat.read_object(await request.read())
+        if (url := body.get("url")) not in self.engines.in_flight:
+            raise chat.BadRequest(f"url must be one of {' '.join(self.engines.in_flight)}, got {url!r}")
+        version = body.get("weights_version")
+        match body.get("open"):
+            case True:
+                self.engines.open(url, version)
+            case False:
+                self.engines.hold(url)
+            case None:
+                self.engines.sent_weights(url, version)
+            case other:
+                raise chat.BadRequest(f"open must be true, false or left out, got {other!r}")
+        return json_response({"held": sorted(self.engines.held)})
+
+
+def read_conversation(body: dict[str, Any]) -> Conversation:
+    messages, with_prompt = body.get("messages"), body.get("add_generation_prompt", True)
+    if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
+        raise chat.BadRequest("messages must be a list of at least one object")
+    return Conversation(
+        messages, body.get("tools") or None, body.get("chat_template_kwargs") or {}, with_prompt
+    )
+
+
+def build_app(config: GatewayConfig, tokenizer: Any) -> web.Application:
+    """Serve with `handler_cancellation=True`: only then does a client that hangs up cancel its generation."""
+    gateway = Gateway(config, tokenizer)
+    app = web.Application(middlewares=[answer_errors], client_max_size=MAX_BODY_BYTES)
+    app.cleanup_ctx.append(gateway.engines.connect)
+    app.add_routes(
+        [
+            web.post("/v1/chat/completions", gateway.chat_completions),
+            web.post("/tokenize", gateway.tokenize),
+            web.get("/v1/models", gateway.models),
+            web.get("/health", gateway.health),
+            web.get("/stats", gateway.read_stats),
+            web.post("/engine", gateway.change_engine),
+            web.post("/versions", gateway.read_versions),
+        ]
+    )
+    return app
+
+
+@web.middleware
+async def answer_errors(request: web.Request, handler: Any) -> web.StreamResponse:
+    """Errors in OpenAI's shape; never 429, 502, 503 or 504, for NeMo Gym repeats those requests for ever."""
+    try:
+        return await handler(request)
+    except (chat.BadRequest, EngineRefusal) as error:
+        return error_response(400, "invalid_request_error", str(error))
+    except TokenMismatch as error:
+        return error_response(400, "token_mismatch", str(error))
+    except EngineError as error:
+        log.warning("%s", error)
+        return error_response(500, "engine_error", str(error))
+
+
+def json_response(value: Any, status: int = 200) -> web.Response:
+    return web.Response(body=orjson.dumps(value), status=status, content_type="application/json")
+
+
+def error_response(status: int, kind: str, message: str) -> web.Response:
+    return json_response({"error": {"message": message, "type": kind, "code": status}}, status)
+
+
+def load_tokenizer(directory: str | os.PathLike[str]) -> Any:
+    """The tokenizer, without torch: importing it takes 3 s and 300 MB, and this process has no use for it.
+
+    Raises ConfigError as `model.load_tokenizer` does.
+    """
+    if "torch" not in sys.modules:
+        sys.modules["torch"] = None  # type: ignore[assignment]  # what `import torch` then finds: ImportError
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that torch is missing
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one text at a time: threads only cost
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    check_tokenizer(tokenizer, Path(directory))
+    return tokenizer
+
+
+def main() -> None:
+    die_with_parent()
+    parser = argparse.ArgumentParser(prog="python -m gymexp.gateway.server", allow_abbrev=False)
+    parser.add_argument("--engine-url", action="append", required=True, help="once for each replica")
+    parser.add_argument("--tokenizer", type=Path, required=True, help="the model's directory")
+    at = parser.add_mutually_exclusive_group(required=True)
+    at.add_argument("--port", type=int)
+    at.add_argument("--fd", type=int, help="an open listening socket, handed down by the parent")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--model-name", default=GatewayConfig.model_name)
+    parser.add_argument("--max-model-len", type=int, help="prompt + generation, in tokens")
+    parser.add_argument("--engine-timeout-s", type=float, default=GatewayConfig.engine_timeout_s)
+    parser.add_argument(
+        "--hold", action="store_true", help="no requests for an engine until POST /engine opens it"
+    )
+    args = parser.parse_args()
+    log_to_stderr()
+    guard = keys.guard(keys.required(keys.RUN), dict.fromkeys(FOR_NEMO_GYM, keys.required(keys.POLICY)))
+    try:
+        tokenizer = load_tokenizer(args.tokenizer)
+    except ConfigError as error:
+        raise SystemExit(f"--tokenizer: {error}") from None
+    config = GatewayConfig(
+        tuple(args.engine_url),
+        args.model_name,
+        args.max_model_len,
+        args.engine_timeout_s,
+        args.hold,
+        tuple(end_token_ids(tokenizer, args.tokenizer)),
+    )
+    app = build_app(config, tokenizer)
+    app.middlewares.insert(0, guard)
+    sock = listen(args.host, args.port, "--port") if args.fd is None else adopt(args.fd)
+    log.info("gateway on %s, engines %s", url_of(sock), " ".join(config.engine_urls))
+    web.run_app(
+        app,
+        sock=sock,
+        handler_cancellation=True,
+        access_log=None,
+        shutdown_timeout=2.0,
+        print=lambda *_: None,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""A sweep's jobs, its results, and its failed jobs once more.
+
+python -m gymexp.sweep status outputs/<name>/sweep_<date_time>
+python -m gymexp.sweep collect outputs/<name>/sweep_<date_time>     and results.csv, results.html there
+python -m gymexp.sweep resubmit outputs/<name>/sweep_<date_time> [--jobs 3,5]
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from gymexp.cli.terminal import guarded
+from gymexp.config.schema import RunConfig
+from gymexp.printable import printable, say
+from gymexp.sweep import jobs
+from gymexp.sweep.resubmit import resubmit
+
+
+def status(path: Path) -> None:
+    from gymexp.sweep.table import status_table
+
+    say(status_table(jobs.read_sweep(path)))
+
+
+def collect(path: Path) -> None:
+    from gymexp.files import replace_file
+    from gymexp.sweep.page import results_html
+    from gymexp.sweep.table import counted, reason, results_csv, results_table, rows_of
+
+    sweep = jobs.read_sweep(path)
+    rows = rows_of(sweep)
+    say(results_table(rows, sweep.keys))
+    say("\n".join(["", *sweep.study, counted(sweep), *(reason(j) for j in sweep.jobs if j.run.why)]))
+    replace_file(sweep.path / "results.csv", printable(results_csv(rows, sweep.keys)))
+    replace_file(sweep.path / "results.html", printable(results_html(sweep, rows)))
+    say(f"\n{sweep.path / 'results.csv'}\n{sweep.path / 'results.html'}")
+
+
+def numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m gymexp.sweep", description=(__doc__ or "").splitlines()[0]
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, does in {
+        "status": "how each job stands, and why",
+        "collect": "the results as a table, a CSV file and a page",
+        "resubmit": "submit failed and lost jobs again; they go on from their checkpoints",
+    }.items():
+        command = commands.add_parser(name, help=does)
+        command.add_argument("dir", type=Path, metavar="DIR", help="outputs/<name>/sweep_<date_time>")
+        if name == "resubmit":
+            command.add_argument("--jobs", type=numbers, metavar="3,5", help="these alone")
+    said = parser.parse_args()
+    if said.command == "status":
+        status(said.dir)
+    elif said.command == "collect":
+        collect(said.dir)
+    else:
+        resubmit(jobs.read_sweep(said.dir), said.jobs)
+
+
+if __name__ == "__main__":
+    guarded(main, RunConfig)()

@@ -1,0 +1,95 @@
+"""`launcher=local`: a sweep's jobs on this machine, one after the other, each in a process of its own.
+
+They are checked and frozen as those of `launcher=slurm`: a mistake in the last one is answered before the
+first begins, and edits meanwhile change none of them.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from hydra._internal.core_plugins import basic_launcher
+from hydra.core.utils import JobReturn
+
+from gymexp.errors import Interrupted
+from gymexp.processes.process import ended
+from gymexp.record.directory import RunDirectory, failure_of
+from gymexp.sweep.check import End, check_jobs, refuse_dry_run, returns
+from gymexp.sweep.freeze import claim, freeze, name_of, read_sweep, take_back
+from gymexp.view.progress import View
+
+
+class LocalLauncher(basic_launcher.BasicLauncher):
+    """In the place of Hydra's (`gymexp.cli.entry`)."""
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Run one job a list of overrides. Raises GymexpError before the first, Interrupted, and at the end
+        LaunchError for those that failed."""
+        assert self.config is not None
+        sweep = Path(str(self.config.hydra.sweep.dir)).resolve()
+        try:
+            jobs = check_jobs(self, job_overrides, initial_job_idx, refuse_dry_run)
+            freeze(sweep, "local", jobs, {})
+        except BaseException:
+            take_back(sweep, range(initial_job_idx, initial_job_idx + len(job_overrides)))
+            raise
+        return returns(jobs, run_jobs(sweep, list(jobs)))
+
+
+def run_jobs(sweep: Path, nums: Sequence[int]) -> dict[int, End]:
+    """Run jobs of a frozen sweep, for the first time or on with them; returns their ends by number.
+
+    The first SIGINT, SIGTERM or SIGHUP ends the job that runs, after a checkpoint, and the sweep with it:
+    raises Interrupted. One more ends the job at once.
+    """
+    claim(sweep)
+    said = read_sweep(sweep)
+    swept = {entry["num"]: entry["swept"] for entry in said["jobs"]}
+    path = os.pathsep.join(filter(None, [str(sweep / "code"), os.environ.get("PYTHONPATH")]))
+    env = os.environ | {"PYTHONPATH": path, "PYTHONSAFEPATH": "1", "GYMEXP_SERVERS": str(sweep / "code")}
+    view, ends, received = View(), dict[int, End](), list[int]()
+    process: subprocess.Popen[bytes] | None = None
+
+    def pass_on(number: int, _: object) -> None:
+        received.append(number)
+        if process:
+            process.send_signal(number)
+
+    def interrupted(when: str) -> Interrupted:
+        which = signal.Signals(received[0]).name
+        return Interrupted(
+            received[0],
+            f"ended by {which} {when}; go on with: python -m gymexp.sweep resubmit {shlex.quote(str(sweep))}",
+        )
+
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    handlers = {number: signal.signal(number, pass_on) for number in numbers}
+    try:
+        for at, num in enumerate(nums, 1):
+            name, run = name_of(num, swept[num]), RunDirectory(sweep / str(num))
+            if received:
+                raise interrupted(f"before {name}")
+            view.say(f"{name}, {at} of {len(nums)}: {run.path}")
+            run.result.unlink(missing_ok=True)  # it is to have another end
+            command = [sys.executable, "-m", "gymexp.sweep.job", str(sweep), str(num)]
+            # A group of its own: a Ctrl-C of the terminal's comes by way of pass_on alone, and so once.
+            process = subprocess.Popen(command, env=env, cwd=said["cwd"], process_group=0)
+            code = process.wait()
+            process = None
+            if received:
+                raise interrupted(f"in {name}, {at} of {len(nums)}")
+            result = run.read_result()
+            error = failure_of(result, f"its process {ended(code)}")
+            ends[num] = End(name, result, error, run.logs)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return ends

@@ -1,0 +1,127 @@
+"""A sweep's curves as SVG for a page: text and axes in the page's colour, each configuration in its own."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from statistics import fmean, stdev
+from typing import Any
+
+import matplotlib
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+
+from gymexp.record.state import rewards_of
+from gymexp.sweep.table import SEED, Group, Row, short
+
+_INK = "#0a0b0c"  # stands for the page's text colour, and is nobody else's
+_INKED = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "grid.color")
+_STYLE: dict[Any, Any] = dict.fromkeys(_INKED, _INK) | {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "gymexp",  # the same file for the same numbers
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "grid.alpha": 0.2,
+    "lines.linewidth": 1.8,
+}
+
+
+def colours(groups: Sequence[Group]) -> dict[str, str]:
+    """A colour a configuration, by its name: apart from each other where they are few, else along a scale."""
+    few = len(groups) <= 10
+    scale = colormaps["tab10" if few else "turbo"]
+    at = [i if few else 0.08 + 0.84 * i / (len(groups) - 1) for i in range(len(groups))]
+    return {group.name: to_hex(scale(where)) for group, where in zip(groups, at, strict=True)}
+
+
+def curves(env: str, groups: Sequence[Group], colour: Mapping[str, str]) -> str:
+    """Held-out and training reward of one environment over steps: the mean over seeds, ± their sample
+    standard deviation."""
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(11.6, 3.4), layout="constrained")
+        axes = figure.subplots(1, 2, sharey=True)
+        for ax, held_out in zip(axes, (True, False), strict=True):
+            for group in groups:
+                _band(ax, [_series(row, env, held_out) for row in group.rows], colour[group.name], held_out)
+            ax.set(title=f"{env}: {'held-out' if held_out else 'training'} reward", xlabel="step")
+            ax.xaxis.get_major_locator().set_params(integer=True)
+            ax.grid(True)
+        return _svg(figure)
+
+
+def finals(groups: Sequence[Group], keys: Sequence[str], colour: Mapping[str, str]) -> str:
+    """Held-out reward after training (mean over the environments) of each finished run against each swept
+    key; empty if no run has finished, or nothing but seeds is swept."""
+    keys = [key for key in keys if key != SEED]
+    points = [(g, row) for g in groups for row in g.finished if row.mean[1] is not None]
+    if not keys or not points:
+        return ""
+    across = min(len(keys), 3)
+    down = math.ceil(len(keys) / across)
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(3.9 * across, 3.0 * down), layout="constrained")
+        axes = list(figure.subplots(down, across, squeeze=False, sharey=True).flat)
+        for ax, key in zip(axes, keys, strict=False):
+            some = [(g, row, g.swept[key]) for g, row in points if key in g.swept]
+            at = _positions(ax, list(dict.fromkeys(value for *_, value in some)))
+            for group, row, value in some:
+                ax.plot(at[value], row.mean[1], "o", color=colour[group.name], alpha=0.85, markersize=6)
+            ax.set(ylabel="held-out reward" if ax is axes[0] else "", xlabel=short(key))
+            ax.grid(True)
+        for ax in axes[len(keys) :]:
+            ax.set_visible(False)
+        return _svg(figure)
+
+
+def _series(row: Row, env: str, held_out: bool) -> dict[int, float]:
+    """`{step: reward}`."""
+    found = {}
+    for entry in row.job.run.metrics:
+        rewards = rewards_of(entry, held_out)
+        if env in rewards:
+            found[entry["step"]] = rewards[env]
+    return found
+
+
+def _band(ax: Axes, seeds: Sequence[Mapping[int, float]], colour: str, held_out: bool) -> None:
+    steps = sorted({step for series in seeds for step in series})
+    values = [[series[step] for series in seeds if step in series] for step in steps]
+    means = [fmean(some) for some in values]
+    spread = [stdev(some) if len(some) > 1 else 0.0 for some in values]
+    ax.plot(steps, means, color=colour, marker="o" if held_out else None, markersize=3.5)
+    if any(spread):
+        low, high = ([m + sign * s for m, s in zip(means, spread, strict=True)] for sign in (-1, 1))
+        ax.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
+
+
+def _positions(ax: Axes, values: Sequence[str]) -> dict[str, float]:
+    """Where each value stands on the x axis: numbers as such (logarithmic over more than a decade), other
+    values side by side."""
+    try:
+        at = {value: float(value) for value in values}
+    except ValueError:
+        at = {value: float(i) for i, value in enumerate(values)}
+        ax.set_xticks(list(at.values()), list(at), rotation=20 if max(map(len, values)) > 12 else 0)
+        ax.margins(x=0.3)
+        return at
+    numbers = at.values()
+    if min(numbers) > 0 and max(numbers) >= 10 * min(numbers):
+        ax.set_xscale("log")
+    if len(at) <= 5:
+        ax.set_xticks(list(numbers), list(at))
+        ax.minorticks_off()
+    ax.margins(x=0.15)
+    return at
+
+
+def _svg(figure: Figure) -> str:
+    out = io.StringIO()
+    nothing: dict[str, Any] = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    figure.savefig(out, format="svg", transparent=True, metadata=nothing)
+    svg = out.getvalue()
+    return svg[svg.index("<svg") :].replace(_INK, "currentColor")

@@ -1,0 +1,158 @@
+"""Which GPUs sample and which train."""
+
+import pytest
+
+from gymexp.cluster.placement import Placement, Share, num_nodes, place, visible_gpus
+from gymexp.config.schema import EngineConfig, PlacementConfig, RunConfig
+from gymexp.errors import ConfigError
+
+
+def placed(gpus: int, rollout=None, train=None, **engine) -> Placement:
+    config = RunConfig(
+        engine=EngineConfig(**({"kind": "vllm"} | engine)), placement=PlacementConfig(rollout, train)
+    )
+    return place(config, [[str(i) for i in range(gpus)]])
+
+
+@pytest.mark.parametrize(
+    ("gpus", "rollout", "train", "size", "replicas", "trains"),
+    [
+        (2, None, None, 1, [["0"]], ["1"]),
+        (4, None, None, 1, [["0"], ["1"]], ["2", "3"]),
+        (4, None, None, 2, [["0", "1"]], ["2", "3"]),
+        (8, 6, None, 2, [["0", "1"], ["2", "3"], ["4", "5"]], ["6", "7"]),
+        (8, None, 5, 2, [["0", "1"]], ["2", "3", "4", "5", "6"]),
+        (4, 1, 2, 1, [["0"]], ["1", "2"]),
+        (3, None, None, 1, [["0"]], ["1", "2"]),
+    ],
+)
+def test_sampling_gets_the_first_gpus_and_training_the_next(gpus, rollout, train, size, replicas, trains):
+    placement = placed(gpus, rollout, train, tensor_parallel_size=size)
+    assert placement == Placement("vllm", [Share(0, trains)], [Share(0, some) for some in replicas])
+    assert not placement.shared
+
+
+def test_a_single_gpu_does_both():
+    placement = placed(1)
+    assert placement == Placement("vllm", [Share(0, ["0"])], [Share(0, ["0"])])
+    assert placement.shared
+
+
+def test_all_gpus_may_do_both():
+    placement = placed(2, colocate=True)
+    assert placement == Placement("vllm", [Share(0, ["0", "1"])], [Share(0, ["0"]), Share(0, ["1"])])
+    assert placement.shared and placement.num_ranks == 2
+
+
+def test_without_a_gpu_there_is_one_replica_on_the_cpu():
+    assert placed(0) == Placement("vllm", [Share(0, [])], [Share(0, [])])
+
+
+def test_servers_that_run_already_leave_every_gpu_to_choose_from_for_training():
+    assert placed(4, train=4, urls=["http://a:1"]) == Placement("vllm", [Share(0, ["0", "1", "2", "3"])], [])
+
+
+def test_the_hf_engine_samples_where_the_trainer_is():
+    assert placed(2, kind="hf") == Placement("hf", [Share(0, ["0"])], [])
+
+
+def test_auto_is_hf_where_no_gpu_is():
+    assert placed(0, kind="auto").engine == "hf"
+
+
+def test_auto_is_vllm_where_a_gpu_and_an_interpreter_with_it_are():
+    assert placed(2, kind="auto", python="/opt/vllm/bin/python").engine == "vllm"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"gpus": 2, "rollout": 3}, r"placement\.rollout_gpus must be at most 2, .*got 3"),
+        (
+            {"gpus": 4, "rollout": 3, "tensor_parallel_size": 2},
+            r"multiple of engine\.tensor_parallel_size=2, got 3",
+        ),
+        (
+            {"gpus": 4, "rollout": 2, "train": 3},
+            r"rollout_gpus=2 and placement\.train_gpus=3 must not be more than",
+        ),
+        ({"gpus": 2, "rollout": 2}, r"rollout_gpus=2 and placement\.train_gpus=0 .*engine\.colocate=true"),
+        ({"gpus": 1, "tensor_parallel_size": 2}, r"must divide the number of GPUs here, 1, got 2"),
+        ({"gpus": 2, "rollout": 1, "colocate": True}, r"rollout_gpus must be left out .* got 1"),
+        ({"gpus": 1, "train": 2, "kind": "hf"}, r"placement\.train_gpus must be at most 1"),
+        (
+            {"gpus": 2, "train": 2, "kind": "hf"},
+            r"train_gpus must be 1 with engine=hf.*got 2: say engine=vllm",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_both_numbers(arguments, said):
+    with pytest.raises(ConfigError, match=said):
+        placed(**arguments)
+
+
+def test_the_environment_says_which_gpus_are_ours(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-a1")
+    assert visible_gpus() == ["3", "GPU-a1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert visible_gpus() == []
+
+
+def test_otherwise_nvidia_smi_says_it(monkeypatch, tmp_path):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert visible_gpus() == []
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 0\necho 1\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    assert visible_gpus() == ["0", "1"]
+
+
+def over_nodes(nodes: list[list[str]], rollout: int, **engine) -> Placement:
+    placement = PlacementConfig(rollout_nodes=rollout, train_nodes=len(nodes) - rollout)
+    return place(RunConfig(engine=EngineConfig(**({"kind": "vllm"} | engine)), placement=placement), nodes)
+
+
+def test_of_several_nodes_the_first_sample_and_the_others_train_with_all_that_they_have():
+    placement = over_nodes([["0", "1"], ["2", "3"], ["0", "1"]], 2)
+    replicas = [Share(0, ["0"]), Share(0, ["1"]), Share(1, ["2"]), Share(1, ["3"])]
+    assert placement == Placement("vllm", [Share(2, ["0", "1"])], replicas)
+    assert (placement.num_ranks, placement.shared) == (2, False), "the same names are other GPUs elsewhere"
+
+
+def test_a_replica_lies_within_a_node():
+    placement = over_nodes([["0", "1"], ["0", "1"], ["0"]], 2, tensor_parallel_size=2)
+    assert placement.replicas == [Share(0, ["0", "1"]), Share(1, ["0", "1"])]
+
+
+def test_nodes_without_gpus_have_an_engine_or_a_rank_each():
+    placement = over_nodes([[], [], []], 1, kind="auto")
+    assert placement == Placement("hf", [Share(1, []), Share(2, [])], [Share(0, [])])
+    assert (placement.num_ranks, placement.in_trainer) == (2, False)
+
+
+def test_the_hf_engine_has_a_server_a_gpu_on_its_nodes():
+    placement = over_nodes([["4", "5"], ["0"]], 1, kind="hf", tensor_parallel_size=8)
+    assert placement.replicas == [Share(0, ["4"]), Share(0, ["5"])]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "engine", "said"),
+    [
+        (
+            [["0", "1"], ["0", "1", "2"], ["0"]],
+            {"tensor_parallel_size": 2},
+            r"engine\.tensor_parallel_size must divide .* got 2, and node 1 has 3",
+        ),
+        ([["0"], ["0"], []], {}, r"train_nodes=1 need GPUs where another node has some, but node 2 has none"),
+        ([[], [], []], {"kind": "hf", "weights": "nccl"}, r"engine\.weights must be disk .* got 'nccl'"),
+    ],
+)
+def test_nodes_that_do_not_fit_are_named(nodes, engine, said):
+    with pytest.raises(ConfigError, match=said):
+        over_nodes(nodes, 2, **engine)
+
+
+def test_a_run_has_as_many_nodes_as_sample_and_train():
+    assert num_nodes(PlacementConfig()) == 1
+    assert num_nodes(PlacementConfig(rollout_nodes=2, train_nodes=3)) == 5
