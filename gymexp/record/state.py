@@ -106,7 +106,7 @@ def _state(
     if "error" in result:
         return "failed", _first_line(str(result["error"]))
     if ended in (Ended.STOPPED, Ended.FAILED):
-        return ended, _first_line(str(status.get("outcome")))
+        return str(ended), _first_line(str(status.get("outcome")))
     if asked_slurm:
         end = f"Slurm says {job.name}" if job else "Slurm knows its job no more"
         return "stopped" if job and job.name == "CANCELLED" else "lost", f"{end}, and it left no end"

@@ -17,6 +17,7 @@ from gymexp.config.schema import EngineConfig, EnvConfig, ModelConfig, RunConfig
 from gymexp.engine import transfer
 from gymexp.engine.weights import WeightSync
 from gymexp.errors import ServiceError
+from gymexp.record.services import Services
 from gymexp.training.sampling import HFSampling, ServerSampling, join_servers
 
 
@@ -116,14 +117,17 @@ def join(tmp_path, monkeypatch):
         url = stack.enter_context(serving(site.app()))
 
         def run(kind: str, rank: int = 0, shared: bool = False, config: Any = None, **more: Any):
-            services = {
-                "transfer": kind,
-                "shared": shared,
-                "engine": "vllm",
-                "engine_urls": [url],
-                "gateway_url": url,
-                "trainer_address": "10.0.0.7",
-            } | more
+            told: dict[str, Any] = {"engine": "vllm", "engine_urls": [url]} | more
+            services = Services(
+                control_url="nowhere",
+                gateway_url=url,
+                replicas={},
+                checkpoint=None,
+                transfer=kind,
+                shared=shared,
+                trainer_address="10.0.0.7",
+                **told,
+            )
             engine = config or EngineConfig()
             config = RunConfig(ModelConfig("m", "p"), {"e": EnvConfig("c", "a")}, engine=engine)
             device = torch.device("cpu")

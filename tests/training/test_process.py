@@ -19,7 +19,7 @@ from whole_run import ROOT
 
 from gymexp.config.schema import EnvConfig, EvaluationConfig, RunConfig, TrackerConfig
 from gymexp.errors import GymexpError
-from gymexp.record.services import Replica
+from gymexp.record.services import Replica, Services
 from gymexp.rollout.collect import Stopped
 from gymexp.training import process
 
@@ -190,7 +190,7 @@ def test_the_collector_stops_when_the_run_is_asked_to_end_and_is_closed_with_it(
     config = RunConfig(env={"maze": EnvConfig("c", "a")})
     replica: dict[str, Any] = {"name": "maze-0", "agent": "a", "url": "http://x", "max_steps": 3}
     replica |= {"services": ["s"], "resources": ["r"]}
-    services = {"replicas": {"maze": [replica]}, "control_url": "http://c", "gateway_url": "http://g"}
+    services = Services("http://c", "http://g", {"maze": [Replica(**replica)]}, "hf", None)
     teller: Any = SimpleNamespace(progress=lambda progress: None)
     asked = threading.Event()
     with ExitStack() as stack:
