@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 import socket
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -155,19 +157,33 @@ def rewards_of(entry: Mapping[str, Any], held_out: bool, metric: str = "reward")
 
 
 def wall_seconds(run: RunState) -> float:
-    """From each start to its end, or to its last sign of life, of all attempts together; of one during which
-    the clock was set back, up to then."""
-    signs = [(line["time"], line.get("event")) for line in read_lines(run.path / "timeline.jsonl")]
-    signs += [(line["time"], None) for line in run.metrics]
-    if run.state == "running":
-        signs.append((time.time(), None))
-    total, began, last = 0.0, None, 0.0
-    for at, event in sorted(signs, key=lambda sign: sign[0]):
-        if event == "start":
-            total += 0.0 if began is None else last - began
-            began = at
-        last = at
-    return total + last - began if began is not None else 0.0
+    """From each start to its end, or to its last sign of life, of all attempts together.
+
+    The controller notes `seconds` since its start beside the time of day, which somebody may have set. A
+    start that was killed left none at its end, and what it logged last counts by the time of day.
+    """
+    starts: list[list[dict[str, Any]]] = []
+    for line in read_lines(run.path / "timeline.jsonl"):
+        if line.get("event") == "start":
+            starts.append([])
+        if starts:
+            starts[-1].append(line)
+    total = 0.0
+    for lines, later in zip_longest(starts, starts[1:]):
+        first = lines[0]
+        signs = [_between(first, line) for line in lines]
+        if later is None and "seconds" in run.status:
+            signs.append(_between(first, {"time": first["time"], **run.status}))
+        elif lines[-1].get("event") != "end":
+            until = later[0]["time"] if later else math.inf
+            signs += [m["time"] - first["time"] for m in run.metrics if first["time"] <= m["time"] <= until]
+        total += max(signs)
+    return total
+
+
+def _between(first: Mapping[str, Any], line: Mapping[str, Any]) -> float:
+    by = "seconds" if "seconds" in first and "seconds" in line else "time"
+    return line[by] - first[by]
 
 
 def tokens_per_s(run: RunState) -> float | None:

@@ -121,7 +121,7 @@ class Controller:
         writing = asyncio.create_task(self._keep_status(supervisor))
         async with control:
             try:
-                self._mark("start")
+                self._note(event="start")
                 self._catch_signals(supervisor)
                 nodes: list[Node] = [here]
                 if others:
@@ -178,7 +178,7 @@ class Controller:
                     await others.close()
                 writing.cancel()
                 self._write_status(supervisor)
-                self._mark("end")
+                self._note(event="end")
                 if self._asked is None:
                     for number, handler in self._handlers.items():
                         signal.signal(number, handler)
@@ -336,18 +336,18 @@ class Controller:
         for number in numbers:
             self._handlers[number] = signal.signal(number, received)
 
-    def _mark(self, event: str) -> None:
+    def _note(self, **what: Any) -> None:
         """A line of timeline.jsonl; `seconds` since this process started, which is when the command was
         given."""
         since = round(clock.since_start(), 2)
-        self._directory.note({"time": round(time.time(), 3), "seconds": since, "event": event})
+        self._directory.note({"time": round(time.time(), 3), "seconds": since, **what})
 
     def _on_progress(self, facts: dict[str, Any]) -> None:
         if facts.get("phase") != self._facts.get("phase"):
-            self._directory.note({"time": round(time.time(), 3), "phase": facts.get("phase")})
+            self._note(phase=facts.get("phase"))
         if facts.get("done") and not self._played:
             self._played = True
-            self._mark("first rollout")
+            self._note(event="first rollout")
         entries = facts.pop("entries", [])
         self._facts = facts
         self._view.update(facts)
@@ -360,6 +360,7 @@ class Controller:
         states = {s.name: s.state for s in supervisor.services.values()}
         job = dataclasses.asdict(self._allocation) if self._allocation else {}
         self._directory.write_status(
+            seconds=round(clock.since_start(), 2),
             ended=self._ended,
             outcome=self._outcome,
             services=states,

@@ -33,6 +33,28 @@ def test_seconds_since_the_start_do_not_follow_the_clock(set_by, monkeypatch):
     assert clock.since_start() == pytest.approx(really, abs=10)
 
 
+def test_a_clock_that_is_set_forward_makes_no_run_longer(tmp_path):
+    """As a controller writes them: with the seconds since its start, which no setting of a clock changes."""
+    lines: list[dict] = [{"time": NOW, "seconds": 3.0, "event": "start"}, {"time": NOW + 9, "seconds": 12.0}]
+    lines += [{"time": NOW + 50 + HOUR, "seconds": 53.0, "event": "end"}]
+    again = [{"time": NOW + 2 * HOUR, "seconds": 2.0, "event": "start"}]
+    (tmp_path / "timeline.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*lines, *again]))
+    (tmp_path / "status.json").write_text(json.dumps({"seconds": 22.0, "time": NOW}))
+    assert wall_seconds(read_run(tmp_path)) == pytest.approx(50 + 20)
+
+
+def test_a_start_that_was_killed_counts_to_what_it_logged_last(tmp_path):
+    lines = [{"time": NOW, "seconds": 3.0, "event": "start"}, {"time": NOW + 9, "seconds": 12.0}]
+    lines += [
+        {"time": NOW + HOUR, "seconds": 2.0, "event": "start"},
+        {"time": NOW + HOUR + 5, "seconds": 7.0},
+    ]
+    (tmp_path / "timeline.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    logged = [{"step": 1, "time": NOW + 100}, {"step": 2, "time": NOW + HOUR + 70}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in logged))
+    assert wall_seconds(read_run(tmp_path)) == pytest.approx(100 + 70)
+
+
 def write(run: Path, *lines: tuple[float, str | None]) -> RunState:
     timeline = [
         {"time": NOW + at} | ({"event": event} if event else {"phase": "train"}) for at, event in lines
