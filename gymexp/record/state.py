@@ -19,6 +19,7 @@ from gymexp.cluster.slurm import SlurmState
 from gymexp.files import read_json, read_lines
 from gymexp.processes.clock import start_ticks
 from gymexp.record.directory import Ended, is_whole
+from gymexp.record.metric_names import by_env, of_each_env
 
 ENDED = ("finished", "pruned", "stopped", "failed", "lost")
 _STALE_S = 120.0  # a controller writes status.json every second; network file systems may show it late
@@ -59,7 +60,7 @@ class RunState:
             return {env: (before, after) for env, (before, after) in rewards.items()}
         found: dict[str, tuple[float | None, float | None]] = {}
         for entry in self.metrics:
-            for env, value in rewards_of(entry, held_out=True).items():
+            for env, value in of_each_env(entry, "reward", held_out=True).items():
                 before, _ = found.get(env, (None, None))
                 found[env] = (value, None) if entry["step"] == 0 else (before, value)
         return found
@@ -144,18 +145,6 @@ def process_lives(said: Mapping[str, Any]) -> bool | None:
         return False
 
 
-def rewards_of(entry: Mapping[str, Any], held_out: bool, metric: str = "reward") -> dict[str, float]:
-    """`{env: value}` of one line of metrics.jsonl. TRL's own names have no environment, and no rollouts."""
-    prefix = "eval_" if held_out else ""
-    found = {}
-    for name, value in entry.items():
-        env, _, what = name.removeprefix(prefix).rpartition("/")
-        ours = name.startswith(prefix) and what == metric and f"{prefix}{env}/rollouts" in entry
-        if ours and value is not None and (held_out or not env.startswith("eval_")):
-            found[env] = value
-    return found
-
-
 def wall_seconds(run: RunState) -> float:
     """From each start to its end, or to its last sign of life, of all attempts together.
 
@@ -192,9 +181,8 @@ def tokens_per_s(run: RunState) -> float | None:
     for entry in run.metrics:
         if "time/step" in entry:
             seconds += entry["time/step"]
-            tokens += sum(
-                n * entry.get(f"{env}/rollouts", 0) for env, n in rewards_of(entry, False, "tokens").items()
-            )
+            for metrics in by_env(entry, held_out=False).values():
+                tokens += metrics.get("tokens", 0) * metrics["rollouts"]
     return tokens / seconds if seconds else None
 
 

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from gymexp.record.state import rewards_of
+from gymexp.record.metric_names import of_each_env
 from gymexp.sweep.table import SEED, Group, Row, short
 
 _INK = "#0a0b0c"  # stands for the page's text colour, and is nobody else's
@@ -82,7 +82,7 @@ def _series(row: Row, env: str, held_out: bool) -> dict[int, float]:
     """`{step: reward}`."""
     found = {}
     for entry in row.job.run.metrics:
-        rewards = rewards_of(entry, held_out)
+        rewards = of_each_env(entry, "reward", held_out)
         if env in rewards:
             found[entry["step"]] = rewards[env]
     return found

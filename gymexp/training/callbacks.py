@@ -22,6 +22,7 @@ from gymexp.data.prepare import Prepared
 from gymexp.files import append_line, read_lines, replace_file
 from gymexp.processes.direct import open_url
 from gymexp.processes.keys import RUN, header_of
+from gymexp.record.metric_names import as_held_out, by_env
 from gymexp.rollout.collect import Progress
 from gymexp.rollout.play import Distribution
 from gymexp.training.metrics import rollout_metrics
@@ -150,7 +151,7 @@ class Evaluation(TrainerCallback):
             metrics = self.run(state.global_step)
             control.should_log = asked_to_log  # its own log entry has taken this back, and the step's is due
             if self._judge:
-                self.pruned = self._judge.report(state.global_step, by_env(metrics))
+                self.pruned = self._judge.report(state.global_step, by_env(metrics, held_out=True))
 
     def run(self, step: int) -> dict[str, float]:
         """The metrics, on every rank; the first one plays."""
@@ -162,7 +163,7 @@ class Evaluation(TrainerCallback):
             began = time.monotonic()
             distribution = held_out_distribution(self._config.evaluation, trainer.grpo.temperature)
             outcomes = self._rollouts.play(self._keys, step, distribution, held_out=True)
-            metrics = {f"eval_{k}": v for k, v in rollout_metrics(outcomes, self._config.env).items()}
+            metrics = as_held_out(rollout_metrics(outcomes, self._config.env))
             self._rollouts.write(f"eval-{step:06d}", outcomes)
             return metrics | {"eval_seconds": time.monotonic() - began}
 
@@ -202,23 +203,3 @@ class EndWhenAsked(TrainerCallback):
 
 def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def by_env(metrics: Mapping[str, float]) -> dict[str, dict[str, float]]:
-    """`{env: {metric: value}}` of what an evaluation measured."""
-    found: dict[str, dict[str, float]] = {}
-    for name, value in metrics.items():
-        env, _, metric = name.removeprefix("eval_").rpartition("/")
-        if env:
-            found.setdefault(env, {})[metric] = value
-    return found
-
-
-def summary(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, Any]:
-    """`{env: {metric: [before, after]}}` for what both evaluations measured."""
-    table: dict[str, Any] = {}
-    for name in after:
-        if name.startswith("eval_") and "/" in name:
-            env, metric = name.removeprefix("eval_").split("/", 1)
-            table.setdefault(env, {})[metric] = [before.get(name), after[name]]
-    return table

@@ -22,6 +22,7 @@ import xxhash
 from gymexp.config.schema import CheckpointConfig
 from gymexp.errors import RunDirectoryError
 from gymexp.files import read_lines
+from gymexp.record.metric_names import name_of
 
 log = logging.getLogger(__name__)
 _MANIFEST = "complete.json"
@@ -197,7 +198,7 @@ def read_scores(metrics: Path, envs: Collection[str]) -> dict[int, float]:
     environment's rollouts all failed."""
     scores = {}
     for entry in read_lines(metrics):
-        rewards = [entry.get(f"eval_{env}/reward") for env in envs]
+        rewards = [entry.get(name_of(env, "reward", held_out=True)) for env in envs]
         known = [reward for reward in rewards if reward is not None]
         if len(known) == len(rewards):
             scores[entry["step"]] = fmean(known)

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, pstdev
 
 from gymexp.config.schema import EnvConfig
-from gymexp.rollout.outcome import Completed, Failed, Outcome, Truncated, task_of
+from gymexp.record.metric_names import name_of
+from gymexp.rollout.outcome import Completed, Failed, Outcome, Rollout, Truncated, task_of
 
 
 def rollout_metrics(outcomes: Sequence[Outcome], envs: Mapping[str, EnvConfig]) -> dict[str, float]:
@@ -25,25 +26,32 @@ def rollout_metrics(outcomes: Sequence[Outcome], envs: Mapping[str, EnvConfig]) 
         by_env[task_of(outcome).env].append(outcome)
     metrics: dict[str, float] = {}
     for env, some in sorted(by_env.items()):
+        of_env: dict[str, float] = {}
         played = [o.rollout for o in some if not isinstance(o, Failed)]
-        metrics[f"{env}/rollouts"] = len(some)
+        of_env["rollouts"] = len(some)
         too_long = sum(isinstance(o, Failed) and o.cause == "prompt_too_long" for o in some)
-        metrics[f"{env}/failed"] = 1 - (len(played) + too_long) / len(some)
-        metrics[f"{env}/prompts_too_long"] = too_long / len(some)
-        metrics[f"{env}/refused"] = sum(bool(r.refused) for r in played) / len(some)
-        metrics[f"{env}/truncated"] = sum(isinstance(o, Truncated) for o in some) / len(some)
-        metrics[f"{env}/retried"] = sum(len(o.failures) - isinstance(o, Failed) for o in some) / len(some)
-        metrics[f"{env}/token_mismatches"] = sum(o.failures.count("token_mismatch") for o in some)
-        if not played:
-            continue
-        rewards = [r.reward for r in played]
-        metrics[f"{env}/reward"] = fmean(rewards)
-        metrics[f"{env}/reward_std"] = pstdev(rewards)
-        metrics[f"{env}/success"] = fmean(r >= envs[env].success_reward for r in rewards)
-        metrics[f"{env}/turns"] = fmean(len(r.turns) for r in played)
-        metrics[f"{env}/tokens"] = fmean(sum(len(t.completion_ids) for t in r.turns) for r in played)
-        metrics[f"{env}/seconds"] = fmean(r.seconds.get("total", 0.0) for r in played)
+        of_env["failed"] = 1 - (len(played) + too_long) / len(some)
+        of_env["prompts_too_long"] = too_long / len(some)
+        of_env["refused"] = sum(bool(r.refused) for r in played) / len(some)
+        of_env["truncated"] = sum(isinstance(o, Truncated) for o in some) / len(some)
+        of_env["retried"] = sum(len(o.failures) - isinstance(o, Failed) for o in some) / len(some)
+        of_env["token_mismatches"] = sum(o.failures.count("token_mismatch") for o in some)
+        if played:
+            of_env |= _of_played(played, envs[env])
+        metrics |= {name_of(env, metric): value for metric, value in of_env.items()}
     return metrics
+
+
+def _of_played(played: Sequence[Rollout], config: EnvConfig) -> dict[str, float]:
+    rewards = [r.reward for r in played]
+    return {
+        "reward": fmean(rewards),
+        "reward_std": pstdev(rewards),
+        "success": fmean(r >= config.success_reward for r in rewards),
+        "turns": fmean(len(r.turns) for r in played),
+        "tokens": fmean(sum(len(t.completion_ids) for t in r.turns) for r in played),
+        "seconds": fmean(r.seconds.get("total", 0.0) for r in played),
+    }
 
 
 def flat_groups(outcomes: Sequence[Outcome], num_generations: int) -> float:

@@ -191,8 +191,8 @@ def _train(
     trainer: PolicyTrainer, evaluation: Evaluation, config: RunConfig, run: RunDirectory, resume: Path | None
 ) -> dict[str, Any]:
     """Train, held-out tasks before and after; returns what result.json says of these."""
+    from gymexp.record.metric_names import before_and_after
     from gymexp.rollout.collect import ControllerGone, Stopped
-    from gymexp.training.callbacks import summary
 
     before: dict[str, float] = _remembered(run)
     after: dict[str, float] = {}
@@ -211,10 +211,10 @@ def _train(
         raise
     if evaluation.pruned:
         log.info("pruned after step %d: %s", trainer.state.global_step, evaluation.pruned)
-        return summary(before, evaluation.newest)
+        return before_and_after(before, evaluation.newest)
     if trainer.stopped:
         log.info("asked to end after step %d", trainer.state.global_step)
-    return summary(before, after)
+    return before_and_after(before, after)
 
 
 def _remembered(run: RunDirectory) -> dict[str, float]:

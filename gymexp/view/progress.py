@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gymexp.printable import printable, printable_in
+from gymexp.record.metric_names import by_env
 
 _NUMBERS = ("reward", "success", "turns", "tokens", "truncated", "failed")
 
@@ -21,21 +22,6 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
-def env_numbers(logs: dict[str, Any], prefix: str = "") -> dict[str, dict[str, float]]:
-    """`{env: {metric: value}}` from a log entry's `<prefix><env>/<metric>`; only what the view shows."""
-    found: dict[str, dict[str, float]] = {}
-    for name, value in logs.items():
-        env, _, metric = name.removeprefix(prefix).partition("/")
-        if (
-            name.startswith(prefix)
-            and metric in _NUMBERS
-            and value is not None
-            and (prefix or not env.startswith("eval_"))
-        ):
-            found.setdefault(env, {})[metric] = value
-    return {env: numbers for env, numbers in found.items() if "turns" in numbers or "failed" in numbers}
 
 
 class View:
@@ -81,10 +67,10 @@ class View:
 
     def log(self, step: int, logs: dict[str, Any]) -> None:
         """An entry of the log, a step's or an evaluation's: a line that stays, and news for the panel."""
-        if held_out := env_numbers(logs, "eval_"):
+        if held_out := by_env(logs, held_out=True):
             self._held_out = held_out
             self.say(self._line(step, "held-out ", held_out, logs))
-        if trained := env_numbers(logs):
+        if trained := by_env(logs, held_out=False):
             self._train = trained
             self.say(self._line(step, "", trained, logs))
 

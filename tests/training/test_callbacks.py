@@ -24,7 +24,7 @@ from gymexp.data.prepare import Prepared
 from gymexp.rollout.collect import Progress
 from gymexp.rollout.outcome import Completed, Rollout, Task, Turn
 from gymexp.training import callbacks
-from gymexp.training.callbacks import EndWhenAsked, Evaluation, MetricsFile, Steps, Teller, by_env, summary
+from gymexp.training.callbacks import EndWhenAsked, Evaluation, MetricsFile, Steps, Teller
 from gymexp.training.rollouts import Rollouts
 
 HELD_OUT = {
@@ -337,22 +337,6 @@ def test_tokens_a_second_are_those_since_the_collection_began_and_none_where_no_
     teller.tell = told.tell  # type: ignore[method-assign]
     teller.progress(Progress(total=1, began=50.0 - seconds, tokens=100))
     assert told.facts[0]["tokens_per_s"] == rate
-
-
-def test_numbers_of_an_evaluation_by_environment():
-    metrics = {
-        "eval_maze/reward": 0.5,
-        "eval_maze/success": 0.25,
-        "eval_a/b/reward": 1.0,
-        "eval_seconds": 3.0,
-    }
-    assert by_env(metrics) == {"maze": {"reward": 0.5, "success": 0.25}, "a/b": {"reward": 1.0}}
-
-
-def test_a_summary_has_what_was_measured_before_and_then_what_was_measured_after():
-    before = {"eval_maze/reward": 0.25, "eval_old/reward": 1.0, "eval_seconds": 3.0}
-    after = {"eval_maze/reward": 0.75, "eval_new/reward": 0.5, "eval_seconds": 4.0, "loss/x": 1.0}
-    assert summary(before, after) == {"maze": {"reward": [0.25, 0.75]}, "new": {"reward": [None, 0.5]}}
 
 
 def test_an_evaluation_through_rollouts_itself_has_the_same_seeds_at_every_step(tmp_path):

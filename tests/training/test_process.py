@@ -89,14 +89,14 @@ class Evaluation:
     def __init__(self, pruned: str | None = None, fails: Exception | None = None) -> None:
         self.ran: list[int] = []
         self.pruned = pruned
-        self.newest = {"eval_maze/reward": 99.0}
+        self.newest = {"eval_maze/reward": 99.0, "eval_maze/rollouts": 8}
         self._fails = fails
 
     def run(self, step: int) -> dict[str, float]:
         self.ran.append(step)
         if self._fails:
             raise self._fails
-        return {"eval_maze/reward": float(step), "eval_seconds": 1.0}
+        return {"eval_maze/reward": float(step), "eval_maze/rollouts": 8, "eval_seconds": 1.0}
 
 
 @pytest.fixture
@@ -113,10 +113,11 @@ def train(tmp_path):
 
 def test_held_out_tasks_are_played_before_and_after_and_the_result_has_them_in_this_order(train, tmp_path):
     trainer, evaluation = Trainer(), Evaluation()
-    assert train(trainer, evaluation) == {"maze": {"reward": [0.0, 6.0]}}
+    assert train(trainer, evaluation) == {"maze": {"reward": [0.0, 6.0], "rollouts": [8, 8]}}
     assert evaluation.ran == [0, 6] and trainer.began_from == [None]
     assert json.loads((tmp_path / "before.json").read_text()) == {
         "eval_maze/reward": 0.0,
+        "eval_maze/rollouts": 8,
         "eval_seconds": 1.0,
     }
 
@@ -125,16 +126,20 @@ def test_a_resumed_run_remembers_what_was_measured_before(train, tmp_path):
     checkpoint = tmp_path / "checkpoint-3"
     train(Trainer(stops=True), Evaluation())
     trainer, evaluation = Trainer(), Evaluation()
-    assert train(trainer, evaluation, resume=checkpoint) == {"maze": {"reward": [0.0, 6.0]}}
+    assert train(trainer, evaluation, resume=checkpoint) == {
+        "maze": {"reward": [0.0, 6.0], "rollouts": [8, 8]}
+    }
     assert evaluation.ran == [6] and trainer.began_from == [checkpoint]
     (tmp_path / "before.json").unlink()
-    assert train(Trainer(), Evaluation(), resume=checkpoint) == {"maze": {"reward": [None, 6.0]}}
+    assert train(Trainer(), Evaluation(), resume=checkpoint) == {
+        "maze": {"reward": [None, 6.0], "rollouts": [None, 8]}
+    }
 
 
 @pytest.mark.parametrize(
     ("changes", "ran", "result"),
     [
-        ({"before": False}, [6], {"maze": {"reward": [None, 6.0]}}),
+        ({"before": False}, [6], {"maze": {"reward": [None, 6.0], "rollouts": [None, 8]}}),
         ({"after": False}, [0], {}),
         ({"before": False, "after": False}, [], {}),
     ],
@@ -159,7 +164,9 @@ def test_a_run_that_was_asked_to_end_measures_nothing_more(train):
 
 def test_a_trial_that_was_given_up_is_measured_by_its_newest_evaluation(train):
     evaluation = Evaluation(pruned="below the median")
-    assert train(Trainer(stops=True, last=4), evaluation) == {"maze": {"reward": [0.0, 99.0]}}
+    assert train(Trainer(stops=True, last=4), evaluation) == {
+        "maze": {"reward": [0.0, 99.0], "rollouts": [8, 8]}
+    }
     assert evaluation.ran == [0]
 
 

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from gymexp.view import progress
-from gymexp.view.progress import View, duration, env_numbers
+from gymexp.view.progress import View, duration
 from gymexp.view.table import held_out_table
 
 LOGS = {
@@ -17,11 +17,14 @@ LOGS = {
     "reward": 0.5,
     "sudoku/reward": 0.25,
     "sudoku/success": 0.2,
+    "sudoku/rollouts": 8,
     "sudoku/turns": 1.0,
     "sudoku/failed": 0.0,
     "workplace/reward": None,
+    "workplace/rollouts": 8,
     "workplace/failed": 1.0,
     "eval_sudoku/reward": 0.75,
+    "eval_sudoku/rollouts": 8,
     "eval_sudoku/turns": 1.0,
     "time/step": 4.0,
     "time/rollout": 3.0,
@@ -50,14 +53,6 @@ def train(step: int, max_steps: int = 10) -> dict:
     return {"phase": "train", "step": step, "max_steps": max_steps}
 
 
-def test_numbers_are_taken_by_environment_and_trls_own_are_left_out():
-    assert env_numbers(LOGS) == {
-        "sudoku": {"reward": 0.25, "success": 0.2, "turns": 1.0, "failed": 0.0},
-        "workplace": {"failed": 1.0},
-    }
-    assert env_numbers(LOGS, "eval_") == {"sudoku": {"reward": 0.75, "turns": 1.0}}
-
-
 def test_without_a_terminal_a_run_is_plain_lines_one_a_step(clock):
     out = io.StringIO()
     view = View(out)
@@ -65,7 +60,7 @@ def test_without_a_terminal_a_run_is_plain_lines_one_a_step(clock):
         view.update({"phase": "evaluate", "step": 0})
         view.update(train(0))
         clock.now += 4.0
-        logs = {"sudoku/reward": 0.25, "sudoku/turns": 1.0, "time/step": 4.0, "time/rollout": 3.0}
+        logs = {"sudoku/reward": 0.25, "sudoku/rollouts": 8, "time/step": 4.0, "time/rollout": 3.0}
         view.update(train(1))
         view.log(1, logs)
         view.log(1, {"completions/mean_length": 20.0})  # of TRL's own alone there is nothing to say
@@ -80,9 +75,9 @@ def test_an_evaluation_says_that_it_is_held_out(clock):
     out = io.StringIO()
     view = View(out)
     view.update(train(3))
-    view.log(2, {"eval_sudoku/reward": 0.75, "eval_sudoku/turns": 1.0})
-    view.log(2, {"sudoku/reward": 0.5, "sudoku/turns": 1.0})
-    view.log(3, {"sudoku/reward": 0.25, "sudoku/turns": 1.0})
+    view.log(2, {"eval_sudoku/reward": 0.75, "eval_sudoku/rollouts": 8})
+    view.log(2, {"sudoku/reward": 0.5, "sudoku/rollouts": 8})
+    view.log(3, {"sudoku/reward": 0.25, "sudoku/rollouts": 8})
     assert out.getvalue().splitlines() == [
         "step 2/10  held-out reward: sudoku 0.750",
         "step 2/10  reward: sudoku 0.500",
