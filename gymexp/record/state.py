@@ -121,6 +121,8 @@ def _state(
         return "waiting", ended
     if _process_lives(path, status):
         return "running", ""
+    if result.get("stopped"):  # of a gymexp that did not write `ended`
+        return "stopped", _first_line(str(status.get("outcome") or ""))
     return "lost", f"its process ({status.get('pid')}) is gone and left no end"
 
 
