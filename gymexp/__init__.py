@@ -13,6 +13,7 @@ def _interrupted(number: int, _: object) -> None:
     os._exit(128 + number)
 
 
-# `python -m gymexp.X` imports for a second; then `run.entry` takes over. Not where SIGINT is ignored.
-if sys.argv[:1] == ["-m"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+# A command imports for a second; then `cli.terminal` takes over. Not where SIGINT is ignored.
+_is_command = sys.argv[:1] == ["-m"] or os.path.basename(sys.argv[0] if sys.argv else "") == "gymexp"
+if _is_command and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, _interrupted)

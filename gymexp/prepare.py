@@ -1,6 +1,8 @@
 """Make and check the tasks of the selected environments, as a run would; nothing is left but the cache.
 
 python -m gymexp.prepare 'env=[sudoku,workplace]'
+
+Words are the overrides of gymexp.train.
 """
 
 from __future__ import annotations
@@ -48,5 +50,6 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    sys.argv[1:1] = _NOTHING_LEFT
+    if not {"-sc", "--shell-completion"} & set(sys.argv):
+        sys.argv[1:1] = _NOTHING_LEFT
     main()

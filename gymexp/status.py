@@ -5,12 +5,11 @@ python -m gymexp.status outputs/<name>/<date_time> [--follow]
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from pathlib import Path
 
-from gymexp.cli.terminal import guarded
+from gymexp.cli.terminal import guarded, parser_of
 from gymexp.config.schema import RunConfig
 from gymexp.errors import RunDirectoryError
 from gymexp.printable import say
@@ -47,8 +46,7 @@ def show_run(path: Path, follow: bool) -> None:
 
 
 def main() -> None:
-    about = (__doc__ or "").splitlines()[0]
-    parser = argparse.ArgumentParser(prog="python -m gymexp.status", description=about)
+    parser = parser_of("status", __doc__ or "")
     parser.add_argument("dir", type=Path, metavar="DIR", help="of a run, or of a sweep")
     parser.add_argument("--follow", action="store_true", help="go on with its logs and steps until it ends")
     said = parser.parse_args()

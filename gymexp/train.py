@@ -3,6 +3,10 @@
 python -m gymexp.train 'env=[sudoku,workplace]' model=qwen3_4b
 python -m gymexp.train -m trainer.learning_rate=1e-6,1e-5        a sweep
 python -m gymexp.train resume=outputs/<name>/<date_time>         a run that ended early
+python -m gymexp.train launcher=slurm launcher.gpus=8            as a job of Slurm's
+
+Words are Hydra's overrides: group=option takes a file of conf/, key=value sets a key. --cfg job prints the
+whole configuration. docs/reference.md says what each key means. A run leaves outputs/<name>/<date_time>/.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -59,6 +60,8 @@ def hydra_main(
 
         def checked() -> Any:
             hydra_keys.check_flags(sys.argv[1:])
+            if {"-h", "--help"} & set(sys.argv[1:]):
+                print(inspect.cleandoc(sys.modules[main.__module__].__doc__ or ""), end="\n\n", flush=True)
             return job()
 
         return guarded(_without_secrets(checked), schema)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import errno
 import functools
+import inspect
 import locale
 import logging
 import os
@@ -131,6 +133,15 @@ class _Lasting:
 def outlive_readers() -> None:
     """From now on nobody has to read standard output and standard error to their end."""
     sys.stdout, sys.stderr = _Lasting(sys.stdout), _Lasting(sys.stderr)
+
+
+def parser_of(command: str, about: str) -> argparse.ArgumentParser:
+    """Of a command that Hydra does not configure. about: its module's docstring, with examples."""
+    return argparse.ArgumentParser(
+        prog=f"python -m gymexp.{command}",
+        description=inspect.cleandoc(about),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
 
 
 def log_to_terminal() -> None:

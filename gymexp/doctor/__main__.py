@@ -7,12 +7,12 @@ python -m gymexp.doctor --init                                         write con
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import sys
 from collections import Counter
 
+from gymexp.cli.terminal import parser_of
 from gymexp.doctor import disks, gpus, machine, machine_file, nemo_gym, network, slurm
 from gymexp.doctor.configuration import composed
 from gymexp.doctor.finding import Check, Finding, run_checks
@@ -36,7 +36,7 @@ CHECKS = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m gymexp.doctor", description="Check this machine.")
+    parser = parser_of("doctor", __doc__ or "")
     parser.add_argument("--init", action="store_true", help="write this machine's conf/machine/default.yaml")
     parser.add_argument("--force", action="store_true", help="with --init: replace the one that is there")
     parser.add_argument("overrides", nargs="*", help="a run's, as gymexp.train takes them")

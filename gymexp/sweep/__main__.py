@@ -7,10 +7,9 @@ python -m gymexp.sweep resubmit outputs/<name>/sweep_<date_time> [--jobs 3,5]
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
-from gymexp.cli.terminal import guarded
+from gymexp.cli.terminal import guarded, parser_of
 from gymexp.config.schema import RunConfig
 from gymexp.printable import printable, say
 from gymexp.sweep import jobs
@@ -42,9 +41,7 @@ def numbers(text: str) -> list[int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m gymexp.sweep", description=(__doc__ or "").splitlines()[0]
-    )
+    parser = parser_of("sweep", __doc__ or "")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, does in {
         "status": "how each job stands, and why",
