@@ -221,7 +221,7 @@ class SearchConfig:
     metric: str = "reward"  # held-out: of one environment (sudoku/success), or the mean over all that have it
     direction: str = "maximize"  # or minimize
     seed: int = 0  # of the sampler
-    prune: bool = False  # end a trial that an evaluation finds worse than the finished ones' median then
+    prune: bool = False  # end a trial that is worse than the finished trials' median at its step
     startup_trials: int = 4  # prune: so many trials come to their end first
     warmup_steps: int = 0  # prune: steps of a trial before it is judged
 

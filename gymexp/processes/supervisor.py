@@ -211,7 +211,7 @@ class Supervisor:
         lets_go = self._letting_go and not isinstance(error, NodeLost)  # no signal of Slurm's does that
         if not self._closing and not lets_go and not self.failed.done():
             self.failed.set_exception(error)
-            self.failed.exception()  # looked at: asyncio need not say that nobody did
+            self.failed.exception()  # else asyncio warns that nobody has read the exception
 
     async def _watch(self, service: Service) -> None:
         """Ask a service how it is; kill it when it has given no sign of life for too long.

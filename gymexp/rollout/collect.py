@@ -207,7 +207,7 @@ class Collector:
                 asked.add_done_callback(self._asked.discard)
 
     async def _restart(self, name: str) -> None:
-        """What fails here shows on the stream of states: the controller is gone."""
+        """Ask the controller for it. One that does not answer is gone, which the stream of states tells."""
         with contextlib.suppress(aiohttp.ClientError):
             async with self._http.post(f"{self._control_url}/restart/{name}", headers=header_of(RUN)):
                 pass

@@ -153,10 +153,8 @@ class Controller:
                 self._ended, self._outcome = Ended.STOPPED, str(error)
                 raise error from None
             except Exception as failure:
-                error = (
-                    failure if isinstance(failure, Interrupted) else self._deeper_cause(failure, gym_python)
-                )
-                # Elsewhere than in a job: the trainer was asked before it could take note of it.
+                error = self._deeper_cause(failure, gym_python)
+                # A trainer that died of our SIGTERM got it before it could handle it, and saved nothing.
                 unheard = self._allocation or any(
                     rank.exit_code == -signal.SIGTERM or rank.ended_for for rank in self._ranks
                 )
