@@ -230,6 +230,6 @@ class Transfer(Protocol):
     def send(self, replicas: Replicas, version: int, specs: TensorSpecs, weights: NamedTensors) -> None: ...
 
     def forget(self) -> None:
-        """A replica was started anew: the group that all replicas and the trainer form must be formed again."""
+        """A replica was started anew: replicas and trainer must form their group again."""
 
     def close(self) -> None: ...

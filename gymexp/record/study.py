@@ -78,8 +78,8 @@ def begin(search: SearchConfig, directory: Path) -> TrialFile:
         frozen = study.trials[known.number]
         if not frozen.state.is_finished():
             return known
-        # Another job gave this trial up while its run was away. The study takes no finished trial back, but it
-        # takes a new one with the same values.
+        # Another job gave this trial up while its run was away. The study takes no finished trial back, but
+        # it takes a new one with the same values.
         trial = _add_like(study, frozen)
     else:
         _give_up_lost(study, directory.parent)
