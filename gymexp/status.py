@@ -38,6 +38,7 @@ def show_sweep(path: Path, follow: bool) -> None:
 
 
 def show_run(path: Path, follow: bool) -> None:
+    """Where a run is; with `follow` its logs and steps until it ends."""
     run = run_text.look(path)
     say(run_text.run_text(run))
     if follow and not run.ended:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import re
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -139,3 +142,36 @@ def test_the_gym_host_imports_nothing_of_gymexp():
 def test_a_modules_name_says_what_it_is_about_and_it_is_short(module):
     assert module.rpartition(".")[2] not in SAYS_NOTHING
     assert len(MODULES[module].read_text().splitlines()) < 400
+
+
+def public(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef]:
+    """A module's own functions and classes that other modules may use."""
+    for node in ast.parse(path.read_text()).body:
+        named = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+        if named and not node.name.startswith("_"):
+            yield node
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if ".workplace.tasks." not in name])
+def test_every_public_name_has_a_docstring(module):
+    """`main` has its module's. Templates of workplace tasks are sentences themselves."""
+    path = MODULES[module]
+    assert ast.get_docstring(ast.parse(path.read_text())) or not path.read_text().strip()
+    bare = [node.name for node in public(path) if node.name != "main" and not ast.get_docstring(node)]
+    assert not bare, f"{module}: {', '.join(bare)}"
+
+
+def test_no_public_name_is_used_by_nobody():
+    """Another line of the product or of a benchmark has it, or a decorator registers it."""
+    files = [*MODULES.values(), *(ROOT / "benchmarks").glob("*.py")]
+    words = Counter(word for path in files for word in re.findall(r"\w+", path.read_text()))
+    for module, path in MODULES.items():
+        alone = [n.name for n in public(path) if not n.decorator_list and words[n.name] < 2]
+        assert not alone, f"{module}: {', '.join(alone)}"
+
+
+def test_no_function_is_longer_than_80_lines():
+    for module, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                assert (node.end_lineno or 0) - node.lineno < 80, f"{module}: {node.name}"

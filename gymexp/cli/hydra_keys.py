@@ -179,6 +179,7 @@ def check_options(cfg: DictConfig) -> None:
 
 
 def problems(cfg: DictConfig, sweep: bool) -> Iterator[str]:
+    """What of Hydra's own keys a run, or a sweep, would ignore: a line each with what serves instead."""
     plain: Any = OmegaConf.to_container(cfg.hydra, resolve=False)
     choices = plain["runtime"]["choices"]
     said = dict(_said(override) for override in plain["overrides"]["hydra"])

@@ -89,6 +89,7 @@ def _look_around() -> None:
 
 
 def end_with(error: GymexpError) -> NoReturn:
+    """Print the error's text and exit: 128 plus its number after a signal, else 1."""
     say_error(error)
     if not isinstance(error, Interrupted):
         sys.exit(1)
@@ -145,6 +146,7 @@ def parser_of(command: str, about: str) -> argparse.ArgumentParser:
 
 
 def log_to_terminal() -> None:
+    """From now on log lines go to standard error, as their text alone."""
     log_to_stderr("%(message)s")
     logging.getLogger("filelock").setLevel(logging.WARNING)
 

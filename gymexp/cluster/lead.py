@@ -257,4 +257,5 @@ def announce(directory: Path, task: Task, **said: str) -> None:
 
 
 def lead_file(directory: Path) -> Path:
+    """Where the lead writes how it is reached."""
     return directory / "lead.json"

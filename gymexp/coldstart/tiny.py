@@ -71,6 +71,7 @@ CALL_PHRASES = ('{"name": "', '", "arguments": {"')
 
 
 def chat_template() -> str:
+    """The tiny policy's chat template, as Jinja's source."""
     return (ASSETS / "chat_template.jinja").read_text(encoding="utf-8")
 
 

@@ -54,6 +54,7 @@ def with_values(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
 
 
 def to_yaml(config: RunConfig) -> str:
+    """The whole configuration, as `from_yaml` reads it."""
     return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config)))
 
 

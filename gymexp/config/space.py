@@ -25,6 +25,7 @@ def ends(space: Any) -> list[Any]:
 
 
 def problems_of_space(params: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong with `search.params`, a line each."""
     for key, space in flat(params).items():
         at = f"search.params.{key}"
         if isinstance(space, list):

@@ -103,6 +103,7 @@ def _tasks(split: Split) -> list[Task]:
 
 
 def write_prepared(prepared: Prepared, directory: Path) -> None:
+    """The tasks in order, and mix.json, as `load_prepared` reads them."""
     directory.mkdir(parents=True, exist_ok=True)
     _write_tasks(directory / "train.jsonl", prepared.train)
     _write_tasks(directory / "validation.jsonl", (t for tasks in prepared.validation.values() for t in tasks))

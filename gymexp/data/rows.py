@@ -186,5 +186,6 @@ def _expected(what: str, holder: dict[str, Any], key: str) -> str:
 
 
 def shown(value: Any) -> str:
+    """A value as JSON, cut to 60 characters."""
     text = orjson.dumps(value).decode()
     return text if len(text) <= 60 else f"{text[:57]}…"

@@ -27,6 +27,7 @@ _ROOM = {"outputs": (1, 20), "cache": (1, 5), "hub cache": (1, 20), "tmp": (0.2,
 
 
 def look(subject: Subject) -> Iterable[Finding]:
+    """Room, speed and locks of the places that a run writes to."""
     places = {
         "outputs": Path(subject.config.output_dir or "outputs"),
         "cache": cache_dir(),

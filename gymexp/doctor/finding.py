@@ -39,6 +39,8 @@ class Subject:
 
 
 class Check(NamedTuple):
+    """One thing to look at. look: gives findings. deadline_s: then the check counts as hanging."""
+
     name: str
     look: Callable[[Subject], Iterable[Finding]]
     deadline_s: float

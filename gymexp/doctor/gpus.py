@@ -22,6 +22,7 @@ print(json.dumps([torch.__version__, torch.version.cuda, torch.cuda.device_count
 
 
 def look(subject: Subject) -> Iterable[Finding]:
+    """GPUs: driver, free memory, and whether torch sees them."""
     if not shutil.which("nvidia-smi"):
         if subject.launcher == "slurm":
             yield Finding("ok", "gpu", "none here (no nvidia-smi); jobs get theirs from Slurm")
@@ -82,6 +83,7 @@ def _torch() -> Finding:
 
 
 def vllm_version(subject: Subject) -> Iterable[Finding]:
+    """Whether the vLLM that would run is one that is tried."""
     engine = subject.config.engine
     if engine.kind == "hf" or engine.urls:
         text = "engine.urls: servers that already run" if engine.urls else "not used with engine=hf"

@@ -56,6 +56,7 @@ def python(subject: Subject) -> Iterable[Finding]:
 
 
 def memory_and_cores(subject: Subject) -> Iterable[Finding]:
+    """What is free for the run, within the limits of its cgroup."""
     free, cores = psutil.virtual_memory().available, len(os.sched_getaffinity(0))
     limit, used = _cgroup("memory.max"), _cgroup("memory.current")
     if limit is not None:
@@ -80,6 +81,7 @@ def _cgroup(name: str) -> int | None:
 
 
 def open_files(subject: Subject) -> Iterable[Finding]:
+    """How many rollouts in flight the limit on open files has room for."""
     raise_limit()  # as a run does
     text = f"{limit()} for each process"
     try:
@@ -91,6 +93,7 @@ def open_files(subject: Subject) -> Iterable[Finding]:
 
 
 def ports(subject: Subject) -> Iterable[Finding]:
+    """Whether servers may listen on loopback, and on how many ports."""
     try:
         listen().close()
     except ConfigError as error:
@@ -110,6 +113,7 @@ def ports(subject: Subject) -> Iterable[Finding]:
 
 
 def hostname(subject: Subject) -> Iterable[Finding]:
+    """Whether the machine's own name resolves, which torch and NCCL need."""
     name = socket.gethostname()
     try:
         address = socket.getaddrinfo(name, None)[0][4][0]

@@ -35,6 +35,7 @@ def write(force: bool) -> str:
 
 
 def suggest() -> str:
+    """The text of conf/machine/default.yaml for this machine."""
     lines = [
         "# @package _global_",
         "# This machine's own defaults, read after every other option; what a command line says goes before.",

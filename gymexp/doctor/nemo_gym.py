@@ -14,6 +14,7 @@ _VERSION = "import importlib.metadata as m, sys; print(m.version('nemo-gym'), *s
 
 
 def look(subject: Subject) -> Iterable[Finding]:
+    """Whether NeMo Gym is there for `gym.runtime`, or can be made."""
     gym = subject.config.gym
     if gym.runtime == "attach":
         try:

@@ -97,6 +97,7 @@ def _there(
 
 
 def tracker(subject: Subject) -> Iterable[Finding]:
+    """Whether the tracker is installed, logged in and reached."""
     config = subject.config.tracker
     if config.kind in ("trackio", "tensorboard"):
         if importlib.util.find_spec(config.kind):

@@ -80,6 +80,7 @@ def minutes(time: str) -> float | None:
 
 
 def look(subject: Subject) -> Iterable[Finding]:
+    """Whether Slurm answers, and has a partition for what the run asks for."""
     wanted = subject.launcher == "slurm"
     if not shutil.which("sinfo"):
         if wanted:
@@ -103,6 +104,7 @@ def look(subject: Subject) -> Iterable[Finding]:
 
 
 def describe(one: Partition) -> str:
+    """A partition in a line."""
     parts = [f"{one.nodes} nodes", f"{one.cpus} CPUs", f"{one.gpus} GPUs", f"{one.mem_mb} MB each"]
     parts.append("no time limit" if one.minutes is None else f"up to {one.minutes / 60:g} h")
     name = one.name + (" (default)" if one.is_default else "")

@@ -62,6 +62,8 @@ _CAUSES = (
 
 
 class Version(NamedTuple):
+    """Of an installed vLLM."""
+
     major: int
     minor: int
     is_cpu: bool = False  # a build without CUDA

@@ -32,6 +32,7 @@ class BadRequest(ValueError):
 
 
 def read_object(data: bytes) -> dict[str, Any]:
+    """A request's body. Raises BadRequest unless it is a JSON object."""
     try:
         body = orjson.loads(data)
     except orjson.JSONDecodeError as error:
@@ -42,6 +43,7 @@ def read_object(data: bytes) -> dict[str, Any]:
 
 
 def read_stop(body: dict[str, Any]) -> list[str]:
+    """The texts that end a generation. Raises BadRequest."""
     stop = body.get("stop") or []
     stop = [stop] if isinstance(stop, str) else stop
     if not isinstance(stop, list) or not all(isinstance(text, str) and text for text in stop):
@@ -58,6 +60,7 @@ def read_play(body: dict[str, Any]) -> str | None:
 
 
 def read_number(body: dict[str, Any], name: str, default: float) -> float:
+    """A number >= 0. Raises BadRequest."""
     value = default if body.get(name) is None else body[name]
     if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
         raise BadRequest(f"{name} must be a number >= 0, got {value!r}")
@@ -65,6 +68,7 @@ def read_number(body: dict[str, Any], name: str, default: float) -> float:
 
 
 def read_top_k(body: dict[str, Any]) -> int:
+    """An integer; 0 and -1 stand for all tokens. Raises BadRequest."""
     value = body["top_k"]
     if type(value) is not int or value < -1:
         raise BadRequest(f"top_k must be an integer >= 1, or 0 or -1 for all tokens, got {value!r}")
@@ -72,6 +76,7 @@ def read_top_k(body: dict[str, Any]) -> int:
 
 
 def check_neutral(body: dict[str, Any]) -> None:
+    """Raises BadRequest for a field that no engine is given and that asks for something."""
     for name, allowed in NEUTRAL.items():
         if (value := body.get(name)) is not None and value not in allowed:
             raise BadRequest(f"{name} must be {' or '.join(map(repr, allowed))} here, got {value!r}")

@@ -219,6 +219,7 @@ class Gateway:
 
 
 def read_conversation(body: dict[str, Any]) -> Conversation:
+    """What is rendered of a chat request. Raises BadRequest."""
     messages, with_prompt = body.get("messages"), body.get("add_generation_prompt", True)
     if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
         raise chat.BadRequest("messages must be a list of at least one object")
@@ -261,10 +262,12 @@ async def answer_errors(request: web.Request, handler: Any) -> web.StreamRespons
 
 
 def json_response(value: Any, status: int = 200) -> web.Response:
+    """An answer by orjson, which is several times faster on lists of tokens."""
     return web.Response(body=orjson.dumps(value), status=status, content_type="application/json")
 
 
 def error_response(status: int, kind: str, message: str) -> web.Response:
+    """An error in the form of OpenAI's API."""
     return json_response({"error": {"message": message, "type": kind, "code": status}}, status)
 
 

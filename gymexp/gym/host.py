@@ -40,6 +40,7 @@ os.dup2(2, 1)
 
 
 def die_with_parent() -> None:
+    """Ask the kernel for SIGKILL at the parent's end; end now if it is gone."""
     parent = os.getppid()
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
@@ -48,6 +49,7 @@ def die_with_parent() -> None:
 
 
 def say(**message: object) -> None:
+    """A line of JSON to the controller."""
     os.write(PROTOCOL, (json.dumps(message) + "\n").encode())
 
 
@@ -269,6 +271,7 @@ def build_app(name: str, cls: Any):
 
 
 def serve(name: str, cls: type, sock: socket.socket, key: str | None) -> None:
+    """Run one server on a socket that is open already; key: what it demands of requests."""
     import uvicorn  # pyright: ignore[reportMissingImports]
 
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

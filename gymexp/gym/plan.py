@@ -114,6 +114,7 @@ def read_config(env_name: str, env: EnvConfig, site: Path) -> dict[str, Any]:
 def model_server(
     policy_url: str, chat_template_kwargs: Mapping[str, Any] | None, key: str = "none"
 ) -> dict[str, Any]:
+    """The configuration of NeMo Gym's model server: the gateway is its policy."""
     return {
         "entrypoint": "app.py",
         "base_url": f"{policy_url}/v1",

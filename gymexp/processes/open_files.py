@@ -32,6 +32,7 @@ def raise_limit() -> None:
 
 
 def limit() -> int:
+    """How many files this process may have open."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return _MOST if soft == resource.RLIM_INFINITY else soft
 

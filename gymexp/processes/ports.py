@@ -48,6 +48,7 @@ def reserve(host: str = "127.0.0.1", exclusive: bool = True) -> socket.socket:
 
 
 def url_of(sock: socket.socket) -> str:
+    """The address of a listening socket."""
     host, port = sock.getsockname()[:2]
     return f"http://{host}:{port}"
 

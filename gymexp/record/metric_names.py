@@ -15,6 +15,7 @@ _COUNT = "rollouts"
 
 
 def name_of(env: str, metric: str, held_out: bool = False) -> str:
+    """The name under which metrics.jsonl and the trackers have a metric."""
     return f"{_HELD_OUT if held_out else ''}{env}/{metric}"
 
 

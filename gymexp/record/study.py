@@ -34,6 +34,8 @@ _JOB = "job"  # a trial's attribute: the number of its job
 
 @dataclass(frozen=True)
 class TrialFile:
+    """A job's trial.json: the trial's number in the study, and its values by key."""
+
     number: int
     values: dict[str, Any]
 

@@ -92,6 +92,7 @@ Outcome = Played | Failed
 
 
 def task_of(outcome: Outcome) -> Task:
+    """The task that was played, or failed to be."""
     return outcome.task if isinstance(outcome, Failed) else outcome.rollout.task
 
 

@@ -74,6 +74,8 @@ def run(
 
 
 class Controller:
+    """One run's processes: started, watched, asked to end, and ended. Used once."""
+
     def __init__(
         self,
         config: RunConfig,
@@ -153,21 +155,7 @@ class Controller:
                 self._ended, self._outcome = Ended.STOPPED, str(error)
                 raise error from None
             except Exception as failure:
-                error = self._deeper_cause(failure, gym_python)
-                # A trainer that died of our SIGTERM got it before it could handle it, and saved nothing.
-                unheard = self._allocation or any(
-                    rank.exit_code == -signal.SIGTERM or rank.ended_for for rank in self._ranks
-                )
-                if unheard and not isinstance(error, Interrupted) and await self._ending(error):
-                    log.warning("the run did not save at its end: %s", error)
-                    interrupted = self._interrupted("before it could save")
-                    self._ended, self._outcome = Ended.STOPPED, str(interrupted)
-                    raise interrupted from error
-                self._ended = Ended.STOPPED if isinstance(error, Interrupted) else Ended.FAILED
-                self._outcome = str(error) or type(error).__name__
-                if self._ended is Ended.FAILED:
-                    self._directory.write_error(self._outcome)
-                raise error from None
+                raise await self._end_of(failure, gym_python) from None
             finally:
                 self._stopping = True
                 self._facts["phase"] = "stop"
@@ -183,6 +171,22 @@ class Controller:
                 here.close()
                 for sock in (gateway_sock, *sockets.values()):
                     sock.close()
+
+    async def _end_of(self, failure: Exception, gym_python: Path) -> Exception:
+        """What ends the run, noted for status.json and result.json."""
+        error = self._deeper_cause(failure, gym_python)
+        # A trainer that died of our SIGTERM got it before it could handle it, and saved nothing.
+        unheard = self._allocation or any(
+            rank.exit_code == -signal.SIGTERM or rank.ended_for for rank in self._ranks
+        )
+        if unheard and not isinstance(error, Interrupted) and await self._ending(error):
+            log.warning("the run did not save at its end: %s", error)
+            error = self._interrupted("before it could save")
+        self._ended = Ended.STOPPED if isinstance(error, Interrupted) else Ended.FAILED
+        self._outcome = str(error) or type(error).__name__
+        if self._ended is Ended.FAILED:
+            self._directory.write_error(self._outcome)
+        return error
 
     def _deeper_cause(self, failure: Exception, gym_python: Path) -> Exception:
         """What was taken away from under the run, where that is why it fails; else the failure itself."""

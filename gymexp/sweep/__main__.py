@@ -17,12 +17,14 @@ from gymexp.sweep.resubmit import resubmit
 
 
 def status(path: Path) -> None:
+    """Print how each job stands."""
     from gymexp.sweep.table import status_table
 
     say(status_table(jobs.read_sweep(path)))
 
 
 def collect(path: Path) -> None:
+    """Print the results, and write results.csv and results.html."""
     from gymexp.files import replace_file
     from gymexp.sweep.page import results_html
     from gymexp.sweep.table import counted, reason, results_csv, results_table, rows_of
@@ -37,6 +39,7 @@ def collect(path: Path) -> None:
 
 
 def numbers(text: str) -> list[int]:
+    """The job numbers of `3,5`."""
     return [int(part) for part in text.split(",")]
 
 

@@ -125,6 +125,7 @@ def claim(sweep: Path) -> None:
 
 
 def write_sweep(sweep: Path, said: Mapping[str, Any]) -> None:
+    """Write sweep.json, which `read_sweep` reads."""
     replace_file(sweep / "sweep.json", json.dumps(said, indent=1) + "\n")
 
 
@@ -136,5 +137,6 @@ def write_job(directory: Path, job: FrozenJob) -> None:
 
 
 def read_job(directory: Path) -> FrozenJob:
+    """The job that `write_job` fixed in a directory, checked anew."""
     said: Any = OmegaConf.load(directory / "job.yaml")
     return FrozenJob(load(said.config), list(said.overrides))

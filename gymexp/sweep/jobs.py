@@ -18,6 +18,7 @@ from gymexp.sweep.sweep import Job, Sweep
 
 
 def is_sweep(path: Path) -> bool:
+    """Whether a directory holds a sweep, also one that lost its sweep.json."""
     return (path / "sweep.json").exists() or bool(_job_directories(path))
 
 

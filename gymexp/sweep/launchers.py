@@ -8,12 +8,14 @@ from gymexp.cli.entry import BASIC, SUBMITIT
 
 
 def local(**params: Any) -> Any:
+    """The launcher of `launcher=local`."""
     from gymexp.sweep.local import LocalLauncher
 
     return LocalLauncher(**params)
 
 
 def slurm(**params: Any) -> Any:
+    """The launcher of `launcher=slurm`."""
     from gymexp.sweep.slurm import SlurmLauncher
 
     return SlurmLauncher(**params)

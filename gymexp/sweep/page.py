@@ -35,6 +35,7 @@ svg { max-width: 100%; height: auto; display: block; margin: .4rem 0; }
 
 
 def results_html(sweep: Sweep, rows: Sequence[Row]) -> str:
+    """The page of a sweep: one file with its plots and tables inside."""
     groups = groups_of(rows)
     colour = colours(groups)
     keys = [key for key in sweep.keys if key != SEED]

@@ -22,6 +22,8 @@ class Job:
 
 @dataclass(frozen=True)
 class Sweep:
+    """A sweep as its directory has it."""
+
     path: Path
     launcher: str  # slurm or local
     jobs: list[Job]

@@ -92,6 +92,7 @@ class Group:
 
 
 def rows_of(sweep: Sweep) -> list[Row]:
+    """A row for each job."""
     return [Row(j, j.run.held_out, wall_seconds(j.run), tokens_per_s(j.run)) for j in sweep.jobs]
 
 
@@ -104,6 +105,7 @@ def groups_of(rows: Sequence[Row]) -> list[Group]:
 
 
 def envs_of(rows: Sequence[Row]) -> list[str]:
+    """The environments that the rows have held-out rewards of, in their order."""
     return list(dict.fromkeys(env for row in rows for env in row.held_out))
 
 
@@ -142,12 +144,14 @@ def job_line(job: Job) -> str:
 
 
 def counted(sweep: Sweep) -> str:
+    """How many jobs there are in each state."""
     states = [job.run.state for job in sweep.jobs]
     each = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
     return f"{len(states)} jobs: {each}"
 
 
 def reason(job: Job) -> str:
+    """Why a job is in its state, with the log that tells most."""
     log = f"  (log: {job.run.log})" if job.run.state in ("failed", "lost") and job.run.log else ""
     return f"job {job.num} {job.run.state}: {job.run.why}{log}"
 
@@ -231,6 +235,7 @@ def columns(lines: Sequence[Sequence[str]]) -> str:
 
 
 def number(value: float | None) -> str:
+    """A reward with three digits; a dash for none."""
     return "–" if value is None else f"{value:.3f}"
 
 

@@ -265,6 +265,7 @@ def _known_names() -> set[str]:
 
 
 def read_source(package: str, file: str) -> ast.Module:
+    """The syntax tree of a package's file, without importing the package."""
     spec = importlib.util.find_spec(package)
     assert spec is not None and spec.submodule_search_locations
     return ast.parse((Path(spec.submodule_search_locations[0]) / file).read_text())

@@ -92,6 +92,7 @@ class Epochs(TrainerCallback):
 
 
 def read_epoch(checkpoint: Path) -> float:
+    """The epoch that a checkpoint stands in, as transformers counts."""
     return json.loads((checkpoint / "trainer_state.json").read_text())["epoch"]
 
 

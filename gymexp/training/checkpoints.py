@@ -37,6 +37,7 @@ class CheckpointError(RunDirectoryError):
 
 
 def step_of(checkpoint: Path) -> int:
+    """The step in a checkpoint's name."""
     return int(checkpoint.name.rsplit("-", 1)[-1])
 
 

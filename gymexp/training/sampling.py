@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 
 class Engine(Protocol):
+    """What samples for the trainer, in its own process or in servers."""
+
     def sampling(self, version: int) -> AbstractContextManager[None]:
         """Within the block it samples. version: of its weights, in optimizer steps done."""
         ...

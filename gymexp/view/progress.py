@@ -19,6 +19,7 @@ _NUMBERS = ("reward", "success", "turns", "tokens", "truncated", "failed")
 
 
 def duration(seconds: float) -> str:
+    """Seconds as 1:02:03 or 2:03."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

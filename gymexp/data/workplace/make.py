@@ -126,6 +126,7 @@ def split(
 
 
 def prompt(draft: Draft) -> list[dict[str, str]]:
+    """The messages that a task begins with."""
     return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": draft.user}]
 
 
@@ -166,6 +167,8 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> str:
 
 
 def summarize(proofs: list[Proof]) -> dict[str, Any]:
+    """How many tasks there are of each kind, and how many calls they take."""
+
     def count(key: Any) -> dict[str, int]:
         return {str(k): n for k, n in sorted(Counter(map(key, proofs)).items())}
 

@@ -67,6 +67,7 @@ def tool_schemas() -> list[dict[str, Any]]:
 
 
 def as_actions(calls: list[Call]) -> list[dict[str, str]]:
+    """Calls as a row's `ground_truth` has them: arguments are JSON text."""
     return [{"name": name, "arguments": json.dumps(arguments)} for name, arguments in calls]
 
 
@@ -114,6 +115,7 @@ def find_fault(draft: Draft, results: list[Any], outputs: list[str]) -> str | No
 
 
 def prove(draft: Draft) -> Proof:
+    """Play a task's calls on the server's own tools, and have the server's verifier score them."""
     results = replay(draft.calls)
     outputs = [live_body(result) for result in results]
     truth = draft.ground_truth

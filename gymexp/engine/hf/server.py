@@ -104,6 +104,8 @@ def serve(
 
 
 def build_app(engine: HFEngine) -> web.Application:
+    """The engine's HTTP application: vLLM's route for token ids, and a health check."""
+
     async def generate(request: web.Request) -> web.Response:
         try:
             token_ids, params = read_request(await request.read())
