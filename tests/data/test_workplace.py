@@ -20,7 +20,7 @@ FILES = ["train.jsonl", "validation.jsonl", "demonstrations.jsonl"]
 
 
 def generate(gym_python: Path, output: Path, seed: int = 7) -> Path:
-    script = REPOSITORY / "gymexp" / "data" / "workplace.py"
+    script = REPOSITORY / "gymexp" / "data" / "workplace" / "make.py"
     sizes = ["--train", str(TRAIN), "--validation", str(VALIDATION), "--seed", str(seed)]
     subprocess.run(
         [gym_python, script, *sizes, "--output", output], check=True, timeout=200, cwd=output.parent
