@@ -37,7 +37,7 @@ class ReplicaLost(ServiceError):
 class Replicas:
     """The engine's servers, asked together: vLLM, or what answers its routes (`engine/hf/replica.py`).
 
-    on_cpu: they are vLLM without a GPU and have the worker's extension of `policy/in_vllm`. lost: those that
+    on_cpu: they are vLLM without a GPU and have the worker's extension of `engine/in_vllm`. lost: those that
     `reach` found away, with the reason; they are no longer in `urls`.
     """
 
