@@ -153,6 +153,23 @@ def test_a_venv_that_lost_files_after_it_was_complete_is_made_anew(damage, told,
     assert [path.name for path in (tmp_path / "cache").iterdir() if path.is_dir()] == [venv.name]
 
 
+def test_a_venv_that_lost_files_while_a_run_went_on_is_told_and_a_users_own_is_not_ours_to_judge(
+    tmp_path, fake_uv
+):
+    fake_uv()
+    cache = tmp_path / "cache"
+    python = ensure(cache)
+    site = install_package(python.parent.parent)
+    ensure(cache)
+    assert install.lost(python, cache) == ""
+    (site / "nemo_gym" / "__init__.py").unlink()
+    assert install.lost(python, cache) == (
+        f"NeMo Gym's venv in {python.parent.parent} lost files while the run went on "
+        "(nemo_gym/__init__.py is missing or cut short)"
+    )
+    assert install.lost(python, tmp_path / "elsewhere") == ""
+
+
 def test_a_venv_of_a_version_that_kept_no_list_is_taken_and_what_it_has_is_kept_from_then_on(
     tmp_path, fake_uv
 ):
