@@ -2,7 +2,7 @@
 
     python -m gymexp.engine.hf.replica RUN_DIR/config.yaml --fd N
 
-Besides the routes of `engine/hf/server.py` it answers those of vLLM's that `gymexp.engine.weights` asks, so that the
+Besides the routes of `server.py` it answers those of vLLM's that `gymexp.engine.weights` asks, so that the
 trainer need not know which engine it is:
 
     POST /pause   POST /resume   POST /reset_prefix_cache
