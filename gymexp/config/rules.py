@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from gymexp.config.grpo_arguments import value_of
 from gymexp.config.names import nearest
 from gymexp.config.options import options
 from gymexp.config.redaction import secrets_at
@@ -219,8 +220,8 @@ def _checkpoint_problems(config: RunConfig) -> Iterator[str]:
             yield f"checkpoint.keep_last must be set with checkpoint.{key}, got None, which keeps all"
     if checkpoint.keep_best < 1:
         return
-    every, save = config.evaluation.every_steps, config.trainer.get("save_steps", 500)
-    strategy = config.trainer.get("save_strategy", "steps")
+    every, save = config.evaluation.every_steps, value_of(config.trainer, "save_steps")
+    strategy = value_of(config.trainer, "save_strategy")
     if strategy != "steps":
         yield f"trainer.save_strategy must be steps with checkpoint.keep_best, got {strategy!r}"
     elif not isinstance(save, int) or every < 1 or (save % every and every % save):
@@ -284,10 +285,11 @@ def _sharding_problems(trainer: dict[str, Any]) -> Iterator[str]:
     version = fsdp.get("version", fsdp.get("fsdp_version", 2))
     if str(version) != "2":
         yield f"trainer.fsdp_config.version must be 2, got {version!r}: transformers gives the first one up"
-    if fsdp.get("activation_checkpointing") and trainer.get("gradient_checkpointing", True):
+    checkpointing = value_of(trainer, "gradient_checkpointing")
+    if fsdp.get("activation_checkpointing") and checkpointing:
         yield (
             "trainer.gradient_checkpointing must be false with trainer.fsdp_config.activation_checkpointing, "
-            "which does the same, got " + repr(trainer.get("gradient_checkpointing", True))
+            f"which does the same, got {checkpointing!r}"
         )
 
 

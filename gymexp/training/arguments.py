@@ -7,7 +7,6 @@ whose good verdict is kept for the same values, packages and GPUs.
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import hashlib
 import importlib.util
@@ -23,6 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
+from gymexp.config import grpo_arguments
+from gymexp.config.grpo_arguments import value_of
 from gymexp.config.names import meant
 from gymexp.config.schema import RunConfig
 from gymexp.config.space import ends, flat
@@ -33,11 +34,6 @@ from gymexp.training import fields, sharding, tracker
 if TYPE_CHECKING:
     from trl.trainer.grpo_config import GRPOConfig
 
-_SOURCES = (
-    ("trl", "trainer/grpo_config.py", "GRPOConfig"),
-    ("trl", "trainer/base_config.py", "_BaseConfig"),
-    ("transformers", "training_args.py", "TrainingArguments"),
-)
 _CHECK_TIMEOUT_S = 600  # 15 s of work, on a machine that may be busy
 _MOST_COMBINATIONS = 64
 
@@ -148,7 +144,7 @@ def _trainers(config: RunConfig) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _named_problems(config: RunConfig) -> str:
     """What is seen without TRL's import."""
-    known = _known_names()
+    known = grpo_arguments.names()
     found = []
     searched = dict.fromkeys(config.search.params.get("trainer", {}))
     for name in searched | config.trainer:
@@ -234,10 +230,10 @@ def construct(trainer: dict[str, Any], dtype: str, **more: Any) -> GRPOConfig:
 
 def _group_problem(trainer: dict[str, Any]) -> str:
     """TRL's rule for whole groups, said with the keys to change (for one training process)."""
-    per_device = trainer.get("per_device_train_batch_size", 8)
-    steps = trainer.get("steps_per_generation") or trainer.get("gradient_accumulation_steps", 1)
-    generations = trainer.get("num_generations", 8)
-    batch = trainer.get("generation_batch_size") or per_device * steps
+    per_device = value_of(trainer, "per_device_train_batch_size")
+    steps = value_of(trainer, "steps_per_generation") or value_of(trainer, "gradient_accumulation_steps")
+    generations = value_of(trainer, "num_generations")
+    batch = value_of(trainer, "generation_batch_size") or per_device * steps
     if not all(isinstance(n, int) and n > 0 for n in (batch, generations)):
         return ""  # TRL's constructor says which
     if generations < 2:
@@ -251,21 +247,3 @@ def _group_problem(trainer: dict[str, Any]) -> str:
             f"holds whole groups: choose a divisor of {batch}, or a batch of {fits}"
         )
     return ""
-
-
-def _known_names() -> set[str]:
-    names: set[str] = set()
-    for package, file, cls in _SOURCES:
-        tree = read_source(package, file)
-        body = next(n.body for n in tree.body if isinstance(n, ast.ClassDef) and n.name == cls)
-        names.update(
-            n.target.id for n in body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)
-        )
-    return {n for n in names if not n.startswith("_")}
-
-
-def read_source(package: str, file: str) -> ast.Module:
-    """The syntax tree of a package's file, without importing the package."""
-    spec = importlib.util.find_spec(package)
-    assert spec is not None and spec.submodule_search_locations
-    return ast.parse((Path(spec.submodule_search_locations[0]) / file).read_text())

@@ -4,7 +4,7 @@ CARRIED: TRL's trainer does what the argument says, inside gymexp's subclass as 
 it; the table names the key to use. REFUSED: it must keep its neutral value, as no part of gymexp would do
 what it says, or not rightly. HARMLESS: nothing reads it, whatever its value, and nobody is misled.
 
-Nothing is imported here: a mistake is answered at once.
+TRL is not imported: a mistake is answered at once.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from gymexp.config.grpo_arguments import default, value_of
 
 _CARRIED = {
     "steps and batches": (
@@ -291,22 +293,22 @@ def _optimizer_problems(trainer: Mapping[str, Any]) -> Iterator[str]:
 
 def _dependent_problems(trainer: Mapping[str, Any]) -> Iterator[str]:
     """Arguments that say something only beside others."""
-    if trainer.get("save_strategy", "steps") not in ("steps", "epoch", "no"):
+    if value_of(trainer, "save_strategy") not in ("steps", "epoch", "no"):
         yield (
             "trainer.save_strategy must be steps, epoch or no, "
             f"got {trainer['save_strategy']!r}: checkpoint.keep_best keeps the best"
         )
-    loss, length = trainer.get("loss_type"), trainer.get("max_completion_length", 512)
+    loss, length = value_of(trainer, "loss_type"), value_of(trainer, "max_completion_length")
     if loss == "dr_grpo" and length is None:
         yield "trainer.max_completion_length must be a number with loss_type=dr_grpo, which divides by it"
-    elif loss != "dr_grpo" and length not in (512, None):
+    elif loss != "dr_grpo" and length not in (default("max_completion_length"), None):
         yield (
             f"trainer.max_completion_length is what loss_type=dr_grpo divides by, got {length!r} with "
             f"loss_type={loss}: env.<name>.max_output_tokens=… is what cuts a turn"
         )
-    if trainer.get("num_generations", 8) is None:
+    if value_of(trainer, "num_generations") is None:
         yield "trainer.num_generations must be an integer >= 2, got None"
-    if trainer.get("sync_ref_model") and not trainer.get("beta"):
+    if trainer.get("sync_ref_model") and not value_of(trainer, "beta"):
         yield (
             "trainer.sync_ref_model must be false with trainer.beta=0, which has no reference, "
             f"got {trainer['sync_ref_model']!r}: say trainer.beta=…"

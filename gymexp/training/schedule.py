@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
+from gymexp.config.grpo_arguments import value_of
 from gymexp.config.schema import RunConfig
 from gymexp.data.mix import share_out
 from gymexp.errors import ConfigError
 from gymexp.rollout.outcome import Task
 
 _NO_LIMIT = 2**60
-_EPOCHS = 3.0  # transformers' own
 _COUNTS = (
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
@@ -63,15 +63,15 @@ class Schedule:
 
 def schedule_of(trainer: Mapping[str, Any], num_ranks: int, num_tasks: int) -> Schedule:
     """Of `trainer.*`, as GRPOConfig counts."""
-    rollouts = trainer.get("generation_batch_size")
-    per_step = trainer.get("per_device_train_batch_size", 8) * num_ranks
-    accumulated = trainer.get("gradient_accumulation_steps", 1)
+    rollouts = value_of(trainer, "generation_batch_size")
+    per_step = value_of(trainer, "per_device_train_batch_size") * num_ranks
+    accumulated = value_of(trainer, "gradient_accumulation_steps")
     if rollouts is None:
-        rollouts = per_step * (trainer.get("steps_per_generation") or accumulated)
+        rollouts = per_step * (value_of(trainer, "steps_per_generation") or accumulated)
     return Schedule(
         num_tasks,
-        rollouts // trainer.get("num_generations", 8),
-        Fraction(rollouts * trainer.get("num_iterations", 1), per_step * accumulated),
+        rollouts // value_of(trainer, "num_generations"),
+        Fraction(rollouts * value_of(trainer, "num_iterations"), per_step * accumulated),
     )
 
 
@@ -91,8 +91,8 @@ def check(config: RunConfig, num_ranks: int, num_tasks: int | None = None) -> Sc
             "trainer.ignore_data_skip must be false, so that a resumed run goes on with the tasks after its "
             f"checkpoint's, got {config.trainer['ignore_data_skip']!r}"
         )
-    epochs = config.trainer.get("num_train_epochs", _EPOCHS)
-    if config.trainer.get("max_steps", -1) < 0 and not 0 < epochs < math.inf:
+    epochs = value_of(config.trainer, "num_train_epochs")
+    if value_of(config.trainer, "max_steps") < 0 and not 0 < epochs < math.inf:
         raise ConfigError(
             "trainer.num_train_epochs must be a number > 0 where trainer.max_steps is not set, got "
             f"{epochs!r}"
@@ -133,8 +133,8 @@ def plan(config: RunConfig, num_ranks: int, mixed: Sequence[Task]) -> dict[str, 
     tasks: played in all, counted as often as they come. played: different ones, by environment.
     """
     schedule = check(config, num_ranks, len(mixed))
-    max_steps = config.trainer.get("max_steps", -1)
-    epochs = config.trainer.get("num_train_epochs", _EPOCHS)
+    max_steps = value_of(config.trainer, "max_steps")
+    epochs = value_of(config.trainer, "num_train_epochs")
     steps = max_steps if max_steps >= 0 else schedule.num_steps(epochs)
     tasks = schedule.num_batches(steps) * schedule.batch_tasks
     played = Counter({task.key: task.env for task in mixed[:tasks]}.values())

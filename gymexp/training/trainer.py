@@ -196,7 +196,7 @@ class PolicyTrainer(GRPOTrainer):
         if checkpoint:
             self._schedule = self._schedule.going_on(first_step, batches.read_epoch(checkpoint))
             batches.go_on_in_generation(self, checkpoint, first_step)
-        if self._config.trainer.get("max_steps", -1) < 0:
+        if self.args.max_steps < 0:
             self.args.max_steps = self._schedule.num_steps(self.args.num_train_epochs)
         self._step_began = time.monotonic()
         self._seconds = dict.fromkeys(self._seconds, 0.0)

@@ -17,8 +17,9 @@ import typing
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from gymexp.config.grpo_arguments import read_source
 from gymexp.config.names import nearest
-from gymexp.training.arguments import construct, read_source
+from gymexp.training.arguments import construct
 
 if TYPE_CHECKING:
     from trl.trainer.grpo_config import GRPOConfig
