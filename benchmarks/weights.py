@@ -38,6 +38,7 @@ from make_model import SIZES, make, make_tensors
 
 from gymexp.config.schema import EngineConfig, ModelConfig
 from gymexp.engine import vllm
+from gymexp.engine.admission import Admission
 from gymexp.engine.replicas import Replicas
 from gymexp.engine.transfer import DiskTransfer, IpcTransfer, NcclTransfer
 from gymexp.engine.weights import WeightSync
@@ -91,7 +92,7 @@ def measure(size: str, args: argparse.Namespace, found: dict[str, Any], write: C
         replicas.wait_healthy(START_S, threading.Event())
         gateway_url = stack.enter_context(pretended_gateway())
         transfer = open_transfer(args.way, device, directory)
-        sync = WeightSync(replicas, transfer, gateway_url, directory / "again")
+        sync = WeightSync(replicas, transfer, Admission(gateway_url, None, START_S), directory / "again")
         specs = [(name, tensor.dtype, list(tensor.shape)) for name, tensor in named.items()]
         seconds, pauses, phases = [], [], {}
         for number in range(args.rounds + 1):
@@ -186,7 +187,7 @@ def pretended_gateway() -> Iterator[str]:
     """All that an update asks of the gateway: whether a replica is held."""
 
     async def stats(_: web.Request) -> web.Response:
-        return web.json_response({"held": []})
+        return web.json_response({"on_hold": []})
 
     loop = asyncio.new_event_loop()
     app = web.Application()

@@ -9,7 +9,6 @@ import threading
 import time
 import urllib.error
 import urllib.parse
-import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -19,7 +18,7 @@ import torch
 
 from gymexp.errors import ServiceError
 from gymexp.processes import keys
-from gymexp.processes.direct import open_url
+from gymexp.processes.direct import fetch_json
 
 T = TypeVar("T")
 
@@ -104,7 +103,7 @@ class Replicas:
     def _ask(self, url: str, path: str, body: bytes | None) -> Any:
         phase = urllib.parse.urlsplit(path).path.strip("/")
         try:
-            return ask(f"{url}{path}", body, self.timeout_s, keys.ENGINE)
+            return fetch_json(f"{url}{path}", body, self.timeout_s, keys.header_of(keys.ENGINE))
         except urllib.error.HTTPError as error:
             said = f"{error.code}: {error.read()[:500].decode(errors='replace')}"
             kind = ReplicaLost if error.code >= 500 and _health(url) else ServiceError  # vLLM going down
@@ -143,16 +142,7 @@ def _at_once(ask: Callable[[str], T], urls: Sequence[str]) -> dict[str, Future[T
 
 def _health(url: str) -> str:
     try:
-        ask(f"{url}/health", None, _HEALTH_TIMEOUT_S, keys.ENGINE)
+        fetch_json(f"{url}/health", None, _HEALTH_TIMEOUT_S, keys.header_of(keys.ENGINE))
     except (OSError, http.client.HTTPException) as error:
         return str(error) or type(error).__name__
     return ""
-
-
-def ask(url: str, data: bytes | None, timeout_s: float, key: str) -> Any:
-    """A server's JSON answer to a GET, or to a POST of `data`. Raises OSError or HTTPException."""
-    headers = {"Content-Type": "application/json"} | keys.header_of(key)
-    request = urllib.request.Request(url, data, headers)
-    with open_url(request, timeout_s) as response:
-        text = response.read()
-    return json.loads(text) if text.strip() else None

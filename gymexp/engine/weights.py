@@ -9,27 +9,21 @@ the rest of it, except where the others wait for it in NCCL, or copy from the tr
 
 from __future__ import annotations
 
-import http.client
-import json
 import logging
 import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+from gymexp.engine.admission import Admission
 from gymexp.engine.replicas import (
-    PHASE_TIMEOUT_S,
     NamedTensors,
     Replicas,
     TensorSpecs,
-    ask,
     reload_weights,
     write_weights,
 )
 from gymexp.engine.transfer import Transfer
-from gymexp.errors import ServiceError
-from gymexp.processes import keys
 
 log = logging.getLogger(__name__)
 
@@ -47,21 +41,21 @@ class WeightSync:
         self,
         replicas: Replicas,
         transfer: Transfer,
-        gateway_url: str,
+        admission: Admission,
         directory: Path,
         sleeps: bool = False,
         first_version: int | None = 0,
     ) -> None:
         self._replicas = replicas
         self._transfer = transfer
-        self._gateway_url = gateway_url
+        self._admission = admission
         self._directory = directory
         self._sleeps = sleeps
         self._asleep = False
         self._version: int | None = None  # the last one sent; None: replicas hold what they began with
         self._first_version = first_version
         for url in replicas.urls:
-            self._tell_gateway(url, first_version, open=True)
+            admission.open(url, first_version)
 
     def update(self, version: int, specs: TensorSpecs, weights: NamedTensors) -> None:
         """Raises ServiceError with replica and phase. Requests wait meanwhile and are not lost."""
@@ -72,7 +66,7 @@ class WeightSync:
             self._transfer.send(there, version, specs, weights)
             there.reach("/reset_prefix_cache")
             for url in there.urls:
-                self._tell_gateway(url, version)
+                self._admission.updated(url, version)
         finally:
             there.reach("/wake_up?tags=kv_cache" if self._asleep else "/resume")
             self._leave_out(there.lost)
@@ -90,7 +84,7 @@ class WeightSync:
 
     def tend(self, weights: Callable[[], NamedTensors]) -> None:
         """Give replicas that are back the weights of the last update, and requests again."""
-        held = self._replicas.only(self._held())
+        held = self._replicas.only(self._admission.on_hold())
         ill = held.ill()
         back = self._replicas.only([url for url in held.urls if url not in ill])
         if not back.urls:
@@ -105,14 +99,14 @@ class WeightSync:
         for url in back.urls:
             log.info("the engine at %s is back, with the weights of step %s", url, self._version or 0)
             known = self._first_version if self._version is None else self._version
-            self._tell_gateway(url, known, open=True)
+            self._admission.open(url, known)
 
     def close(self) -> None:
         self._transfer.close()
         shutil.rmtree(self._directory, ignore_errors=True)
 
     def _there(self) -> list[str]:
-        held = self._held()
+        held = self._admission.on_hold()
         away = {url: reason for url, reason in self._replicas.ill().items() if url not in held}
         self._leave_out(away)
         return [url for url in self._replicas.urls if url not in held and url not in away]
@@ -121,17 +115,4 @@ class WeightSync:
         """No requests for them until `tend` finds them back. away: why, by url."""
         for url, reason in away.items():
             log.warning("the engine at %s is away: %s", url, reason)
-            self._tell_gateway(url, None, open=False)
-
-    def _held(self) -> list[str]:
-        return self._ask_gateway("/stats")["held"]
-
-    def _tell_gateway(self, url: str, version: int | None, **state: bool) -> None:
-        self._ask_gateway("/engine", {"url": url, "weights_version": version} | state)
-
-    def _ask_gateway(self, path: str, body: dict[str, Any] | None = None) -> Any:
-        data = None if body is None else json.dumps(body).encode()
-        try:
-            return ask(f"{self._gateway_url}{path}", data, PHASE_TIMEOUT_S, keys.RUN)
-        except (OSError, http.client.HTTPException) as error:
-            raise ServiceError(f"the gateway did not answer {path}: {error}") from None
+            self._admission.hold(url)

@@ -8,14 +8,14 @@ from uuid import uuid4
 
 import orjson
 
-from gymexp.gateway.engines import Generation
+from gymexp.rollout.generation import Generation
 
 if TYPE_CHECKING:
     from gymexp.gateway.reply import Reply
 
 # Fields of a chat request that change what is sampled and that no engine is given. Other than neutral, they
 # are refused: a sampling distribution that silently differs from the asked one is worse than an error.
-NEUTRAL: dict[str, tuple[Any, ...]] = {
+NEUTRAL_FIELDS: dict[str, tuple[Any, ...]] = {
     "n": (1,),
     "stream": (False,),
     "top_logprobs": (0,),
@@ -77,7 +77,7 @@ def read_top_k(body: dict[str, Any]) -> int:
 
 def check_neutral(body: dict[str, Any]) -> None:
     """Raises BadRequest for a field that no engine is given and that asks for something."""
-    for name, allowed in NEUTRAL.items():
+    for name, allowed in NEUTRAL_FIELDS.items():
         if (value := body.get(name)) is not None and value not in allowed:
             raise BadRequest(f"{name} must be {' or '.join(map(repr, allowed))} here, got {value!r}")
 

@@ -9,7 +9,7 @@ import asyncio
 import logging
 from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import aiohttp
@@ -17,6 +17,7 @@ import orjson
 from aiohttp import web
 
 from gymexp.processes.keys import ENGINE, header_of
+from gymexp.rollout.generation import EngineError, Generation, read_answer, start_of
 
 log = logging.getLogger(__name__)
 
@@ -25,10 +26,6 @@ HEALTH_TIMEOUT_S = 5.0
 # uvicorn, in front of vLLM, closes idle connections after 5 s; a request sent at that moment would fail.
 KEEPALIVE_S = 3.0
 REMEMBERED_TURNS = 65536
-
-
-class EngineError(Exception):
-    """An engine is away, failed, or gave an answer that breaks the protocol; names which one."""
 
 
 class EngineLost(EngineError):
@@ -43,20 +40,6 @@ class EngineRefusal(Exception):
     """An engine calls the request itself wrong (HTTP 400 or 422)."""
 
 
-@dataclass(frozen=True)
-class Generation:
-    """token_ids as sampled, with the end-of-turn token if it was; logprobs of equal length.
-
-    weights_versions: of the weights that sampled the first and the last token, in optimizer steps done. The
-    hf engine says it itself; of vLLM it is what was sent to it last, before and after. None: nobody has said.
-    """
-
-    token_ids: list[int]
-    logprobs: list[float]
-    finish_reason: str
-    weights_versions: tuple[int, int] | None = None
-
-
 class Engines:
     """Replicas of one policy. A rollout's first turn goes to the least busy one, its later turns to the same.
 
@@ -68,7 +51,7 @@ class Engines:
         """timeout_s: for one generation, the wait for an engine included. hold: every engine is given
         requests only after `open`, and no more once it went away: it may come back with other weights."""
         self.in_flight = dict.fromkeys((url.rstrip("/") for url in urls), 0)
-        self.held = set(self.in_flight) if hold else set[str]()
+        self.on_hold = set(self.in_flight) if hold else set[str]()
         self._versions: dict[str, int] = {}  # of the weights that each engine was sent last
         self._holds = Counter[str]()  # how often each engine was held
         self._hold = hold
@@ -79,21 +62,21 @@ class Engines:
 
     def open(self, url: str, weights_version: int | None) -> None:
         """Give it requests. weights_version: of what it samples with, where that is known."""
-        self.held.discard(url)
+        self.on_hold.discard(url)
         self.sent_weights(url, weights_version)
         self._opened.set()
         self._opened = asyncio.Event()
 
     def sent_weights(self, url: str, version: int | None) -> None:
         """It samples with weights of that version from now on, unless it went away meanwhile."""
-        if url not in self.held and version is not None:
+        if url not in self.on_hold and version is not None:
             self._versions[url] = version
 
     def hold(self, url: str) -> None:
         """Give it no more requests."""
         self._versions.pop(url, None)
         self._holds[url] += 1
-        self.held.add(url)
+        self.on_hold.add(url)
 
     async def connect(self, app: web.Application) -> AsyncIterator[None]:
         """For `app.cleanup_ctx`: the connections live as long as the app."""
@@ -126,7 +109,7 @@ class Engines:
                     except EngineLost as error:
                         if not self._hold:
                             raise
-                        if url not in self.held:
+                        if url not in self.on_hold:
                             log.warning("%s; it gets no requests until weights are sent to it", error)
                             self.hold(url)
         except TimeoutError:
@@ -151,12 +134,15 @@ class Engines:
         if self._hold and self._holds[url] != holds:
             raise EngineReplaced(f"engine {url} was started anew under a request")
         if status in (400, 422):
-            raise EngineRefusal(f"engine {url} refuses the request: {_text(body)}")
+            raise EngineRefusal(f"engine {url} refuses the request: {start_of(body)}")
         if status != 200:
             ill = self._hold and await self._check(url)  # vLLM answers 500 while it goes down
             kind = EngineLost if ill else EngineError
-            raise kind(f"engine {url} answered {status}: {_text(body)}")
-        generation = _read_generation(url, body)
+            raise kind(f"engine {url} answered {status}: {start_of(body)}")
+        try:
+            generation = read_answer(body)
+        except EngineError as error:
+            raise EngineError(f"engine {url} {error}") from error
         last_version = self._versions.get(url)
         if generation.weights_versions or first_version is None or last_version is None:
             return generation
@@ -177,7 +163,7 @@ class Engines:
             return f"{type(error).__name__}: {error}"
 
     async def _pick(self, previous_ids: list[int]) -> str:
-        while not (urls := [url for url in self.in_flight if url not in self.held]):
+        while not (urls := [url for url in self.in_flight if url not in self.on_hold]):
             await self._opened.wait()
         if len(self.in_flight) > 1 and previous_ids:
             url = self._url_of_turn.get(hash(tuple(previous_ids)))
@@ -191,28 +177,3 @@ class Engines:
         self._url_of_turn[hash(tuple(turn_ids))] = url
         if len(self._url_of_turn) > REMEMBERED_TURNS:
             self._url_of_turn.popitem(last=False)
-
-
-def _read_generation(url: str, body: bytes) -> Generation:
-    try:
-        answer = orjson.loads(body)
-        choice = answer["choices"][0]
-        last_version = answer.get("weights_version")
-        token_ids = choice["token_ids"]
-        logprobs = [entry["logprob"] for entry in choice["logprobs"]["content"]]
-        finish_reason = choice["finish_reason"]
-    except (orjson.JSONDecodeError, KeyError, IndexError, TypeError) as error:
-        raise EngineError(
-            f"engine {url} gave no choice with token_ids and logprobs: {_text(body)}"
-        ) from error
-    if not token_ids or len(token_ids) != len(logprobs):
-        raise EngineError(f"engine {url} gave {len(token_ids)} token_ids and {len(logprobs)} logprobs")
-    if finish_reason not in ("stop", "length"):  # vLLM: "abort" when it is paused or its weights are replaced
-        raise EngineError(f"engine {url} ended the generation with finish_reason {finish_reason!r}")
-    first_version = answer.get("first_weights_version", last_version)
-    versions = None if last_version is None else (first_version, last_version)
-    return Generation(token_ids, logprobs, finish_reason, versions)
-
-
-def _text(body: bytes) -> str:
-    return body[:500].decode(errors="replace")

@@ -25,9 +25,10 @@ from typing import Any
 import orjson
 from aiohttp import web
 
+from gymexp.engine.admission import EngineChange, EngineState
 from gymexp.errors import ConfigError, TokenMismatch
 from gymexp.gateway import chat
-from gymexp.gateway.engines import EngineError, EngineRefusal, Engines, Generation
+from gymexp.gateway.engines import EngineRefusal, Engines
 from gymexp.gateway.history import Conversation, History
 from gymexp.policy.model import check_tokenizer, end_token_ids
 from gymexp.printable import log_to_stderr
@@ -36,6 +37,7 @@ from gymexp.processes.lifeline import die_with_parent
 from gymexp.processes.ports import adopt, listen, url_of
 from gymexp.rollout import tokens
 from gymexp.rollout.draws import CallSeeds
+from gymexp.rollout.generation import EngineError, Generation
 
 log = logging.getLogger(__name__)
 
@@ -189,7 +191,7 @@ class Gateway:
         return json_response({"ill": ill}, status=503 if ill else 200)
 
     async def read_stats(self, request: web.Request) -> web.Response:
-        engines = {"engines": self.engines.in_flight, "held": sorted(self.engines.held)}
+        engines = {"engines": self.engines.in_flight, "on_hold": sorted(self.engines.on_hold)}
         return json_response(self.stats | engines)
 
     async def read_versions(self, request: web.Request) -> web.Response:
@@ -200,22 +202,23 @@ class Gateway:
         return json_response({"versions": [self.versions.get(play) for play in plays]})
 
     async def change_engine(self, request: web.Request) -> web.Response:
-        """{"url": …, "open": true, "weights_version": …}: it holds the policy's weights, of that version.
-        Without "open": it was sent them. "open": false: it holds others, or it is not there."""
-        body = chat.read_object(await request.read())
-        if (url := body.get("url")) not in self.engines.in_flight:
-            raise chat.BadRequest(f"url must be one of {' '.join(self.engines.in_flight)}, got {url!r}")
-        version = body.get("weights_version")
-        match body.get("open"):
-            case True:
-                self.engines.open(url, version)
-            case False:
-                self.engines.hold(url)
-            case None:
-                self.engines.sent_weights(url, version)
-            case other:
-                raise chat.BadRequest(f"open must be true, false or left out, got {other!r}")
-        return json_response({"held": sorted(self.engines.held)})
+        """Takes an `EngineChange` and answers with the engines on hold."""
+        try:
+            change = EngineChange.read(chat.read_object(await request.read()))
+        except ValueError as error:
+            raise chat.BadRequest(str(error)) from None
+        if change.url not in self.engines.in_flight:
+            raise chat.BadRequest(
+                f"url must be one of {' '.join(self.engines.in_flight)}, got {change.url!r}"
+            )
+        match change.state:
+            case EngineState.OPEN:
+                self.engines.open(change.url, change.weights_version)
+            case EngineState.UPDATED:
+                self.engines.sent_weights(change.url, change.weights_version)
+            case EngineState.ON_HOLD:
+                self.engines.hold(change.url)
+        return json_response({"on_hold": sorted(self.engines.on_hold)})
 
 
 def read_conversation(body: dict[str, Any]) -> Conversation:

@@ -11,19 +11,18 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import aiohttp
-
 from gymexp.cluster.node import Endpoint, Node
 from gymexp.cluster.placement import Placement, Share, transfer_of
 from gymexp.config.schema import RunConfig
 from gymexp.engine import vllm
+from gymexp.engine.admission import Admission
 from gymexp.gym import attached
 from gymexp.gym.hosted import GymHost
 from gymexp.gym.install import missing_package
 from gymexp.gym.plan import Layout, plan
 from gymexp.policy.snapshot import directory_of
 from gymexp.processes import ports
-from gymexp.processes.keys import ENGINE, POLICY, Keys, header
+from gymexp.processes.keys import ENGINE, POLICY, Keys
 from gymexp.processes.last_words import last_exception
 from gymexp.processes.process import Running, spawn
 from gymexp.processes.supervisor import Service, Supervisor
@@ -121,6 +120,7 @@ def engines(
     """
     if not placement.replicas:
         return []
+    admission = Admission(gateway_url, keys.run, _GATEWAY_PATIENCE_S)
     command_of = _vllm_command(config, placement) if placement.engine == "vllm" else _hf_command(directory)
 
     def replica(index: int, endpoint: Endpoint, share: Share) -> Service:
@@ -135,7 +135,7 @@ def engines(
 
         async def start() -> Running:
             if service.epoch:
-                await _hold(gateway_url, endpoint.url, keys.run)
+                await asyncio.to_thread(admission.hold, endpoint.url)
             return await node.spawn(command, log, env, fds, reap=placement.engine == "vllm")
 
         service = Service(
@@ -254,19 +254,6 @@ async def gym_layout(
 
     kwargs = config.model.chat_template_kwargs
     return plan(config.env, gym, site, policy_url, port, kwargs, address, keys.policy)
-
-
-async def _hold(gateway_url: str, url: str, key: str) -> None:
-    timeout = aiohttp.ClientTimeout(total=_GATEWAY_PATIENCE_S)
-    body = {"url": url, "open": False}
-    try:
-        async with (
-            aiohttp.ClientSession(timeout=timeout, headers=header(key)) as http,
-            http.post(f"{gateway_url}/engine", json=body) as response,
-        ):
-            response.raise_for_status()
-    except (aiohttp.ClientError, TimeoutError) as error:
-        raise OSError(f"the gateway could not be told to hold {url}: {error!r}") from error
 
 
 def engine_urls(config: RunConfig, at: Sequence[Endpoint]) -> list[str]:

@@ -120,7 +120,8 @@ def join_servers(
     stack: ExitStack,
 ) -> ServerSampling:
     """Wait for the replicas and make the weights' way to them. The first rank's work, but for CUDA IPC."""
-    from gymexp.engine.replicas import Replicas
+    from gymexp.engine.admission import Admission
+    from gymexp.engine.replicas import PHASE_TIMEOUT_S, Replicas
     from gymexp.engine.transfer import DiskTransfer, IpcPeer, IpcTransfer, NcclTransfer
     from gymexp.engine.weights import WeightSync
 
@@ -150,6 +151,7 @@ def join_servers(
     replicas.wait_healthy(config.engine.start_timeout_s, asked)
     first_version = None if config.engine.urls else 0  # servers that gymexp did not start hold any weights
     again = run.path / "weights-again"
-    sync = WeightSync(replicas, transfer, services.gateway_url, again, services.shared, first_version)
+    admission = Admission(services.gateway_url, keys.required(keys.RUN), PHASE_TIMEOUT_S)
+    sync = WeightSync(replicas, transfer, admission, again, services.shared, first_version)
     stack.callback(sync.close)
     return ServerSampling(sync, services.shared)

@@ -21,6 +21,7 @@ from loopback import serving
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from gymexp.engine.admission import Admission
 from gymexp.engine.replicas import NamedTensors, Replicas, TensorSpecs, reload_weights, write_weights
 from gymexp.engine.transfer import DiskTransfer
 from gymexp.engine.weights import WeightSync
@@ -82,7 +83,7 @@ class Gateway:
     """The gateway's part: which replicas get no requests."""
 
     def __init__(self, urls: list[str]) -> None:
-        self.held = list(urls)
+        self.on_hold = list(urls)
         self.versions: dict[str, int | None] = {}
 
     def app(self) -> web.Application:
@@ -91,12 +92,13 @@ class Gateway:
         return app
 
     async def stats(self, request: web.Request) -> web.Response:
-        return web.json_response({"held": self.held})
+        return web.json_response({"on_hold": self.on_hold})
 
     async def change(self, request: web.Request) -> web.Response:
         body = await request.json()
-        if "open" in body:
-            self.held = [url for url in self.held if url != body["url"]] + [body["url"]] * (not body["open"])
+        if body["state"] != "updated":
+            on_hold = body["state"] == "on_hold"
+            self.on_hold = [url for url in self.on_hold if url != body["url"]] + [body["url"]] * on_hold
         self.versions[body["url"]] = body["weights_version"]
         return web.json_response({})
 
@@ -111,7 +113,11 @@ class Site:
 
     def sync(self, **options: Any) -> WeightSync:
         transfer = DiskTransfer(self.directory / "weights")
-        return WeightSync(self.replicas, transfer, self.gateway_url, self.directory / "again", **options)
+        return WeightSync(self.replicas, transfer, self.admission, self.directory / "again", **options)
+
+    @property
+    def admission(self) -> Admission:
+        return Admission(self.gateway_url, None, 5.0)
 
 
 @pytest.fixture
@@ -127,7 +133,7 @@ def site(tmp_path):
 @pytest.fixture
 def two(site):
     sync = site.sync()
-    assert site.gateway.held == [], "healthy, and with the weights that the run begins with"
+    assert site.gateway.on_hold == [], "healthy, and with the weights that the run begins with"
     yield sync, site.servers, site.replicas
     sync.close()
 
@@ -174,15 +180,15 @@ def test_a_replica_that_is_away_is_left_out_and_has_the_policys_weights_before_i
     sync.update(1, *weights(1.0))
     second.fails, second.asked = "health", []
     sync.update(2, *weights(2.0))
-    assert second.asked == [] and site.gateway.held == [site.replicas.urls[1]]
+    assert second.asked == [] and site.gateway.on_hold == [site.replicas.urls[1]]
     assert set(first.loaded["b.weight"].tolist()) == {2.0}
     sync.tend(lambda: weights(2.0)[1])
-    assert second.asked == [] and site.gateway.held == [site.replicas.urls[1]], "it is not back yet"
+    assert second.asked == [] and site.gateway.on_hold == [site.replicas.urls[1]], "it is not back yet"
     second.fails, first.asked = None, []
     sync.tend(lambda: weights(2.0)[1])
     assert second.asked == ["collective_rpc", "reset_prefix_cache", "resume"] and first.asked == []
     assert set(second.loaded["b.weight"].tolist()) == {2.0}
-    assert site.gateway.held == [] and set(site.gateway.versions.values()) == {2}
+    assert site.gateway.on_hold == [] and set(site.gateway.versions.values()) == {2}
     sync.tend(lambda: pytest.fail("all is well: no weights are asked for"))
 
 
@@ -194,12 +200,12 @@ def test_a_replica_that_is_killed_within_an_update_costs_the_others_nothing(site
     sync.update(2, *weights(2.0))
     assert first.asked == ["pause?mode=keep", "collective_rpc", "reset_prefix_cache", "resume"]
     assert set(first.loaded["b.weight"].tolist()) == {2.0}
-    assert site.gateway.held == [site.replicas.urls[1]], "it may come back with other weights"
+    assert site.gateway.on_hold == [site.replicas.urls[1]], "it may come back with other weights"
     assert site.gateway.versions == {site.replicas.urls[0]: 2, site.replicas.urls[1]: None}
     second.dies_at = second.fails = None
     sync.tend(lambda: weights(2.0)[1])
     assert set(second.loaded["b.weight"].tolist()) == {2.0}
-    assert site.gateway.held == [] and set(site.gateway.versions.values()) == {2}
+    assert site.gateway.on_hold == [] and set(site.gateway.versions.values()) == {2}
 
 
 def test_one_that_goes_away_while_it_falls_asleep_or_is_brought_back_is_left_out(site):
@@ -207,10 +213,10 @@ def test_one_that_goes_away_while_it_falls_asleep_or_is_brought_back_is_left_out
     sync.update(1, *weights(1.0))
     second.dies_at = "sleep"
     sync.sleep()
-    assert site.gateway.held == [site.replicas.urls[1]]
+    assert site.gateway.on_hold == [site.replicas.urls[1]]
     second.fails, second.dies_at = None, "collective_rpc"
     sync.tend(lambda: weights(1.0)[1])
-    assert site.gateway.held == [site.replicas.urls[1]], "it was there, and went away again"
+    assert site.gateway.on_hold == [site.replicas.urls[1]], "it was there, and went away again"
     sync.sleep()
     assert second.asked[-1] == "collective_rpc", "who is away is not sent to sleep"
 
@@ -240,7 +246,7 @@ def test_one_that_answers_too_late_may_still_be_at_it_and_is_not_left_out(monkey
         assert timeout_s == 7.0
         raise error
 
-    monkeypatch.setattr("gymexp.engine.replicas.open_url", open_url)
+    monkeypatch.setattr("gymexp.processes.direct.open_url", open_url)
     replicas = Replicas(["http://one"], timeout_s=7.0)
     with (
         nullcontext() if is_lost else pytest.raises(ServiceError, match=r"did not answer pause: .*timed out")
@@ -268,9 +274,9 @@ def test_the_threads_that_ask_end_with_their_answers(site):
 
 def test_one_that_comes_back_before_any_weights_were_sent_has_the_right_ones(site):
     sync = site.sync()
-    site.gateway.held = [site.replicas.urls[0]]
+    site.gateway.on_hold = [site.replicas.urls[0]]
     sync.tend(lambda: pytest.fail("no weights are needed"))
-    assert site.gateway.held == [] and site.servers[0].asked == []
+    assert site.gateway.on_hold == [] and site.servers[0].asked == []
     assert set(site.gateway.versions.values()) == {0}
 
 
@@ -287,7 +293,7 @@ def test_with_nobody_there_an_update_still_walks_over_the_weights_which_is_every
         server.fails = "health"
     specs, named = weights(1.0)
     sync.update(1, specs, named)
-    assert list(named) == [] and len(site.gateway.held) == 2
+    assert list(named) == [] and len(site.gateway.on_hold) == 2
 
 
 def test_replicas_on_the_trainers_gpus_sleep_until_their_next_weights(site):
@@ -335,7 +341,7 @@ def test_a_failed_update_lets_replicas_that_slept_go_on_and_leaves_the_version_a
         sync.update(2, *weights(2.0))
     assert site.servers[0].asked[-1] == site.servers[1].asked[-1] == "wake_up?tags=kv_cache"
     assert set(site.gateway.versions.values()) == {1}
-    site.servers[0].fails, site.gateway.held = None, [site.replicas.urls[0]]
+    site.servers[0].fails, site.gateway.on_hold = None, [site.replicas.urls[0]]
     sync.tend(lambda: weights(1.0)[1])
     assert site.gateway.versions[site.replicas.urls[0]] == 1, "the last one that was sent"
 
@@ -363,9 +369,9 @@ class Remembering(DiskTransfer):
 
 def test_what_was_agreed_on_is_forgotten_when_a_replica_is_back_and_nothing_is_left_in_the_end(site):
     transfer = Remembering(site.directory / "weights")
-    sync = WeightSync(site.replicas, transfer, site.gateway_url, site.directory / "again")
+    sync = WeightSync(site.replicas, transfer, site.admission, site.directory / "again")
     sync.update(3, *weights(1.0))
-    site.gateway.held = [site.replicas.urls[1]]
+    site.gateway.on_hold = [site.replicas.urls[1]]
     read: list[dict] = []
     site.servers[1].on_load = lambda path: read.append(metadata_of(path))
     sync.tend(lambda: weights(3.0)[1])
@@ -420,5 +426,6 @@ def test_a_replica_that_does_not_answer_or_answers_too_late_is_named_with_the_ph
 
 
 def test_a_gateway_that_does_not_answer_is_named(site, tmp_path):
+    away = Admission("http://127.0.0.1:9", None, 5.0)
     with pytest.raises(ServiceError, match=r"^the gateway did not answer /engine: "):
-        WeightSync(site.replicas, DiskTransfer(tmp_path), "http://127.0.0.1:9", tmp_path)
+        WeightSync(site.replicas, DiskTransfer(tmp_path), away, tmp_path)

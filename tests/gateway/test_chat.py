@@ -7,8 +7,8 @@ import time
 import pytest
 
 from gymexp.gateway import chat
-from gymexp.gateway.engines import Generation
 from gymexp.gateway.reply import Reply
+from gymexp.rollout.generation import Generation
 
 CALL = {"id": "c", "type": "function", "function": {"name": "search", "arguments": "{}"}}
 

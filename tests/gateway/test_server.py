@@ -260,17 +260,19 @@ def test_a_held_engine_gets_nothing_until_it_is_opened_and_nothing_more_once_it_
             asked = asyncio.create_task(chat(http))
             await asyncio.sleep(0.2)
             assert not asked.done() and engine.requests == []
-            assert (await (await http.get("/stats")).json())["held"] == [url]
-            assert (await http.post("/engine", json={"url": url, "open": True})).status == 200
+            assert (await (await http.get("/stats")).json())["on_hold"] == [url]
+            assert (await http.post("/engine", json={"url": url, "state": "open"})).status == 200
             status, answer = await asyncio.wait_for(asked, 5)
             assert status == 200 and answer["choices"][0]["message"]["content"] == "one"
-            held = await http.post("/engine", json={"url": url, "open": False})
-            assert await held.json() == {"held": [url]}
+            held = await http.post("/engine", json={"url": url, "state": "on_hold"})
+            assert await held.json() == {"on_hold": [url]}
             asked = asyncio.create_task(chat(http))
             await asyncio.sleep(0.2)
             assert not asked.done() and len(engine.requests) == 1
             asked.cancel()
-            assert (await http.post("/engine", json={"url": "http://elsewhere", "open": True})).status == 400
+            elsewhere = {"url": "http://elsewhere", "state": "open"}
+            assert (await http.post("/engine", json=elsewhere)).status == 400
+            assert (await http.post("/engine", json={"url": url, "state": "closed"})).status == 400
 
     asyncio.run(run())
 
@@ -288,11 +290,11 @@ def test_a_request_whose_engine_goes_away_is_answered_by_another_and_only_time_i
             gateway(gone, dying_url, other_url, hold=True) as http,
         ):
             for url in (gone, dying_url, other_url):
-                await http.post("/engine", json={"url": url, "open": True})
+                await http.post("/engine", json={"url": url, "state": "open"})
             status, answer = await chat(http)
             assert status == 200 and answer["choices"][0]["message"]["content"] == "from the other"
             assert dying.requests == other.requests, "the same ids and the same seed"
-            assert (await (await http.get("/stats")).json())["held"] == sorted([gone, dying_url])
+            assert (await (await http.get("/stats")).json())["on_hold"] == sorted([gone, dying_url])
 
     asyncio.run(run())
 
@@ -304,7 +306,7 @@ def test_a_500_of_an_engine_that_is_well_is_the_requests_own():
 
         engine = FakeEngine(broken, "fine" + END)
         async with engine.serve() as url, gateway(url, hold=True) as http:
-            await http.post("/engine", json={"url": url, "open": True})
+            await http.post("/engine", json={"url": url, "state": "open"})
             status, answer = await chat(http)
             assert status == 500 and "this one alone" in answer["error"]["message"]
             assert (await chat(http))[0] == 200
@@ -489,14 +491,14 @@ def test_of_an_engine_that_says_no_version_it_is_what_was_sent_to_it_before_and_
                 async with http.post("/engine", json={"url": url} | change) as response:
                     assert response.status == 200
 
-            await tell(open=True, weights_version=4)
+            await tell(state="open", weights_version=4)
             await chat(http, seed=1, play="old")
             await chat(http, seed=1, play="both")
-            await tell(weights_version=5)
+            await tell(state="updated", weights_version=5)
             await chat(http, seed=2, play="both")
-            await tell(open=False)
-            await tell(weights_version=6)  # it went away while they were sent
-            await tell(open=True)
+            await tell(state="on_hold")
+            await tell(state="updated", weights_version=6)  # it went away while they were sent
+            await tell(state="open")
             await chat(http, seed=3, play="unknown")
             async with http.post("/versions", json={"plays": ["old", "both", "unknown"]}) as response:
                 return await response.json()
@@ -568,7 +570,7 @@ def test_stats_count_requests_tokens_seconds_and_errors():
 
     url, fresh, stats, (first, _) = asyncio.run(run())
     empty = dict.fromkeys(("requests", "in_flight", "prompt_tokens", "generation_tokens", "seconds"), 0)
-    assert fresh == empty | {"errors": 0, "cached_prompts": 0, "engines": {url: 0}, "held": []}
+    assert fresh == empty | {"errors": 0, "cached_prompts": 0, "engines": {url: 0}, "on_hold": []}
     assert 0.1 <= stats.pop("seconds") < 5
     assert stats == {
         "requests": 3,
@@ -578,7 +580,7 @@ def test_stats_count_requests_tokens_seconds_and_errors():
         "errors": 2,
         "cached_prompts": 1,
         "engines": {url: 0},
-        "held": [],
+        "on_hold": [],
     }
 
 
@@ -596,7 +598,7 @@ def test_its_other_routes_answer_in_openais_and_vllms_shape_and_refuse_what_they
                     ("/versions", {}),
                     ("/versions", {"plays": "x"}),
                     ("/versions", {"plays": [1]}),
-                    ("/engine", {"url": url, "open": "yes"}),
+                    ("/engine", {"url": url, "state": "yes"}),
                     ("/engine", {}),
                     ("/tokenize", {"messages": "x"}),
                     ("/tokenize", {"messages": [1]}),
@@ -619,8 +621,8 @@ def test_its_other_routes_answer_in_openais_and_vllms_shape_and_refuse_what_they
         )
     texts = [answer["error"]["message"] for _, answer in answers]
     assert texts[0] == texts[1] == texts[2] == "plays must be a list of texts"
-    assert texts[3] == "open must be true, false or left out, got 'yes'"
-    assert texts[4] == f"url must be one of {url}, got None"
+    assert texts[3] == "state must be one of open, updated, on_hold, got 'yes'"
+    assert texts[4] == "url must be a text, got None"
     assert texts[5] == texts[6] == "messages must be a list of at least one object"
 
 
@@ -766,14 +768,14 @@ def test_an_engine_that_was_started_anew_under_a_request_is_asked_again_once_it_
                 async with http.post("/engine", json={"url": url} | change) as response:
                     assert response.status == 200
 
-            await tell(open=True, weights_version=1)
+            await tell(state="open", weights_version=1)
             asked = asyncio.create_task(chat(http, seed=1, play="p"))
             await asyncio.wait_for(waiting.wait(), 5)
-            await tell(open=False)  # the supervisor, before it starts the engine anew
+            await tell(state="on_hold")  # the supervisor, before it starts the engine anew
             answered.set()
             await asyncio.sleep(0.2)
             assert not asked.done(), "what the new process said is not taken"
-            await tell(open=True, weights_version=1)
+            await tell(state="open", weights_version=1)
             status, answer = await asyncio.wait_for(asked, 5)
             return status, answer["choices"][0]["message"]["content"], engine.requests
 

@@ -18,7 +18,8 @@ from trl.generation.vllm_generation import VLLMGeneration
 from whole_run import TINY
 
 from gymexp.config.schema import LoraConfig
-from gymexp.engine.hf.engine import HFEngine, SamplingParams
+from gymexp.engine.hf.engine import HFEngine
+from gymexp.engine.hf.sampling import SamplingParams
 from gymexp.errors import ConfigError
 from gymexp.policy.lora import build_peft_config, merged_parameters
 from gymexp.policy.model import save_policy

@@ -17,6 +17,7 @@ from gymexp.config.schema import EngineConfig, EnvConfig, ModelConfig, RunConfig
 from gymexp.engine import transfer
 from gymexp.engine.weights import WeightSync
 from gymexp.errors import ServiceError
+from gymexp.processes import keys
 from gymexp.record.services import Services
 from gymexp.training.sampling import HFSampling, ServerSampling, join_servers
 
@@ -112,6 +113,7 @@ def join(tmp_path, monkeypatch):
     """`join_servers` of a rank, with the services that the controller started; returns what it made and
     what the gateway was told."""
     monkeypatch.setattr(transfer, "NcclTransfer", Nccl)
+    monkeypatch.setenv(keys.RUN, "the-run")
     with ExitStack() as stack:
         site = Site()
         url = stack.enter_context(serving(site.app()))
@@ -147,7 +149,7 @@ def test_weights_go_the_way_that_the_placement_says(join, kind, kind_of_transfer
     assert type(made.sync._transfer) is kind_of_transfer
     assert (made.shared, made.sync._sleeps) == (kind == "ipc", kind == "ipc")
     [opened] = told
-    assert opened["open"] is True and opened["weights_version"] == 0, "what the run begins with"
+    assert opened["state"] == "open" and opened["weights_version"] == 0, "what the run begins with"
     if kind == "nccl":
         device, _, address = made.sync._transfer.made_with
         assert (device, address) == (torch.device("cpu"), "10.0.0.7")

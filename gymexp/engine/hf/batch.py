@@ -17,8 +17,9 @@ import torch
 from transformers import PreTrainedModel
 
 from gymexp.engine.hf.cache import GRAIN, SLOT_ATTENTION, SlotCache, check_supported
-from gymexp.engine.hf.prefix import FinishReason, PrefixStore, Row
+from gymexp.engine.hf.prefix import PrefixStore, Row
 from gymexp.engine.hf.sampling import sample_tokens
+from gymexp.rollout.generation import FinishReason
 
 PREFILL_TOKENS = 4096  # padded tokens of one prefill forward: bounds its memory
 

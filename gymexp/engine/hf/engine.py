@@ -21,7 +21,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -29,31 +28,11 @@ import torch
 from transformers import PreTrainedModel
 
 from gymexp.engine.hf.batch import Batch
-from gymexp.engine.hf.prefix import FinishReason, Row
+from gymexp.engine.hf.prefix import Row
 from gymexp.engine.hf.sampling import SamplingParams
-
-__all__ = ["EngineError", "Generation", "HFEngine", "SamplingParams"]
+from gymexp.rollout.generation import EngineError, FinishReason, Generation
 
 log = logging.getLogger(__name__)
-
-
-class EngineError(RuntimeError):
-    """Sampling failed or the engine is closed; `__cause__` is what happened."""
-
-
-@dataclass(frozen=True)
-class Generation:
-    """What one request gave. Equal lengths; a sampled end token is included, with its log-probability.
-
-    weights_version: the weights that sampled the last token; first_weights_version: those of the first. They
-    differ where the weights were updated in between.
-    """
-
-    token_ids: list[int]
-    logprobs: list[float]
-    finish_reason: FinishReason
-    weights_version: int
-    first_weights_version: int
 
 
 class HFEngine:
@@ -238,7 +217,7 @@ class HFEngine:
 
     def _succeed(self, row: Row, reason: FinishReason) -> Callable[[], None]:
         ids = row.ids[row.prompt_length : row.length].tolist()
-        generation = Generation(ids, row.logprobs, reason, row.last_version, row.first_version)
+        generation = Generation(ids, row.logprobs, reason, (row.first_version, row.last_version))
 
         def tell() -> None:
             if row.future.set_running_or_notify_cancel():

@@ -6,14 +6,13 @@ import random
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from gymexp.engine.hf.cache import LayerRows, SlotCache
 from gymexp.engine.hf.sampling import SamplingParams
-
-FinishReason = Literal["stop", "length"]
+from gymexp.rollout.generation import FinishReason
 
 WORTH = 16  # tokens; shorter common prefixes are computed, as copying would gain nothing
 

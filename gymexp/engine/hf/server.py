@@ -20,14 +20,15 @@ from typing import Any
 import orjson
 from aiohttp import web
 
-from gymexp.engine.hf.engine import EngineError, HFEngine
+from gymexp.engine.hf.engine import HFEngine
 from gymexp.engine.hf.sampling import SamplingParams
 from gymexp.processes.keys import guard
+from gymexp.rollout.generation import EngineError, answer_of
 
 MAX_REQUEST_BYTES = 64 * 2**20
 
 # What the engine does not do is refused unless it asks for nothing; log-probabilities are always returned.
-NEUTRAL = {
+NEUTRAL_PARAMS = {
     "n": 1,
     "min_tokens": 0,
     "presence_penalty": 0,
@@ -119,19 +120,7 @@ def build_app(engine: HFEngine) -> web.Application:
             generation = await asyncio.wrap_future(future)
         except EngineError as error:
             return _error(500, str(error))
-        choice = {
-            "index": 0,
-            "token_ids": generation.token_ids,
-            "logprobs": {"content": [{"logprob": value} for value in generation.logprobs]},
-            "finish_reason": generation.finish_reason,
-        }
-        return _json(
-            {
-                "choices": [choice],
-                "weights_version": generation.weights_version,
-                "first_weights_version": generation.first_weights_version,
-            }
-        )
+        return _json(answer_of(generation))
 
     async def health(_: web.Request) -> web.Response:
         return _json({"status": "ok"}) if engine.alive else _error(503, "the hf engine is closed")
@@ -164,11 +153,11 @@ def build_params(given: dict[str, Any]) -> SamplingParams:
     """SamplingParams of a request's `sampling_params`; null is the default."""
     params: dict[str, Any] = {}
     for key, value in given.items():
-        if value is None or key in WITHOUT_EFFECT or (key in NEUTRAL and value == NEUTRAL[key]):
+        if value is None or key in WITHOUT_EFFECT or (key in NEUTRAL_PARAMS and value == NEUTRAL_PARAMS[key]):
             continue
         kinds = PARAM_KINDS.get(key)
         if kinds is None:
-            neutral = f"; only {NEUTRAL[key]!r} is" if key in NEUTRAL else ""
+            neutral = f"; only {NEUTRAL_PARAMS[key]!r} is" if key in NEUTRAL_PARAMS else ""
             raise ValueError(f"sampling_params.{key}={value!r} is not supported by the hf engine{neutral}")
         if key == "stop" and isinstance(value, str):
             value = [value]
