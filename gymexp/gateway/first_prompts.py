@@ -23,8 +23,9 @@ from gymexp.config.schema import ModelConfig
 from gymexp.data.cache import sha256_of
 from gymexp.data.prepare import Prepared
 from gymexp.errors import DataError, TokenMismatch
-from gymexp.gateway.inspection import answer_elsewhere, digest
+from gymexp.gateway.inspection import digest
 from gymexp.policy.snapshot import directory_of
+from gymexp.processes.module_call import call_module_once
 
 _DEADLINE_S = 3600.0
 _MOST_PROBLEMS = 20
@@ -64,8 +65,8 @@ def check(model: ModelConfig, prepared: Prepared, cache: Path) -> None:
 
 def _counts(directory: Path, requests: Path, cache: Path) -> dict[str, int | str]:
     kept = cache / "prompts" / f"{digest(directory, _CODE, sha256_of(requests))}.json"
-    asked = ["gymexp.gateway.first_prompts", directory, requests]
-    return answer_elsewhere(asked, kept, _DEADLINE_S, f"counting the tokens of {requests}")
+    arguments = ["gymexp.gateway.first_prompts", directory, requests]
+    return call_module_once(arguments, f"counting the tokens of {requests}", _DEADLINE_S, kept)
 
 
 def _lines(requests: Path) -> Iterator[dict[str, Any]]:

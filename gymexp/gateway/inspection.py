@@ -7,13 +7,10 @@ prints {"problem": what makes it useless, or "", "reads_calls": whether tool cal
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import importlib.metadata
 import itertools
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,8 +21,7 @@ from gymexp.config.schema import ModelConfig
 from gymexp.data.prepare import Prepared
 from gymexp.errors import ConfigError
 from gymexp.policy.snapshot import directory_of
-from gymexp.processes.environment import without_launchers
-from gymexp.processes.last_words import last_exception
+from gymexp.processes.module_call import call_module_once
 
 _TIMEOUT_S = 600
 _FILES = ("*.json", "*.jinja", "*.model", "additional_chat_templates/*")
@@ -60,8 +56,8 @@ def envs_with_tools(prepared: Prepared) -> list[str]:
 def _facts(directory: Path, cache: Path) -> dict[str, Any]:
     """Of the tokenizer there."""
     kept = cache / "tokenizers" / f"{digest(directory, _CODE)}.json"
-    asked = ["gymexp.gateway.inspection", directory]
-    return answer_elsewhere(asked, kept, _TIMEOUT_S, f"model.path: looking at the tokenizer in {directory}")
+    task = f"model.path: looking at the tokenizer in {directory}"
+    return call_module_once(["gymexp.gateway.inspection", directory], task, _TIMEOUT_S, kept)
 
 
 def digest(directory: Path, code: Sequence[str], more: str = "") -> str:
@@ -74,38 +70,6 @@ def digest(directory: Path, code: Sequence[str], more: str = "") -> str:
     for path in [*files, *(package / name for name in code)]:
         summed.update(f"{path.name}\n".encode() + path.read_bytes())
     return summed.hexdigest()[:24]
-
-
-def answer_elsewhere(asked: Sequence[str | Path], kept: Path, timeout_s: float, doing: str) -> Any:
-    """The JSON that a module of ours prints as its last line, in a process of its own. Raises ConfigError.
-
-    asked: the module and its arguments. kept: where the answer is in the cache, or will be; two runs may make
-    it at once.
-    """
-    try:
-        return json.loads(kept.read_bytes())
-    except (OSError, ValueError):
-        pass
-    try:
-        done = subprocess.run(
-            [sys.executable, "-m", *asked],
-            capture_output=True,
-            text=True,
-            timeout=timeout_s,
-            env=without_launchers(),
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        raise ConfigError(f"{doing} took more than {timeout_s:.0f} s") from None
-    if done.returncode:
-        raise ConfigError(f"{doing} failed: {last_exception(done.stderr) or done.stderr.strip()[-2000:]}")
-    answer = json.loads(done.stdout.splitlines()[-1])
-    with contextlib.suppress(OSError):  # the next run asks again, then
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        part = kept.with_suffix(f".{os.getpid()}.part")
-        part.write_text(json.dumps(answer))
-        part.replace(kept)
-    return answer
 
 
 def look(directory: Path) -> dict[str, Any]:

@@ -13,7 +13,6 @@ import importlib.util
 import json
 import math
 import os
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from itertools import product
@@ -28,7 +27,7 @@ from gymexp.config.names import meant
 from gymexp.config.schema import RunConfig
 from gymexp.config.space import ends, flat
 from gymexp.errors import ConfigError
-from gymexp.processes.environment import without_launchers
+from gymexp.processes.module_call import call_module
 from gymexp.training import fields, sharding, tracker
 
 if TYPE_CHECKING:
@@ -72,7 +71,7 @@ def problems(configs: Sequence[RunConfig], cache: Path, here: bool = False) -> l
                 asked[verdict] = question
     verdicts = [one for one in verdicts if not told[one[0]]]
     if asked := {verdict: asked[verdict] for _, _, verdict in verdicts}:
-        answers = dict(zip(asked, _construct_elsewhere(list(asked.values())), strict=True))
+        answers = dict(zip(asked, _ask_verdicts(list(asked.values())), strict=True))
         for index, tried, verdict in verdicts:
             if wrong := answers[verdict]:
                 told[index] = told[index] or tried + wrong
@@ -174,25 +173,10 @@ def _named_problems(config: RunConfig) -> str:
     return "\n".join(found)
 
 
-def _construct_elsewhere(asked: list[dict[str, Any]]) -> list[str]:
-    """What `verdict` says of each, in a process of its own."""
-    try:
-        shown = subprocess.run(
-            [sys.executable, "-m", "gymexp.training.verdict"],
-            input=json.dumps(asked),
-            capture_output=True,
-            text=True,
-            timeout=_CHECK_TIMEOUT_S,
-            env=without_launchers() | {"TRL_EXPERIMENTAL_SILENCE": "1"},
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        raise ConfigError(f"trainer: trying its values out took more than {_CHECK_TIMEOUT_S} s") from None
-    if shown.returncode:
-        raise ConfigError(
-            f"trainer: trl.GRPOConfig could not be constructed:\n{shown.stderr.strip()[-2000:]}"
-        )
-    return json.loads(shown.stdout.splitlines()[-1])
+def _ask_verdicts(questions: list[dict[str, Any]]) -> list[str]:
+    """The answer of `verdict` to each question."""
+    task = "trainer: trying out its values"
+    return call_module(["gymexp.training.verdict"], task, _CHECK_TIMEOUT_S, stdin=questions)
 
 
 def build(config: RunConfig, output_dir: Path, run_name: str) -> GRPOConfig:

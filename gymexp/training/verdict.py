@@ -11,6 +11,7 @@ import ast
 import copy
 import json
 import math
+import os
 import sys
 import types
 import typing
@@ -308,4 +309,5 @@ def _told(error: Exception) -> str:
 
 
 if __name__ == "__main__":
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     print("\n" + json.dumps([judge(**one) for one in json.load(sys.stdin)]))

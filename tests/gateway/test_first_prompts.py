@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from whole_run import TINY
 from gymexp.config.schema import ModelConfig
 from gymexp.data.prepare import Prepared
 from gymexp.errors import DataError
-from gymexp.gateway import first_prompts, inspection
+from gymexp.gateway import first_prompts
 from gymexp.rollout.outcome import Task
 
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
@@ -84,7 +85,7 @@ def test_what_the_gateway_refuses_is_refused_before_it_starts(tmp_path, request_
 
 def test_counts_are_kept_for_the_same_requests_and_tokenizer(tmp_path, monkeypatch):
     check(prepared(tmp_path, asks("x"), asks("y")), 1000, tmp_path)
-    monkeypatch.setattr(inspection.subprocess, "run", lambda *_, **__: pytest.fail("they were counted"))
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("they were counted"))
     check(prepared(tmp_path, asks("x"), asks("y")), 1000, tmp_path)
 
 

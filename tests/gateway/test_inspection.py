@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from pathlib import Path
 
 import huggingface_hub
@@ -61,9 +62,7 @@ def test_tools_whose_calls_nothing_reads_are_refused_and_without_tools_the_model
     text = str(caught.value)
     assert "the tasks of office have tools" in text and "env=[" in text
     assert f"{mistral_like}/tokenizer_config.json, as response_template" in text
-    monkeypatch.setattr(
-        inspection.subprocess, "run", lambda *_, **__: pytest.fail("it was looked at already")
-    )
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("it was looked at already"))
     check(mistral_like, tmp_path, prepared())
     check(mistral_like, tmp_path, prepared(TOOL, tool_choice="none"))
 
@@ -133,19 +132,3 @@ def test_a_run_keeps_the_commit_that_it_began_with(begin, tmp_path, monkeypatch)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     run = begin(ModelConfig("tiny", "acme/tiny", "v2"), prepared(TOOL))
     assert f"revision: {commit}" in (run / "config.yaml").read_text()
-
-
-def test_an_answer_in_the_cache_that_was_cut_short_is_asked_for_again_and_a_failure_is_told(tmp_path):
-    kept = tmp_path / "answers" / "one.json"
-    kept.parent.mkdir()
-    kept.write_text('{"problem": "it was wri')
-    asked = ["gymexp.gateway.inspection", TINY]
-    answer = inspection.answer_elsewhere(asked, kept, 60, "looking")
-    assert answer == {"problem": "", "reads_calls": True}
-    assert [path.name for path in kept.parent.iterdir()] == ["one.json"]
-    assert json.loads(kept.read_text()) == answer
-    with pytest.raises(ConfigError, match=r"^looking failed: .*No module named gymexp\.nothing"):
-        inspection.answer_elsewhere(["gymexp.nothing"], tmp_path / "two.json", 60, "looking")
-    with pytest.raises(ConfigError, match=r"^looking took more than 0 s"):
-        inspection.answer_elsewhere(asked, tmp_path / "two.json", 0.01, "looking")
-    assert not (tmp_path / "two.json").exists()
