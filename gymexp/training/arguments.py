@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
-from gymexp.config.names import meant
+from gymexp.config.names import suggestion
 from gymexp.config.schema import RunConfig
 from gymexp.config.space import ends, flat
 from gymexp.errors import ConfigError
@@ -154,7 +154,7 @@ def _named_problems(config: RunConfig) -> str:
     for name in searched | config.trainer:
         if name not in known:
             found.append(
-                f"trainer.{name} is not an argument of trl.GRPOConfig{meant(name, sorted(known), 'trainer.')}"
+                f"trainer.{name} is not an argument of trl.GRPOConfig{suggestion(name, sorted(known), 'trainer.')}"
             )
     found.extend(fields.problems({n: None for n in searched if n in fields.OWNED} | config.trainer))
     for name in ("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"):
