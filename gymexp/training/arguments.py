@@ -154,7 +154,8 @@ def _named_problems(config: RunConfig) -> str:
     for name in searched | config.trainer:
         if name not in known:
             found.append(
-                f"trainer.{name} is not an argument of trl.GRPOConfig{suggestion(name, sorted(known), 'trainer.')}"
+                f"trainer.{name} is not an argument of trl.GRPOConfig"
+                f"{suggestion(name, sorted(known), 'trainer.')}"
             )
     found.extend(fields.problems({n: None for n in searched if n in fields.OWNED} | config.trainer))
     for name in ("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"):

@@ -49,7 +49,7 @@ def test_a_file_system_without_locks_is_named_with_what_to_do(tmp_path, monkeypa
         raise OSError(errno.ENOSYS, "Function not implemented")
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    with pytest.raises(RunDirectoryError, match=r"flock says: Function not implemented.*output_dir"):
+    with pytest.raises(RunDirectoryError, match=r"flock failed: Function not implemented.*output_dir"):
         RunDirectory.claim(tmp_path)
 
 
