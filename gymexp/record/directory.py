@@ -218,7 +218,7 @@ class RunDirectory:
             self._refused = None
 
     def note(self, line: dict[str, Any]) -> None:
-        """Appends to timeline.jsonl. A failing write raises nothing; `what_is_wrong` then gives the reason."""
+        """Appends to timeline.jsonl. A failing write raises nothing; `what_is_wrong` gives the reason."""
         with self._refusals():
             append_line(self.timeline, line)
 

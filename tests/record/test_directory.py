@@ -54,7 +54,7 @@ def test_a_file_system_without_locks_is_named_with_what_to_do(tmp_path, monkeypa
 
 
 def test_resuming_what_is_no_run_directory_says_so(tmp_path):
-    with pytest.raises(RunDirectoryError, match=r"holds no config\.yaml"):
+    with pytest.raises(RunDirectoryError, match=r"has no config\.yaml"):
         RunDirectory.reopen(tmp_path)
 
 
