@@ -90,7 +90,7 @@ def _without_secrets(main: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def _in_output_dir(main: Job) -> Job:
-    """Wraps `main` so that the directory which Hydra makes before it is removed again if it stays empty.
+    """Wraps `main` so that the output directory, which Hydra makes before, is removed if it stays empty.
 
     It stays empty after a user error, and after a resumed run, which uses its own directory. A GymexpError of
     a single run ends the process in this wrapper, because Hydra would print a line of its own above it. A

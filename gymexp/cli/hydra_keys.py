@@ -71,7 +71,7 @@ REFUSED = {
         "leave it out; hydra.sweep.dir=… says where they are",
     ),
     "job.chdir": Refusal(
-        (None, False), "as relative paths begin where the command was typed", "leave it out"
+        (None, False), "as relative paths start at the command's working directory", "leave it out"
     ),
     "job.env_copy": Refusal(([],), "as a job gets the whole environment", "leave it out"),
     "output_subdir": Refusal(
@@ -94,7 +94,7 @@ SLURM = {
     "signal_delay_s": "launcher.signal_s",
     "array_parallelism": "launcher.array_parallelism",
     "stderr_to_stdout": "nothing: both are in one file",
-    "max_num_timeout": "nothing: a job goes on after its time limit as long as it gets further",
+    "max_num_timeout": "nothing: a job goes on after its time limit as long as it makes progress",
 }
 # Flags of sbatch that hydra.launcher.<flag> and launcher.<flag> can both set. Setting both is refused.
 _EITHER = ("partition", "account", "qos")
@@ -113,7 +113,7 @@ def check_flags(arguments: Sequence[str]) -> None:
 
 def _flag_problems(flags: argparse.Namespace, unread: list[str]) -> Iterator[str]:
     if flags.experimental_rerun is not None:
-        yield "--experimental-rerun is not for gymexp's runs: resume=RUN goes on with one"
+        yield "--experimental-rerun is not for gymexp's runs: resume=RUN goes on with a run"
     if unread and not any(argument.startswith("-") for argument in unread):
         yield f"overrides must stand together, without a flag between them, got {' '.join(unread)} apart"
     if flags.cfg and flags.multirun:
@@ -245,7 +245,7 @@ def explain_sweep(kind: str) -> str:
 def explain_key(key: str) -> str:
     """Returns the error message for a key below `hydra` that cannot be set."""
     if key.startswith("hydra/"):
-        return f"{key} has no options here: leave it out"
+        return f"{key} is not a group of options: leave it out"
     if _below(key, "hydra.launcher"):
         return f"{key} is not a key of this launcher: hydra.launcher.<flag>=… is for launcher=slurm"
     place: Any = OmegaConf.structured(HydraConf)
@@ -260,10 +260,10 @@ def explain_key(key: str) -> str:
     if known:
         unknown = key.removeprefix(f"{done}.").partition(".")[0]
         return (
-            f"{key} is not a key of Hydra's{nearest(unknown, known, f'{done}.')}. Known keys here: "
+            f"{key} is not a key of Hydra's{nearest(unknown, known, f'{done}.')}. Known keys: "
             f"{', '.join(known)}"
         )
-    return f"{key} has no such key yet: say +{key}=…"
+    return f"{key} does not exist yet: add it by +{key}=…"
 
 
 def _slurm_problems(launcher: dict[str, Any], cfg: DictConfig) -> Iterator[str]:

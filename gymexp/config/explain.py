@@ -30,7 +30,7 @@ def explain_error(error: OmegaConfBaseException) -> str:
     if name in known:
         return f"{key}: {text}"
     prefix = key.removesuffix(name)
-    return f"{key} is not a known key{suggestion(name, known, prefix)}. Known keys here: {', '.join(known)}"
+    return f"{key} is not a known key{suggestion(name, known, prefix)}. Known keys: {', '.join(known)}"
 
 
 def explain_key(
@@ -51,7 +51,7 @@ def explain_key(
         prefix = "".join(f"{d}." for d in done)
         if name not in fields:
             near = suggestion(name, list(fields), prefix, [*keys(schema), *more])
-            return f"{key} is not a known key{near}. Known keys here: {', '.join(fields)}"
+            return f"{key} is not a known key{near}. Known keys: {', '.join(fields)}"
         done.append(name)
         factory = fields[name].default_factory
         place = factory if dataclasses.is_dataclass(factory) else Any
@@ -63,9 +63,9 @@ def explain_key(
 
 def keys(schema: type = RunConfig, at: str = "") -> list[str]:
     """Returns every key of the schema. An environment's keys are `env.<name>.weight` and so on."""
-    found = []
+    names = []
     for field_ in dataclasses.fields(schema):
         below = EnvConfig if field_.name == "env" else field_.default_factory
         key = f"{at}{field_.name}" + (".<name>" if field_.name == "env" else "")
-        found += keys(below, f"{key}.") if dataclasses.is_dataclass(below) else [key]
-    return found
+        names += keys(below, f"{key}.") if dataclasses.is_dataclass(below) else [key]
+    return names

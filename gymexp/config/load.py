@@ -90,7 +90,7 @@ def resumed(path: Path, resume: str, overrides: Sequence[str] = ()) -> RunConfig
 def problems_of_values(config: RunConfig) -> Iterator[str]:
     """Yields a problem for each key of `search.params` that has a value which no run may have.
 
-    Each key's values are tried one at a time, at the ends of its range.
+    Each key is checked alone: at both ends of its range, or with each of its choices.
     """
     plain = dataclasses.replace(config, search=SearchConfig())
     for key, space in flat(config.search.params).items():

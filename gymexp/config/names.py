@@ -50,8 +50,8 @@ def nearest(name: str, known: Sequence[str], prefix: str = "") -> str:
 def suggestion(name: str, known: Sequence[str], prefix: str = "", everywhere: Iterable[str] = ()) -> str:
     """Returns `; did you mean …?` with the key that an unknown part of a key may stand for, or "".
 
-    name: the unknown part. known: the names that are valid below `prefix`. everywhere: whole keys of the
-    schema; one with the same or a similar last part is suggested if no name of `known` is near.
+    name: the unknown part. known: the names that are valid below `prefix`. everywhere: whole keys; if no name
+    of `known` is near, a key with the same or a similar last part is suggested.
     """
     if difflib.get_close_matches(name, known, n=1, cutoff=0.75):
         return nearest(name, known, prefix)

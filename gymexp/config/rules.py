@@ -131,8 +131,10 @@ def problems_of(config: RunConfig) -> Iterator[str]:
 
 
 def _seed_problems(config: RunConfig) -> Iterator[str]:
-    """Checks seeds. transformers and Optuna seed numpy, which takes 32 bits; a trial adds its number to
-    search.seed."""
+    """Checks the seeds. transformers and Optuna seed numpy, which takes 32 bits.
+
+    A trial adds its number to search.seed.
+    """
     if not 0 <= config.seed < 2**32:
         yield f"seed must be between 0 and 2**32 - 1, got {config.seed!r}"
     if not 0 <= config.search.seed <= 2**32 - max(1, config.search.num_trials):
@@ -143,7 +145,10 @@ def _seed_problems(config: RunConfig) -> Iterator[str]:
 
 
 def _distribution_problems(evaluation: EvaluationConfig) -> Iterator[str]:
-    """Allows only what vLLM obeys: it samples at 0.01 for any lower temperature, and refuses one above 2."""
+    """Allows only values that vLLM obeys.
+
+    vLLM samples at a temperature of 0.01 for a lower one (0 is greedy), and refuses a temperature above 2.
+    """
     temperature = evaluation.temperature
     if temperature is not None and temperature != 0 and not 0.01 <= temperature <= 2:
         yield (
@@ -284,7 +289,7 @@ def _sharding_problems(trainer: dict[str, Any]) -> Iterator[str]:
         return
     version = fsdp.get("version", fsdp.get("fsdp_version", 2))
     if str(version) != "2":
-        yield f"trainer.fsdp_config.version must be 2, got {version!r}: transformers gives up version 1"
+        yield f"trainer.fsdp_config.version must be 2, got {version!r}: transformers drops version 1"
     if fsdp.get("activation_checkpointing") and trainer.get("gradient_checkpointing", True):
         yield (
             "trainer.gradient_checkpointing must be false with trainer.fsdp_config.activation_checkpointing, "

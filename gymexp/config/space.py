@@ -10,13 +10,13 @@ _RANGE = ("low", "high", "log", "step")
 
 def flat(params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Flattens the tree of `search.params` into dotted keys: `{"trainer.learning_rate": {"low": …}}`."""
-    found: dict[str, Any] = {}
+    spaces: dict[str, Any] = {}
     for name, value in params.items():
         if isinstance(value, Mapping) and not ({"low", "high"} & value.keys()):
-            found |= flat(value, f"{prefix}{name}.")
+            spaces |= flat(value, f"{prefix}{name}.")
         else:
-            found[prefix + name] = value
-    return found
+            spaces[prefix + name] = value
+    return spaces
 
 
 def ends(space: Any) -> list[Any]:

@@ -85,7 +85,7 @@ def guard(key: str, others: Mapping[str, str] | None = None) -> Middleware:
     ) -> web.StreamResponse:
         authorization = request.headers.get("Authorization")
         if not any([fits(authorization, key), fits(authorization, key_of_path.get(request.path, key))]):
-            raise web.HTTPUnauthorized(text="the run's key is missing, or is not this one's\n")
+            raise web.HTTPUnauthorized(text="the key is missing, or is not this server's\n")
         return await handler(request)
 
     return demand_key

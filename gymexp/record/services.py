@@ -50,5 +50,5 @@ class Services:
     def read(cls, run: Path) -> Services:
         """Reads services.json of a run directory. Raises OSError, or TypeError if its fields are others."""
         fields = json.loads((run / _FILE).read_text(encoding="utf-8"))
-        replicas = {env: [Replica(**one) for one in some] for env, some in fields.pop("replicas").items()}
+        replicas = {env: [Replica(**one) for one in ones] for env, ones in fields.pop("replicas").items()}
         return cls(replicas=replicas, **fields)

@@ -101,8 +101,8 @@ def end(search: SearchConfig, directory: Path, result: Mapping[str, Any]) -> Non
     trial = read_trial(directory)
     assert trial is not None, "the trial has begun"
     after = {
-        env: {name: pair[1] for name, pair in some.items()}
-        for env, some in result.get("held_out", {}).items()
+        env: {name: pair[1] for name, pair in metrics.items()}
+        for env, metrics in result.get("held_out", {}).items()
     }
     value = score(search.metric, after)
     study = _open(directory.parent, search)
@@ -166,7 +166,7 @@ def score(metric: str, held_out: Mapping[str, Mapping[str, float | None]]) -> fl
     """
     env, _, name = metric.rpartition("/")
     chosen = [held_out.get(env, {})] if env else held_out.values()
-    values = [v for some in chosen if (v := some.get(name)) is not None]
+    values = [value for metrics in chosen if (value := metrics.get(name)) is not None]
     return fmean(values) if values else None
 
 
