@@ -1,10 +1,13 @@
-"""Tab completion of gymexp's commands. Hydra knows the choices of an override, but its own shell function
-completes for scripts and programs only."""
+"""Tab completion of gymexp's commands in a shell.
+
+Hydra knows the choices of an override, but its own shell function completes only scripts and programs, not
+`python -m gymexp.…`.
+"""
 
 from __future__ import annotations
 
 COMMANDS = ("train", "prepare", "status", "sweep", "doctor", "coldstart")
-# For bash, and for zsh after `bashcompinit`. Hydra is asked as if the module were a program of that name.
+# For bash, and for zsh after `bashcompinit`. The query to Hydra names the module as if it were a program.
 _SHELL = r"""
 _gymexp_complete() {
     COMPREPLY=()
@@ -33,10 +36,10 @@ _gymexp_complete() {
         COMPREPLY=($(compgen -W "$words" -- "$word"))
         return
     fi
-    [[ "$name" == doctor ]] && name=train  # it takes a run's overrides
-    local asked="gymexp.$name $rest" known="${word%=*}="
+    [[ "$name" == doctor ]] && name=train  # doctor takes a run's overrides
+    local query="gymexp.$name $rest" known="${word%=*}="
     [[ "$word" == *=* && "$COMP_WORDBREAKS" == *=* ]] || known=""
-    local -x COMP_LINE="$asked" COMP_POINT=${#asked}
+    local -x COMP_LINE="$query" COMP_POINT=${#query}
     for choice in $("$python" -m "gymexp.$name" -sc query=bash 2>/dev/null); do
         COMPREPLY+=("${choice#"$known"}")
     done
@@ -45,11 +48,11 @@ complete -o nospace -o default -F _gymexp_complete python python3 gymexp
 """
 
 
-def asks_for_it(arguments: list[str]) -> bool:
-    """Whether these are `-sc install=bash`, with which Hydra would print a function of its own."""
+def is_install_request(arguments: list[str]) -> bool:
+    """Returns whether the arguments are `-sc install=bash`, for which Hydra would print its own function."""
     return arguments in (["-sc", "install=bash"], ["--shell-completion", "install=bash"])
 
 
 def script() -> str:
-    """A function for the shell that completes commands, their flags, overrides, and directories."""
+    """Returns the shell function that completes commands, their flags, overrides, and directories."""
     return _SHELL.strip().replace("@COMMANDS@", " ".join(COMMANDS))

@@ -1,4 +1,4 @@
-"""The entry of a command that Hydra configures: its flags, its launchers, its run directory."""
+"""The entry point of a command that Hydra configures: its flags, its launchers, its run directory."""
 
 from __future__ import annotations
 
@@ -36,35 +36,36 @@ SUBMITIT = "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLaunche
 def hydra_main(
     config_name: str, schema: type = RunConfig, launchers: Launchers | None = None
 ) -> Callable[[Job], Callable[[], Any]]:
-    """`hydra.main` over gymexp's configuration; every mistake is printed as text, with what to do about it.
+    """`hydra.main` over gymexp's configuration. Every user error is printed as text that names a fix.
 
-    launchers: what starts the command's jobs, in the place of Hydra's classes BASIC and SUBMITIT. Hydra looks
-    plugins up by name and wants functions of a module. None: the command works in this process alone.
+    launchers: functions that start the command's jobs, in place of Hydra's classes BASIC and SUBMITIT. Hydra
+    looks plugins up by name, so each must be a function of a module. None: the command works in this process
+    alone.
     """
 
     def decorate(main: Job) -> Callable[[], Any]:
-        if completion.asks_for_it(sys.argv[1:]):
+        if completion.is_install_request(sys.argv[1:]):
             return lambda: print(completion.script())
         register()
         plugins: Any = Plugins.instance()
         plugins.class_name_to_class |= launchers or {SUBMITIT: _no_launcher}
         hydra_keys.check_before_runs(launchers is not None)
-        # Hydra would print its own errors and exit; this lets them come here.
+        # Without this variable Hydra prints its own errors and exits; with it, `guarded` gets them.
         os.environ.setdefault("HYDRA_FULL_ERROR", "1")
         if launchers:
             outlive_readers()
         log_to_terminal()
         job = hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=config_name)(
-            _in_job(main)
+            _in_output_dir(main)
         )
 
-        def checked() -> Any:
+        def check_flags_and_run() -> Any:
             hydra_keys.check_flags(sys.argv[1:])
             if {"-h", "--help"} & set(sys.argv[1:]):
                 print(inspect.cleandoc(sys.modules[main.__module__].__doc__ or ""), end="\n\n", flush=True)
             return job()
 
-        return guarded(_without_secrets(checked), schema)
+        return guarded(_without_secrets(check_flags_and_run), schema)
 
     return decorate
 
@@ -74,7 +75,7 @@ def _no_launcher(**_: Any) -> Any:
 
 
 def _without_secrets(main: Callable[[], Any]) -> Callable[[], Any]:
-    """Raises ConfigError for a command line that has one, before Hydra writes it down."""
+    """Wraps `main`: a secret on the command line raises ConfigError before Hydra saves the overrides."""
 
     @functools.wraps(main)
     def wrapped() -> Any:
@@ -88,11 +89,12 @@ def _without_secrets(main: Callable[[], Any]) -> Callable[[], Any]:
     return wrapped
 
 
-def _in_job(main: Job) -> Job:
-    """Hydra makes the run directory before `main`: take it back when nothing was written to it, as after a
-    mistake, or a resumed run, which goes on in its own.
+def _in_output_dir(main: Job) -> Job:
+    """Wraps `main` so that the output directory, which Hydra makes before, is removed if it stays empty.
 
-    A single run's error ends here, before Hydra puts a line of its own above it; a sweep's names the job.
+    It stays empty after a user error, and after a resumed run, which uses its own directory. A GymexpError of
+    a single run ends the process in this wrapper, because Hydra would print a line of its own above it. A
+    GymexpError of a sweep passes, as it names the job.
     """
 
     @functools.wraps(main)

@@ -1,9 +1,10 @@
-"""Hydra's own keys (`hydra.*`) and flags, and what becomes of each in a training run and in a sweep.
+"""Hydra's own keys (`hydra.*`) and flags, and the effect of each in a training run and in a sweep.
 
-CARRIED: Hydra does what the key says, in both. SINGLE and SWEEP: it means something in the one alone, and is
-refused on the other's command line. REFUSED: it must keep its neutral value, as runs are not made by Hydra's
-launchers. SLURM: keys of `hydra.launcher` with launcher=slurm that gymexp has keys of its own for.
-POPULATED: Hydra writes it, whatever is said. Keys are without their `hydra.`; a table stands for all below.
+CARRIED: Hydra obeys the key in both. SINGLE and SWEEP: the key has a meaning in only one of the two, and the
+command line of the other refuses it. REFUSED: the key must keep its neutral value, as Hydra's launchers do
+not start gymexp's runs. SLURM: keys of `hydra.launcher` with launcher=slurm that gymexp sets from keys of its
+own. POPULATED: Hydra writes the key itself and overwrites any value of the user's. The tables leave out the
+prefix `hydra.`; an entry stands for every key below it.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ _SEARCH = "search.params.<key>={low: …, high: …} searches ranges by Optuna, 
 CARRIED = {
     "mode": "RUN or MULTIRUN",
     "searchpath": "more folders of options",
-    "hydra_logging": "what Hydra says itself",
+    "hydra_logging": "the log of Hydra itself",
     "help": "--help",
     "hydra_help": "--hydra-help",
     "job.config.override_dirname": "how ${hydra.job.override_dirname} is made",
@@ -56,7 +57,7 @@ SWEEP = {
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why only `neutral` is taken, and what to do instead."""
+    """Why a key accepts only the values of `neutral`, and what to do instead."""
 
     neutral: tuple[Any, ...]
     why: str
@@ -70,7 +71,7 @@ REFUSED = {
         "leave it out; hydra.sweep.dir=… says where they are",
     ),
     "job.chdir": Refusal(
-        (None, False), "as relative paths begin where the command was typed", "leave it out"
+        (None, False), "as relative paths start at the command's working directory", "leave it out"
     ),
     "job.env_copy": Refusal(([],), "as a job gets the whole environment", "leave it out"),
     "output_subdir": Refusal(
@@ -93,9 +94,9 @@ SLURM = {
     "signal_delay_s": "launcher.signal_s",
     "array_parallelism": "launcher.array_parallelism",
     "stderr_to_stdout": "nothing: both are in one file",
-    "max_num_timeout": "nothing: a job goes on after its time limit as long as it gets further",
+    "max_num_timeout": "nothing: a job goes on after its time limit as long as it makes progress",
 }
-# Flags of sbatch that may be said by either key, and so not by both.
+# Flags of sbatch that hydra.launcher.<flag> and launcher.<flag> can both set. Setting both is refused.
 _EITHER = ("partition", "account", "qos")
 
 POPULATED = (
@@ -104,53 +105,56 @@ POPULATED = (
 
 
 def check_flags(arguments: Sequence[str]) -> None:
-    """Raises ConfigError for flags of Hydra's that do not go together, or that a run takes no notice of."""
-    said, unread = get_args_parser().parse_known_args(list(arguments))
-    if problem := next(_flag_problems(said, unread), None):
+    """Raises ConfigError for flags of Hydra's that contradict each other, or that a run would ignore."""
+    flags, unread = get_args_parser().parse_known_args(list(arguments))
+    if problem := next(_flag_problems(flags, unread), None):
         raise ConfigError(problem)
 
 
-def _flag_problems(said: argparse.Namespace, unread: list[str]) -> Iterator[str]:
-    if said.experimental_rerun is not None:
-        yield "--experimental-rerun is not for gymexp's runs: resume=RUN goes on with one"
-    if unread and not any(one.startswith("-") for one in unread):
+def _flag_problems(flags: argparse.Namespace, unread: list[str]) -> Iterator[str]:
+    if flags.experimental_rerun is not None:
+        yield "--experimental-rerun is not for gymexp's runs: resume=RUN goes on with a run"
+    if unread and not any(argument.startswith("-") for argument in unread):
         yield f"overrides must stand together, without a flag between them, got {' '.join(unread)} apart"
-    if said.cfg and said.multirun:
+    if flags.cfg and flags.multirun:
         yield (
             "--cfg shows one configuration and must be without --multirun: leave out -m and say one value a "
             "key; with -m launcher=slurm, launcher.dry_run=true shows each job's overrides instead"
         )
-    if said.package is not None and not said.cfg:
-        yield f"--package is for --cfg, got --package {said.package} without it: say --cfg job as well"
-    if said.resolve and not (said.cfg or said.help):
+    if flags.package is not None and not flags.cfg:
+        yield f"--package is for --cfg, got --package {flags.package} without it: say --cfg job as well"
+    if flags.resolve and not (flags.cfg or flags.help):
         yield "--resolve is for --cfg, got it without: say --cfg job as well"
     commands = {
-        "--run": said.run,
-        "--multirun": said.multirun,
-        "--cfg": said.cfg,
-        "--info": said.info,
-        "--shell-completion": said.shell_completion,
+        "--run": flags.run,
+        "--multirun": flags.multirun,
+        "--cfg": flags.cfg,
+        "--info": flags.info,
+        "--shell-completion": flags.shell_completion,
     }
-    if len(both := [name for name, given in commands.items() if given]) > 1:
+    if len(both := [name for name, is_set in commands.items() if is_set]) > 1:
         yield f"{' and '.join(both)} exclude each other: say one of them"
-    if said.shell_completion and not any(
-        one.startswith(("install=", "uninstall=", "query=")) for one in said.overrides
+    if flags.shell_completion and not any(
+        override.startswith(("install=", "uninstall=", "query=")) for override in flags.overrides
     ):
         yield "--shell-completion needs install=bash (or zsh, fish), uninstall=… or query=…"
 
 
 def check_before_runs(launches: bool) -> None:
-    """From now on, Hydra's run or sweep starts only if its own keys can be obeyed. Hydra has no place for
-    that of its own: its callbacks come after its logging, and are among these keys.
+    """Patches Hydra so that a run or sweep starts only if every key of `hydra.*` can be obeyed.
 
-    launches: as of `entry.hydra_main`. Where it is not so, Hydra does the work, as it says.
+    Hydra has no hook for such a check: its callbacks come after its logging, and they are themselves
+    configured by these keys.
+
+    launches: whether the command passes launchers of its own to `entry.hydra_main`. If not, Hydra runs the
+    command itself and obeys its keys, so only repeated options are checked.
     """
     compose = Hydra.compose_config
 
     def composed(self: Hydra, *args: Any, with_log_configuration: bool = False, **more: Any) -> DictConfig:
         cfg = compose(self, *args, **more)
         check_options(cfg)
-        if with_log_configuration:  # and not to be shown only
+        if with_log_configuration:  # False when Hydra only shows the configuration
             if launches:
                 check(cfg, sweep=more["run_mode"] == RunMode.MULTIRUN)
             configure_log(cfg.hydra.hydra_logging, cfg.hydra.verbose)
@@ -160,29 +164,29 @@ def check_before_runs(launches: bool) -> None:
 
 
 def check(cfg: DictConfig, sweep: bool) -> None:
-    """cfg: with its `hydra`. Raises ConfigError for each of Hydra's keys that would be ignored."""
-    if wrong := list(problems(cfg, sweep)):
-        raise ConfigError("\n".join(wrong))
+    """Raises ConfigError with a line for each of Hydra's keys that would be ignored. cfg includes `hydra`."""
+    if lines := list(problems(cfg, sweep)):
+        raise ConfigError("\n".join(lines))
 
 
 def check_options(cfg: DictConfig) -> None:
-    """Raises ConfigError where one option is chosen twice, as in env=[sudoku,sudoku]: Hydra takes it once."""
+    """Raises ConfigError if an option is chosen twice, as in env=[sudoku,sudoku]. Hydra would use it once."""
     for override in OverridesParser.create().parse_overrides(list(cfg.hydra.overrides.task)):
         value = None if override.is_sweep_override() else override.value()
         if override.key_or_group in _GROUPS and isinstance(value, list):
-            twice = [name for at, name in enumerate(value) if name in value[:at]]
-            if twice:
+            repeated = [name for index, name in enumerate(value) if name in value[:index]]
+            if repeated:
                 raise ConfigError(
-                    f"{override.key_or_group} must name each of its options once, got {twice[0]} twice: two "
-                    f"environments of one kind are two files of conf/{override.key_or_group}/"
+                    f"{override.key_or_group} must name each of its options once, got {repeated[0]} twice: "
+                    f"two environments of one kind are two files of conf/{override.key_or_group}/"
                 )
 
 
 def problems(cfg: DictConfig, sweep: bool) -> Iterator[str]:
-    """What of Hydra's own keys a run, or a sweep, would ignore: a line each with what serves instead."""
+    """Yields a line for each of Hydra's keys that a run or sweep would ignore, and what to use instead."""
     plain: Any = OmegaConf.to_container(cfg.hydra, resolve=False)
     choices = plain["runtime"]["choices"]
-    said = dict(_said(override) for override in plain["overrides"]["hydra"])
+    overrides = dict(_key_and_value(override) for override in plain["overrides"]["hydra"])
     launcher, sweeper = choices.get("hydra/launcher"), choices.get("hydra/sweeper")
     if launcher not in ("basic", _SLURM):
         yield f"hydra/launcher is set by launcher=local and launcher=slurm, got {launcher!r}: say one of them"
@@ -194,23 +198,23 @@ def problems(cfg: DictConfig, sweep: bool) -> Iterator[str]:
         yield "--run is for a single run, and launcher=slurm or hydra.mode=MULTIRUN makes a sweep: drop it"
     if launcher == _SLURM and not sweep:
         yield "hydra.mode must be MULTIRUN with launcher=slurm, also for one job, got RUN: leave it out"
-    for key, value in said.items():
-        if any(_below(key, one) for one in POPULATED):
+    for key, value in overrides.items():
+        if any(_below(key, table) for table in POPULATED):
             yield f"hydra.{key} is written by Hydra, got {value!r}: leave it out; name=… names a run"
-        elif not sweep and (other := _of(key, SWEEP)):
-            yield f"hydra.{key} is for a sweep, got {value!r} for a single run: {other}"
-        elif sweep and (other := _of(key, SINGLE)):
-            yield f"hydra.{key} is for a single run, got {value!r} in a sweep: {other}"
-        elif key == "run.dir" and (given := [k for k in ("output_dir", "resume") if cfg.get(k)]):
-            yield f"hydra.run.dir must be left out with {given[0]}, which says where a run is, got {value!r}"
+        elif not sweep and (instead := _advice_for(key, SWEEP)):
+            yield f"hydra.{key} is for a sweep, got {value!r} for a single run: {instead}"
+        elif sweep and (instead := _advice_for(key, SINGLE)):
+            yield f"hydra.{key} is for a single run, got {value!r} in a sweep: {instead}"
+        elif key == "run.dir" and (other := next((k for k in ("output_dir", "resume") if cfg.get(k)), None)):
+            yield f"hydra.run.dir must be left out with {other}, which says where a run is, got {value!r}"
     if plain["job"].get("name", "") not in ("", "???", JobRuntime.instance().get("name")) and (
-        "job.name" not in said
+        "job.name" not in overrides
     ):
         yield f"hydra.job.name is written by Hydra, got {plain['job']['name']!r}: name=… names a run"
     for key in SINGLE if sweep else ():
         if key == "job.env_set" and plain["job"]["env_copy"]:
-            continue  # Hydra has put them there
-        if key != "run.dir" and not _of_said(key, said) and _get(plain, key):
+            continue  # with job.env_copy Hydra fills job.env_set itself
+        if key != "run.dir" and not _is_overridden(key, overrides) and _get(plain, key):
             yield f"hydra.{key} is for a single run, got {_get(plain, key)!r} in a sweep: {SINGLE[key]}"
     for key, refusal in REFUSED.items():
         if (value := _get(plain, key)) not in refusal.neutral:
@@ -222,7 +226,7 @@ def problems(cfg: DictConfig, sweep: bool) -> Iterator[str]:
 
 
 def explain_option(group: str, name: str) -> str:
-    """What is wrong with `<group>=<name>` where Hydra has no such option of its own."""
+    """Returns the error message for `<group>=<name>`, an option that Hydra's own group does not have."""
     if group == "hydra/sweeper":
         return f"{group}={name} is not known. {_SEARCH}"
     if group == "hydra/launcher":
@@ -231,14 +235,17 @@ def explain_option(group: str, name: str) -> str:
 
 
 def explain_sweep(kind: str) -> str:
-    """kind: interval, the one that Hydra's grammar has and its basic sweeper does not."""
-    return f"{kind}(…) has no end of values for a sweep: say a list, as in -m key=1,2,3. {_SEARCH}"
+    """Returns the error message for a sweep that Hydra's basic sweeper does not support.
+
+    kind: interval, the only such sweep in Hydra's grammar.
+    """
+    return f"{kind}(…) does not list the values of a sweep: write a list, as in -m key=1,2,3. {_SEARCH}"
 
 
 def explain_key(key: str) -> str:
-    """What is wrong with a key below `hydra` that cannot be set."""
+    """Returns the error message for a key below `hydra` that cannot be set."""
     if key.startswith("hydra/"):
-        return f"{key} has no options here: leave it out"
+        return f"{key} is not a group of options: leave it out"
     if _below(key, "hydra.launcher"):
         return f"{key} is not a key of this launcher: hydra.launcher.<flag>=… is for launcher=slurm"
     place: Any = OmegaConf.structured(HydraConf)
@@ -251,12 +258,12 @@ def explain_key(key: str) -> str:
     if OmegaConf.is_dict(place):
         known = [str(name) for name in place]
     if known:
-        wrong = key.removeprefix(f"{done}.").partition(".")[0]
+        unknown = key.removeprefix(f"{done}.").partition(".")[0]
         return (
-            f"{key} is not a key of Hydra's{nearest(wrong, known, f'{done}.')}. Known keys here: "
+            f"{key} is not a key of Hydra's{nearest(unknown, known, f'{done}.')}. Known keys: "
             f"{', '.join(known)}"
         )
-    return f"{key} has no such key yet: say +{key}=…"
+    return f"{key} does not exist yet: add it by +{key}=…"
 
 
 def _slurm_problems(launcher: dict[str, Any], cfg: DictConfig) -> Iterator[str]:
@@ -267,13 +274,13 @@ def _slurm_problems(launcher: dict[str, Any], cfg: DictConfig) -> Iterator[str]:
         if (value := launcher.get(key)) != neutral[key]:
             yield f"hydra.launcher.{key} is set by gymexp, got {value!r}: use {instead} instead"
     for key in _EITHER:
-        ours = OmegaConf.select(cfg, f"launcher.{key}")
-        if launcher.get(key) is not None and ours is not None:
-            yield f"hydra.launcher.{key} and launcher.{key} say the same to sbatch: leave the first one out"
+        own_value = OmegaConf.select(cfg, f"launcher.{key}")
+        if launcher.get(key) is not None and own_value is not None:
+            yield f"hydra.launcher.{key} and launcher.{key} set the same flag of sbatch: leave the first out"
 
 
-def _said(override: str) -> tuple[str, str]:
-    """`+hydra.job.env_set.X=1` -> ("job.env_set.X", "1"). Groups (`hydra/launcher=…`) come as they are."""
+def _key_and_value(override: str) -> tuple[str, str]:
+    """Splits `+hydra.job.env_set.X=1` into ("job.env_set.X", "1"); a group (`hydra/launcher`) stays whole."""
     key, _, value = override.partition("=")
     return key.lstrip("+~").removeprefix("hydra."), value
 
@@ -282,12 +289,12 @@ def _below(key: str, table: str) -> bool:
     return key == table or key.startswith(f"{table}.")
 
 
-def _of(key: str, tables: dict[str, str]) -> str | None:
-    return next((told for table, told in tables.items() if _below(key, table)), None)
+def _advice_for(key: str, tables: dict[str, str]) -> str | None:
+    return next((advice for table, advice in tables.items() if _below(key, table)), None)
 
 
-def _of_said(table: str, said: dict[str, str]) -> bool:
-    return any(_below(key, table) for key in said)
+def _is_overridden(table: str, overrides: dict[str, str]) -> bool:
+    return any(_below(key, table) for key in overrides)
 
 
 def _get(plain: dict[str, Any], key: str) -> Any:

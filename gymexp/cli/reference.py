@@ -1,8 +1,8 @@
-"""The reference of a run's configuration, made from the schema: docs/reference.md.
+"""Makes docs/reference.md, the reference of a run's configuration, from the schema.
 
 python -m gymexp.cli.reference > docs/reference.md
 
-A field's meaning is the comment after it, or the comment lines above it, in the dataclass that has it.
+The meaning of a field is the comment after it, or the comment lines above it, in its dataclass.
 """
 
 from __future__ import annotations
@@ -24,47 +24,49 @@ from gymexp.config.schema import EnvConfig, RunConfig
 from gymexp.training import fields
 
 _TITLE = """\
-`python -m gymexp.cli.reference > docs/reference.md` makes this page from the schema; a test compares the two.
+`python -m gymexp.cli.reference > docs/reference.md` makes this page from the schema. A test compares the two.
 
 A key is set on the command line (`python -m gymexp.train engine.max_batch_size=32`) or in a YAML file that
-the command takes (`--config-name`, `experiment=…`, `conf/machine/default.yaml`). A default is the schema's;
-an option of `conf/` may bring another one, and `python -m gymexp.train --cfg job` prints what a run would
-get. A key whose default is `???` needs a value, which an option of its group brings: `model=…` sets
-`model.path`, and `env=[…]` sets `env.<name>.agent`.
+the command reads (`--config-name`, `experiment=…`, `conf/machine/default.yaml`). The defaults on this page
+are the schema's. An option of `conf/` may set another value; `python -m gymexp.train --cfg job` prints the
+values that a run would get. A key whose default is `???` needs a value, which an option of its group sets:
+`model=…` sets `model.path`, and `env=[…]` sets `env.<name>.agent`.
 """
-_ENV = "The key has the environment's name: `env.sudoku.weight=3`. `env=[…]` selects the environments."
+_ENV = (
+    "A key contains the name of its environment: `env.sudoku.weight=3`. `env=[…]` selects the environments."
+)
 _TRAINER = """\
 `trainer.*` are the arguments of
-[`trl.GRPOConfig`](https://huggingface.co/docs/trl/main/en/grpo_trainer#trl.GRPOConfig), under their names
-there. An argument that is not set has TRL's default, but for those in the first table, which
-`conf/train.yaml` and `conf/trainer/grpo.yaml` set ([why](results.md#why-the-defaults-are-what-they-are)).
-Another option of `conf/trainer/` sets others, and `model=tiny` brings its own learning rate.
+[`trl.GRPOConfig`](https://huggingface.co/docs/trl/main/en/grpo_trainer#trl.GRPOConfig), under TRL's names. An
+argument that is not set has TRL's default, except for those in the first table, which `conf/train.yaml` and
+`conf/trainer/grpo.yaml` set ([why](results.md#why-the-defaults-are-what-they-are)). Another option of
+`conf/trainer/` sets other values, and `model=tiny` sets its own learning rate.
 """
 _FATES = """\
-[`training/fields.py`](../gymexp/training/fields.py) says of every argument what becomes of it. A value that
-is refused is refused before anything starts.
+[`training/fields.py`](../gymexp/training/fields.py) lists what gymexp does with each argument. A refused
+value ends the command before anything starts.
 """
 
 
 def meanings(schema: type) -> dict[str, str]:
-    """Field -> its comment in the source of a dataclass; fields without a comment are left out."""
+    """Returns the comment of each field of a dataclass, by field name, without those that have none."""
     source = textwrap.dedent(inspect.getsource(schema))
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     comments = {t.start[0]: t.string.lstrip("# ").rstrip() for t in tokens if t.type == tokenize.COMMENT}
     (class_,) = ast.parse(source).body
     assert isinstance(class_, ast.ClassDef)
-    found = {}
+    comment_of = {}
     for node in class_.body:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             last = node.end_lineno or node.lineno
             beside = [comments.pop(line) for line in range(node.lineno, last + 1) if line in comments]
             if texts := [*_above(node.lineno, comments), *beside]:
-                found[node.target.id] = " ".join(texts)
-    return found
+                comment_of[node.target.id] = " ".join(texts)
+    return comment_of
 
 
 def _above(line: int, comments: dict[int, str]) -> list[str]:
-    """The comment lines that end right above a line; they are taken out of `comments`."""
+    """Returns the comment lines that end right above a line, and removes them from `comments`."""
     first = line
     while first - 1 in comments:
         first -= 1
@@ -72,7 +74,7 @@ def _above(line: int, comments: dict[int, str]) -> list[str]:
 
 
 def sections(schema: type = RunConfig, at: str = "") -> Iterator[tuple[str, type]]:
-    """(prefix of its keys, dataclass), a section each, in the schema's order: a run's own keys first."""
+    """Yields (prefix of its keys, dataclass) of each section in the schema's order. The run's comes first."""
     yield at, schema
     for field in dataclasses.fields(schema):
         if below := _below(schema, field):
@@ -80,7 +82,7 @@ def sections(schema: type = RunConfig, at: str = "") -> Iterator[tuple[str, type
 
 
 def rows(schema: type, at: str) -> Iterator[tuple[str, str, str, str]]:
-    """(key, type, default, meaning) of each field that has no section of its own."""
+    """Yields (key, type, default, meaning) of each field that has no section of its own."""
     commented = meanings(schema)
     for field in dataclasses.fields(schema):
         if _below(schema, field) or (schema is RunConfig and field.name == "trainer"):
@@ -90,7 +92,7 @@ def rows(schema: type, at: str) -> Iterator[tuple[str, str, str, str]]:
 
 
 def reference() -> str:
-    """The whole page."""
+    """Returns the whole page as Markdown."""
     parts = ["# Every key\n", *map(_paragraph, _TITLE.split("\n\n"))]
     for at, schema in sections():
         parts.append(f"## `{at.rstrip('.')}`\n" if at else "## The run\n")
@@ -102,7 +104,7 @@ def reference() -> str:
 
 
 def _below(schema: type, field: dataclasses.Field[Any]) -> type | None:
-    """The dataclass that a field holds, if it holds one."""
+    """Returns the dataclass that a field contains; None if the field is a plain value."""
     factory = EnvConfig if schema is RunConfig and field.name == "env" else field.default_factory
     return factory if isinstance(factory, type) and dataclasses.is_dataclass(factory) else None
 
@@ -123,7 +125,7 @@ def _row(row: tuple[str, str, str, str]) -> tuple[str, str, str, str]:
 
 
 def _trainer() -> Iterator[str]:
-    """The section of `trainer.*`, whose schema is TRL's."""
+    """Yields the parts of the section on `trainer.*`, whose schema is TRL's."""
     yield "## `trainer`\n"
     yield _paragraph(_TRAINER)
     yield _table(("key", "value"), ((f"`trainer.{k}`", f"`{v}`") for k, v in _trainer_of_conf().items()))
@@ -142,33 +144,33 @@ def _trainer() -> Iterator[str]:
 
 
 def _trainer_of_conf() -> Mapping[str, Any]:
-    """What a run's `trainer` has before the command line says anything."""
-    found: dict[str, Any] = {}
+    """Returns the values of `trainer.*` that conf/ sets before any override."""
+    values: dict[str, Any] = {}
     for file, at in (("train.yaml", "trainer"), ("trainer/grpo.yaml", "")):
         loaded: Any = OmegaConf.to_container(OmegaConf.load(CONF_DIR / file), resolve=False)
-        found |= loaded[at] if at else loaded
-    return found
+        values |= loaded[at] if at else loaded
+    return values
 
 
 def _code(key: str) -> str:
-    """A key as code; words that are none, as they are."""
+    """Formats a key as Markdown code; other text stays as it is."""
     return f"`{key}`" if re.fullmatch(r"[\w.<>=]+", key) else key
 
 
 def _prose(text: str) -> str:
-    """Plain text as Markdown: what stands outside of `code` makes neither tags nor italics."""
+    """Escapes plain text for Markdown: text outside of `code` makes neither tags nor italics."""
     parts = text.split("`")
     parts[::2] = [re.sub(r"([<*])", r"\\\1", part) for part in parts[::2]]
     return "`".join(parts)
 
 
 def _paragraph(text: str) -> str:
-    """Wrapped to the page's width, with an empty line after it."""
+    """Wraps text to the page's width and adds an empty line after it."""
     return textwrap.fill(" ".join(text.split()), 125, break_long_words=False, break_on_hyphens=False) + "\n"
 
 
 def _table(head: tuple[str, ...], lines: Any) -> str:
-    """A Markdown table; a bar in a cell is written so that it divides nothing."""
+    """Returns a Markdown table. A bar in a cell is escaped, so that it does not divide the cell."""
     cells = [head, tuple("---" for _ in head), *lines]
     text = ("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in cells)
     return "\n".join(text) + "\n"

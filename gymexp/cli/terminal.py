@@ -1,4 +1,4 @@
-"""What every command does around its work: UTF-8, signals, errors as text, exit codes."""
+"""The frame of every command: UTF-8, signals, errors as text, exit codes."""
 
 from __future__ import annotations
 
@@ -33,24 +33,28 @@ T = TypeVar("T")
 
 
 def guarded(main: Callable[..., Any], schema: type) -> Callable[..., Any]:
-    """Print a GymexpError as its text, without a traceback, and exit with 1."""
+    """Wraps a command so that an error of the user's is printed as text, without a traceback.
+
+    The exit code is 1, or 128 + the signal's number for Interrupted. schema: the configuration's dataclass,
+    whose keys the text of Hydra's errors suggests.
+    """
 
     @functools.wraps(main)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         try:
-            _speak_utf8()
-            _look_around()
+            _ensure_utf8()
+            _check_surroundings()
             if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-                signal.signal(signal.SIGINT, signal.default_int_handler)  # in place of gymexp/__init__.py's
+                signal.signal(signal.SIGINT, signal.default_int_handler)  # replaces gymexp/__init__.py's
             return main(*args, **kwargs)
         except GymexpError as error:
             end_with(error)
         except (HydraException, OmegaConfBaseException) as error:
             say_error(explain(error, schema))
             sys.exit(1)
-        except KeyboardInterrupt:  # before a run's controller takes signals over, or in what is no run
+        except KeyboardInterrupt:  # before a run's controller handles signals, or in another command
             end_with(Interrupted(signal.SIGINT, "ended by SIGINT before it began"))
-        except BrokenPipeError:  # `| head` has seen enough; what is still buffered is for nobody
+        except BrokenPipeError:  # `| head` closed the pipe: discard what is still buffered
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
         except OSError as error:
@@ -61,24 +65,27 @@ def guarded(main: Callable[..., Any], schema: type) -> Callable[..., Any]:
     return wrapped
 
 
-def _speak_utf8() -> None:
-    """Read and write UTF-8 whatever the locale says, here, in libraries and in every process of a run, which
-    takes a start of Python in that mode; and print what the output's own encoding lacks as its number."""
+def _ensure_utf8() -> None:
+    """Makes this process, its libraries and every process of a run read and write UTF-8, whatever the locale.
+
+    Python must be started in UTF-8 mode for that, so the process may replace itself. Characters that the
+    encoding of standard output or error lacks are printed as escapes.
+    """
     is_utf8 = sys.flags.utf8_mode or os.environ.get("PYTHONUTF8") == "1"
     if not is_utf8 and locale.getencoding().lower() not in ("utf-8", "utf8"):
         environ = os.environ | {"PYTHONUTF8": "1"}
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environ)
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError):  # one that a caller has put there
+        with contextlib.suppress(AttributeError):  # a stream that a caller has replaced
             stream.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _look_around() -> None:
-    """Raises GymexpError where nothing that is made would be of use."""
+def _check_surroundings() -> None:
+    """Raises GymexpError if the working directory is deleted, or if the umask makes new files unusable."""
     try:
         os.getcwd()
     except FileNotFoundError:
-        raise GymexpError("the working directory was deleted: change to one that is there") from None
+        raise GymexpError("the working directory was deleted: change to one that exists") from None
     umask = os.umask(0o077)
     os.umask(umask)
     if umask & 0o700:
@@ -89,19 +96,18 @@ def _look_around() -> None:
 
 
 def end_with(error: GymexpError) -> NoReturn:
-    """Print the error's text and exit: 128 plus its number after a signal, else 1."""
+    """Prints the error's text and exits: with 128 + the signal's number for Interrupted, else with 1."""
     say_error(error)
     if not isinstance(error, Interrupted):
         sys.exit(1)
-    # Python's shutdown gives signals their default effect back, and one more would change the exit code.
-    for one in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(one, signal.SIG_IGN)
+    # Python's shutdown restores the default handlers, and one more signal would then change the exit code.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     sys.exit(128 + error.number)
 
 
 class _Lasting:
-    """A standard stream that goes on, into nothing, once whoever read it is gone: a run does not end for
-    that."""
+    """A standard stream that discards its text once its reader is gone, so that the run goes on."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -122,22 +128,25 @@ class _Lasting:
             pass
         except OSError as error:
             if error.errno in files.FULL:
-                return instead  # what is buffered is written once there is room
-            if error.errno != errno.EIO:  # a terminal that was closed
+                return instead  # the stream writes its buffer once the disk has room
+            if error.errno != errno.EIO:  # EIO: the terminal was closed
                 raise
-        nothing = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nothing, self._stream.fileno())  # for what is buffered, and for processes that inherit it
-        os.close(nothing)
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, self._stream.fileno())  # also takes buffered text, and output of child processes
+        os.close(null)
         return instead
 
 
 def outlive_readers() -> None:
-    """From now on nobody has to read standard output and standard error to their end."""
+    """Replaces standard output and standard error by streams that survive the end of their reader."""
     sys.stdout, sys.stderr = _Lasting(sys.stdout), _Lasting(sys.stderr)
 
 
 def parser_of(command: str, about: str) -> argparse.ArgumentParser:
-    """Of a command that Hydra does not configure. about: its module's docstring, with examples."""
+    """Returns the argument parser of a command that Hydra does not configure.
+
+    about: the docstring of the command's module, with examples.
+    """
     return argparse.ArgumentParser(
         prog=f"python -m gymexp.{command}",
         description=inspect.cleandoc(about),
@@ -146,29 +155,29 @@ def parser_of(command: str, about: str) -> argparse.ArgumentParser:
 
 
 def log_to_terminal() -> None:
-    """From now on log lines go to standard error, as their text alone."""
+    """Sends log lines to standard error, without level or time."""
     log_to_stderr("%(message)s")
     logging.getLogger("filelock").setLevel(logging.WARNING)
 
 
 def explain(error: HydraException | OmegaConfBaseException, schema: type) -> str:
-    """Hydra's own complaint, with the nearest option or key of the schema where one is unknown."""
+    """Returns the text of Hydra's error, with the nearest option or key of the schema if one is unknown."""
     text = str(error)
-    if found := re.search(r"[Cc]ould not (?:find|load) '([\w/]+)/([^'/]+)'", text):
-        group, name = found.groups()
+    if match := re.search(r"[Cc]ould not (?:find|load) '([\w/]+)/([^'/]+)'", text):
+        group, name = match.groups()
         if group.startswith("hydra/"):
             return hydra_keys.explain_option(group, name)
         known = options(group)
         return f"{group}={name} is not known{nearest(name, known, f'{group}=')}. Known: {', '.join(known)}"
     cause = error.__cause__ or error.__context__
-    if found := re.search(r"[Cc]ould not override '([\w.@/]+)'", text):
-        key = found.group(1)
+    if match := re.search(r"[Cc]ould not override '([\w.@/]+)'", text):
+        key = match.group(1)
         if key.startswith("hydra"):
             return hydra_keys.explain_key(key)
         trainers = [f"trainer.{name}" for name in sorted(fields.CARRIED)] if schema is RunConfig else []
         return explain_key(key, schema, getattr(cause, "full_key", None), trainers) or text
-    if found := re.search(r"does not support sweep type : (\w+)_SWEEP", text):
-        return hydra_keys.explain_sweep(found.group(1).lower())
+    if match := re.search(r"does not support sweep type : (\w+)_SWEEP", text):
+        return hydra_keys.explain_sweep(match.group(1).lower())
     if isinstance(error, OmegaConfBaseException):
         return f"{error.full_key}: {text.splitlines()[0]}" if error.full_key else text.splitlines()[0]
     return f"{text}: {str(cause).splitlines()[0]}" if cause else text

@@ -1,4 +1,4 @@
-"""What is wrong with a key or a value that is not the schema's, and what was meant."""
+"""Error messages for a key or a value that the schema does not have, with the nearest key that it has."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 
 from omegaconf.errors import OmegaConfBaseException
 
-from gymexp.config.names import meant, nearest
+from gymexp.config.names import nearest, suggestion
 from gymexp.config.options import options
 from gymexp.config.schema import EnvConfig, RunConfig
 
 
 def explain_error(error: OmegaConfBaseException) -> str:
-    """Of a value that OmegaConf does not take for a key of the schema; for a ConfigError."""
+    """Returns the text of a ConfigError for a value that OmegaConf refuses for a key of the schema."""
     key = error.full_key or ""
     text = str(error).splitlines()[0]
     if "Missing mandatory value" in text:
@@ -30,14 +30,16 @@ def explain_error(error: OmegaConfBaseException) -> str:
     if name in known:
         return f"{key}: {text}"
     prefix = key.removesuffix(name)
-    return f"{key} is not a known key{meant(name, known, prefix)}. Known keys here: {', '.join(known)}"
+    return f"{key} is not a known key{suggestion(name, known, prefix)}. Known keys: {', '.join(known)}"
 
 
 def explain_key(
     key: str, schema: type = RunConfig, missing: str | None = None, more: Sequence[str] = ()
 ) -> str | None:
-    """What is wrong with the key of an override, e.g. `env.sudoku.wieght`; None if it is a key of the
-    schema. missing: how much of it is not there, as OmegaConf says. more: keys that may be meant."""
+    """Returns the error message for the key of an override, e.g. `env.sudoku.wieght`; None for a known key.
+
+    missing: the part of the key that OmegaConf did not find. more: keys beyond the schema's to suggest.
+    """
     place: Any = schema
     done: list[str] = []
     for name in key.split("."):
@@ -48,8 +50,8 @@ def explain_key(
         fields = {f.name: f for f in dataclasses.fields(place)}
         prefix = "".join(f"{d}." for d in done)
         if name not in fields:
-            near = meant(name, list(fields), prefix, [*keys(schema), *more])
-            return f"{key} is not a known key{near}. Known keys here: {', '.join(fields)}"
+            near = suggestion(name, list(fields), prefix, [*keys(schema), *more])
+            return f"{key} is not a known key{near}. Known keys: {', '.join(fields)}"
         done.append(name)
         factory = fields[name].default_factory
         place = factory if dataclasses.is_dataclass(factory) else Any
@@ -60,10 +62,10 @@ def explain_key(
 
 
 def keys(schema: type = RunConfig, at: str = "") -> list[str]:
-    """Every key of the schema, `env.<name>.weight` for those of an environment."""
-    found = []
+    """Returns every key of the schema. An environment's keys are `env.<name>.weight` and so on."""
+    names = []
     for field_ in dataclasses.fields(schema):
         below = EnvConfig if field_.name == "env" else field_.default_factory
         key = f"{at}{field_.name}" + (".<name>" if field_.name == "env" else "")
-        found += keys(below, f"{key}.") if dataclasses.is_dataclass(below) else [key]
-    return found
+        names += keys(below, f"{key}.") if dataclasses.is_dataclass(below) else [key]
+    return names

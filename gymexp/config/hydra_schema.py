@@ -1,5 +1,4 @@
-"""The schema as Hydra gets it: which keys are open on the command line, and what was meant by one that is not
-there."""
+"""The schema as Hydra gets it: closed, so that an unknown key is an error, except below a few open keys."""
 
 from __future__ import annotations
 
@@ -32,11 +31,11 @@ class _OpenRun(RunConfig):
 
 
 def register() -> None:
-    """Make the schema known to Hydra, under the name that `conf/train.yaml` puts first.
+    """Registers the schema with Hydra, under the name that `conf/train.yaml` lists first.
 
-    What others' programs take is open, and needs no `+` on the command line: TRL's arguments
+    Keys that belong to other programs are open and need no `+` on the command line: TRL's arguments
     (`gymexp.training.arguments` checks them), flags of `vllm serve`, variables of the chat template, options
-    of a generator.
+    of a generator, and the keys that a search varies.
     """
     node = OmegaConf.structured(_OpenRun)
     for open_ in (node.trainer, node.engine.args, node.model.chat_template_kwargs, node.search.params):

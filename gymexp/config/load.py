@@ -1,4 +1,4 @@
-"""A checked RunConfig: from what Hydra composed, from a run directory, or with other values."""
+"""Makes a checked RunConfig from Hydra's composed config, from a run directory, or from another RunConfig."""
 
 from __future__ import annotations
 
@@ -24,16 +24,17 @@ log = logging.getLogger(__name__)
 
 
 def load(cfg: DictConfig) -> RunConfig:
-    """A checked RunConfig from Hydra's composed config. Raises ConfigError with every broken rule in one
-    message."""
+    """Returns a checked RunConfig from Hydra's composed config.
+
+    Raises ConfigError with every broken rule in one message.
+    """
     plain = OmegaConf.create(OmegaConf.to_container(cfg, resolve=False))
     for name in [n for n, env in plain.env.items() if OmegaConf.is_missing(env, "config_path")]:
-        # an experiment may set keys of an environment that env=[…] leaves out
+        # An experiment may set keys of an environment that env=[…] leaves out.
         log.info("env.%s is not selected by env=[…]: its settings are not used", name)
         del plain.env[name]
     try:
-        # Hydra's `+key=value` may have added what the schema does not know: merge into the bare schema to see
-        # it.
+        # Hydra's `+key=value` may have added unknown keys. Merging into the bare schema reports them.
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), plain))
     except OmegaConfBaseException as error:
         raise ConfigError(explain_error(error)) from None
@@ -45,8 +46,10 @@ def load(cfg: DictConfig) -> RunConfig:
 
 
 def with_values(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
-    """The same configuration with other values at some keys, e.g. `{"trainer.learning_rate": 1e-5}`. Raises
-    ConfigError as `load` does."""
+    """Returns a copy of `config` with other values at some keys, e.g. `{"trainer.learning_rate": 1e-5}`.
+
+    Raises ConfigError with every rule that the new configuration breaks.
+    """
     cfg = OmegaConf.create(dataclasses.asdict(config))
     for key, value in values.items():
         OmegaConf.update(cfg, key, value)
@@ -54,20 +57,23 @@ def with_values(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
 
 
 def to_yaml(config: RunConfig) -> str:
-    """The whole configuration, as `from_yaml` reads it."""
+    """Returns the whole configuration as YAML, which `from_yaml` reads back."""
     return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config)))
 
 
 def from_yaml(path: Path) -> RunConfig:
-    """The config a run directory was made with."""
+    """Returns the checked configuration that a run directory was made with. path: its config.yaml."""
     cfg = OmegaConf.load(path)
     assert isinstance(cfg, DictConfig)
     return load(cfg)
 
 
 def resumed(path: Path, resume: str, overrides: Sequence[str] = ()) -> RunConfig:
-    """The config of the run to go on with, marked as resumed. overrides: what was said with resume=…, which
-    may be how far to train. Raises ConfigError."""
+    """Returns the configuration of the run to resume, with `resume` set.
+
+    path: the run's config.yaml. overrides: those on the command line beside resume=…. Raises ConfigError for
+    every override but trainer.max_steps.
+    """
     config = from_yaml(path)
     for override in (override.lstrip("+") for override in overrides):
         key = override.partition("=")[0]
@@ -75,14 +81,17 @@ def resumed(path: Path, resume: str, overrides: Sequence[str] = ()) -> RunConfig
             config = with_values(config, {key: OmegaConf.select(OmegaConf.from_dotlist([override]), key)})
         elif key != "resume":
             raise ConfigError(
-                f"{key} must be left out with resume=…, as a run keeps its configuration; trainer.max_steps "
-                "alone may be said, to train it longer"
+                f"{key} must be left out with resume=…, as a run keeps its configuration; only "
+                "trainer.max_steps may be set, to train it longer"
             )
     return dataclasses.replace(config, resume=resume)
 
 
 def problems_of_values(config: RunConfig) -> Iterator[str]:
-    """What a search may try and no run may have: each key's values, one after the other."""
+    """Yields a problem for each key of `search.params` that has a value which no run may have.
+
+    Each key is checked alone: at both ends of its range, or with each of its choices.
+    """
     plain = dataclasses.replace(config, search=SearchConfig())
     for key, space in flat(config.search.params).items():
         for value in ends(space):

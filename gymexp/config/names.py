@@ -1,11 +1,11 @@
-"""What a key that is not known was meant to be: the nearest one, or what others call the same thing."""
+"""Suggestions for an unknown key: the nearest known key, or the key that other programs call by that name."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
 
-_MEANT = {
+_ALIASES_OF = {
     "trainer.learning_rate": "lr",
     "trainer.per_device_train_batch_size": (
         "bs batch_size train_batch_size per_device_batch_size micro_batch_size mini_batch_size"
@@ -38,24 +38,27 @@ _MEANT = {
     "name": "run_name exp_name experiment_name",
     "output_dir": "out out_dir outdir outputs save_dir log_dir",
 }
-ALIASES = {alias: key for key, aliases in _MEANT.items() for alias in aliases.split()}
+ALIASES = {alias: key for key, aliases in _ALIASES_OF.items() for alias in aliases.split()}
 
 
 def nearest(name: str, known: Sequence[str], prefix: str = "") -> str:
-    """`; did you mean …?`, or nothing."""
+    """Returns `; did you mean …?` with the known name nearest to `name`, or "" if none is near."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"; did you mean {prefix}{close[0]}?" if close else ""
 
 
-def meant(name: str, known: Sequence[str], prefix: str = "", everywhere: Iterable[str] = ()) -> str:
-    """As `nearest`, of a key. known: what may stand in the name's place, below prefix. everywhere: whole
-    keys, of which one is meant that ends alike where nothing known is near."""
+def suggestion(name: str, known: Sequence[str], prefix: str = "", everywhere: Iterable[str] = ()) -> str:
+    """Returns `; did you mean …?` with the key that an unknown part of a key may stand for, or "".
+
+    name: the unknown part. known: the names that are valid below `prefix`. everywhere: whole keys; if no name
+    of `known` is near, a key with the same or a similar last part is suggested.
+    """
     if difflib.get_close_matches(name, known, n=1, cutoff=0.75):
         return nearest(name, known, prefix)
     ends = {key.rpartition(".")[2]: key for key in everywhere}
     if key := ALIASES.get(name) or ends.get(name):
         return f"; did you mean {key.replace('env.<name>.', prefix) if prefix.startswith('env.') else key}?"
-    if said := nearest(name, known, prefix):
-        return said
+    if text := nearest(name, known, prefix):
+        return text
     close = difflib.get_close_matches(name, list(ends), n=1, cutoff=0.75)
     return f"; did you mean {ends[close[0]]}?" if close else ""

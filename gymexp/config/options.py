@@ -1,4 +1,4 @@
-"""The folder of the configuration's files, and the options that it has for a group."""
+"""The folder of the configuration's YAML files, and the options of its groups."""
 
 from __future__ import annotations
 
@@ -11,5 +11,5 @@ CONF_DIR = next(d for d in (_PACKAGE.parent / "conf", _PACKAGE / "conf") if (d /
 
 
 def options(group: str) -> list[str]:
-    """The names of a config group's options, e.g. `options("env")`."""
+    """Returns the sorted names of a config group's options, e.g. `options("env")`."""
     return sorted(p.stem for p in (CONF_DIR / group).glob("*.yaml"))

@@ -1,4 +1,7 @@
-"""Secrets by their names and looks: refused where a run would write them down, blackened in others' text."""
+"""Finds secrets by a key's name or a value's form, and removes them from text.
+
+A secret in a configuration is refused, as run directories keep the configuration.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +17,11 @@ _TOKENS = (
 _NAME = rf"(?:\w*_)?(?:{_WORDS}|{_TOKENS})"
 _NAMES = re.compile(_NAME, re.IGNORECASE)
 _VARIABLES = re.compile(r"\w*(?:TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS?)", re.IGNORECASE)
-_LEAST = 8  # characters of a variable's value: shorter ones are words that stand anywhere
+_MIN_LENGTH = 8  # of a variable's value, in characters: a shorter one may be a word of ordinary text
 _HIDDEN = "***"
-# Each with the secret as its only group.
-_LOOKS = (
-    re.compile(r"\b\w[\w+.-]*://[^\s/@:'\"]*:([^\s/@'\"]+)@"),  # a URL's
+# The secret is the only group of each pattern.
+_PATTERNS = (
+    re.compile(r"\b\w[\w+.-]*://[^\s/@:'\"]*:([^\s/@'\"]+)@"),  # a password in a URL
     re.compile(rf"\b{_NAME}['\"]?\s*[=:]\s*['\"]?(\S.{{3,}})", re.IGNORECASE),
     re.compile(r"\b(hf_[A-Za-z0-9]{20,})"),
     re.compile(r"\b(sk-[A-Za-z0-9_-]{20,})"),
@@ -31,7 +34,7 @@ _LOOKS = (
 
 
 def secrets_at(at: str, value: Any) -> Iterator[str]:
-    """The keys at or below `at` that hold one, by the key's name or the value's look."""
+    """Yields the keys at or below `at` that contain a secret, by the key's name or the value's form."""
     if isinstance(value, Mapping):
         for name, inner in value.items():
             yield from secrets_at(f"{at}.{name}" if at else str(name), inner)
@@ -41,34 +44,34 @@ def secrets_at(at: str, value: Any) -> Iterator[str]:
     elif isinstance(value, str) and value:
         name = at.rpartition(".")[2].replace("-", "_")
         if _NAMES.fullmatch(name) or any(
-            _is_secret(found) for look in _LOOKS for found in look.findall(value)
+            _is_secret(text) for pattern in _PATTERNS for text in pattern.findall(value)
         ):
             yield at
 
 
 def in_override(override: str) -> str | None:
-    """The key of a `key=value` of the command line that holds a secret; None where none does."""
+    """Returns the key of the override `key=value` that contains a secret, or None."""
     key, _, value = override.lstrip("+~-").partition("=")
     return next(secrets_at(key, value.strip("'\"")), None)
 
 
 def without_secrets(text: str, environ: Mapping[str, str] = os.environ) -> str:
-    """The text with *** for what looks like one, and for each that a variable of the environment holds."""
-    known = {v for name, v in environ.items() if _VARIABLES.fullmatch(name) and len(v) >= _LEAST}
+    """Replaces by *** each part of the text that looks like a secret or is one in an environment variable."""
+    known = {v for name, v in environ.items() if _VARIABLES.fullmatch(name) and len(v) >= _MIN_LENGTH}
     for secret in sorted(known, key=len, reverse=True):
         text = text.replace(secret, _HIDDEN)
-    for look in _LOOKS:
-        text = look.sub(_hide, text)
+    for pattern in _PATTERNS:
+        text = pattern.sub(_hide, text)
     return text
 
 
-def _hide(found: re.Match[str]) -> str:
-    if not _is_secret(found[1]):
-        return found[0]
-    start, end = found.start(1) - found.start(), found.end(1) - found.start()
-    return found[0][:start] + _HIDDEN + found[0][end:]
+def _hide(match: re.Match[str]) -> str:
+    if not _is_secret(match[1]):
+        return match[0]
+    start, end = match.start(1) - match.start(), match.end(1) - match.start()
+    return match[0][:start] + _HIDDEN + match[0][end:]
 
 
 def _is_secret(value: str) -> bool:
-    """Not a variable's name, a call or an interpolation that gives one (`$TOKEN`, `os.environ[…]`)."""
+    """Returns False for a variable, a call or an interpolation (`$TOKEN`, `os.environ[…]`), else True."""
     return not re.match(r"\$|os\.|\*\*\*|(?:null|none|true|false|str|self|None)\b|[\w.]+[(\[]", value)

@@ -1,4 +1,4 @@
-"""What a configuration must satisfy beyond its types. Nothing is imported or asked for it."""
+"""The rules of a configuration beyond its types. They need no heavy import and no request to a server."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _positive(key: str, value: float | None) -> Iterator[str]:
 
 
 def not_finite(at: str, value: Any) -> Iterator[str]:
-    """Keys at or below `at` whose number is nan or infinite: no key means anything by that."""
+    """Yields a problem for each key at or below `at` whose number is nan or infinite; no key allows these."""
     if isinstance(value, float) and not math.isfinite(value):
         yield f"{at} must be a finite number, got {value!r}"
     elif isinstance(value, dict):
@@ -53,17 +53,17 @@ def not_finite(at: str, value: Any) -> Iterator[str]:
 
 
 def problems_of(config: RunConfig) -> Iterator[str]:
-    """Every rule that the configuration breaks, said with key, rule and value."""
-    if endless := list(not_finite("", dataclasses.asdict(config))):
-        yield from endless
-        return  # other rules compare these numbers
+    """Yields a line for each rule that the configuration breaks, with key, rule and value."""
+    if problems := list(not_finite("", dataclasses.asdict(config))):
+        yield from problems
+        return  # the other rules compare these numbers
     if secrets := list(secrets_at("", dataclasses.asdict(config))):
         for key in secrets:
             yield (
                 f"{key} must hold no secret, as run directories keep the configuration: leave it out, and "
                 "set the variable of the environment that the program reads (HF_TOKEN, WANDB_API_KEY, …)"
             )
-        return  # other rules show what they complain of
+        return  # the messages of the other rules show values, and so might show a secret
     yield from _seed_problems(config)
     if not config.env:
         known = ", ".join(options("env"))
@@ -132,18 +132,24 @@ def problems_of(config: RunConfig) -> Iterator[str]:
 
 
 def _seed_problems(config: RunConfig) -> Iterator[str]:
-    """numpy, which transformers and Optuna seed, takes 32 bits. A trial adds its number to search.seed."""
+    """Checks the seeds. transformers and Optuna seed numpy, which takes 32 bits.
+
+    A trial adds its number to search.seed.
+    """
     if not 0 <= config.seed < 2**32:
         yield f"seed must be between 0 and 2**32 - 1, got {config.seed!r}"
     if not 0 <= config.search.seed <= 2**32 - max(1, config.search.num_trials):
         yield (
-            "search.seed must be between 0 and 2**32 - 1, and so with search.num_trials added, got "
+            "search.seed must be between 0 and 2**32 - 1, also with search.num_trials added, got "
             f"{config.search.seed!r}"
         )
 
 
 def _distribution_problems(evaluation: EvaluationConfig) -> Iterator[str]:
-    """What vLLM does as asked: below a temperature of 0.01 it samples at 0.01, and it takes none above 2."""
+    """Allows only values that vLLM obeys.
+
+    vLLM samples at a temperature of 0.01 for a lower one (0 is greedy), and refuses a temperature above 2.
+    """
     temperature = evaluation.temperature
     if temperature is not None and temperature != 0 and not 0.01 <= temperature <= 2:
         yield (
@@ -188,7 +194,7 @@ def _placement_problems(config: RunConfig) -> Iterator[str]:
     if engine.colocate:
         yield f"engine.colocate must be false with {several}: a node samples or trains"
     if engine.weights == "ipc":
-        yield f"engine.weights must be auto, nccl or disk with {several} (IPC is a GPU's own), got 'ipc'"
+        yield f"engine.weights must be auto, nccl or disk with {several} (IPC serves a single GPU), got 'ipc'"
     if config.gym.runtime != "managed":
         yield (
             f"gym.runtime must be managed with {several}, so that other nodes reach its servers, got "
@@ -240,7 +246,7 @@ def _search_problems(config: RunConfig) -> Iterator[str]:
     yield from problems_of_space(search.params)
     if search.num_trials and search.trial is None:
         yield (
-            "search.trial must be swept with search.num_trials: say it in a sweep file, as "
+            "search.trial must be swept with search.num_trials: set it in a sweep file, as "
             "sweeps/search_lr.yaml does (hydra.sweeper.params), got None"
         )
     if search.trial is None:
@@ -284,7 +290,7 @@ def _sharding_problems(trainer: dict[str, Any]) -> Iterator[str]:
         return
     version = fsdp.get("version", fsdp.get("fsdp_version", 2))
     if str(version) != "2":
-        yield f"trainer.fsdp_config.version must be 2, got {version!r}: transformers gives the first one up"
+        yield f"trainer.fsdp_config.version must be 2, got {version!r}: transformers drops version 1"
     checkpointing = value_of(trainer, "gradient_checkpointing")
     if fsdp.get("activation_checkpointing") and checkpointing:
         yield (
@@ -302,7 +308,7 @@ def _may_name_modules(value: Any) -> bool:
         return False
 
 
-# Flags of `vllm serve` that other keys set, or that the token contract rests on.
+# Flags of `vllm serve` that other keys set (the value names the key), or that token exactness depends on.
 _VLLM_OWNED = {
     "model": "model.path",
     "revision": "model.revision",
@@ -332,13 +338,13 @@ def _engine_problems(engine: EngineConfig) -> Iterator[str]:
             yield f"engine.args.{name} is set by gymexp" + (f": use {instead} instead" if instead else "")
     for url in engine.urls:
         if not url.startswith(("http://", "https://")):
-            yield f"engine.urls must hold addresses like http://127.0.0.1:8000, got {url!r}"
+            yield f"engine.urls must be addresses like http://127.0.0.1:8000, got {url!r}"
     if engine.urls and engine.kind == "hf":
         yield f"engine.urls is for engine=vllm, got engine.kind='hf' and {engine.urls}"
     if engine.colocate and (engine.urls or engine.kind == "hf"):
         yield "engine.colocate=true is for vLLM that gymexp starts: leave out engine.urls and engine=hf"
     if engine.colocate and engine.weights == "nccl":
-        yield "engine.weights must be ipc or disk with engine.colocate=true (NCCL has no two ranks on a GPU)"
+        yield "engine.weights must be ipc or disk with engine.colocate=true (NCCL allows one rank a GPU)"
 
 
 def _data_problems(at: str, data: DataConfig) -> Iterator[str]:
@@ -363,5 +369,5 @@ def _data_problems(at: str, data: DataConfig) -> Iterator[str]:
         value = getattr(data, key)
         if value is not None and value < 1:
             yield f"{at}.{key} must be >= 1, got {value!r}"
-    for key in ("train_seed", "validation_seed"):  # Python's Random makes the same of seed and -seed
+    for key in ("train_seed", "validation_seed"):  # Python's Random draws the same for seed and -seed
         yield from _at_least(f"{at}.{key}", getattr(data, key), 0)

@@ -1,8 +1,9 @@
-"""The schema of a run: dataclasses that carry types, defaults and meaning; `conf/` only says what differs.
+"""The schema of a run: dataclasses with the type, default and meaning of each key.
 
-`load(cfg)` turns Hydra's composed config into a checked `RunConfig`. Nothing here imports torch, transformers
-or TRL, so that a mistake is answered in about a second. `trainer.*` is TRL's own and is checked against
-`trl.GRPOConfig` by `gymexp.training.arguments`, before anything starts.
+`conf/` contains only values that differ from these defaults. `config.load.load(cfg)` turns Hydra's composed
+config into a checked `RunConfig`. This module does not import torch, transformers or TRL, so that a mistake
+is answered in about a second. `trainer.*` is TRL's own: `gymexp.training.arguments` checks it against
+`trl.GRPOConfig` before anything starts.
 """
 
 from __future__ import annotations
@@ -15,172 +16,182 @@ from omegaconf import MISSING
 
 @dataclass
 class LoraConfig:
-    """An adapter that is trained in place of the model's own weights. Names are those of peft.LoraConfig."""
+    """An adapter that is trained in place of the model's own weights. The names are peft.LoraConfig's."""
 
-    r: int | None = None  # rank; None: no adapter, all weights are trained
-    lora_alpha: int = 32  # the adapter's output counts lora_alpha / r times
-    lora_dropout: float = (
-        0.0  # the engine samples without it: above 0 the ratios of trainer to engine are noisy
-    )
-    target_modules: Any = "all-linear"  # all but the output head; or names, e.g. [q_proj,v_proj]; or a regex
+    r: int | None = None  # rank of the adapter; None: no adapter, all weights are trained
+    lora_alpha: int = 32  # the adapter's output is scaled by lora_alpha / r
+    # dropout of the adapter; the engine samples without it, so a value above 0 makes the ratios of trainer to
+    # engine noisy
+    lora_dropout: float = 0.0
+    # all-linear: all linear layers but the output head; or a list of names, e.g. [q_proj,v_proj]; or a regex
+    target_modules: Any = "all-linear"
 
 
 @dataclass
 class ModelConfig:
     """The policy: any transformers causal language model whose tokenizer has a chat template."""
 
-    name: str = MISSING  # how reports and run directories call it
-    path: str = MISSING  # a hub id, or a directory; relative directories are seen from the project's root
-    revision: str | None = None  # of a hub id: branch, tag or commit; None: main. A run keeps to its commit
-    dtype: str = "bfloat16"  # of the arithmetic and of what the engine holds: float32, bfloat16 or float16
-    # how transformers computes attention: any implementation that can train
+    name: str = MISSING  # the model's name in reports and run directories
+    path: str = MISSING  # a hub id, or a directory; a relative directory starts at the project's root
+    # branch, tag or commit of a hub id; None: main; a run stays on the commit that it began with
+    revision: str | None = None
+    # float32, bfloat16 or float16: the type of the trainer's arithmetic and of the engine's weights
+    dtype: str = "bfloat16"
+    # how transformers computes attention: any implementation that supports training
     attn_implementation: str = "sdpa"
-    max_model_len: int = 4096  # tokens of prompt and generation together, over all turns of a rollout
-    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)  # e.g. {enable_thinking: false}
+    max_model_len: int = 4096  # limit on the tokens of a rollout: prompt and generations of all turns
+    # variables of the chat template, e.g. {enable_thinking: false}
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     lora: LoraConfig = field(default_factory=LoraConfig)
 
 
 @dataclass
 class DataConfig:
-    """Where an environment's tasks come from. `train_size` and `validation_size` are upper limits but for
-    `generate`."""
+    """Where an environment's tasks come from. `train_size` and `validation_size` are exact numbers with
+    `source=generate`, and upper limits with the other sources."""
 
     source: str = MISSING  # generate, huggingface or jsonl
-    generator: str | None = None  # reasoning_gym or workplace: what `source=generate` runs
-    options: dict[str, Any] = field(default_factory=dict)  # the generator's own: task, difficulty
-    repo_id: str | None = None  # the Hugging Face dataset that `source=huggingface` downloads
-    revision: str = "main"  # of the dataset: branch, tag or commit
-    train_file: str | None = None  # in the dataset, or the user's own file with `source=jsonl`
-    validation_file: str | None = None  # the held-out tasks, as `train_file`
-    train_size: int | None = None  # training tasks; None: all of the file
-    train_seed: int = 42  # of the generator: reasoning_gym's training tasks, all tasks of workplace
-    validation_size: int | None = None  # held-out tasks; None: all of the file
-    validation_seed: int = 24  # of the generator: reasoning_gym's held-out tasks
+    generator: str | None = None  # source=generate: the generator, reasoning_gym or workplace
+    options: dict[str, Any] = field(default_factory=dict)  # options of the generator, e.g. task, difficulty
+    repo_id: str | None = None  # source=huggingface: the dataset to download
+    revision: str = "main"  # source=huggingface: branch, tag or commit of the dataset
+    train_file: str | None = None  # file of training tasks: in the dataset, or on disk with `source=jsonl`
+    validation_file: str | None = None  # file of held-out tasks: in the dataset, or on disk
+    train_size: int | None = None  # number of training tasks; None: all tasks of the file
+    train_seed: int = 42  # generator seed of reasoning_gym's training tasks, and of all tasks of workplace
+    validation_size: int | None = None  # number of held-out tasks; None: all tasks of the file
+    validation_seed: int = 24  # generator seed of reasoning_gym's held-out tasks
 
 
 @dataclass
 class EnvConfig:
-    """One environment: a NeMo Gym agent with its resources server, as one of NeMo Gym's own YAML files has
-    them."""
+    """One environment: a NeMo Gym agent with its resources server, defined by a YAML file of NeMo Gym's."""
 
-    config_path: str = MISSING  # NeMo Gym's YAML, as its `config_paths` takes it
-    agent: str = MISSING  # the agent's name in that file: what a row's agent_ref says
-    max_steps: int | None = None  # model turns in one rollout; None leaves the agent's own
+    config_path: str = MISSING  # NeMo Gym's YAML file, in the form that NeMo Gym's `config_paths` accepts
+    agent: str = MISSING  # the agent's name in the YAML file, which a row names in agent_ref
+    max_steps: int | None = None  # limit on the model turns of a rollout; None: the agent's own limit
     weight: float = 1.0  # share of the training tasks, relative to the other environments
     replicas: int = 1  # instances of the resources server and of the agent; rollouts are spread over them
-    # Rollouts in flight; None: 64, or fewer where the limit on open files has no room for them.
+    # limit on the rollouts in flight; None: 64, or fewer if the limit on open files requires it
     max_concurrency: int | None = None
-    timeout_s: float = 600.0  # of one rollout, before it counts as failed
-    max_output_tokens: int = 1024  # of one model turn
-    memory_budget_mb: float | None = None  # of a resources server of gym.runtime=managed; above it: restarted
-    success_reward: float = 1.0  # a reward of at least this counts as success
-    # gym.runtime=managed: of a rollout in which a server answers 400 or 422 to what the policy said
+    timeout_s: float = 600.0  # a rollout that takes longer counts as failed
+    max_output_tokens: int = 1024  # limit on the tokens of one model turn
+    # gym.runtime=managed: a resources server that uses more memory is restarted
+    memory_budget_mb: float | None = None
+    success_reward: float = 1.0  # a reward of at least this value counts as success
+    # gym.runtime=managed: the reward of a rollout in which a server answers 400 or 422 to the policy's output
     refused_reward: float = 0.0
     data: DataConfig = field(default_factory=DataConfig)
 
 
 @dataclass
 class DatasetConfig:
-    """How the selected environments' tasks become one training set; every epoch plays it in another order."""
+    """How the selected environments' tasks become one training set. Each epoch plays it in another order."""
 
-    train_size: int | None = None  # of an epoch; None: as many as the weights allow without repeating one
-    validation_size: int | None = None  # tasks an environment; None: all
-    order: str = "interleave"  # interleave: every batch holds each environment in proportion; shuffle
-    seed: int = 0  # of the order of the tasks, in every epoch
+    # tasks in an epoch; None: as many as the weights allow without repeating a task
+    train_size: int | None = None
+    validation_size: int | None = None  # held-out tasks of each environment; None: all
+    # interleave: every batch contains the environments in proportion to their weights; or shuffle
+    order: str = "interleave"
+    seed: int = 0  # seed of the order of the tasks, in every epoch
 
 
 @dataclass
 class EngineConfig:
-    """What samples tokens for the policy."""
+    """The engine, which samples tokens from the policy."""
 
-    kind: str = "auto"  # vllm: `vllm serve`; hf: in the trainer's process; auto: vllm where it and a GPU are
+    # vllm: `vllm serve`; hf: transformers in the trainer's process; auto: vllm if vLLM and a GPU are present
+    kind: str = "auto"
     max_batch_size: int = 64  # hf: rows decoded at once
-    python: str | None = None  # vllm: an interpreter that has it; None: this one
+    python: str | None = None  # vllm: the Python interpreter that has vLLM; None: the running one
     tensor_parallel_size: int = 1  # vllm: GPUs of one replica
     args: dict[str, Any] = field(default_factory=dict)  # vllm: more flags of `vllm serve`, as Python names
-    urls: list[str] = field(default_factory=list)  # vllm: servers that already run, instead of starting any
+    urls: list[str] = field(default_factory=list)  # vllm: addresses of running servers; none is started then
     colocate: bool = False  # vllm: every GPU samples and trains, in turn; a single GPU always does
-    weights: str = (
-        "auto"  # vllm: how weights reach it: nccl, ipc, disk; auto: the fastest that the GPUs allow
-    )
-    start_timeout_s: float = 900.0  # vllm: from start to the first answered health check
+    # vllm: how weights reach the engine: nccl, ipc or disk; auto: the fastest way that the GPUs allow
+    weights: str = "auto"
+    start_timeout_s: float = 900.0  # vllm: limit on the time from start to the first answered health check
 
 
 @dataclass
 class PlacementConfig:
-    """What samples and what trains: of one node's GPUs, in the order of CUDA_VISIBLE_DEVICES, or of a Slurm
-    job's nodes, each as a whole. Sampling comes first; the first node also has NeMo Gym's servers."""
+    """Which hardware samples and which trains: GPUs of one node, in the order of CUDA_VISIBLE_DEVICES, or
+    whole nodes of a Slurm job. Those that sample come first; the first node also runs NeMo Gym's servers."""
 
-    rollout_gpus: int | None = None  # None: half of them; a single one both samples and trains
-    train_gpus: int | None = None  # None: the others
-    rollout_nodes: int | None = None  # None: one node does everything
-    train_nodes: int = 1  # beside the rollout nodes
+    rollout_gpus: int | None = None  # GPUs that sample; None: half of them; a single GPU samples and trains
+    train_gpus: int | None = None  # GPUs that train; None: all others
+    rollout_nodes: int | None = None  # nodes that sample; None: one node does everything
+    train_nodes: int = 1  # nodes that train, in addition to the rollout nodes
 
 
 @dataclass
 class GymConfig:
     """NeMo Gym's servers."""
 
-    runtime: str = "managed"  # managed: gymexp hosts them; cli: `gym env start`; attach: they already run
-    version: str = "0.4.0"  # of the nemo-gym package that gymexp's own venv has
-    python: str | None = (
-        None  # an interpreter that has nemo_gym already; None: a venv made and kept by gymexp
-    )
+    # managed: gymexp starts the servers; cli: `gym env start` starts them; attach: they already run
+    runtime: str = "managed"
+    version: str = "0.4.0"  # version of the nemo-gym package in gymexp's own venv
+    # a Python interpreter that already has nemo_gym; None: gymexp makes and keeps a venv
+    python: str | None = None
     checkout: str | None = None  # runtime=cli: the user's own NeMo Gym checkout (with its .venv)
-    head_host: str = "127.0.0.1"  # runtime=attach: where the running head server is
+    head_host: str = "127.0.0.1"  # runtime=attach: the host of the running head server
     head_port: int = 11000  # runtime=attach: the port of the running head server
-    policy_port: int | None = None  # runtime=attach: the port those servers expect the policy endpoint on
+    policy_port: int | None = None  # runtime=attach: the port at which the servers expect the policy endpoint
     model_servers: int = 1  # instances of NeMo Gym's model server
-    start_timeout_s: float = 180.0  # from start to the first answered health check, of each server
-    health_interval_s: float = 5.0  # between two health checks of a server
-    health_timeout_s: float = (
-        60.0  # a server that answers no health check for so long is killed and restarted
-    )
-    max_restarts: int = 5  # of one server; beyond it the run ends
+    # limit on the time from the start of a server to its first answered health check
+    start_timeout_s: float = 180.0
+    health_interval_s: float = 5.0  # time between two health checks of a server
+    # a server that answers no health check for this time is killed and restarted
+    health_timeout_s: float = 60.0
+    max_restarts: int = 5  # restarts of one server; one more failure ends the run
 
 
 @dataclass
 class RolloutConfig:
     """From tasks to outcomes."""
 
-    max_retries: int = 2  # of one rollout that failed
-    max_failed_share: float = 0.2  # of one batch; above it the run ends
-    truncated: str = "scored"  # scored: trained on with the environment's reward; masked: no gradient
+    max_retries: int = 2  # retries of a rollout that failed
+    max_failed_share: float = 0.2  # the run ends if a larger share of a batch's rollouts fails
+    # scored: truncated rollouts train with the environment's reward; masked: they give no gradient
+    truncated: str = "scored"
     drift_every: int = 20  # optimizer steps between two checks of log-probabilities and draws
-    # mean absolute difference of the trainer's and the engine's log-probabilities (nats), in any environment,
-    # that ends the run; None: 0.001 in float32, 0.02 in bfloat16 and float16
+    # bound on the mean absolute difference of the trainer's and the engine's log-probabilities (nats); the
+    # run ends if any environment exceeds it; None: 0.001 in float32, 0.02 in bfloat16 and float16
     max_drift: float | None = None
 
 
 @dataclass
 class EvaluationConfig:
-    """Held-out tasks played with the policy as it is. Tokens may be drawn from another distribution than in
-    training; the words are vLLM's."""
+    """Evaluation: the current policy plays the held-out tasks. Tokens may be drawn from another distribution
+    than in training; the names of these keys are vLLM's."""
 
-    every_steps: int = 0  # 0: only before and after training
+    every_steps: int = 0  # optimizer steps between two evaluations; 0: only before and after training
     before: bool = True  # play the held-out tasks before training
     after: bool = True  # play the held-out tasks after training
-    temperature: float | None = None  # None: as in training; 0: the likeliest token, every time
-    top_p: float = 1.0  # of the likeliest tokens, those that hold this share of the probability
-    top_k: int = 0  # the likeliest tokens, this many; 0: all
-    min_p: float = 0.0  # tokens at least this times as probable as the likeliest one
-    repetition_penalty: float = 1.0  # above 1, tokens of the prompt and of what was sampled are less likely
-    num_tasks: int | None = None  # an environment; None: all
+    temperature: float | None = None  # None: as in training; 0: always the likeliest token
+    top_p: float = 1.0  # draw from the likeliest tokens that together have this share of the probability
+    top_k: int = 0  # draw from this number of the likeliest tokens; 0: from all
+    min_p: float = 0.0  # draw from tokens at least this fraction as probable as the likeliest token
+    # a value above 1 makes tokens less likely that the prompt or the generation already contains
+    repetition_penalty: float = 1.0
+    num_tasks: int | None = None  # held-out tasks played of each environment; None: all
 
 
 @dataclass
 class CheckpointConfig:
-    """Which checkpoints stay. `trainer.save_steps` says when one is written; once it is whole, those that
-    none of these keys keeps are deleted. The newest always stays: a run goes on from it."""
+    """Which checkpoints are kept. `trainer.save_steps` sets when a checkpoint is written. Once it is
+    complete, gymexp deletes the checkpoints that none of these keys keeps. The newest is always kept, as a
+    resumed run starts from it."""
 
-    keep_last: int | None = None  # the newest so many; None: all
-    keep_best: int = 0  # and so many with the highest held-out reward, the mean over environments
-    keep_every: int | None = None  # and those of every so many steps
+    keep_last: int | None = None  # number of newest checkpoints to keep; None: all
+    # number of checkpoints to keep in addition, by the highest held-out reward (the mean over environments)
+    keep_best: int = 0
+    keep_every: int | None = None  # keep in addition each checkpoint whose step is a multiple of this number
 
 
 @dataclass
 class TrackerConfig:
-    """Where metrics go besides `metrics.jsonl`."""
+    """Where metrics are logged in addition to `metrics.jsonl`."""
 
     kind: str = "none"  # none, wandb, trackio or tensorboard
     project: str = "gymexp"  # the project's name at the tracker
@@ -189,50 +200,53 @@ class TrackerConfig:
 
 @dataclass
 class LauncherConfig:
-    """The Slurm job of a run (launcher=slurm); the words are sbatch's. Further flags of sbatch:
+    """The Slurm job of a run (launcher=slurm). The names are sbatch's. Further flags of sbatch are set by
     `hydra.launcher.additional_parameters.<flag>=…`."""
 
-    partition: str | None = None  # None: Slurm's default
-    account: str | None = None  # whom the hours are booked to; None: Slurm's default
+    partition: str | None = None  # partition of the job; None: Slurm's default
+    account: str | None = None  # account that the job is charged to; None: Slurm's default
     qos: str | None = None  # quality of service; None: Slurm's default
-    time: str = "1-00:00:00"  # minutes, or as sbatch takes it; at its end the run saves, waits, and goes on
-    signal_s: int = 120  # before the end of `time` the run is told to save
-    gpus: int | None = None  # of each node
-    cpus: int | None = None  # of each node
-    mem: str | None = None  # of each node, e.g. 200G
+    # time limit, in minutes or in a format of sbatch's; at the limit the run saves a checkpoint, its job
+    # waits in the queue again, and the run goes on
+    time: str = "1-00:00:00"
+    signal_s: int = 120  # seconds before the time limit at which Slurm signals the run to save
+    gpus: int | None = None  # GPUs on each node
+    cpus: int | None = None  # CPU cores on each node
+    mem: str | None = None  # memory on each node, e.g. 200G
     array_parallelism: int = 256  # jobs of a sweep that run at once
-    container: str | None = None  # an image, for Slurm with pyxis (srun --container-image)
-    container_mounts: list[str] = field(default_factory=list)  # besides what the run itself needs
-    mail: str | None = None  # an address that is told of each job's end
+    container: str | None = None  # container image, for Slurm with pyxis (srun --container-image)
+    container_mounts: list[str] = field(default_factory=list)  # mounts beside those that the run needs
+    mail: str | None = None  # an address that gets a mail when a job ends
     setup: list[str] = field(default_factory=list)  # shell commands before the run, e.g. module load cuda
-    dry_run: bool = False  # print what would be submitted, submit nothing
+    dry_run: bool = False  # print what would be submitted, and submit nothing
 
 
 @dataclass
 class SearchConfig:
-    """A study (Optuna) that a sweep's jobs share: each is a trial, whose values the study gives it at its
-    start. See sweeps/search_lr.yaml."""
+    """An Optuna study that the jobs of a sweep share. Each job is a trial and gets its values from the study
+    when it starts. Example: sweeps/search_lr.yaml."""
 
-    num_trials: int = 0  # jobs of the sweep
-    trial: int | None = None  # which of them a job is: swept by `search.trial: range(${search.num_trials})`
-    params: dict[str, Any] = field(
-        default_factory=dict
-    )  # the keys to search, as in the configuration: each a list of choices, or {low, high, log, step}
-    metric: str = "reward"  # held-out: of one environment (sudoku/success), or the mean over all that have it
-    direction: str = "maximize"  # or minimize
-    seed: int = 0  # of the sampler
-    prune: bool = False  # end a trial that is worse than the finished trials' median at its step
-    startup_trials: int = 4  # prune: so many trials come to their end first
-    warmup_steps: int = 0  # prune: steps of a trial before it is judged
+    num_trials: int = 0  # number of trials, which is the number of the sweep's jobs
+    # number of a job's trial; a sweep file sets it by `search.trial: range(${search.num_trials})`
+    trial: int | None = None
+    # the keys to search, nested as in the configuration; each is a list of choices or {low, high, log, step}
+    params: dict[str, Any] = field(default_factory=dict)
+    # held-out metric to optimize: of one environment (sudoku/success), or the mean over all that have it
+    metric: str = "reward"
+    direction: str = "maximize"  # maximize or minimize
+    seed: int = 0  # seed of Optuna's sampler
+    prune: bool = False  # end a trial that is worse than the median of the finished trials at the same step
+    startup_trials: int = 4  # prune: number of trials that must finish before any is pruned
+    warmup_steps: int = 0  # prune: steps before a trial can be pruned
 
 
 @dataclass
 class RunConfig:
     """One run. `trainer` is passed to `trl.GRPOConfig`, whose constructor is its schema."""
 
-    name: str = "${model.name}"  # the experiment: outputs/<name>/<date_time>
-    seed: int = 0  # of the rollouts' draws and of the trainer
-    resume: str | None = None  # a run directory to go on with
+    name: str = "${model.name}"  # the experiment's name, a part of outputs/<name>/<date_time>
+    seed: int = 0  # seed of the rollouts' draws and of the trainer
+    resume: str | None = None  # the directory of a run to resume, or latest
     output_dir: str | None = None  # the run directory; None: outputs/<name>/<date_time>
     model: ModelConfig = field(default_factory=ModelConfig)
     env: dict[str, EnvConfig] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""What a search may try: `search.params` as keys with their ranges and choices. Pure."""
+"""The space of a search: the keys of `search.params` with their ranges and choices. Pure functions."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ _RANGE = ("low", "high", "log", "step")
 
 
 def flat(params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`{"trainer.learning_rate": {"low": …}}` from the tree of keys that the configuration has."""
-    found: dict[str, Any] = {}
+    """Flattens the tree of `search.params` into dotted keys: `{"trainer.learning_rate": {"low": …}}`."""
+    spaces: dict[str, Any] = {}
     for name, value in params.items():
         if isinstance(value, Mapping) and not ({"low", "high"} & value.keys()):
-            found |= flat(value, f"{prefix}{name}.")
+            spaces |= flat(value, f"{prefix}{name}.")
         else:
-            found[prefix + name] = value
-    return found
+            spaces[prefix + name] = value
+    return spaces
 
 
 def ends(space: Any) -> list[Any]:
-    """The values that show whether a key may have those of its space: a range's ends, every choice."""
+    """Returns the values to check of a key's space: both ends of a range, or every choice."""
     return [space["low"], space["high"]] if isinstance(space, Mapping) else list(space)
 
 
 def problems_of_space(params: Mapping[str, Any]) -> Iterator[str]:
-    """What is wrong with `search.params`, a line each."""
+    """Yields a line for each mistake in `search.params`."""
     for key, space in flat(params).items():
         at = f"search.params.{key}"
         if isinstance(space, list):
@@ -34,7 +34,7 @@ def problems_of_space(params: Mapping[str, Any]) -> Iterator[str]:
         elif not isinstance(space, Mapping):
             yield f"{at} must be a list of choices, or {{low: …, high: …}}, got {space!r}"
         elif unknown := sorted(set(space) - set(_RANGE)):
-            yield f"{at} has keys that a range has not: {', '.join(unknown)}. It has {', '.join(_RANGE)}"
+            yield f"{at} has keys that no range has: {', '.join(unknown)}. A range has {', '.join(_RANGE)}"
         else:
             yield from _range_problems(at, space)
 

@@ -1,7 +1,7 @@
-"""Time in which this process ran.
+"""A clock that counts only the time in which this process ran.
 
-A process that is stopped and continued (Ctrl-Z and fg, a suspended job, a stalled machine) finds all of its
-deadlines passed at once, though those that it waits for had no time to answer, or answered long ago.
+A process that is stopped and continued (Ctrl-Z and fg, a suspended job, a stalled machine) would otherwise
+find all of its deadlines passed at once, although its peers had no time to answer, or answered long ago.
 """
 
 from __future__ import annotations
@@ -22,15 +22,19 @@ _TICK_S = 0.25
 
 
 def this_process() -> dict[str, Any]:
-    """What tells this process from every other, whatever becomes of the clock on the wall: for whoever asks
-    later whether it still runs (`view.run_state.process_lives`)."""
+    """Returns fields that identify this process, even if the wall clock is set meanwhile.
+
+    `record.state.process_lives` uses them to decide whether the process still runs.
+    """
     pid = os.getpid()
     return {"host": socket.gethostname(), "pid": pid, "began": time.time(), "ticks": start_ticks(pid)}
 
 
 def start_ticks(pid: int) -> int | None:
-    """When a process started, in the kernel's ticks since the machine did (proc_pid_stat(5)); None without
-    such a process, or elsewhere than on Linux."""
+    """Returns when a process started, in kernel ticks since the machine's boot (proc_pid_stat(5)).
+
+    Returns None if the process does not exist, or if the system is not Linux.
+    """
     try:
         return int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[19])
     except (OSError, ValueError, IndexError):
@@ -38,7 +42,7 @@ def start_ticks(pid: int) -> int | None:
 
 
 def since_start() -> float:
-    """Seconds since this process started, which no change of the clock makes longer or shorter."""
+    """Returns the seconds since this process started. On Linux they do not depend on the wall clock."""
     if (ticks := start_ticks(os.getpid())) is None:
         return time.time() - psutil.Process().create_time()
     return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
@@ -72,7 +76,7 @@ class RunningClock:
 
 
 async def silence(heard: asyncio.Event, seconds: float) -> None:
-    """Return once `heard` was not set for so many seconds in which this process ran."""
+    """Returns once `heard` was not set for `seconds`, counting only time in which this process ran."""
     clock = RunningClock().start()
     try:
         since = clock.now()
@@ -90,8 +94,11 @@ async def until_silent(
     take: Callable[[dict[str, Any]], object],
     seconds: float,
 ) -> None:
-    """Take what the other end says, until `take` returns True, or the other end hangs up or says nothing for
-    so long. (aiohttp's own heartbeat counts time in which this process was stopped.)"""
+    """Calls `take` with each JSON message of a websocket; awaits its result if that is a coroutine.
+
+    Returns when `take` returns True, when the peer closes the connection, or when the peer sends nothing for
+    `seconds` in which this process ran. aiohttp's own heartbeat would count time in which it was stopped.
+    """
     heard = asyncio.Event()
 
     async def receive() -> None:

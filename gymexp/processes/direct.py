@@ -1,5 +1,7 @@
-"""HTTP among the processes of a run: never by way of a proxy, whatever http_proxy says, which many clusters
-set for the world outside. (aiohttp asks none anyway.)"""
+"""HTTP between the processes of a run without a proxy, even if http_proxy is set.
+
+Many clusters set http_proxy for requests to other networks. aiohttp ignores it anyway.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ _opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 def open_url(request: str | urllib.request.Request, timeout_s: float) -> Any:
-    """As `urllib.request.urlopen`."""
+    """Opens a URL like `urllib.request.urlopen`, but without a proxy."""
     return _opener.open(request, timeout=timeout_s)
 
 
@@ -29,7 +31,10 @@ def fetch_json(url: str, body: bytes | None, timeout_s: float, headers: Mapping[
 
 
 def no_proxy(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """What makes other people's programs do without one on loopback; both names are in use."""
+    """Returns environment variables that keep other programs from using a proxy on loopback.
+
+    Both spellings are set, as some programs read only `no_proxy` and others only `NO_PROXY`.
+    """
     hosts = environ.get("no_proxy") or environ.get("NO_PROXY") or ""
-    told = ",".join(filter(None, [hosts, "127.0.0.1,localhost"]))
-    return {"no_proxy": told, "NO_PROXY": told}
+    value = ",".join(filter(None, [hosts, "127.0.0.1,localhost"]))
+    return {"no_proxy": value, "NO_PROXY": value}

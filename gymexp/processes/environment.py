@@ -1,8 +1,8 @@
-"""What other launchers leave in the environment, and torch, accelerate and DeepSpeed obey unasked.
+"""Removes environment variables of other launchers, which torch, accelerate and DeepSpeed would obey.
 
-A shell in a torchrun or mpirun, or a line in a profile, may set these. A trainer that found them would wait
-for ranks that never come, or compute in another precision than model.dtype says. Each process of a run gets
-an environment without them, in which gymexp sets what it means.
+A shell inside torchrun or mpirun, or a line in a profile, may set such variables. A trainer that inherited
+them would wait for ranks that never start, or compute in another precision than model.dtype. So each process
+of a run gets an environment without them, and gymexp sets those that it needs.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ _LAUNCHERS = re.compile(
     r"|(ACCELERATE|FSDP|PARALLELISM_CONFIG|MEGATRON_LM|DEEPSPEED|SMDATAPARALLEL)_\w+"
     r"|(PMI|PMIX|OMPI|MV2|I_MPI|MPI)_\w+|CROSS_RANK|CROSS_SIZE"
 )
-# Settings among them, which a user may believe to act, with the key that does; the first beginning that fits.
+# Variables that a user may expect to have an effect, and the key to set instead. A name is a prefix of the
+# variable's; the first prefix that matches counts.
 _KEYS = {
     "ACCELERATE_MIXED_PRECISION": "model.dtype",
     "ACCELERATE_DOWNCAST_BF16": "model.dtype",
@@ -36,12 +37,12 @@ _KEYS = {
 
 
 def of_other_launchers(environ: Mapping[str, str] = os.environ) -> list[str]:
-    """The names of such variables, in order."""
+    """Returns the sorted names of the variables in `environ` that belong to other launchers."""
     return sorted(name for name in environ if _LAUNCHERS.fullmatch(name))
 
 
 def remarks(environ: Mapping[str, str] = os.environ) -> Iterator[str]:
-    """What to tell of them: the settings, each with its key, then the others."""
+    """Yields warnings about other launchers' variables: first those that a key replaces, then the rest."""
     others = of_other_launchers(environ)
     keys = {name: next((k for start, k in _KEYS.items() if name.startswith(start)), None) for name in others}
     for name, key in keys.items():
@@ -52,12 +53,12 @@ def remarks(environ: Mapping[str, str] = os.environ) -> Iterator[str]:
 
 
 def without_launchers(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """The environment without such variables."""
+    """Returns a copy of the environment without other launchers' variables."""
     dropped = set(of_other_launchers(environ))
     return {name: value for name, value in environ.items() if name not in dropped}
 
 
 def forget_launchers() -> None:
-    """Take such variables out of this process's own environment; to be called before torch is imported."""
+    """Removes other launchers' variables from this process's environment. Call it before importing torch."""
     for name in of_other_launchers():
         del os.environ[name]

@@ -1,4 +1,4 @@
-"""What a log tells of a process's end: the reason, where there is one, and not what happens to stand last."""
+"""Finds the reason of a process's end in its log: the last exception, which is often not the last line."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ _NUM_LINES = 8
 _WIDTH = 300
 _BEGIN = "Traceback (most recent call last):"
 _FRAME = re.compile(r'\s+File "(?P<file>[^"]+)", line (?P<line>\d+)')
-# A dotted name at the line's beginning: what Python prints of an exception, message or none.
+# A dotted name at the start of a line, as Python prints an exception with or without a message.
 _EXCEPTION = re.compile(r"(?:\w+\.)*[A-Z]\w*(?:: .*)?")
-# Warnings, and what is left of a traceback without its exception.
+# Warnings, and the rest of a traceback whose exception is missing.
 _NOISE = re.compile(r'.*Warning: |\s+File "|\s{4}|Traceback \(')
 _NUM_MORE = 8
 _LINK = "For further information visit "
@@ -22,35 +22,42 @@ _CAUSED = "The above exception was the direct cause of the following exception:"
 
 
 def reason(log: Path, code: int = 1) -> str:
-    """For an error message: the log's last exception and where it was raised, or else its last lines; and
-    which file it is. code: of the process's end; one that a signal ended has raised no exception."""
+    """Returns a text for an error message: the log's last exception with its place, else its last lines.
+
+    The text names the log file. code: the process's exit code. A process that a signal ended (code < 0)
+    raised no exception, so its last lines are shown.
+    """
     text = printable(_tail(log))
-    if code > 0 and (found := last_exception(text)):
-        return f"{found}\nLook into {log}"
+    if code > 0 and (exception := last_exception(text)):
+        return f"{exception}\nLook into {log}"
     lines = [line for line in text.splitlines() if line.strip() and not _NOISE.match(line)]
-    said = "\n".join(f"    {line[:_WIDTH]}" for line in lines[-_NUM_LINES:])
-    return f"The end of {log}:\n{said}" if said else f"{log} is empty"
+    end = "\n".join(f"    {line[:_WIDTH]}" for line in lines[-_NUM_LINES:])
+    return f"The end of {log}:\n{end}" if end else f"{log} is empty"
 
 
 def last_exception(text: str) -> str:
-    """The last exception that Python printed in `text`, with its place, and of one that was raised from
-    another the first; empty without one."""
+    """Returns the last exception that Python printed in `text`, with its place; "" if there is none.
+
+    Of a chain `raise … from …`, it returns the first cause.
+    """
     at = text.rfind(_BEGIN)
     if at < 0:
         return ""
-    found = _exception_at(text, at)
+    exception = _exception_at(text, at)
     before = text[:at].rstrip()
-    while found and before.endswith(_CAUSED):
+    while exception and before.endswith(_CAUSED):
         at = before.rfind(_BEGIN)
         if at < 0 or not (cause := _exception_at(text, at)):
             break
-        found, before = cause, text[:at].rstrip()
-    return found
+        exception, before = cause, text[:at].rstrip()
+    return exception
 
 
 def _exception_at(text: str, at: int) -> str:
-    """Of the traceback that begins at `at`; empty where it is cut short. What a logger puts before each of
-    its lines goes."""
+    """Returns the exception of the traceback that begins at `at`; "" if the traceback is incomplete.
+
+    A prefix that a logger put before each line is removed.
+    """
     begins = text.rfind("\n", 0, at) + 1
     lines = text[begins:].splitlines()[1:]
     width = at - begins
@@ -63,10 +70,11 @@ def _exception_at(text: str, at: int) -> str:
         elif line and not line[0].isspace():
             if not _EXCEPTION.fullmatch(line):
                 return ""
-            more = [one for one in lines[number + 1 :] if one.strip() and _LINK not in one]
-            more = more[:_NUM_MORE] if "validation error" in line else []  # pydantic's: two lines a field
-            more = [f"  {one.strip()[:_WIDTH]}" for one in more]
-            return "\n".join([line[: 2 * _WIDTH] + place, *more])
+            details = [detail for detail in lines[number + 1 :] if detail.strip() and _LINK not in detail]
+            # pydantic's validation errors have two more lines for each field.
+            details = details[:_NUM_MORE] if "validation error" in line else []
+            details = [f"  {detail.strip()[:_WIDTH]}" for detail in details]
+            return "\n".join([line[: 2 * _WIDTH] + place, *details])
     return ""
 
 

@@ -1,9 +1,10 @@
-"""No orphans: a process that dies when its parent does, whatever ended the parent.
+"""Makes a process end when its parent ends, whatever ended the parent, so that a run leaves no orphans.
 
-As a library: `die_with_parent()` first thing in a process of ours. As a program, for commands that are not
-ours: `lifeline.py PARENT COMMAND …` arranges it and becomes COMMAND; `lifeline.py PARENT --reap COMMAND …`
-stays above COMMAND and, at its own parent's end or on SIGTERM, ends COMMAND and everything that it
-started, daemons included (Linux). PARENT: the starter's process id, which may have ended already.
+As a library: gymexp's own processes call `die_with_parent()` first. As a program, for other commands:
+`lifeline.py PARENT COMMAND …` makes the same request and then executes COMMAND in its own place.
+`lifeline.py PARENT --reap COMMAND …` stays the parent of COMMAND. When its own parent ends, or on SIGTERM, it
+ends COMMAND and everything that COMMAND started, daemons included (Linux). PARENT is the process id of the
+starter, which may have ended already.
 """
 
 from __future__ import annotations
@@ -23,12 +24,13 @@ _REAP_GRACE_S = 10.0
 
 
 def die_with_parent(number: int = signal.SIGKILL, parent: int | None = None) -> None:
-    """Have the kernel send a signal to this process when its parent ends (Linux); elsewhere a thread watches
-    for it.
+    """Asks the kernel to send a signal to this process when its parent ends (Linux); else a thread watches.
 
-    parent: its process id, where it may have ended before this is called; None: whoever it is now.
-    The Linux signal follows the parent's *thread* that started us, so parents must start children from a
-    thread that lives as long as they do. SIGKILL reaches stopped processes too.
+    Linux sends the signal at the end of the *thread* that started this process, so a parent must start its
+    children from a thread that lives as long as the parent. SIGKILL ends stopped processes too.
+
+    parent: the parent's process id, needed if the parent may have ended before this call; then this process
+    exits with code 1 (Linux). None: the current parent.
     """
     parent = parent or os.getppid()
     if sys.platform == "linux":
@@ -46,25 +48,25 @@ def _signal_when_orphaned(parent: int, number: int) -> None:
 
 
 def _descendants(pid: int) -> list[int]:
-    """Process ids below `pid`, from /proc."""
+    """Returns the ids of all descendants of a process, from /proc; empty if the system is not Linux."""
     children: dict[int, list[int]] = {}
     for entry in os.listdir("/proc") if sys.platform == "linux" else ():
         if entry.isdigit():
             with contextlib.suppress(OSError), open(f"/proc/{entry}/stat") as file:
                 children.setdefault(int(file.read().rsplit(")", 1)[1].split()[1]), []).append(int(entry))
-    found, open_ = [], [pid]
-    while open_:
-        below = children.get(open_.pop(), [])
-        found += below
-        open_ += below
-    return found
+    descendants, unvisited = [], [pid]
+    while unvisited:
+        below = children.get(unvisited.pop(), [])
+        descendants += below
+        unvisited += below
+    return descendants
 
 
 def _reap(parent: int, command: list[str]) -> int:
-    """Run `command` below a process that ends all of it when asked; returns its exit code.
+    """Runs `command` below a reaper, which on SIGTERM ends all of its descendants; returns the exit code.
 
-    That process is not the one that the starter knows, which SIGKILL may end: asyncio's loop sends it, when
-    it is closed, to what it has started.
+    The reaper is a child of the process that the starter knows, because SIGKILL may end that one: asyncio's
+    loop sends SIGKILL to the processes that it has started when it is closed.
     """
     front = os.getpid()
     reaper = os.fork()
@@ -84,8 +86,8 @@ def _reap(parent: int, command: list[str]) -> int:
 def _run_to_the_end(parent: int, command: list[str]) -> int:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
-    asked = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: asked.set())
+    terminated = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: terminated.set())
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     die_with_parent(signal.SIGTERM, parent)
     own = os.getpid()
@@ -96,7 +98,7 @@ def _run_to_the_end(parent: int, command: list[str]) -> int:
             die_with_parent(parent=own)
 
     child = subprocess.Popen(command, preexec_fn=prepare, close_fds=False)
-    while child.poll() is None and not asked.wait(0.1):
+    while child.poll() is None and not terminated.wait(0.1):
         pass
     if child.poll() is None:
         child.send_signal(signal.SIGINT)
@@ -115,10 +117,9 @@ def _run_to_the_end(parent: int, command: list[str]) -> int:
 
 
 def _end_as(code: int) -> None:
-    """End with an exit code, or by the signal that a negative one stands for: the starter is to see how
-    COMMAND ended."""
+    """Ends this process as COMMAND ended: with its exit code, or by the signal that a negative code names."""
     if code < 0:
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # COMMAND's core is of use, not this one's
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # only COMMAND's core dump is useful
         if -code != signal.SIGKILL:
             signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)
@@ -127,9 +128,8 @@ def _end_as(code: int) -> None:
 
 if __name__ == "__main__":
     starter = int(sys.argv[1])
-    signal.signal(
-        signal.SIGUSR2, signal.SIG_IGN
-    )  # Slurm's warning is the controller's; COMMAND inherits this
+    # SIGUSR2, Slurm's warning, is for the controller alone; COMMAND inherits that it is ignored.
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     if sys.argv[2] == "--reap":
         _end_as(_reap(starter, sys.argv[3:]))
     die_with_parent(parent=starter)

@@ -1,6 +1,6 @@
-"""Ports without races: the controller binds and listens, and hands the open socket to whoever serves on it.
+"""Ports without races: the controller opens each listening socket and hands it down to the server.
 
-A server that is restarted finds the same socket, so its address never changes and connections made meanwhile
+A restarted server gets the same socket. So its address never changes, and connections made during the restart
 wait in the socket's queue instead of being refused.
 """
 
@@ -15,8 +15,10 @@ _BACKLOG = 1024
 
 
 def listen(host: str = "127.0.0.1", port: int = 0, key: str = "") -> socket.socket:
-    """A listening, inheritable TCP socket; port 0 lets the system choose. `key` names the setting in the
-    error."""
+    """Returns a listening, inheritable TCP socket. port: 0 lets the system choose.
+
+    key: the configuration key to name in an error. Raises ConfigError if the port is in use.
+    """
     sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -35,11 +37,13 @@ def listen(host: str = "127.0.0.1", port: int = 0, key: str = "") -> socket.sock
 
 
 def reserve(host: str = "127.0.0.1", exclusive: bool = True) -> socket.socket:
-    """A port for a program that opens its own socket: bound here, so that nobody else is given it, and not
-    listened on. The program must set SO_REUSEPORT, with which Linux lets in the same user alone.
+    """Reserves a free port for a program that opens its own socket; returns the socket that reserves it.
 
-    exclusive: False for a program that sets SO_REUSEADDR instead, as torch does: another user who does so may
-    take the port first.
+    The socket is bound, so that the system gives the port to nobody else, and does not listen. The program
+    must set SO_REUSEPORT; Linux then lets only the same user bind to the port.
+
+    exclusive: False for a program that sets SO_REUSEADDR instead, as torch does. Then another user who also
+    sets SO_REUSEADDR may take the port first.
     """
     sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT if exclusive else socket.SO_REUSEADDR, 1)
@@ -48,13 +52,16 @@ def reserve(host: str = "127.0.0.1", exclusive: bool = True) -> socket.socket:
 
 
 def url_of(sock: socket.socket) -> str:
-    """The address of a listening socket."""
+    """Returns the http URL of a listening socket."""
     host, port = sock.getsockname()[:2]
     return f"http://{host}:{port}"
 
 
 def address_of(node: str) -> str:
-    """Where the other nodes of a job reach this one: what its name stands for. Raises ConfigError."""
+    """Returns the IP address that a node's name resolves to, at which the job's other nodes reach it.
+
+    Raises ConfigError if the name does not resolve.
+    """
     try:
         return socket.gethostbyname(node)
     except OSError as error:
@@ -65,5 +72,5 @@ def address_of(node: str) -> str:
 
 
 def adopt(fd: int) -> socket.socket:
-    """The listening socket that a parent handed down as file descriptor `fd`."""
+    """Returns the listening socket that a parent process handed down as file descriptor `fd`."""
     return socket.socket(fileno=fd)

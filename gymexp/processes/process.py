@@ -1,4 +1,4 @@
-"""A process of a run: started, ended with all that it started, and how it ended, in words."""
+"""Starts a process of a run, ends it with all of its descendants, and describes how it ended."""
 
 from __future__ import annotations
 
@@ -18,43 +18,49 @@ from gymexp.processes.environment import without_launchers
 
 
 class Running(Protocol):
-    """A started process, on whichever node."""
+    """A started process, on this node or another one."""
 
     @property
     def pid(self) -> int: ...
 
     @property
     def rss_mb(self) -> float:
-        """As last seen; 0 where it is not known."""
+        """Resident memory in MiB when it was last measured; 0 if it is unknown."""
         ...
 
     @property
     def is_stopped(self) -> bool:
-        """Whether a signal has stopped it (Linux's state T); False where it is not known."""
+        """Whether a signal has stopped the process (Linux's state T); False if that is unknown."""
         ...
 
     async def wait(self) -> int:
-        """Its exit code; negative: a signal's number. Raises ServiceError if what runs it is gone."""
+        """Waits for the end and returns the exit code, or the negative number of the signal that ended it.
+
+        Raises ServiceError if the host of the process is gone.
+        """
         ...
 
     def signal(self, number: int) -> None: ...
 
     def terminate(self) -> None:
-        """SIGTERM. What it has started by now is ended by a later `kill_tree`, even where it went before."""
+        """Sends SIGTERM and notes the descendants.
+
+        A later `kill_tree` ends these descendants, even if the process has ended before.
+        """
         ...
 
     def kill_tree(self) -> None:
-        """SIGKILL to the process and to what it started."""
+        """Sends SIGKILL to the process and its descendants."""
         ...
 
 
 class LocalProcess:
-    """A process of this machine, by its id; `wait` is its starter's."""
+    """A process of this machine, known by its id. It has no `wait`; the starter of the process waits."""
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
         try:
-            self._process = psutil.Process(pid)  # which knows it from a later one of the same id
+            self._process = psutil.Process(pid)  # psutil tells it from a later process with the same id
         except psutil.NoSuchProcess:
             self._process = None
         self._tree: set[psutil.Process] = set()
@@ -77,23 +83,23 @@ class LocalProcess:
                 self._process.send_signal(number)
 
     def terminate(self) -> None:
-        self._look()
+        self._note_descendants()
         self.signal(signal.SIGTERM)
 
     def kill_tree(self) -> None:
-        self._look()
+        self._note_descendants()
         for process in self._tree:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
 
-    def _look(self) -> None:
+    def _note_descendants(self) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
             if self._process:
                 self._tree |= {self._process, *self._process.children(recursive=True)}
 
 
 class Child(LocalProcess):
-    """A process started by `spawn`."""
+    """A process that `spawn` started."""
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         super().__init__(process.pid)
@@ -111,9 +117,11 @@ async def spawn(
     cwd: Path | None = None,
     reap: bool = False,
 ) -> Child:
-    """Start a command in a session of its own, that ends with this process; its output is appended to `log`.
+    """Starts a command in a session of its own. The command ends when this process ends.
 
-    reap: the command starts processes that may outlive it (Ray's do); they end with it.
+    log: the file to which its output is appended. env: variables to add to this process's environment, from
+    which other launchers' variables are removed. fds: file descriptors that the command inherits. reap: also
+    end processes that outlive the command, as Ray's do.
     """
     with log.open("ab") as out:
         process = await asyncio.create_subprocess_exec(
@@ -135,13 +143,14 @@ async def spawn(
 
 
 def ended(code: int) -> str:
-    """How a process ended, in words; of SIGKILL also whether it may have been for want of memory."""
+    """Describes how a process ended. For SIGKILL, lack of memory is named as the cause if it is likely."""
     if code >= 0:
         return f"exited with code {code}"
     if -code == signal.SIGKILL and (kills := _oom_kills() - _OOM_KILLS_BEFORE) > 0:
         return (
-            f"was ended by SIGKILL (out of memory: since the run began the kernel has ended {kills} for "
-            "that; ask for more, on Slurm by launcher.mem, or have smaller batches or fewer replicas)"
+            f"was ended by SIGKILL (out of memory: since the run began the kernel has ended {kills} "
+            "processes for that; ask for more memory, on Slurm by launcher.mem, or use smaller batches or "
+            "fewer replicas)"
         )
     try:
         return f"was ended by {signal.Signals(-code).name}"
@@ -150,7 +159,10 @@ def ended(code: int) -> str:
 
 
 def _oom_kills() -> int:
-    """Of this machine since it started, in its jobs and containers too (proc_vmstat(5), oom_kill)."""
+    """Returns the number of out-of-memory kills since this machine's boot, jobs and containers included.
+
+    Source: proc_vmstat(5), oom_kill. Returns 0 if the system is not Linux.
+    """
     try:
         lines = Path("/proc/vmstat").read_text().splitlines()
     except OSError:

@@ -1,9 +1,9 @@
-"""The processes of a run: started, watched, restarted within a limit, ended together.
+"""Starts the processes of a run, watches them, restarts them within a limit, and ends them together.
 
-Every process writes to its own log. A service that exits unasked, or gives no sign of life for too long, is
-restarted; one that does so more than `max_restarts` times ends the run with its name, its last words and its
-log. Signs of life are an answered health check, or what `Supervisor.heard` is told; a process that is stopped
-(SIGSTOP) gives none.
+Every process writes to its own log. The supervisor restarts a service that exits by itself, or that gives no
+sign of life for too long. After more than `max_restarts` such failures the run ends with an error that names
+the service, the reason in its log, and the log file. A sign of life is an answered health check or a call of
+`Supervisor.heard`. A process that is stopped (SIGSTOP) gives none.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from gymexp.processes.process import Running, ended
 log = logging.getLogger(__name__)
 _TERM_GRACE_S = 15.0
 _POLL_S = 0.1
-_STOPPED_AT_END_S = 10.0  # for a process that is stopped when it is asked to end
+_STOPPED_AT_END_S = 10.0  # the time that a stopped process (SIGSTOP) gets while the run ends
 
 
 Start = Callable[[], Coroutine[Any, Any, Running]]
@@ -36,30 +36,33 @@ Start = Callable[[], Coroutine[Any, Any, Running]]
 
 @dataclass
 class Service:
-    """One supervised process. `epoch` counts its starts: a rollout that saw two epochs lost its session
-    between."""
+    """One supervised process.
+
+    `epoch` counts its ends: if it grows during a rollout, the rollout has lost its session.
+    """
 
     name: str
     start: Start
     log: Path
-    url: str | None = None  # answers GET / or GET `health` once ready; None: ready when started
+    url: str | None = None  # answers GET `health` once the service is ready; None: ready when started
     health: str = "/"
-    key: str = field(default="", repr=False)  # what it demands of whoever asks it
+    key: str = field(default="", repr=False)  # the key that it demands from its clients
     max_restarts: int = 0
-    start_timeout_s: float | None = None  # None: the supervisor's
-    silence_s: float | None = None  # it tells `Supervisor.heard` of itself; at the longest so rarely
-    explain: Callable[[Path], str] = lambda _: ""  # what to do about the failure that its log shows
-    job: bool = False  # ends by itself, once; what its end means is its starter's to judge
-    retry_start: bool = True  # one that ends before it was ever ready may do better the next time
+    start_timeout_s: float | None = None  # None: the supervisor's value
+    # longest time between two calls of `Supervisor.heard` for this service; None: only health checks count
+    silence_s: float | None = None
+    explain: Callable[[Path], str] = lambda _: ""  # returns a fix for the failure that the log shows, or ""
+    job: bool = False  # the process ends once, by itself; the code that added it judges its exit code
+    retry_start: bool = True  # whether to start it again if it ends before it was ready
     state: str = "new"  # new, starting, ready, restarting, down, stopped
     epoch: int = 0
-    exit_code: int | None = None  # of its last end; negative: a signal's number
+    exit_code: int | None = None  # exit code of the last end; negative: the number of a signal
     ended_at: float = 0.0
-    ended_for: str = ""  # why the supervisor ended it last, where it did
+    ended_for: str = ""  # why the supervisor ended the process; "" if it ended otherwise
     failures: int = 0
     running: Running | None = None
     rss_mb: float = 0.0
-    seen: float = field(default=0.0, repr=False)  # when it last answered, by the supervisor's clock
+    seen: float = field(default=0.0, repr=False)  # time of the last sign of life, by the supervisor's clock
 
     @property
     def pid(self) -> int | None:
@@ -75,8 +78,10 @@ class Service:
 
 
 class Supervisor:
-    """Keeps services running until `close`. `failed` is set to the ServiceError that makes the run
-    impossible."""
+    """Keeps services running until `close`.
+
+    `failed` is a future; it raises the error that ends the run, e.g. a ServiceError.
+    """
 
     def __init__(
         self,
@@ -104,7 +109,10 @@ class Supervisor:
         self._tasks.append(asyncio.create_task(self._keep(service), name=service.name))
 
     async def wait_ready(self, names: Sequence[str], deadline_s: float) -> None:
-        """Raises ServiceError if one of `names` is not ready in time, or the run has failed meanwhile."""
+        """Waits until all services of `names` are ready.
+
+        Raises ServiceError if one is not ready within `deadline_s`. If the run fails first, raises its error.
+        """
         until = self._clock.now() + deadline_s
         while waiting := [n for n in names if self.services[n].state != "ready"]:
             if self.failed.done():
@@ -118,29 +126,34 @@ class Supervisor:
             await asyncio.sleep(_POLL_S)
 
     def restart(self, name: str) -> None:
-        """End a service on purpose; it comes back, and this is not counted as a failure."""
+        """Restarts a service on purpose, which does not count as a failure."""
         service = self.services[name]
         if service.state == "ready" and service.running:
             self._set(service, "restarting")
             service.running.kill_tree()
 
     def heard(self, name: str) -> None:
-        """A service with `silence_s` lives."""
+        """Notes a sign of life of a service that has `silence_s`."""
         if service := self.services.get(name):
             service.seen = self._clock.now()
 
     def let_go(self) -> None:
-        """From now on a service may end: it is not started again, and that is no failure. What asked the run
-        to end may have asked the service as well."""
+        """From now on, the end of a service is no failure, and the service is not started again.
+
+        The signal that ends the run may have reached the service as well.
+        """
         self._letting_go = True
 
     def hurry(self) -> None:
-        """Let `close`, now or later, wait for nobody's own end."""
+        """Makes `close` kill processes without waiting for their end, even if `close` already runs."""
         self._term_grace_s = 0.0
 
     async def close(self, *first: Sequence[str]) -> None:
-        """End all services: those of each of `first` together, one after the other, then the rest. Leaves no
-        process behind."""
+        """Ends all services and leaves no process behind.
+
+        first: batches of names. The batches end one after the other, the services of a batch together. The
+        services that are in no batch end last.
+        """
         self._closing = True
         rest = set(self.services).difference(*first)
         for batch in (*first, rest):
@@ -166,7 +179,7 @@ class Supervisor:
         self._set(service, "stopped")
 
     async def _keep(self, service: Service) -> None:
-        """Start, wait for the end, start again: the life of one service."""
+        """Runs one service for its whole life: starts it, waits for its end, starts it again."""
         try:
             while not self._closing:
                 self._set(service, "starting")
@@ -174,20 +187,20 @@ class Supervisor:
                 service.running, service.seen, service.ended_for = running, self._clock.now(), ""
                 watch = asyncio.create_task(self._watch(service))
                 try:
-                    code = await running.wait()  # ServiceError: its host is gone, and it as well
+                    code = await running.wait()  # raises ServiceError if the process's host is gone
                 finally:
                     watch.cancel()
                     service.running = None
-                asked = service.state == "restarting"
-                hopeless = service.state == "starting" and not service.retry_start
+                on_purpose = service.state == "restarting"
+                never_ready = service.state == "starting" and not service.retry_start
                 service.epoch, service.exit_code = service.epoch + 1, code
                 service.ended_at = time.monotonic()
                 self._set(service, "down")
                 if self._closing or self._letting_go or service.job:
                     return
-                if not asked:
+                if not on_purpose:
                     service.failures += 1
-                    last = hopeless or service.failures > service.max_restarts
+                    last = never_ready or service.failures > service.max_restarts
                     again = "" if last else "; starting it again"
                     log.warning("%s %s%s (log: %s)", service.name, service.how_it_ended, again, service.log)
                     if last:
@@ -207,22 +220,23 @@ class Supervisor:
             self.fail(ServiceError(f"{service.name} could not be started: {error}"))
 
     def fail(self, error: GymexpError) -> None:
-        """Make it the run's end, unless another failure or the end came first."""
-        lets_go = self._letting_go and not isinstance(error, NodeLost)  # no signal of Slurm's does that
-        if not self._closing and not lets_go and not self.failed.done():
+        """Ends the run with an error, unless it already failed or is ending."""
+        # While the run ends, services may end too. But no signal of Slurm's makes a node disappear.
+        expected = self._letting_go and not isinstance(error, NodeLost)
+        if not self._closing and not expected and not self.failed.done():
             self.failed.set_exception(error)
-            self.failed.exception()  # else asyncio warns that nobody has read the exception
+            self.failed.exception()  # or asyncio logs "exception was never retrieved"
 
     async def _watch(self, service: Service) -> None:
-        """Ask a service how it is; kill it when it has given no sign of life for too long.
+        """Checks the health of a service, and kills it when it has given no sign of life for too long.
 
-        One that is starting has `start_timeout_s`: a restart may hang as well.
+        A starting service has `start_timeout_s`, also at a restart, which may hang as well.
         """
         if service.url is None:
             self._set(service, "ready")
-        ran = self._clock.now()  # when it was last seen not to be stopped
+        ran = self._clock.now()  # time of the last check at which the process was not stopped
         while True:
-            if service.url is not None and await self._ask(service):
+            if service.url is not None and await self._answers(service):
                 service.seen = self._clock.now()
                 if service.state == "starting":
                     self._set(service, "ready")
@@ -257,7 +271,7 @@ class Supervisor:
     def _interval(self) -> float:
         return min(self._health_interval_s, _STOPPED_AT_END_S / 4 if self._letting_go else math.inf)
 
-    async def _ask(self, service: Service) -> bool:
+    async def _answers(self, service: Service) -> bool:
         self._http = self._http or aiohttp.ClientSession()
         patience = aiohttp.ClientTimeout(
             total=min(self._health_timeout_s, 5.0 if service.state == "starting" else 1e9)

@@ -1,4 +1,4 @@
-"""The run directory: claimed once, self-describing, replaced file by file, never written by two.
+"""The run directory: claimed once and locked by one process, self-describing, replaced file by file.
 
 outputs/<name>/<date_time>/
     config.yaml overrides.yaml versions.txt code/ data/ checkpoints/ logs/<process>.log
@@ -27,7 +27,7 @@ from gymexp.printable import printable_in
 from gymexp.record.snapshot import _versions, snapshot
 
 _LOCK = ".lock"
-# What Hydra, a sweep or a job has written to a run's directory before the run begins.
+# Files that Hydra, a sweep or a job may write to a run's directory before the run begins.
 _BEFORE_A_RUN = {
     ".hydra",
     "job.yaml",
@@ -40,7 +40,10 @@ _BEFORE_A_RUN = {
 
 
 def latest_run(outputs: Path) -> Path:
-    """The run below outputs/<name>/ that was written to last. Raises RunDirectoryError if there is none."""
+    """Returns the run below outputs/<name>/ that was written to last.
+
+    Raises RunDirectoryError if `outputs` contains no run.
+    """
     runs = [config.parent for config in outputs.glob("*/*/config.yaml")]
     if not runs:
         raise RunDirectoryError(
@@ -51,30 +54,32 @@ def latest_run(outputs: Path) -> Path:
 
 
 class Ended(StrEnum):
-    """How a start of a run ended, as status.json has it under `ended`, beside the text of `outcome`."""
+    """How a start of a run ended: the value of `ended` in status.json, beside the text in `outcome`."""
 
     FINISHED = "finished"
-    STOPPED = "stopped"  # it was asked to end
+    STOPPED = "stopped"  # on request, e.g. by a signal
     FAILED = "failed"
-    REQUEUED = "requeued"  # by its Slurm job, which starts again
+    REQUEUED = "requeued"  # its Slurm job will start it again
 
 
 def is_whole(result: Mapping[str, Any]) -> bool:
-    """Whether a result.json is that of a run which trained to its end, or was pruned."""
+    """Returns whether a result.json belongs to a run that trained to its end or was pruned."""
     return "step" in result and not result["stopped"]
 
 
 def failure_of(result: Mapping[str, Any], otherwise: str) -> str | None:
-    """Why a run that is over came to no good end. otherwise: the word on one that left no result.json."""
+    """Returns why a run that is over did not finish; None if it finished.
+
+    otherwise: the text for a run whose result.json gives no error, or is missing.
+    """
     return None if is_whole(result) else result.get("error") or otherwise
 
 
 class RunDirectory:
-    """One run's directory, held by this process until it ends (an advisory lock, so that a crash leaves it
-    free).
+    """One run's directory, locked by this process until it ends.
 
-    `claim`, then the tasks to `data`, then `describe`: a directory that has its config.yaml has all that a
-    run needs to go on.
+    The lock is advisory, so that a crash releases it. A new run calls `claim`, writes the tasks to `data`,
+    then calls `describe`. So a directory with a config.yaml has everything that a resumed run needs.
     """
 
     def __init__(self, path: Path) -> None:
@@ -88,12 +93,14 @@ class RunDirectory:
         self.timeline = path / "timeline.jsonl"
         self.status = path / "status.json"
         self.result = path / "result.json"
-        self._refused: OSError | None = None  # what the file system said of the last try to write here
+        self._refused: OSError | None = None  # the error of the last write, if it failed
 
     @classmethod
     def claim(cls, path: Path) -> RunDirectory:
-        """Make a new run's directory. Raises RunDirectoryError if it holds a run already, or files of the
-        user's own."""
+        """Makes and locks a new run's directory.
+
+        Raises RunDirectoryError if the directory already contains a run or files of the user's own.
+        """
         run = cls(path)
         if run.config.exists():
             raise RunDirectoryError(
@@ -102,7 +109,7 @@ class RunDirectory:
         foreign = [] if run._was_claimed() else sorted({p.name for p in _entries(path)} - _BEFORE_A_RUN)
         if foreign:
             raise RunDirectoryError(
-                "output_dir must be a new or an empty folder, as a run writes over what has its names, "
+                "output_dir must be a new or an empty folder, as a run overwrites files of the same names, "
                 f"but {path} has {', '.join(foreign[:5])}: choose another output_dir (hydra.run.dir=…)"
             )
         for directory in (run.logs, run.data, run.checkpoints, run.rollouts):
@@ -111,22 +118,28 @@ class RunDirectory:
         return run
 
     def describe(self, config: RunConfig, overrides: Sequence[str]) -> None:
-        """Write down what is run. config.yaml is the last file: it is what makes this a run."""
+        """Writes the run's code, versions, overrides and configuration.
+
+        config.yaml comes last, as its presence marks the directory as a run.
+        """
         snapshot(self.path / "code")
         (self.path / "versions.txt").write_text(_versions())
         (self.path / "overrides.yaml").write_text("".join(f"- {o}\n" for o in overrides))
         replace_file(self.config, to_yaml(config))
 
     def go_on_with(self, config: RunConfig, overrides: Sequence[str]) -> None:
-        """Write down that a run goes on, perhaps further than it was meant to."""
+        """Writes the overrides and the configuration of a resumed run, which may train for more steps."""
         if more := [override for override in overrides if not override.startswith("resume=")]:
             with (self.path / "overrides.yaml").open("a") as file:
                 file.write("".join(f"- {o}\n" for o in more))
             replace_file(self.config, to_yaml(dataclasses.replace(config, resume=None)))
 
     def is_finished(self, max_steps: int | None) -> bool:
-        """Whether the run came to its end, and is not told to go on beyond it. Raises RunDirectoryError for
-        an end that it has passed."""
+        """Returns whether the run has trained to its end, and `max_steps` asks for no more steps.
+
+        max_steps: optimizer steps in all; None or less than 1: as configured. Raises RunDirectoryError if the
+        run has already trained more than `max_steps`.
+        """
         result = self.read_result()
         if not is_whole(result) or result.get("pruned"):
             return False
@@ -139,15 +152,15 @@ class RunDirectory:
 
     @classmethod
     def reopen(cls, path: Path) -> RunDirectory:
-        """Hold the directory of a run that is to go on."""
+        """Locks the directory of a run to resume. Raises RunDirectoryError if it has no config.yaml."""
         run = cls(path)
         if not run.config.exists():
-            raise RunDirectoryError(f"resume must name a run directory, but {path} holds no config.yaml")
+            raise RunDirectoryError(f"resume must name a run directory, but {path} has no config.yaml")
         run._lock()
         return run
 
     def _was_claimed(self) -> bool:
-        """Whether a run that ended before it was described began here."""
+        """Returns whether an earlier run claimed this directory, even if it ended before `describe`."""
         return (self.path / _LOCK).exists()
 
     def _lock(self) -> None:
@@ -158,22 +171,22 @@ class RunDirectory:
             raise RunDirectoryError(f"{self.path} is in use by a run that is still going on") from None
         except OSError as error:
             raise RunDirectoryError(
-                f"{self.path} must be on a file system that locks files, but flock says: {error.strerror}. "
+                f"{self.path} must be on a file system that locks files, but flock failed: {error.strerror}. "
                 "Choose another by output_dir=… (hydra.sweep.dir=… of a sweep), or have it mounted with flock"
             ) from None
         os.set_inheritable(self._lock_file.fileno(), False)
 
     def loss(self) -> str:
-        """What became of the directory if it is no longer where it was claimed; empty while it is there."""
-        ours = self._lock_file.fileno()
+        """Returns a message if the directory was moved or deleted since this process locked it; else ""."""
+        lock_fd = self._lock_file.fileno()
         try:
-            if os.path.samestat(os.fstat(ours), (self.path / _LOCK).stat()):
+            if os.path.samestat(os.fstat(lock_fd), (self.path / _LOCK).stat()):
                 return ""
         except (FileNotFoundError, NotADirectoryError):
             pass
         except OSError:
-            return ""  # a file system that does not answer now may do so again
-        now = Path(os.readlink(f"/proc/self/fd/{ours}")) if sys.platform == "linux" else None
+            return ""  # a file system that does not answer now may answer later
+        now = Path(os.readlink(f"/proc/self/fd/{lock_fd}")) if sys.platform == "linux" else None
         if now and now.exists():
             resume = shlex.quote(f"resume={now.parent}")
             return (
@@ -186,26 +199,26 @@ class RunDirectory:
         )
 
     def read_result(self) -> dict[str, Any]:
-        """How the run ended: {"step", "stopped", "held_out"} or {"error"}; empty while it goes on."""
+        """Returns result.json: {"step", "stopped", "held_out"} or {"error"}; empty while the run goes on."""
         return read_json(self.result)
 
     def write_result(self, result: dict[str, Any]) -> None:
         replace_file(self.result, json.dumps(printable_in(result), indent=1))
 
     def write_error(self, error: str) -> None:
-        """Why the run ended, unless the trainer has said so itself; where it can still be written."""
+        """Writes an error to result.json, unless the trainer wrote one. A failing write is ignored."""
         if "error" not in self.read_result():
             with contextlib.suppress(OSError):
                 self.write_result({"error": error})
 
     def write_status(self, **status: Any) -> None:
-        """What is in the way of this ends no run, but may be why it ends: `what_is_wrong`."""
+        """Writes status.json. A failing write raises nothing; `what_is_wrong` then gives the reason."""
         with self._refusals():
             replace_file(self.status, json.dumps(printable_in(status), indent=1) + "\n")
             self._refused = None
 
     def note(self, line: dict[str, Any]) -> None:
-        """A line of timeline.jsonl; as `write_status`."""
+        """Appends to timeline.jsonl. A failing write raises nothing; `what_is_wrong` gives the reason."""
         with self._refusals():
             append_line(self.timeline, line)
 
@@ -217,8 +230,10 @@ class RunDirectory:
             self._refused = error
 
     def what_is_wrong(self) -> str:
-        """Why nobody can write here now, and what to do; empty where one can, or where the trainer has said
-        it."""
+        """Returns why the directory cannot be written to now, and what to do.
+
+        Returns "" if the last write succeeded, or if result.json exists, as it gives the reason.
+        """
         if lost := self.loss():
             return lost
         if self._refused is None or self.read_result():

@@ -1,4 +1,4 @@
-"""Where the trainer's process finds the others: services.json in the run directory."""
+"""services.json in the run directory: the addresses of the run's services, for the trainer's processes."""
 
 from __future__ import annotations
 
@@ -14,41 +14,41 @@ _FILE = "services.json"
 
 @dataclass(frozen=True)
 class Replica:
-    """One instance of an environment: where its agent is, and the services that its rollouts pass through."""
+    """One instance of an environment: its agent's address, and the services that its rollouts use."""
 
     name: str
-    agent: str  # the agent's name in NeMo Gym's file: what a row's agent_ref says
+    agent: str  # the agent's name in NeMo Gym's YAML file, which a row names in agent_ref
     url: str
     services: list[str]
-    resources: list[str]  # those of them that are resources servers
+    resources: list[str]  # the resources servers among `services`
     max_steps: int | None = None  # the agent's limit of model turns
 
 
 @dataclass(frozen=True)
 class Services:
-    """What the controller tells the trainer's processes, every rank the same.
+    """What the trainer's processes need to know of the run's other processes; the same for every rank.
 
-    engine_fd: the socket of an hf engine that lives in the trainer; None where servers sample, whose fields
-    are those below it.
+    engine_fd: the socket of an hf engine inside the trainer; None if servers sample. The fields after it
+    describe these servers.
     """
 
     control_url: str
     gateway_url: str
-    replicas: dict[str, list[Replica]]  # by environment
+    replicas: dict[str, list[Replica]]  # by environment name
     engine: str  # hf or vllm
-    checkpoint: str | None  # the name of the checkpoint to go on from
+    checkpoint: str | None  # the name of the checkpoint to resume from
     engine_fd: int | None = None
     engine_urls: list[str] = field(default_factory=list)
-    transfer: str = "disk"  # the weights' way to the servers: nccl, ipc or disk
-    shared: bool = False  # the servers sample on the GPUs that train
-    trainer_address: str = "127.0.0.1"  # of rank 0's node, for NCCL to meet at
+    transfer: str = "disk"  # how weights reach the servers: nccl, ipc or disk
+    shared: bool = False  # whether the servers sample on the GPUs that train
+    trainer_address: str = "127.0.0.1"  # address of rank 0's node, where the ranks of NCCL meet
 
     def write(self, run: Path) -> None:
         replace_file(run / _FILE, json.dumps(dataclasses.asdict(self), indent=1))
 
     @classmethod
     def read(cls, run: Path) -> Services:
-        """Raises OSError, or TypeError for a file of another version."""
-        found = json.loads((run / _FILE).read_text(encoding="utf-8"))
-        replicas = {env: [Replica(**one) for one in some] for env, some in found.pop("replicas").items()}
-        return cls(replicas=replicas, **found)
+        """Reads services.json of a run directory. Raises OSError, or TypeError if its fields are others."""
+        fields = json.loads((run / _FILE).read_text(encoding="utf-8"))
+        replicas = {env: [Replica(**one) for one in ones] for env, ones in fields.pop("replicas").items()}
+        return cls(replicas=replicas, **fields)

@@ -1,4 +1,4 @@
-"""The code, the configuration and the versions that a run began with, kept in its directory."""
+"""Copies the code, the configuration files and the versions of a run into its directory."""
 
 from __future__ import annotations
 
@@ -28,17 +28,19 @@ _VERSIONED = (
 
 
 def snapshot(target: Path, runnable: bool = False) -> None:
-    """The code and configuration that this run started with, and git's word on them.
+    """Copies gymexp's code and configuration files to `target`, with git's commit and diff of them.
 
-    A job runs from its sweep's snapshot already, next to the run's own directory: a link says so.
-    runnable: with all that a job needs to run from it: the shipped policy, and servers of the user's own.
+    A job of a sweep already runs from the sweep's snapshot, which lies next to the job's own directory. Then
+    `target` becomes a link to that snapshot.
+
+    runnable: also copy what a job needs to run from `target`: the shipped policy, and the user's own servers.
     """
     package = Path(gymexp.__file__).parent
     if package.parent == target.parent.parent / "code":
         target.unlink(missing_ok=True)
         target.symlink_to(Path("..") / "code")
         return
-    # An env.yaml and a .env are where NeMo Gym's and other servers look for API keys.
+    # NeMo Gym's and other servers read API keys from env.yaml and .env, so these are not copied.
     private = ("machine", "env.yaml", ".env", ".git")
     skip = shutil.ignore_patterns("__pycache__", *(() if runnable else ("assets",)), *private)
     shutil.copytree(package, target / "gymexp", ignore=skip, dirs_exist_ok=True)

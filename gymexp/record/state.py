@@ -1,4 +1,4 @@
-"""What a run directory says of its run, whoever wrote it and wherever that process is now."""
+"""Reads the state of a run from its directory, on any machine and whether or not its processes still run."""
 
 from __future__ import annotations
 
@@ -22,15 +22,17 @@ from gymexp.record.directory import Ended, is_whole
 from gymexp.record.metric_names import by_env, of_each_env
 
 ENDED = ("finished", "pruned", "stopped", "failed", "lost")
-_STALE_S = 120.0  # a controller writes status.json every second; network file systems may show it late
+_STALE_S = 120.0  # a controller writes status.json every second; a network file system may show it late
 _TAIL_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
 class RunState:
-    """state: waiting, running, or one of ENDED. why: a line: what it waits for, or how it ended.
+    """The state of a run: waiting, running, or one of ENDED.
 
-    A run is lost when its process is gone and left no end: killed, or with its node.
+    A run is `lost` if its process is gone and recorded no end, because it was killed or its node failed.
+
+    why: one line that says what the run waits for, or how it ended.
     """
 
     path: Path
@@ -49,25 +51,25 @@ class RunState:
 
     @cached_property
     def metrics(self) -> list[dict[str, Any]]:
-        """The whole lines of metrics.jsonl."""
+        """The entries of metrics.jsonl; an incomplete line is left out."""
         return read_lines(self.path / "metrics.jsonl")
 
     @cached_property
     def held_out(self) -> dict[str, tuple[float | None, float | None]]:
-        """Mean held-out reward of each environment: before training, and the newest after a step of it."""
-        if said := self.result.get("held_out"):
-            rewards = {env: m["reward"] for env, m in said.items() if "reward" in m}
+        """Mean held-out reward of each environment: (before training, newest after a training step)."""
+        if held_out := self.result.get("held_out"):
+            rewards = {env: m["reward"] for env, m in held_out.items() if "reward" in m}
             return {env: (before, after) for env, (before, after) in rewards.items()}
-        found: dict[str, tuple[float | None, float | None]] = {}
+        pairs: dict[str, tuple[float | None, float | None]] = {}
         for entry in self.metrics:
             for env, value in of_each_env(entry, "reward", held_out=True).items():
-                before, _ = found.get(env, (None, None))
-                found[env] = (value, None) if entry["step"] == 0 else (before, value)
-        return found
+                before, _ = pairs.get(env, (None, None))
+                pairs[env] = (value, None) if entry["step"] == 0 else (before, value)
+        return pairs
 
     @property
     def log(self) -> Path | None:
-        """The log that tells most of how it ended."""
+        """The log that explains the end best: the one that the error names, else trainer.log, else None."""
         named = re.findall(
             r"(/\S[^\n:]*?\.(?:log|err|out))\b",
             str(self.result.get("error") or self.status.get("outcome") or ""),
@@ -81,24 +83,26 @@ class RunState:
 def read_run(
     path: Path, slurm: Mapping[str, SlurmState] | None = None, job_id: str | None = None
 ) -> RunState:
-    """`slurm`: what Slurm says of its jobs; None if it was not asked or does not answer.
+    """Returns the state of the run in `path`, from its status.json and result.json and from Slurm.
 
-    job_id: the job that the run was submitted as, where Slurm was asked of it.
+    slurm: the states of Slurm's jobs; None if Slurm was not queried or does not answer. job_id: the job that
+    the run was submitted as, if Slurm was queried for it.
     """
     status, result = read_json(path / "status.json"), read_json(path / "result.json")
     job = (slurm or {}).get(job_id or status.get("job_id") or "")
-    state, why = _state(path, status, result, job, slurm is not None and bool(job_id or status.get("job_id")))
+    slurm_answered = slurm is not None and bool(job_id or status.get("job_id"))
+    state, why = _state(path, status, result, job, slurm_answered)
     if state == "lost" and job_id and slurm is None:
-        state, why = "waiting", "Slurm does not answer"  # which is no job's end
+        state, why = "waiting", "Slurm does not answer"  # the job may still run
     return RunState(path, state, why, status, result if state in ENDED else {})
 
 
 def _state(
-    path: Path, status: dict[str, Any], result: dict[str, Any], job: SlurmState | None, asked_slurm: bool
+    path: Path, status: dict[str, Any], result: dict[str, Any], job: SlurmState | None, slurm_answered: bool
 ) -> tuple[str, str]:
     ended = status.get("ended")
     if job and job.waits:
-        # It may be submitted again: what an earlier attempt left is not its end.
+        # The job may be a resubmitted one, so the result of an earlier attempt does not count.
         return "waiting", " ".join(filter(None, (job.name.lower(), job.reason)))
     if is_whole(result):
         return ("pruned", result["pruned"]) if result.get("pruned") else ("finished", "")
@@ -110,9 +114,9 @@ def _state(
         return "failed", _first_line(str(result["error"]))
     if ended in (Ended.STOPPED, Ended.FAILED):
         return str(ended), _first_line(str(status.get("outcome")))
-    if asked_slurm:
+    if slurm_answered:
         end = f"Slurm says {job.name}" if job else "Slurm knows its job no more"
-        return "stopped" if job and job.name == "CANCELLED" else "lost", f"{end}, and it left no end"
+        return "stopped" if job and job.name == "CANCELLED" else "lost", f"{end}, and it recorded no end"
     if not status and (path / "status.json").exists():
         return "lost", "its status.json is damaged"
     if not status:
@@ -121,37 +125,43 @@ def _state(
         return "waiting", ended
     if _process_lives(path, status):
         return "running", ""
-    if result.get("stopped"):  # of a gymexp that did not write `ended`
+    if result.get("stopped"):  # an earlier version of gymexp did not write `ended`
         return "stopped", _first_line(str(status.get("outcome") or ""))
-    return "lost", f"its process ({status.get('pid')}) is gone and left no end"
+    return "lost", f"its process ({status.get('pid')}) is gone and recorded no end"
 
 
 def _process_lives(path: Path, status: dict[str, Any]) -> bool:
-    """Whether the controller runs: asked of this machine if it is here, else told by its file's age."""
-    here = process_lives(status)
-    return time.time() - (path / "status.json").stat().st_mtime < _STALE_S if here is None else here
+    """Returns whether the controller runs. On another machine, the age of status.json decides."""
+    lives = process_lives(status)
+    return time.time() - (path / "status.json").stat().st_mtime < _STALE_S if lives is None else lives
 
 
-def process_lives(said: Mapping[str, Any]) -> bool | None:
-    """Of a process that wrote what `clock.this_process` says. None if it is another machine's."""
-    if said.get("host", socket.gethostname()) != socket.gethostname():
+def process_lives(identity: Mapping[str, Any]) -> bool | None:
+    """Returns whether a process still runs; None if it ran on another machine.
+
+    identity: the fields of `clock.this_process`, as the process wrote them.
+    """
+    if identity.get("host", socket.gethostname()) != socket.gethostname():
         return None
     try:
-        process = psutil.Process(said["pid"])
-        # The number may be another process's by now, which started at another time: later than what was
-        # written, by a clock that may have been set since.
-        if said.get("ticks") is not None:
-            return process.status() != psutil.STATUS_ZOMBIE and start_ticks(said["pid"]) == said["ticks"]
-        return process.status() != psutil.STATUS_ZOMBIE and process.create_time() <= said["began"] + 1
+        process = psutil.Process(identity["pid"])
+        # Another process may have the same pid by now; its start time differs. Ticks are exact. `began` is by
+        # the wall clock, which may have been set since, so only a later start time counts as different.
+        if identity.get("ticks") is not None:
+            return (
+                process.status() != psutil.STATUS_ZOMBIE and start_ticks(identity["pid"]) == identity["ticks"]
+            )
+        return process.status() != psutil.STATUS_ZOMBIE and process.create_time() <= identity["began"] + 1
     except (psutil.NoSuchProcess, KeyError):
         return False
 
 
 def wall_seconds(run: RunState) -> float:
-    """From each start to its end, or to its last sign of life, of all attempts together.
+    """Returns the seconds that a run took: the sum over all its starts.
 
-    The controller notes `seconds` since its start beside the time of day, which somebody may have set. A
-    start that was killed left none at its end, and what it logged last counts by the time of day.
+    A start counts to its end, or to its last sign of life. The controller records `seconds` since its start
+    beside the time of day, as the clock may be set meanwhile. A start that was killed recorded no end; the
+    time of day of its last log entry counts.
     """
     starts: list[list[dict[str, Any]]] = []
     for line in read_lines(run.path / "timeline.jsonl"):
@@ -178,7 +188,7 @@ def _between(first: Mapping[str, Any], line: Mapping[str, Any]) -> float:
 
 
 def tokens_per_s(run: RunState) -> float | None:
-    """Tokens that the policy sampled for training, a second of its steps."""
+    """Returns the tokens sampled for training per second of training steps; None before the first step."""
     tokens = seconds = 0.0
     for entry in run.metrics:
         if "time/step" in entry:
@@ -189,18 +199,18 @@ def tokens_per_s(run: RunState) -> float | None:
 
 
 def last_errors(run: RunState, most: int = 5) -> list[tuple[str, str]]:
-    """(process, line): the last line of each log that tells of an error, the newest log first."""
+    """Returns (process, line) with the last error line of each log, the newest log first."""
     logs = sorted((run.path / "logs").glob("*.log"), key=lambda log: log.stat().st_mtime, reverse=True)
-    found = []
+    errors = []
     for log in logs:
         with log.open("rb") as file:
             file.seek(max(0, log.stat().st_size - _TAIL_BYTES))
             lines = file.read().decode(errors="replace").splitlines()
-        telling = [
+        error_lines = [
             line for line in lines if re.search(r"\b(ERROR|CRITICAL)\b|^\S*(Error|Exception)\b.*:", line)
         ]
-        found += [(log.stem, line.strip()) for line in telling[-1:]]
-    return found[:most]
+        errors += [(log.stem, line.strip()) for line in error_lines[-1:]]
+    return errors[:most]
 
 
 def _first_line(text: str) -> str:

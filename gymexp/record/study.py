@@ -1,8 +1,7 @@
-"""A study that a sweep's jobs share: a job's values come from it when the job starts, so that none waits for
-another.
+"""An Optuna study that a sweep's jobs share. A job gets its values when it starts, so none waits for another.
 
-The study is Optuna's, kept in <sweep>/study.journal (locked by symbolic links, as NFS allows), and only this
-module knows Optuna. A job's trial is in <job>/trial.json: a run that goes on keeps its values.
+The study is in <sweep>/study.journal, which is locked by symbolic links, as NFS allows. Only this module uses
+Optuna. A job's trial is in <job>/trial.json, so that a resumed run keeps its values.
 """
 
 from __future__ import annotations
@@ -34,27 +33,29 @@ _JOB = "job"  # a trial's attribute: the number of its job
 
 @dataclass(frozen=True)
 class TrialFile:
-    """A job's trial.json: the trial's number in the study, and its values by key."""
+    """The contents of a job's trial.json: the trial's number in the study, and its values by key."""
 
     number: int
     values: dict[str, Any]
 
 
 def read_trial(directory: Path) -> TrialFile | None:
-    """The trial of a job's directory; None of a job that has none, or has not begun."""
-    said = read_json(directory / "trial.json")
-    return TrialFile(**said) if said else None
+    """Returns the trial in a job's directory; None if the job is no trial, or has not begun."""
+    fields = read_json(directory / "trial.json")
+    return TrialFile(**fields) if fields else None
 
 
 def as_trial(train: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
-    """`train(config, overrides, directory, …)` as one trial, where the run is one: with the values that the
-    study gives it, and its end told to the study."""
+    """Wraps `train(config, overrides, directory, …)` so that a run which is a trial takes part in the study.
+
+    The run trains with the values that the study gives it, and its result is reported to the study.
+    """
 
     @functools.wraps(train)
     def wrapped(config: RunConfig, overrides: Sequence[str], directory: Path, *more: Any) -> dict[str, Any]:
         if config.search.trial is None and read_trial(directory) is None:
             return train(config, overrides, directory, *more)
-        if config.resume and config.search.trial is None:  # resume=… on a command line that says no more
+        if config.resume and config.search.trial is None:  # the command line has resume=… alone
             config = resumed(directory / "config.yaml", config.resume)
         trial = begin(config.search, directory)
         if not config.resume:
@@ -63,7 +64,7 @@ def as_trial(train: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, An
         try:
             result = train(config, overrides, directory, *more)
         except Exception as error:
-            if not isinstance(error, Interrupted):  # a signal's: the trial goes on with the run
+            if not isinstance(error, Interrupted):  # after a signal the trial goes on when the run is resumed
                 end(config.search, directory, {})
             raise
         end(config.search, directory, result)
@@ -73,35 +74,35 @@ def as_trial(train: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, An
 
 
 def begin(search: SearchConfig, directory: Path) -> TrialFile:
-    """The trial of a job's directory: the one it has, or the study's next."""
+    """Returns the trial of a job's directory: the one in its trial.json, or the next one of the study."""
     study = _open(directory.parent, search, sampler_seed=search.seed + (search.trial or 0))
     known = read_trial(directory)
     if known is not None:
         frozen = study.trials[known.number]
         if not frozen.state.is_finished():
             return known
-        # Another job gave this trial up while its run was away. The study takes no finished trial back, but
-        # it takes a new one with the same values.
+        # Another job marked this trial as failed while its run was down. Optuna cannot reopen a finished
+        # trial, so a new one with the same values takes its place.
         trial = _add_like(study, frozen)
     else:
         _give_up_lost(study, directory.parent)
-        asked = study.ask({key: _distribution(space) for key, space in flat(search.params).items()})
-        asked.set_user_attr(_JOB, directory.name)
-        trial = TrialFile(asked.number, asked.params)
+        new = study.ask({key: _distribution(space) for key, space in flat(search.params).items()})
+        new.set_user_attr(_JOB, directory.name)
+        trial = TrialFile(new.number, new.params)
     directory.mkdir(parents=True, exist_ok=True)
     replace_file(directory / "trial.json", json.dumps({"number": trial.number, "values": trial.values}))
     return trial
 
 
 def end(search: SearchConfig, directory: Path, result: Mapping[str, Any]) -> None:
-    """Tell the study how the trial ended. A run without the metric has failed."""
+    """Reports the end of a trial to the study. A trial without a value of the metric counts as failed."""
     from optuna.trial import TrialState
 
     trial = read_trial(directory)
-    assert trial is not None, "it has begun"
+    assert trial is not None, "the trial has begun"
     after = {
-        env: {name: pair[1] for name, pair in some.items()}
-        for env, some in result.get("held_out", {}).items()
+        env: {name: pair[1] for name, pair in metrics.items()}
+        for env, metrics in result.get("held_out", {}).items()
     }
     value = score(search.metric, after)
     study = _open(directory.parent, search)
@@ -114,34 +115,40 @@ def end(search: SearchConfig, directory: Path, result: Mapping[str, Any]) -> Non
 
 
 class Judge:
-    """Of a running trial: takes what each held-out evaluation measured, and says when to end."""
+    """Reports the held-out evaluations of a running trial to the study, and decides whether to prune it."""
 
     def __init__(self, search: SearchConfig, directory: Path) -> None:
         import optuna
 
         trial = read_trial(directory)
-        assert trial is not None, "the controller has begun it"
+        assert trial is not None, "the controller has begun the trial"
         study = _open(directory.parent, search)
         self._search = search
         self._study = study
         self._trial = optuna.Trial(study, study.trials[trial.number]._trial_id)
 
     def report(self, step: int, held_out: Mapping[str, Mapping[str, float]]) -> str | None:
-        """held_out: `{env: {metric: value}}`. Returns why the trial is to end, if it is."""
+        """Reports an evaluation. Returns why the trial is to end, or None if it is to go on.
+
+        held_out: `{env: {metric: value}}`.
+        """
         value = score(self._search.metric, held_out)
         if value is None:
             return None
         self._trial.report(value, step)
         if not (self._search.prune and self._is_worse(value, step)):
             return None
-        than = "below" if self._search.direction == "maximize" else "above"
+        side = "below" if self._search.direction == "maximize" else "above"
         return (
-            f"{self._search.metric} of {value:.3f} after step {step} is {than} the median of the other trials"
+            f"{self._search.metric} of {value:.3f} after step {step} is {side} the median of the other trials"
         )
 
     def _is_worse(self, value: float, step: int) -> bool:
-        """Than the median, at this step, of the trials that came to their end. Optuna's MedianPruner takes a
-        trial's best value so far, which is the one from before its policy collapsed."""
+        """Returns whether a value is worse than the median of the completed trials at the same step.
+
+        Optuna's MedianPruner compares a trial's best value so far instead. For a policy that has collapsed,
+        that is the value from before the collapse.
+        """
         from optuna.trial import TrialState
 
         done = self._study.get_trials(states=(TrialState.COMPLETE,), deepcopy=False)
@@ -153,46 +160,49 @@ class Judge:
 
 
 def score(metric: str, held_out: Mapping[str, Mapping[str, float | None]]) -> float | None:
-    """metric: of one environment (`sudoku/success`), or the mean over all that have it (`reward`)."""
+    """Returns the value of `search.metric` in an evaluation; None if no environment has it.
+
+    metric: of one environment (`sudoku/success`), or the mean over all that have it (`reward`).
+    """
     env, _, name = metric.rpartition("/")
     chosen = [held_out.get(env, {})] if env else held_out.values()
-    values = [v for some in chosen if (v := some.get(name)) is not None]
+    values = [value for metrics in chosen if (value := metrics.get(name)) is not None]
     return fmean(values) if values else None
 
 
 def summary(sweep: Path) -> list[str]:
-    """The best trial, and how much each key mattered; nothing for a sweep without a study."""
+    """Returns lines on the study: counts, the best trial, each key's importance. Empty without a study."""
     if not _journal(sweep).exists():
         return []
     try:
         import optuna
         from optuna.trial import TrialState
     except ImportError:
-        return ["study: its best trial is shown where Optuna is: pip install 'gymexp[optuna]'"]
+        return ["study: to show its best trial, install Optuna: pip install 'gymexp[optuna]'"]
     with _quiet():
         study = optuna.load_study(study_name=_NAME, storage=_storage(sweep))
     done = study.get_trials(states=(TrialState.COMPLETE,), deepcopy=False)
     pruned = study.get_trials(states=(TrialState.PRUNED,), deepcopy=False)
-    told = [f"study: {len(done)} trials finished, {len(pruned)} pruned"]
+    lines = [f"study: {len(done)} trials finished, {len(pruned)} pruned"]
     if done:
         best = study.best_trial
-        values = "  ".join(f"{key}={_said(value)}" for key, value in best.params.items())
-        told.append(f"best trial: job {best.user_attrs.get(_JOB, '?')} with {best.value:.3f}  ({values})")
+        values = "  ".join(f"{key}={_shown(value)}" for key, value in best.params.items())
+        lines.append(f"best trial: job {best.user_attrs.get(_JOB, '?')} with {best.value:.3f}  ({values})")
     if len({trial.value for trial in done}) > 1 and len(done) > 3:
         evaluator = optuna.importance.PedAnovaImportanceEvaluator()
         shares = optuna.importance.get_param_importances(study, evaluator=evaluator)
-        told.append("importance: " + "  ".join(f"{key} {share:.2f}" for key, share in shares.items()))
-    return told
+        lines.append("importance: " + "  ".join(f"{key} {share:.2f}" for key, share in shares.items()))
+    return lines
 
 
 def _give_up_lost(study: optuna.Study, sweep: Path) -> None:
-    """Trials whose run is over without the study having heard of it do not count as going on."""
+    """Marks as failed each running trial whose run is over, e.g. because it was killed."""
     from optuna.trial import TrialState
 
     for trial in study.get_trials(states=(TrialState.RUNNING,), deepcopy=False):
         run = _run_of(sweep, trial.user_attrs.get(_JOB))
         if run and run.ended:
-            with contextlib.suppress(ValueError, RuntimeError):  # another job was faster
+            with contextlib.suppress(ValueError, RuntimeError):  # another job has marked it
                 study.tell(trial.number, state=TrialState.FAIL)
 
 
@@ -241,7 +251,7 @@ def _open(sweep: Path, search: SearchConfig, sampler_seed: int | None = None) ->
             storage=_storage(sweep),
             direction=search.direction,  # pyright: ignore[reportArgumentType]  (rules.py has checked it)
             load_if_exists=True,
-            # What runs elsewhere counts as bad meanwhile, so that two jobs do not try the same.
+            # A running trial counts as a bad one, so that two jobs do not try the same values.
             sampler=optuna.samplers.TPESampler(seed=sampler_seed, constant_liar=True),
         )
 
@@ -259,7 +269,7 @@ def _journal(sweep: Path) -> Path:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Optuna says that it opened a study."""
+    """Hides Optuna's log line about an opened study."""
     import optuna
 
     before = optuna.logging.get_verbosity()
@@ -270,5 +280,5 @@ def _quiet() -> Iterator[None]:
         optuna.logging.set_verbosity(before)
 
 
-def _said(value: Any) -> str:
+def _shown(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -23,7 +23,7 @@ from omegaconf import OmegaConf
 
 from gymexp.config import grpo_arguments
 from gymexp.config.grpo_arguments import value_of
-from gymexp.config.names import meant
+from gymexp.config.names import suggestion
 from gymexp.config.schema import RunConfig
 from gymexp.config.space import ends, flat
 from gymexp.errors import ConfigError
@@ -149,7 +149,8 @@ def _named_problems(config: RunConfig) -> str:
     for name in searched | config.trainer:
         if name not in known:
             found.append(
-                f"trainer.{name} is not an argument of trl.GRPOConfig{meant(name, sorted(known), 'trainer.')}"
+                f"trainer.{name} is not an argument of trl.GRPOConfig"
+                f"{suggestion(name, sorted(known), 'trainer.')}"
             )
     found.extend(fields.problems({n: None for n in searched if n in fields.OWNED} | config.trainer))
     for name in ("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"):

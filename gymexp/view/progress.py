@@ -1,4 +1,4 @@
-"""What a run shows while it goes on: a live panel on a terminal, a line a step elsewhere."""
+"""The progress display of a run: a live panel on a terminal, else one line for each step."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _NUMBERS = ("reward", "success", "turns", "tokens", "truncated", "failed")
 
 
 def duration(seconds: float) -> str:
-    """Seconds as 1:02:03 or 2:03."""
+    """Formats seconds as 1:02:03 or 2:03."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 class View:
-    """`say` and `log` print lines that stay; `update` and `services` change what the live panel shows."""
+    """Shows a run's progress. `say` and `log` print lines; `update` and `services` change the live panel."""
 
     def __init__(self, stream: Any = None) -> None:
         self._console = Console(file=stream or sys.stdout, highlight=False, soft_wrap=True)
@@ -67,7 +67,7 @@ class View:
             )
 
     def log(self, step: int, logs: dict[str, Any]) -> None:
-        """An entry of the log, a step's or an evaluation's: a line that stays, and news for the panel."""
+        """Prints an entry of the log (of a step or an evaluation) as a line, and updates the panel."""
         if held_out := by_env(logs, held_out=True):
             self._held_out = held_out
             self.say(self._line(step, "held-out ", held_out, logs))
@@ -76,16 +76,16 @@ class View:
             self.say(self._line(step, "", trained, logs))
 
     def time_left(self) -> float | None:
-        """Seconds to the last step at the pace so far; None before the first step is done."""
+        """Returns the seconds to the last step at the average pace; None before the first step is done."""
         step, last = self._facts.get("step") or 0, self._facts.get("max_steps") or 0
         if self._trained_since is None or step <= self._trained_since[1] or not last:
             return None
         began, first = self._trained_since
         return (time.monotonic() - began) / (step - first) * (last - step)
 
-    def _line(self, step: int, what: str, envs: dict[str, dict[str, float]], logs: dict[str, Any]) -> str:
+    def _line(self, step: int, prefix: str, envs: dict[str, dict[str, float]], logs: dict[str, Any]) -> str:
         rewards = "  ".join(f"{env} {_shown(n.get('reward'))}" for env, n in envs.items())
-        line = f"step {step}/{self._facts.get('max_steps') or '?'}  {what}reward: {rewards}"
+        line = f"step {step}/{self._facts.get('max_steps') or '?'}  {prefix}reward: {rewards}"
         if seconds := logs.get("time/step"):
             line += f"  {seconds:.1f} s a step ({logs.get('time/rollout', 0):.1f} rollouts)"
         left = self.time_left()

@@ -1,4 +1,4 @@
-"""How one run stands, as text; and as it goes on, its logs line by line."""
+"""The state of one run as text, and its new log lines while it goes on."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from gymexp.record.state import RunState, last_errors, read_run, tokens_per_s, w
 from gymexp.view.progress import View, duration
 
 _POLL_S = 0.5
-_STATE_S = 5.0  # between two looks at whether the run is still there
-_SHOWN = 2_000  # bytes of a log that were there before
+_STATE_S = 5.0  # seconds between two checks of whether the run has ended
+_SHOWN = 2_000  # bytes at the end of an existing log that are shown at the start
 
 
 def look(path: Path) -> RunState:
-    """A run directory, with what Slurm says where it is a job's."""
+    """Returns the state of the run in a directory. If the run is a Slurm job, Slurm is queried too."""
     run = read_run(path)
     job_id = run.status.get("job_id")
     return read_run(path, slurm_states([job_id]), job_id) if job_id else run
 
 
 def run_text(run: RunState) -> str:
-    """Where it is, its numbers, its servers, and what went wrong last."""
+    """Returns a run's state as lines: directory, step, times, held-out rewards, servers, last errors."""
     status = run.status
     last = status.get("max_steps")
     lines = [f"{run.path}", f"{run.state}{f': {run.why}' if run.why else ''}"]
@@ -59,7 +59,7 @@ def _rates(run: RunState) -> Iterator[str]:
 
 
 class Tail:
-    """New lines of a folder's logs, each with its file's name; logs may come later, and be cut short."""
+    """Reads new lines of the logs in a folder. A log may appear later, and may be truncated."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -69,11 +69,11 @@ class Tail:
             with path.open("rb") as file:
                 if file.seek(0, 2) > _SHOWN:
                     file.seek(-_SHOWN, 2)
-                    file.readline()  # the rest of a line
+                    file.readline()  # skip the rest of an incomplete line
                     self._at[path] = file.tell()
 
     def lines(self) -> Iterator[tuple[str, str]]:
-        """(process, line) of what is new and whole."""
+        """Yields (process, line) for each complete line since the last call."""
         for path in sorted(self._folder.glob("*.log")):
             for line in self._read(path):
                 yield path.stem, line
@@ -81,36 +81,36 @@ class Tail:
     def _read(self, path: Path) -> list[str]:
         start = self._at.get(path, 0)
         with path.open("rb") as file:
-            if file.seek(0, 2) < start:  # cut short: it begins again
+            if file.seek(0, 2) < start:  # the file was truncated: read it from its beginning
                 start, self._part[path] = 0, b""
             file.seek(start)
             new = file.read()
         self._at[path] = start + len(new)
         *whole, rest = (self._part.get(path, b"") + new).split(b"\n")
         self._part[path] = rest
-        # Of a line that was written over, as progress bars are, the last state.
+        # A progress bar overwrites its line after "\r"; only the last state is shown.
         return [line.decode(errors="replace").rstrip("\r").rpartition("\r")[2] for line in whole]
 
 
 def follow(path: Path, view: View, sleep: Callable[[float], Any] = time.sleep) -> RunState:
-    """Say what is new in a run's logs, and its steps, until it has ended; returns how."""
+    """Prints a run's new log lines and steps until it has ended; returns its final state."""
     tail = Tail(path / "logs")
-    said = len(read_run(path).metrics)
-    looked, run = time.monotonic(), look(path)
+    num_shown = len(read_run(path).metrics)
+    checked_at, run = time.monotonic(), look(path)
     while True:
         ended = run.ended
         for name, line in tail.lines():
             view.say(f"{name}: {line}")
         now = read_run(path)
-        if len(now.metrics) < said:  # a resumed run takes back what it said after its checkpoint
-            said = len(now.metrics)
-        for entry in now.metrics[said:]:
+        if len(now.metrics) < num_shown:  # a resumed run removes the entries after its checkpoint
+            num_shown = len(now.metrics)
+        for entry in now.metrics[num_shown:]:
             steps = {"step": entry["step"], "max_steps": now.status.get("max_steps")}
             view.update({"phase": now.status.get("phase"), **steps})
             view.log(entry["step"], entry)
-        said = len(now.metrics)
+        num_shown = len(now.metrics)
         if ended:
             return run
         sleep(_POLL_S)
-        if now.status.get("ended") or time.monotonic() - looked > _STATE_S:
-            looked, run = time.monotonic(), look(path)
+        if now.status.get("ended") or time.monotonic() - checked_at > _STATE_S:
+            checked_at, run = time.monotonic(), look(path)

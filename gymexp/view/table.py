@@ -1,4 +1,4 @@
-"""The table at the end: held-out reward before and after."""
+"""The table that a run prints at its end: held-out reward before and after training."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def held_out_table(result: dict[str, Any]) -> str:
-    """Plain text; empty if nothing was evaluated."""
+    """Returns the table of a result.json as plain text; "" if nothing was evaluated."""
     rows = []
     for env, metrics in result.get("held_out", {}).items():
         before, after = metrics.get("reward", [None, None])

@@ -143,7 +143,7 @@ def test_what_gymexp_decides_of_a_slurm_job_is_named_with_its_own_key(key):
         (
             ["launcher=slurm", "launcher.partition=a", "hydra.launcher.partition=b"],
             True,
-            "hydra.launcher.partition and launcher.partition say the same",
+            "hydra.launcher.partition and launcher.partition set the same",
         ),
         (["output_dir=a", "hydra.run.dir=b"], False, "hydra.run.dir must be left out with output_dir"),
         (["resume=a", "hydra.run.dir=b"], False, "hydra.run.dir must be left out with resume"),
@@ -213,7 +213,7 @@ def test_flags_that_hydra_obeys_are_left_to_it(arguments):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ("-m seed=interval(0,1)", "interval(…) has no end of values for a sweep: say a list"),
+        ("-m seed=interval(0,1)", "interval(…) does not list the values of a sweep: write a list"),
         ("-m seed=range(0,0)", "a sweep must have at least one job"),
         ("hydra/sweeper=optuna", "hydra/sweeper=optuna is not known. search.params"),
         ("hydra/job_logging=none_such", "hydra/job_logging=none_such is not known"),

@@ -67,7 +67,7 @@ def test_a_meaning_is_found_wherever_its_comment_stands():
 
 def test_a_section_begins_with_its_dataclass_docstring():
     text = " ".join(PAGE.read_text().split())
-    assert "## `checkpoint` Which checkpoints stay. `trainer.save_steps` says when one is written;" in text
+    assert "## `checkpoint` Which checkpoints are kept. `trainer.save_steps` sets when a" in text
     assert "## `env.<name>` One environment: a NeMo Gym agent" in text
 
 

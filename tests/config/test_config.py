@@ -149,7 +149,7 @@ def test_a_lora_recipe_is_the_full_one_but_for_what_its_file_says():
         ("engine.kind=sglang", "engine.kind must be one of auto, hf, vllm, got 'sglang'"),
         ("engine.args.port=80", "engine.args.port is set by gymexp"),
         ("engine.args.max-model-len=80", "use model.max_model_len instead"),
-        ("engine.urls=[localhost]", "engine.urls must hold addresses like http"),
+        ("engine.urls=[localhost]", "engine.urls must be addresses like http"),
         ("engine.weights=carrier_pigeon", "engine.weights must be one of auto, nccl, ipc, disk"),
         ("engine.colocate=true engine=hf", "engine.colocate=true is for vLLM that gymexp starts"),
         ("engine.colocate=true engine.weights=nccl", "engine.weights must be ipc or disk"),
@@ -413,7 +413,7 @@ SEARCH = ("search.trial=0", "search.params.trainer.learning_rate={low:1e-6,high:
         ),
         (
             [*SEARCH, "+search.params.trainer.learning_rate.base=10"],
-            r"learning_rate has keys that a range has not: base\. It has low, high, log, step",
+            r"learning_rate has keys that no range has: base\. A range has low, high, log, step",
         ),
         (
             [*SEARCH, "search.params.rollout.max_failed_share=[0.1,2]"],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from gymexp.config.explain import explain_key, keys
-from gymexp.config.names import ALIASES, meant, nearest
+from gymexp.config.names import ALIASES, nearest, suggestion
 from gymexp.training import fields
 
 
@@ -36,4 +36,4 @@ def test_a_key_by_another_name_or_at_another_place_is_suggested(key, said):
 
 
 def test_nothing_near_suggests_nothing():
-    assert meant("zzz", ["weight"], "env.", ["a.b"]) == nearest("zzz", ["weight"]) == ""
+    assert suggestion("zzz", ["weight"], "env.", ["a.b"]) == nearest("zzz", ["weight"]) == ""

@@ -34,7 +34,7 @@ def test_what_is_asked_for_is_done_or_refused_with_both_numbers(monkeypatch):
         within(monkeypatch, 256, a=128)
     assert str(caught.value) == (
         "env.a.max_concurrency must be at most 36, got 128: an agent would have 808 files open, and the "
-        "limit is 256. Raise that (`ulimit -n 808`), or say env.a.max_concurrency=36, or more env.a.replicas"
+        "limit is 256. Raise it (`ulimit -n 808`), or set env.a.max_concurrency=36, or more env.a.replicas"
     )
     with pytest.raises(ConfigError, match=r"at most 72 together, got 108: the model server would have 364"):
         within(monkeypatch, 256, a=36, b=36, c=36)

@@ -49,12 +49,12 @@ def test_a_file_system_without_locks_is_named_with_what_to_do(tmp_path, monkeypa
         raise OSError(errno.ENOSYS, "Function not implemented")
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    with pytest.raises(RunDirectoryError, match=r"flock says: Function not implemented.*output_dir"):
+    with pytest.raises(RunDirectoryError, match=r"flock failed: Function not implemented.*output_dir"):
         RunDirectory.claim(tmp_path)
 
 
 def test_resuming_what_is_no_run_directory_says_so(tmp_path):
-    with pytest.raises(RunDirectoryError, match=r"holds no config\.yaml"):
+    with pytest.raises(RunDirectoryError, match=r"has no config\.yaml"):
         RunDirectory.reopen(tmp_path)
 
 

@@ -37,7 +37,7 @@ def state(path: Path, status: dict, result: dict | None = None) -> tuple[str, st
         ({"ended": "requeued", "outcome": "requeued"}, None, ("waiting", "requeued")),
         ({"ended": "finished", "outcome": "finished"}, None, ("finished", "its result.json is damaged")),
         ({"outcome": TEXT}, STOPPED, ("stopped", TEXT)),
-        ({"ended": None}, None, ("lost", f"its process ({GONE['pid']}) is gone and left no end")),
+        ({"ended": None}, None, ("lost", f"its process ({GONE['pid']}) is gone and recorded no end")),
     ],
 )
 def test_a_run_is_judged_by_what_it_wrote_and_not_by_words(status, result, told, tmp_path):

@@ -244,5 +244,5 @@ def test_without_optuna_a_summary_says_what_to_install_and_its_verbosity_stays(t
     study.begin(search(0), tmp_path / "0")
     assert optuna.logging.get_verbosity() == before and (tmp_path / "study.journal").exists()
     monkeypatch.setitem(sys.modules, "optuna", None)
-    said = "study: its best trial is shown where Optuna is: pip install 'gymexp[optuna]'"
+    said = "study: to show its best trial, install Optuna: pip install 'gymexp[optuna]'"
     assert study.summary(tmp_path) == [said]
