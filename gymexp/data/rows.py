@@ -177,7 +177,7 @@ def _server_problems(row: dict[str, Any], server: str) -> Iterator[Problem]:
             continue  # the holder's own entry in _SERVER_FIELDS reports it
         if key not in within or isinstance(within[key], bool) or not isinstance(within[key], types):
             expected = " or ".join(_JSON_NAMES[t] for t in types)
-            yield field, f"{_expected(expected, within, key)} ({server} asks for it)"
+            yield field, f"{_expected(expected, within, key)} ({server} requires it)"
     if server == "workplace_assistant" and isinstance(row.get("ground_truth"), list):
         for index, call in enumerate(row["ground_truth"]):
             if not isinstance(call, dict) or not all(isinstance(value, str) for value in call.values()):

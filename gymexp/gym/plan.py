@@ -109,7 +109,7 @@ def read_config(env_name: str, env: EnvConfig, site: Path) -> dict[str, Any]:
     if env.agent not in agents:
         raise ConfigError(
             f"env.{env_name}.agent must be an agent of {env.config_path}, got {env.agent!r}"
-            f"{nearest(env.agent, agents)}. Agents there: {', '.join(agents)}"
+            f"{nearest(env.agent, agents)}. Its agents: {', '.join(agents)}"
         )
     return {str(name): value for name, value in defined.items()}
 

@@ -248,7 +248,9 @@ class Judge:
                 yield {"problems": [_refused_chat(row, first)]}
             return
         except Exception as error:  # on any exception, the model server would answer 500
-            yield {"problems": [(PARAMETERS, f"NeMo Gym's model server cannot ask the policy: {error}")]}
+            yield {
+                "problems": [(PARAMETERS, f"NeMo Gym's model server can make no request of the row: {error}")]
+            }
             return
         if number is None and request.get("tools"):
             number, self._count = self._count, self._count + 1
@@ -311,7 +313,7 @@ def _refused_chat(row: dict[str, Any], error: dict[str, Any]) -> Problem:
     if path[1] in row[PARAMETERS]:
         return _field(path), _reason(error, error["input"])
     at = ".".join(str(part) for part in error["loc"])
-    return PARAMETERS, f"NeMo Gym's model server cannot ask the policy: {at}: {error['msg']}"
+    return PARAMETERS, f"NeMo Gym's model server can make no request of the row: {at}: {error['msg']}"
 
 
 def main() -> None:

@@ -1,10 +1,11 @@
 """Proves a drafted task with the workplace server's own code: calls the server's tools and runs its verifier.
 
-Runs inside NeMo Gym's venv. A draft is proven if * the ground truth scores True against itself, and no calls
-at all score False (so the task changes something), * the expert's calls, look-ups included, score True, and
-each call of the ground truth succeeds, * each ID and each address that the expert uses is in the request or
-in the output of an earlier call, * no output is longer than LONGEST_OUTPUT characters, * the calls and the
-final message fit the agent's turn limit.
+Runs inside NeMo Gym's venv. A draft is proven if
+* the ground truth scores True against itself, and no calls score False (so the task changes something),
+* the expert's calls, look-ups included, score True, and each call of the ground truth succeeds,
+* each ID and each address that the expert uses is in the request or in the output of an earlier call,
+* no output is longer than LONGEST_OUTPUT characters,
+* the calls and the final message fit the agent's turn limit.
 """
 
 from __future__ import annotations
@@ -81,8 +82,7 @@ def score(predicted: list[Call], ground_truth: list[Call]) -> bool:
 
 
 def live_body(output: Any) -> str:
-    """Returns the body of the live server's answer to a tool call: compact JSON, null for an empty table
-    cell."""
+    """Returns the body of the live server's answer to a tool call: compact JSON, null for an empty cell."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):

@@ -58,8 +58,7 @@ class World:
         return {day: events for day, events in days.items() if low <= len(events) <= high and day > after}
 
     def search_emails(self, query: str) -> list[Record]:
-        """Returns the emails that contain every word of the query in subject, body or sender, latest
-        first."""
+        """Returns the emails with every word of the query in subject, body or sender, latest first."""
         words = query.lower().split()
         emails = [
             e
@@ -115,15 +114,14 @@ def next_day(day: str) -> str:
 
 
 def meeting_start(r: Random, duration: str, day: str | None = None) -> str:
-    """Draws a start on the hour or half hour that keeps a meeting between 9am and 6pm, as "YYYY-MM-DD
-    HH:MM:SS".
+    """Draws a start, on the hour or half hour, of a meeting between 9am and 6pm, as "YYYY-MM-DD HH:MM:SS".
 
-    duration: in minutes. day: an ISO date; None draws a working day."""
+    duration: in minutes. day: an ISO date; None draws a working day.
+    """
     slot = r.randint(0, (9 * 60 - int(duration)) // 30)
     return f"{day or weekday(r)} {9 + slot // 2:02d}:{slot % 2 * 30:02d}:00"
 
 
 def other(r: Random, choices: list[Any], *taken: Any) -> Any:
-    """Draws a choice that is not in `taken`. An update must change something, or to do nothing would be
-    right."""
+    """Draws a choice not in `taken`: an update must change something, or doing nothing would be right."""
     return r.choice([c for c in choices if c not in taken])
