@@ -1,4 +1,4 @@
-"""`source=generate`: tasks made on this machine, by a script that runs in NeMo Gym's Python."""
+"""`source=generate`: a script that runs in NeMo Gym's Python makes the tasks on this machine."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from gymexp.gym.install import environ_for, site_packages
 from gymexp.processes import lifeline
 
 _DEADLINE_S = 1800.0
-_ROUNDS = 5  # how often more validation puzzles are made in place of those that the training set holds
+_ROUNDS = 5  # batches of validation puzzles at most; puzzles that are also train tasks do not count
 _REASONING_GYM_SCRIPT = "resources_servers/reasoning_gym/scripts/create_dataset.py"
 _REASONING_GYM_OPTIONS = {"task", "config"}
 
@@ -32,7 +32,7 @@ _REASONING_GYM_OPTIONS = {"task", "config"}
 def generate(
     name: str, data: DataConfig, gym_python: Path, cache: Path, say: Say
 ) -> tuple[Path, dict[str, str]]:
-    """The cache entry with the environment's train.jsonl and validation.jsonl, and its files' hashes."""
+    """Returns the cache entry with train.jsonl and validation.jsonl, and the SHA-256 of each of its files."""
     if data.generator == "workplace":
         return _workplace(name, data, gym_python, cache, say)
     assert data.generator == "reasoning_gym", data.generator
@@ -44,9 +44,9 @@ def _reasoning_gym(
 ) -> tuple[Path, dict[str, str]]:
     unknown = sorted(set(data.options) - _REASONING_GYM_OPTIONS)
     if unknown or not data.options.get("task"):
-        found = f"got {unknown[0]!r}" if unknown else "task is missing"
+        problem = f"got {unknown[0]!r}" if unknown else "task is missing"
         raise DataError(
-            f"env.{name}.data.options must be {{task: …, config: {{…}}}} for reasoning_gym, {found}"
+            f"env.{name}.data.options must be {{task: …, config: {{…}}}} for reasoning_gym, {problem}"
         )
     script = site_packages(python) / _REASONING_GYM_SCRIPT
     task, config = data.options["task"], data.options.get("config") or {}
@@ -69,7 +69,7 @@ def _reasoning_gym(
             "--config": json.dumps(config),
             "--output": output,
         }
-        # Some of reasoning_gym's dependencies greet every start with SyntaxWarnings.
+        # Without `-W ignore`, some of reasoning_gym's dependencies print SyntaxWarnings at every start.
         return [
             str(python),
             "-W",
@@ -83,7 +83,7 @@ def _reasoning_gym(
         size, wanted = sizes["train"], sizes["validation"]
         assert size is not None and wanted is not None
         say(f"{name}: making {size} train and {wanted} validation tasks with reasoning_gym's {task}")
-        start = _apart(seeds["train"], size, seeds["validation"], wanted)
+        start = _disjoint_seed(seeds["train"], size, seeds["validation"], wanted)
         if start != seeds["validation"]:
             say(
                 f"{name}: reasoning_gym makes puzzle i from seed + i, so "
@@ -109,7 +109,7 @@ def _reasoning_gym(
         else:
             raise DataError(
                 f"env.{name}.data.validation_size is {wanted}, but {_ROUNDS * wanted} more puzzles of {task} "
-                f"held only {len(kept)} that are not train tasks: lower it, or train_size, "
+                f"contained only {len(kept)} that are not train tasks: lower it, or train_size, "
                 "or make the puzzles more varied"
             )
         more.unlink()
@@ -118,10 +118,11 @@ def _reasoning_gym(
     return cached(cache, f"{name}-{task}", determined_by, make, say)
 
 
-def _apart(train_seed: int, size: int, validation_seed: int, wanted: int) -> int:
-    """A seed whose `wanted` puzzles are none of the train seed's: the given one, or the first after those."""
-    meets = validation_seed < train_seed + size and train_seed < validation_seed + wanted
-    return train_seed + size if meets else validation_seed
+def _disjoint_seed(train_seed: int, size: int, validation_seed: int, wanted: int) -> int:
+    """Returns a seed whose `wanted` puzzles are not among the `size` train puzzles: `validation_seed`, or the
+    first seed after the train puzzles' if the two ranges overlap."""
+    overlaps = validation_seed < train_seed + size and train_seed < validation_seed + wanted
+    return train_seed + size if overlaps else validation_seed
 
 
 def _workplace(
@@ -130,7 +131,7 @@ def _workplace(
     if data.options:
         raise DataError(f"env.{name}.data.options must be empty for generator=workplace, got {data.options}")
     script = Path(__file__).parent / "workplace" / "make.py"
-    sources = script.parent.rglob("*.py")  # each of them decides what the script makes
+    sources = script.parent.rglob("*.py")  # each of them decides what tasks the script makes
     determined_by = {
         "generator": "workplace",
         "script": {str(path.relative_to(script.parent)): sha256_of(path) for path in sorted(sources)},
@@ -157,7 +158,7 @@ def _workplace(
 
 
 def versions(python: Path, packages: tuple[str, ...]) -> dict[str, str]:
-    """Of packages that NeMo Gym's interpreter must have."""
+    """Returns the versions of packages in the environment of `python`. Raises DataError if one is missing."""
     code = (
         "import json, sys, importlib.metadata as m; print(json.dumps([m.version(p) for p in sys.argv[1:]]))"
     )
@@ -175,7 +176,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
 
 
 def _write(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    # Which agent plays a row is said by env.<name>.agent, so the script's own choice is left out.
+    # env.<name>.agent decides which agent plays a row, so the script's own choice is left out.
     lines = (orjson.dumps({k: v for k, v in row.items() if k != "agent_ref"}) + b"\n" for row in rows)
     path.write_bytes(b"".join(lines))
 
@@ -183,7 +184,8 @@ def _write(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 def _run_all(
     name: str, commands: list[list[str]], say: Say, on_line: Callable[[str], None] | None = None
 ) -> None:
-    """Run the commands at the same time. Raises DataError with the last words of the first that fails."""
+    """Runs the commands at the same time. Raises DataError with the last output of the first that fails, or
+    if they take longer than `_DEADLINE_S`."""
     deadline = time.monotonic() + _DEADLINE_S
     with contextlib.ExitStack() as stack:
         running = [stack.enter_context(_child(command, on_line)) for command in commands]
@@ -202,7 +204,8 @@ def _run_all(
 def _child(
     command: list[str], on_line: Callable[[str], None] | None
 ) -> Iterator[tuple[subprocess.Popen[str], Callable[[], str]]]:
-    """A child in a process group of its own, gone when the block is left or this process ends."""
+    """Yields a child process in a process group of its own, and a function that returns its last output. The
+    child is killed when the block is left or this process ends."""
     child = subprocess.Popen(
         [sys.executable, lifeline.__file__, str(os.getpid()), *command],
         env=environ_for(Path(command[0])),
@@ -232,8 +235,7 @@ def _child(
         yield child, last_words
         reader.join(timeout=5)
     finally:
-        with contextlib.suppress(
-            ProcessLookupError
-        ):  # the group outlives the child if it left something behind
+        # The process group outlives the child if a process that the child started still runs.
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)
         child.wait()

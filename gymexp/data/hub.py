@@ -1,7 +1,7 @@
 """`source=huggingface`: files of a dataset repository, with a deadline on every wait.
 
-`hf_hub_download` alone retries an unreachable hub with growing pauses; one request made first, without any,
-is answered in seconds. What was downloaded before is used when the hub cannot be reached.
+`hf_hub_download` retries an unreachable hub with growing pauses. So a single request without retries goes
+first, and shows within seconds whether the hub can be reached. If not, the cached file is used.
 """
 
 from __future__ import annotations
@@ -36,61 +36,63 @@ _STALL_TIMEOUT_S = 30.0  # without a byte of progress
 
 
 def download(name: str, data: DataConfig, say: Say) -> tuple[Path, Path]:
-    """The train and the validation file in huggingface_hub's own cache (HF_HOME), both of the same commit."""
-    assert data.repo_id and data.train_file and data.validation_file  # gymexp.config.schema has checked it
-    train, commit = _file(name, data, data.train_file, data.revision, say)
-    validation, _ = _file(name, data, data.validation_file, commit, say)
+    """Returns the train and the validation file in huggingface_hub's own cache (HF_HOME), both of one commit.
+    Raises DataError that says why a file cannot be had, and what to set instead."""
+    assert data.repo_id and data.train_file and data.validation_file  # gymexp.config.rules has checked it
+    train, commit = _fetch_file(name, data, data.train_file, data.revision, say)
+    validation, _ = _fetch_file(name, data, data.validation_file, commit, say)
     return train, validation
 
 
-def _file(name: str, data: DataConfig, file: str, revision: str, say: Say) -> tuple[Path, str]:
-    """One file's path and the commit it is of."""
+def _fetch_file(name: str, data: DataConfig, file: str, revision: str, say: Say) -> tuple[Path, str]:
+    """Returns the path of one file, and the commit that it comes from."""
     endpoint = os.environ.get("HF_ENDPOINT", constants.ENDPOINT).rstrip("/")
-    what: dict[str, Any] = {"repo_id": data.repo_id, "filename": file, "repo_type": "dataset"}
+    repo_file: dict[str, Any] = {"repo_id": data.repo_id, "filename": file, "repo_type": "dataset"}
     url = "?"
     try:
-        url = hf_hub_url(**what, revision=revision, endpoint=endpoint)
+        url = hf_hub_url(**repo_file, revision=revision, endpoint=endpoint)
         token = get_token()
-        found = get_hf_file_metadata(url, token=token, timeout=ANSWER_TIMEOUT_S, endpoint=endpoint)
-        if not found.commit_hash:
-            raise Unusable("what answers there is not a Hugging Face hub (no X-Repo-Commit in its answer)")
-        if not _here(what, found.commit_hash):
-            megabytes = "" if found.size is None else f" ({found.size / 1e6:.1f} MB)"
+        metadata = get_hf_file_metadata(url, token=token, timeout=ANSWER_TIMEOUT_S, endpoint=endpoint)
+        if not metadata.commit_hash:
+            raise Unusable("the server is not a Hugging Face hub (no X-Repo-Commit in its answer)")
+        if not _cached_file(repo_file, metadata.commit_hash):
+            megabytes = "" if metadata.size is None else f" ({metadata.size / 1e6:.1f} MB)"
             say(f"{name}: downloading {file} of {data.repo_id}{megabytes}")
-        # By its own name, not the commit's: that is how huggingface_hub finds it again without the network.
-        path = Path(watched(hf_hub_download, **what, revision=revision, endpoint=endpoint, token=token))
+        # Ask for the revision's name, not the commit: only then does huggingface_hub find the file by that
+        # name again without the network.
+        path = Path(watched(hf_hub_download, **repo_file, revision=revision, endpoint=endpoint, token=token))
         return path, _commit(path, file)
     except (httpx.HTTPError, OSError, HFValidationError, Unusable) as error:
         if not isinstance(error, RevisionNotFoundError | EntryNotFoundError) and (
-            path := _here(what, revision)
+            path := _cached_file(repo_file, revision)
         ):
             commit = _commit(path, file)
-            said = reason(error, "dataset")
-            say(f"{name}: {said}; using {file} as downloaded before (commit {commit[:12]})")
+            why = reason(error, "dataset")
+            say(f"{name}: {why}; using {file} as downloaded before (commit {commit[:12]})")
             return path, commit
-        raise DataError(_ways_on(name, data, file, revision, url, error)) from None
+        raise DataError(_failure_message(name, data, file, revision, url, error)) from None
 
 
 class Unusable(Exception):
     """The hub answered, but not with the file."""
 
 
-def _here(what: dict[str, Any], revision: str) -> Path | None:
-    """The file in huggingface_hub's cache, without a word to the network."""
+def _cached_file(repo_file: dict[str, Any], revision: str) -> Path | None:
+    """Returns the file in huggingface_hub's cache, or None if it is not cached. Uses no network."""
     try:
-        return Path(hf_hub_download(**what, revision=revision, local_files_only=True))
+        return Path(hf_hub_download(**repo_file, revision=revision, local_files_only=True))
     except (OSError, HFValidationError):  # LocalEntryNotFoundError is a FileNotFoundError
         return None
 
 
 def _commit(path: Path, file: str) -> str:
-    """huggingface_hub keeps `file` as …/snapshots/<commit>/<file>."""
+    """Returns the commit of a cached file: huggingface_hub keeps `file` as …/snapshots/<commit>/<file>."""
     return path.parents[len(Path(file).parts) - 1].name
 
 
 def watched(download: Callable[..., str], **arguments: Any) -> str:
-    """`hf_hub_download` or `snapshot_download`, given up when nothing arrives for a while: their own retries
-    go on for minutes. Raises what these raise, and Unusable."""
+    """Runs `download` (`hf_hub_download` or `snapshot_download`) and returns its result. Raises its
+    exceptions, and Unusable if no byte arrives for `_STALL_TIMEOUT_S`: its own retries go on for minutes."""
     last_progress = time.monotonic()
 
     class Watched(tqdm):  # type: ignore[misc]
@@ -104,24 +106,24 @@ def watched(download: Callable[..., str], **arguments: Any) -> str:
     def work() -> None:
         try:
             result.put(download(**arguments, tqdm_class=Watched, etag_timeout=ANSWER_TIMEOUT_S))
-        except Exception as error:  # raised again by the thread that waits
+        except Exception as error:  # the thread that waits raises it again
             result.put(error)
 
     threading.Thread(target=work, daemon=True, name="hub-download").start()
     while True:
         try:
-            answer = result.get(timeout=0.5)
+            outcome = result.get(timeout=0.5)
         except queue.Empty:
             if time.monotonic() - last_progress > _STALL_TIMEOUT_S:
                 raise Unusable(f"the download stood still for {_STALL_TIMEOUT_S:.0f} s") from None
             continue
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
 
 
 def reason(error: Exception, kind: str) -> str:
-    """In words. kind: of repository, dataset or model."""
+    """Returns why the hub did not give a file. kind: the kind of repository, "dataset" or "model"."""
     if isinstance(error, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set"
     if isinstance(error, HFValidationError):
@@ -141,16 +143,19 @@ def reason(error: Exception, kind: str) -> str:
     return f"the hub cannot be reached ({error})" if isinstance(error, httpx.HTTPError) else str(error)
 
 
-def _ways_on(name: str, data: DataConfig, file: str, revision: str, url: str, error: Exception) -> str:
-    at, said = f"env.{name}.data", reason(error, "dataset")
+def _failure_message(
+    name: str, data: DataConfig, file: str, revision: str, url: str, error: Exception
+) -> str:
+    """Says why `file` cannot be had, and what to set instead."""
+    at, why = f"env.{name}.data", reason(error, "dataset")
     lines = [
-        f"{at}.repo_id: cannot get {file} of {data.repo_id} (revision {revision}): {said}",
-        f"  asked: {url}",
+        f"{at}.repo_id: cannot get {file} of {data.repo_id} (revision {revision}): {why}",
+        f"  requested: {url}",
     ]
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
     if status in (401, 403) or isinstance(error, RepositoryNotFoundError):
-        had = "the one given was sent" if get_token() else "none was given"
-        lines.append(f"  a token is taken from HF_TOKEN; {had}")
+        note = "the one given was sent" if get_token() else "none was given"
+        lines.append(f"  a token is taken from HF_TOKEN; {note}")
     lines.append("Ways on:")
     if data.generator:
         lines.append(f"  {at}.source=generate    makes the tasks on this machine, without network")

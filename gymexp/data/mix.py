@@ -1,4 +1,4 @@
-"""One training order out of several environments' tasks: shares by weight, the same every time. Pure."""
+"""One training order of several environments' tasks, by weight and reproducible. Pure functions."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ def mix(
     order: str,
     seed: int,
 ) -> list[Task]:
-    """`size` tasks, of which each environment has its weight's share, to within one task.
+    """Returns `size` tasks in training order; each environment has its weight's share, to within one task.
 
-    size: None takes as many as the weights allow without repeating a task. Where an environment's share is
-    more than it has, its tasks come again in whole epochs, each shuffled anew. An environment of weight 0 is
-    left out. order: "shuffle", or "interleave": it keeps each environment's count in the first k tasks, for
-    any k, within one of k times its share. So in any window of consecutive tasks it is within two of its
-    share, and within one if there are two environments. (Three or more can have shares for which no order
-    keeps every window within one.) The result depends on the arguments alone, and an environment's own order
-    stays as others come and go.
+    size: None takes as many tasks as the weights allow without repeating one. An environment whose share is
+    larger than its number of tasks repeats them in whole epochs, each shuffled anew. An environment of weight
+    0 is left out. order: "shuffle" or "interleave". "interleave" keeps each environment's count in the first
+    k tasks, for any k, within one of k times its share. So its count in any window of consecutive tasks is
+    within two of its share, and within one if the mix has two environments. (For three or more environments,
+    some shares allow no order that keeps every window within one.) The result depends on the arguments alone.
+    The order of one environment's tasks does not change when other environments are added or removed.
     """
     counts = share_out({env: len(tasks) for env, tasks in tasks_by_env.items()}, weights, size)
     queues = {env: _epochs(env, tasks_by_env[env], seed) for env in counts}
@@ -43,12 +43,12 @@ def mix(
 
 
 def epoch_order(mixed: Sequence[Task], epoch: int, order: str, seed: int) -> list[int]:
-    """Which task of `mixed` comes when in an epoch of training, as indices; epoch 0 is `mixed` as it is.
+    """Returns the order of an epoch's tasks, as indices into `mixed`; epoch 0 is `mixed` itself.
 
-    A later epoch has the same tasks in another order, which the arguments alone decide. order "interleave"
-    leaves each environment its places, so that what `mix` promises of the first k tasks, and of any window,
-    holds over any number of epochs; in its places an environment's tasks come in another order. Of a mix that
-    has tasks several times, each comes once before one comes again.
+    A later epoch has the same tasks in another order, which depends on the arguments alone. With order
+    "interleave" each environment keeps its places, and only its own tasks change order within them. So what
+    `mix` promises of the first k tasks, and of any window, holds over any number of epochs. If `mixed`
+    repeats an environment's tasks, each of them comes once before one comes again.
     """
     if epoch == 0:
         return list(range(len(mixed)))
@@ -67,15 +67,19 @@ def epoch_order(mixed: Sequence[Task], epoch: int, order: str, seed: int) -> lis
         times[task.key] += 1
     for env, of_env in rounds.items():
         draws = random.Random(f"{seed}/{env}/again/{epoch}")
-        for one in of_env:
-            draws.shuffle(one)
+        for indices in of_env:
+            draws.shuffle(indices)
     queues = {env: chain.from_iterable(of_env) for env, of_env in rounds.items()}
     return [next(queues[task.env]) for task in mixed]
 
 
 def share_out(available: Mapping[str, int], weights: Mapping[str, float], size: int | None) -> dict[str, int]:
-    """How many tasks each environment of weight > 0 gives, alphabetically; largest remainders round up."""
-    # Through str, 0.1 is a tenth: weights 0.1 and 0.3 are exactly one to three.
+    """Returns the number of tasks of each environment of weight > 0, by name in alphabetical order.
+
+    size: as in `mix`. The environments with the largest remainders get the tasks that rounding down leaves
+    over. Raises DataError if all weights are 0, or if an environment of weight > 0 has no tasks.
+    """
+    # Fraction(str(0.1)) is exactly 1/10, so weights 0.1 and 0.3 are exactly one to three.
     exact = {env: Fraction(str(weights[env])) for env in sorted(available) if weights[env] > 0}
     if not exact:
         raise DataError("env.<name>.weight must be > 0 for at least one environment, got 0 for all")
@@ -96,7 +100,7 @@ def share_out(available: Mapping[str, int], weights: Mapping[str, float], size: 
 
 
 def _epochs(env: str, tasks: Sequence[Task], seed: int) -> Iterator[Task]:
-    """The tasks without end: shuffled, then shuffled again, and so on."""
+    """Yields the tasks epoch after epoch without end, each epoch shuffled anew."""
     epoch = 0
     while True:
         shuffled = list(tasks)
@@ -106,11 +110,11 @@ def _epochs(env: str, tasks: Sequence[Task], seed: int) -> Iterator[Task]:
 
 
 def _interleaved(counts: Mapping[str, int]) -> Iterator[str]:
-    """Environment names, each as often as `counts` says, as evenly as can be.
+    """Yields environment names as evenly as possible, each as many times as `counts` says.
 
-    Of the environments that have fallen behind their share far enough, the one whose next task is due first
-    comes next. Source: Tijdeman, "The chairman assignment problem" (1980), which proves that every count then
-    stays within 1 - 1/(2n - 2) of its share at every position, n being the number of environments.
+    Candidates for a position are the environments that are far enough behind their share; the candidate whose
+    next task is due first is taken. Source: Tijdeman, "The chairman assignment problem" (1980), which proves
+    that every count then stays within 1 - 1/(2n - 2) of its share at every position, for n environments.
     """
     counts = {env: count for env, count in counts.items() if count}
     total = sum(counts.values())
@@ -118,7 +122,7 @@ def _interleaved(counts: Mapping[str, int]) -> Iterator[str]:
     used = dict.fromkeys(counts, 0)
 
     def span(env: str) -> tuple[Fraction, Fraction]:
-        """From which position on the environment's next task may come, and by which it must."""
+        """Returns the first position that the environment's next task may take, and the last one."""
         return (used[env] + slack) * total / counts[env], (used[env] + 1 - slack) * total / counts[env]
 
     spans = {env: span(env) for env in counts}
@@ -136,9 +140,9 @@ def describe(
     order: str,
     seed: int,
 ) -> dict[str, Any]:
-    """What `data/mix.json` says of a mix, which is one epoch of training.
+    """Returns the content of `data/mix.json`, which describes a mix; a mix is one epoch of training.
 
-    in_epoch: tasks of the environment in it. repeats: how many of these had come before.
+    in_epoch: number of the environment's tasks in the epoch. repeats: how many of these are repetitions.
     """
     counts = Counter(task.env for task in mixed)
     return {
@@ -160,5 +164,5 @@ def describe(
 
 
 def keys_sha256(tasks: Sequence[Task]) -> str:
-    """A fingerprint of which tasks come in which order."""
+    """Returns a fingerprint of the tasks and their order."""
     return hashlib.sha256("\n".join(task.key for task in tasks).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""From the configuration to the tasks of a run: fetched, checked, mixed, and written to the run's `data/`."""
+"""The tasks of a run: fetched, checked, mixed, and written to the run's `data/`."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from gymexp.rollout.outcome import Task
 
 @dataclass(frozen=True)
 class Prepared:
-    """The tasks of a run. `train` is in training order; `summary` is what `mix.json` holds. `requests`: what
-    the policy is asked first of each task (`first_requests`); None of tasks that were checked when their run
-    began."""
+    """The tasks of a run. `train` is in training order; `summary` is the content of `mix.json`. `requests` is
+    the file of `first_requests`; None if the tasks come from a run directory, as they were checked when the
+    run began."""
 
     train: list[Task]
     validation: dict[str, list[Task]]
@@ -34,7 +34,8 @@ class Prepared:
 
 
 def prepare(config: RunConfig, gym_python: Path, cache: Path, say: Say) -> Prepared:
-    """Fetch, check and mix the selected environments' tasks. gym_python: NeMo Gym's interpreter."""
+    """Fetches, checks and mixes the tasks of the selected environments. gym_python: NeMo Gym's interpreter.
+    Raises DataError if tasks cannot be fetched, or if a row breaks a rule."""
     weights = {name: env.weight for name, env in config.env.items()}
     splits: dict[tuple[str, str], Split] = {}
     sources: dict[str, dict[str, Any]] = {}
@@ -58,21 +59,23 @@ def prepare(config: RunConfig, gym_python: Path, cache: Path, say: Say) -> Prepa
     dataset = config.dataset
     mixed = mix(available, weights, dataset.train_size, dataset.order, dataset.seed)
     summary = describe(mixed, available, weights, dataset.order, dataset.seed)
-    for name, stated in summary["envs"].items():
-        stated |= {"validation_tasks": len(validation_tasks[name])} | sources[name]
-        if stated["repeats"]:
-            count, there = stated["in_epoch"], stated["available"]
-            say(f"{name}: {count} training tasks out of {there}: each {count / there:.1f} times an epoch")
+    for name, env_summary in summary["envs"].items():
+        env_summary |= {"validation_tasks": len(validation_tasks[name])} | sources[name]
+        if env_summary["repeats"]:
+            count, distinct = env_summary["in_epoch"], env_summary["available"]
+            repeats = f"each {count / distinct:.1f} times an epoch"
+            say(f"{name}: {count} training tasks out of {distinct}: {repeats}")
     return Prepared(mixed, validation_tasks, summary, requests)
 
 
 def needs_gym_python(envs: Mapping[str, EnvConfig]) -> bool:
-    """Whether `fetch` does, for some of them."""
+    """Returns whether `fetch` needs NeMo Gym's interpreter for one of the environments."""
     return any(env.data.source == "generate" for env in envs.values())
 
 
 def load_prepared(run_data_dir: Path) -> Prepared:
-    """What `write_prepared` wrote to a run's `data/`: the same tasks in the same order."""
+    """Returns the tasks that `write_prepared` wrote to a run's `data/`, in the same order. Raises DataError
+    if a file is missing or damaged, or if train.jsonl and mix.json do not belong together."""
     try:
         summary = json.loads((run_data_dir / "mix.json").read_text())
         train = _read(run_data_dir / "train.jsonl")
@@ -103,7 +106,7 @@ def _tasks(split: Split) -> list[Task]:
 
 
 def write_prepared(prepared: Prepared, directory: Path) -> None:
-    """The tasks in order, and mix.json, as `load_prepared` reads them."""
+    """Writes train.jsonl and validation.jsonl, with the tasks in order, and mix.json, for `load_prepared`."""
     directory.mkdir(parents=True, exist_ok=True)
     _write_tasks(directory / "train.jsonl", prepared.train)
     _write_tasks(directory / "validation.jsonl", (t for tasks in prepared.validation.values() for t in tasks))
@@ -117,7 +120,8 @@ def _write_tasks(path: Path, tasks: Iterable[Task]) -> None:
 
 
 def _read(path: Path) -> list[Task]:
-    """Tasks of a file; lines of the same key become one object, as in a mix that repeats tasks."""
+    """Returns the tasks of a file, in order. Lines with the same key share one object, as in a mix that
+    repeats tasks."""
     tasks: dict[str, Task] = {}
     ordered: list[Task] = []
     with path.open("rb") as file:

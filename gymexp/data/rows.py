@@ -1,6 +1,6 @@
-"""Dataset rows, read and checked before anything starts, each problem with its line.
+"""Reads dataset rows and checks them before anything starts; each problem is reported with its line.
 
-What is checked here is not in NeMo Gym's own request model, which `first_requests` asks.
+`first_requests` runs NeMo Gym's own request model; this module checks what that model does not.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from gymexp.errors import DataError
 _MOST_PROBLEMS = 20
 _AGENTS = "responses_api_agents"
 _LONG_NUMBER = re.compile(rb"\d{19}")
-# What a resources server's verify request asks of its rows, keyed by the server's folder. "a.b": b in a.
+# The fields that the verify request of a resources server requires, by the server's folder. "a.b": b in a.
 _SERVER_FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
     "reasoning_gym": {
         "question": (str,),
@@ -41,7 +41,8 @@ Problem = tuple[str, str]  # field, reason
 
 
 def server_of(config_path: str) -> str:
-    """The resources server's folder in NeMo Gym: what follows `resources_servers/` in its config's path."""
+    """Returns the folder that follows `resources_servers/` in the path of an environment's NeMo Gym file, or
+    "" if the path has no such folder."""
     parts = Path(config_path).parts
     return parts[parts.index("resources_servers") + 1] if "resources_servers" in parts[:-1] else ""
 
@@ -49,23 +50,23 @@ def server_of(config_path: str) -> str:
 def load_rows(
     path: Path, env_name: str, agent: str, *, server: str = "", limit: int | None = None
 ) -> list[dict[str, Any]]:
-    """The rows of `read_rows`."""
+    """Returns the rows of `read_rows` without their line numbers."""
     return [row for _, row in read_rows(path, env_name, agent, server=server, limit=limit)]
 
 
 def read_rows(
     path: Path, env_name: str, agent: str, *, server: str = "", limit: int | None = None
 ) -> list[tuple[int, dict[str, Any]]]:
-    """The first `limit` rows of a JSONL file, each with its line's number and an agent_ref.
+    """Returns the first `limit` rows of a JSONL file, each with its line number and an agent_ref.
 
-    agent: the environment's, which plays its rows. server: the resources server's folder, for the fields that
-    it asks for. Blank lines are passed over. Raises DataError with all problems of the file (20 of them in
-    full), one `path:line: field: reason` each.
+    agent: the environment's agent, which must play all its rows. server: the folder of the resources server
+    whose required fields are checked. Blank lines are skipped. Raises DataError with all problems of the file
+    (20 of them in full), one `path:line: field: reason` each.
     """
     rows: list[tuple[int, dict[str, Any]]] = []
     problems: list[str] = []
     try:
-        content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")  # some editors put that mark first
+        content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")  # the byte order mark of some editors
     except OSError as error:
         raise DataError(f"env.{env_name}.data: {path} cannot be read: {error.strerror}") from None
     with _no_garbage_collection():
@@ -98,7 +99,8 @@ def read_rows(
 
 @contextlib.contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """Parsing makes millions of objects that all stay; looking for garbage among them takes longer still."""
+    """Turns garbage collection off in the block. Parsing makes millions of objects, none of them garbage, and
+    to search them takes longer than to make them."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -109,7 +111,7 @@ def _no_garbage_collection() -> Iterator[None]:
 
 
 def message(env_name: str, problems: list[str]) -> str:
-    """All that is wrong with an environment's rows, 20 of them in full."""
+    """Returns the error message for the problems of an environment's rows; it lists the first 20."""
     listed = problems[:_MOST_PROBLEMS]
     if hidden := len(problems) - len(listed):
         listed.append(f"and {hidden} more")
@@ -123,15 +125,15 @@ def _problems(row: dict[str, Any], env_name: str, agent: str, server: str) -> It
     if not isinstance(parameters, dict):
         yield "responses_create_params", _expected("an object", row, "responses_create_params")
     else:
-        if not parameters.get("input"):  # NeMo Gym takes an empty one, but the policy would be asked nothing
-            what = "a non-empty array of messages, or a string"
-            yield "responses_create_params.input", _expected(what, parameters, "input")
+        if not parameters.get("input"):  # NeMo Gym takes an empty input, but the prompt would be empty
+            rule = "a non-empty array of messages, or a string"
+            yield "responses_create_params.input", _expected(rule, parameters, "input")
         metadata = parameters.get("metadata")
         if isinstance(metadata, dict) and metadata.get("extra_body") is not None:
             yield (
                 "responses_create_params.metadata.extra_body",
-                "must be left out: gymexp gives each rollout its seed there, and how to sample is said by "
-                f"trainer.temperature and evaluation.*, got {shown(metadata['extra_body'])}",
+                "must be left out: gymexp passes each rollout's seed in it, and trainer.temperature and "
+                f"evaluation.* decide the sampling, got {shown(metadata['extra_body'])}",
             )
     yield from _agent_problems(row["agent_ref"], env_name, agent)
     yield from _server_problems(row, server)
@@ -152,7 +154,8 @@ def _agent_problems(reference: Any, env_name: str, agent: str) -> Iterator[Probl
 
 
 def _long_integers(value: Any, field: str = "") -> Iterator[Problem]:
-    """Integers that orjson, which reads rows here and writes them in NeMo Gym, makes floats of or refuses."""
+    """Yields a problem for each integer beyond 64 bits. orjson, which gymexp reads and NeMo Gym writes rows
+    with, refuses such an integer or turns it into a float."""
     if isinstance(value, dict):
         for key, inner in value.items():
             yield from _long_integers(inner, f"{field}.{key}" if field else key)
@@ -171,21 +174,21 @@ def _server_problems(row: dict[str, Any], server: str) -> Iterator[Problem]:
         holder, _, key = field.rpartition(".")
         within = row.get(holder) if holder else row
         if not isinstance(within, dict):
-            continue  # said by the holder's own entry
+            continue  # the holder's own entry in _SERVER_FIELDS reports it
         if key not in within or isinstance(within[key], bool) or not isinstance(within[key], types):
             expected = " or ".join(_JSON_NAMES[t] for t in types)
-            yield field, f"{_expected(expected, within, key)} ({server} asks for it)"
+            yield field, f"{_expected(expected, within, key)} ({server} requires it)"
     if server == "workplace_assistant" and isinstance(row.get("ground_truth"), list):
         for index, call in enumerate(row["ground_truth"]):
             if not isinstance(call, dict) or not all(isinstance(value, str) for value in call.values()):
                 yield f"ground_truth[{index}]", "must be an object of strings: {name: …, arguments: …}"
 
 
-def _expected(what: str, holder: dict[str, Any], key: str) -> str:
-    return f"must be {what}, {f'got {shown(holder[key])}' if key in holder else 'but it is missing'}"
+def _expected(rule: str, holder: dict[str, Any], key: str) -> str:
+    return f"must be {rule}, {f'got {shown(holder[key])}' if key in holder else 'but it is missing'}"
 
 
 def shown(value: Any) -> str:
-    """A value as JSON, cut to 60 characters."""
+    """Returns a value as JSON, cut to 60 characters."""
     text = orjson.dumps(value).decode()
     return text if len(text) <= 60 else f"{text[:57]}…"

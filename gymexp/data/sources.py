@@ -1,4 +1,4 @@
-"""Where an environment's tasks come from: made here, the Hugging Face hub, or the user's own files."""
+"""The sources of an environment's tasks: a generator, the Hugging Face hub, or the user's own files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from gymexp.errors import DataError
 
 @dataclass(frozen=True)
 class Files:
-    """An environment's rows as files. `demonstrations`: its train tasks played out, if there are any."""
+    """The files of an environment's rows. `demonstrations`: an expert's conversations for its train tasks, or
+    None if the source has none."""
 
     train: Path
     validation: Path
@@ -23,9 +24,10 @@ class Files:
 
 
 def fetch(name: str, env: EnvConfig, gym_python: Path | None, cache: Path, say: Say) -> Files:
-    """The environment's files, made or downloaded if need be; a DataError says why not, and the ways on.
+    """Returns the environment's files, and makes or downloads them if necessary.
 
-    gym_python: NeMo Gym's interpreter; only `source=generate` needs it.
+    gym_python: NeMo Gym's interpreter; only `source=generate` needs it. Raises DataError that says why the
+    files cannot be had, and what to set instead.
     """
     data = env.data
     if data.source == "generate":
@@ -35,7 +37,7 @@ def fetch(name: str, env: EnvConfig, gym_python: Path | None, cache: Path, say: 
         train, validation = entry / "train.jsonl", entry / "validation.jsonl"
         return Files(train, validation, hashes[train.name], hashes[validation.name], demonstrations)
     if data.source == "huggingface":
-        # Here, because it brings huggingface_hub and an HTTP client with it.
+        # Imported only when needed, as it imports huggingface_hub and an HTTP client.
         from gymexp.data.hub import download
 
         train, validation = download(name, data, say)
@@ -46,7 +48,7 @@ def fetch(name: str, env: EnvConfig, gym_python: Path | None, cache: Path, say: 
 
 
 def _own(key: str, value: str | None) -> Path:
-    assert value, key  # gymexp.config.schema has checked it
+    assert value, key  # gymexp.config.rules has checked it
     path = Path(value).expanduser()
     if not path.is_file():
         rule = "is a directory" if path.is_dir() else "does not exist"

@@ -1,7 +1,7 @@
-"""NeMo Gym servers that gymexp did not place itself: found through their head server.
+"""NeMo Gym servers whose addresses gymexp did not choose, found through their head server.
 
-`gym.runtime=attach` uses servers that already run; `gym.runtime=cli` has the user's own checkout start them
-with `gym env start`. Either way the head server says where each agent is.
+With `gym.runtime=attach` the servers run already; with `gym.runtime=cli` the user's own checkout starts them
+with `gym env start`. In both cases the head server gives the address of each agent.
 """
 
 from __future__ import annotations
@@ -27,57 +27,59 @@ from gymexp.processes.direct import no_proxy, open_url
 from gymexp.processes.keys import POLICY as POLICY_KEY
 from gymexp.record.services import Replica
 
-_PATIENCE_S = 5.0
+_TIMEOUT_S = 5.0
 
 
 def read_head(host: str, port: int) -> dict[str, Any]:
-    """NeMo Gym's global config dict, as the head server gives it. Raises ServiceError if none answers there.
+    """Returns the head server's global config dict. Raises ServiceError if no head server answers.
 
-    It holds API keys in clear: keep it out of logs and files.
+    The dict contains API keys in clear text: keep it out of logs and files.
     """
     url = f"http://{host}:{port}/global_config_dict_yaml"
     try:
-        with open_url(url, _PATIENCE_S) as response:
+        with open_url(url, _TIMEOUT_S) as response:
             text = json.loads(response.read())
         if not isinstance(text, str):
-            raise ValueError("its answer is no YAML in a JSON string")
-        found = OmegaConf.to_container(OmegaConf.create(text), resolve=True)
-        if not isinstance(found, dict):
-            raise ValueError("its answer is no mapping")
+            raise ValueError("its answer is not YAML in a JSON string")
+        config = OmegaConf.to_container(OmegaConf.create(text), resolve=True)
+        if not isinstance(config, dict):
+            raise ValueError("its answer is not a mapping")
     except (urllib.error.URLError, OSError, ValueError, OmegaConfBaseException, YAMLError) as error:
         raise ServiceError(
             f"gym.head_host and gym.head_port must be those of a running NeMo Gym head server, "
             f"but {url} does not answer as one: {error}"
         ) from None
-    return {str(k): v for k, v in found.items()}
+    return {str(k): v for k, v in config.items()}
 
 
 def replicas_of(head: Mapping[str, Any], envs: Mapping[str, EnvConfig]) -> dict[str, list[Replica]]:
-    """Each environment's agent, where the head server has it. Raises ConfigError for one it does not have."""
+    """Returns each environment's agent at the address from the head server. head: the global config dict.
+    Raises ConfigError if the head server does not list an agent."""
     agents = {
         name: next(iter(entry["responses_api_agents"].values()))
         for name, entry in head.items()
         if isinstance(entry, dict) and "responses_api_agents" in entry
     }
-    found = {}
+    replicas = {}
     for name, env in envs.items():
         if env.agent not in agents:
             raise ConfigError(
                 f"env.{name}.agent must be an agent of the running servers, got {env.agent!r}"
                 f"{nearest(env.agent, list(agents))}. They have: {', '.join(agents) or 'none'}"
             )
-        at = agents[env.agent]
-        found[name] = [
-            Replica(
-                env.agent, env.agent, f"http://{at['host']}:{at['port']}", ["gym"], [], at.get("max_steps")
-            )
-        ]
-    return found
+        agent = agents[env.agent]
+        url = f"http://{agent['host']}:{agent['port']}"
+        replicas[name] = [Replica(env.agent, env.agent, url, ["gym"], [], agent.get("max_steps"))]
+    return replicas
 
 
 def check_policy(head: Mapping[str, Any], port: int) -> str:
-    """The running model server must ask the gateway; raises ConfigError that says what it asks instead.
-    Returns the key that it says to the gateway."""
+    """Checks that the running model server uses the gateway as its policy. Returns the API key that the model
+    server sends to the gateway.
+
+    head: the global config dict. port: the gateway's port. Raises ConfigError that names the addresses that
+    the model server uses instead, or if the model server asks for no token ids.
+    """
     models = (head.get(POLICY) or {}).get("responses_api_models") or {}
     if not models:
         raise ConfigError(f"the running NeMo Gym servers must have a model server named {POLICY}, got none")
@@ -98,8 +100,8 @@ def check_policy(head: Mapping[str, Any], port: int) -> str:
 
 
 def start_command(python: Path, envs: Mapping[str, EnvConfig], head_port: int, policy_url: str) -> list[str]:
-    """`gym env start` for the environments, with the policy at the gateway and a head server on
-    `head_port`."""
+    """Returns the command line of `gym env start` for the environments, with the gateway as the policy and a
+    head server on `head_port`."""
     paths = [env.config_path for env in envs.values()]
     paths.append("responses_api_models/vllm_model/configs/vllm_model_for_training.yaml")
     steps = [
@@ -113,7 +115,8 @@ def start_command(python: Path, envs: Mapping[str, EnvConfig], head_port: int, p
         "start",
         f"+config_paths=[{','.join(dict.fromkeys(paths))}]",
         f"+policy_base_url={policy_url}/v1",
-        f"+policy_api_key=${{oc.env:{POLICY_KEY},none}}",  # neither `ps` nor the head server shows it
+        # A reference to the variable, so that neither `ps` nor the head server shows the key.
+        f"+policy_api_key=${{oc.env:{POLICY_KEY},none}}",
         "+policy_model_name=policy",
         f"+head_server.port={head_port}",
         "+head_server.host=127.0.0.1",
@@ -122,7 +125,8 @@ def start_command(python: Path, envs: Mapping[str, EnvConfig], head_port: int, p
 
 
 def start_environment(python: Path) -> dict[str, str]:
-    """What `gym env start` needs around it: its own venv first, and somewhere the `uv` that it calls."""
+    """Returns the environment variables of `gym env start`: PATH with its own venv first, and with the `uv`
+    that it calls."""
     from uv import find_uv_bin
 
     path = os.environ.get("PATH", os.defpath)
@@ -132,7 +136,7 @@ def start_environment(python: Path) -> dict[str, str]:
 async def wait_for_agents(
     head_host: str, head_port: int, envs: Mapping[str, EnvConfig], deadline_s: float
 ) -> dict[str, list[Replica]]:
-    """The replicas, once every agent answers. Raises ServiceError after `deadline_s`."""
+    """Waits until every agent answers and returns the replicas. Raises ServiceError after `deadline_s`."""
     until = time.monotonic() + deadline_s
     while True:
         try:
@@ -148,6 +152,6 @@ async def wait_for_agents(
 
 def _answering(head_host: str, head_port: int, envs: Mapping[str, EnvConfig]) -> dict[str, list[Replica]]:
     replicas = replicas_of(read_head(head_host, head_port), envs)
-    for some in replicas.values():
-        open_url(some[0].url, _PATIENCE_S).close()
+    for env_replicas in replicas.values():
+        open_url(env_replicas[0].url, _TIMEOUT_S).close()
     return replicas

@@ -1,19 +1,20 @@
-"""NeMo Gym's servers, one forked process each. Runs inside NeMo Gym's venv as a script; imports nothing of
-gymexp.
+"""Runs NeMo Gym's servers, one forked process each. A script for NeMo Gym's venv; imports nothing of gymexp.
 
-NeMo Gym's modules take six seconds to import, and more. This process imports them once, then forks a child
-for every server that it is told to start: a start, or a restart after a failure, takes a fraction of a second
-and the servers share the imported code's memory. Ray is imported by NeMo Gym but never started.
+NeMo Gym's modules take six seconds or more to import. This process, the host, imports them once and then
+forks a child for each server that the controller starts. So a start, or a restart after a failure, takes a
+fraction of a second, and the servers share the memory of the imported code. NeMo Gym imports Ray, but nothing
+starts it.
 
-A user's own servers, in folders of NeMo Gym's names in `own`, are found before NeMo Gym's.
+The user's own servers are found before NeMo Gym's. They lie in `own`, in folders named like NeMo Gym's.
 
-Every path of a server takes the run's key for NeMo Gym, so that nobody else plays with the policy; what one
-server asks of another says it.
+A server requires the run's key for NeMo Gym on every path, so that nobody else plays with the policy. The
+servers send the key in their requests to each other.
 
 Line protocol, JSON objects. First line in: {"config": NeMo Gym's global config, "servers": {name: {"module",
-"fd"}}, "own": folder, "key": text or null}. Then in: {"start": name, "log": path}. Out: {"loaded": seconds},
-{"started": name, "pid"}, {"exited": pid, "code"} (negative: the signal's number), {"error": text}. The host
-ends with its input or its parent, and its children with it.
+"fd"}}, "own": folder, "key": text or null}. Then in: {"start": name, "log": path} or {"alive": true}. Out:
+{"loaded": seconds}, {"started": name, "pid"}, {"exited": pid, "code"} (negative: the signal's number),
+{"error": text}, and {"alive": true} in reply. The host ends when its input or its parent ends, and its
+children end with it.
 """
 
 from __future__ import annotations
@@ -35,12 +36,12 @@ import traceback
 from contextvars import ContextVar
 from typing import Any
 
-PROTOCOL = os.dup(1)  # NeMo Gym prints while it is imported; from here on, what is printed goes to the log
+PROTOCOL = os.dup(1)  # NeMo Gym prints while it is imported: from here on, stdout is the log
 os.dup2(2, 1)
 
 
 def die_with_parent() -> None:
-    """Ask the kernel for SIGKILL at the parent's end; end now if it is gone."""
+    """Asks the kernel for SIGKILL when the parent ends. Exits at once if the parent has ended already."""
     parent = os.getppid()
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
@@ -49,13 +50,16 @@ def die_with_parent() -> None:
 
 
 def say(**message: object) -> None:
-    """A line of JSON to the controller."""
+    """Sends a line of JSON to the controller."""
     os.write(PROTOCOL, (json.dumps(message) + "\n").encode())
 
 
 def load(config: dict, servers: dict, own: str, key: str | None) -> dict:
-    """Import what the servers are made of; returns each server's class by name. own: where the user's own
-    folders of NeMo Gym's names lie. key: what they are to say to each other."""
+    """Imports the servers' modules and returns each server's class by name.
+
+    config: NeMo Gym's global config. servers: each server's module, by name. own: the directory of the user's
+    own servers. key: the key that servers send to each other. Raises ImportError if a module has no server.
+    """
     from nemo_gym import server_utils  # pyright: ignore[reportMissingImports]
     from nemo_gym.global_config import (  # pyright: ignore[reportMissingImports]
         GlobalConfigDictParserConfig,
@@ -71,27 +75,27 @@ def load(config: dict, servers: dict, own: str, key: str | None) -> dict:
         )
     )
     if key:
-        server_utils.ClientSession = telling(key, config)  # what all of NeMo Gym's requests go through
+        server_utils.ClientSession = session_with_key(key, config)  # all requests of NeMo Gym go through it
     if any(os.path.isdir(os.path.join(own, server["module"].split(".")[0])) for server in servers.values()):
         sys.path.insert(0, own)
     classes = {}
     for name, server in servers.items():
         module = importlib.import_module(server["module"])
-        found = [
+        server_classes = [
             value
             for value in vars(module).values()
             if isinstance(value, type)
             and issubclass(value, server_utils.SimpleServer)
             and value.__module__ == module.__name__
         ]
-        if not found:
+        if not server_classes:
             raise ImportError(f"{server['module']} defines no NeMo Gym server")
-        classes[name] = found[-1]
+        classes[name] = server_classes[-1]
     return classes
 
 
-def telling(key: str, config: dict) -> Any:
-    """aiohttp's client session, which says the key to the servers of `config` and to nobody else."""
+def session_with_key(key: str, config: dict) -> Any:
+    """Returns aiohttp's client session, which sends the key to the servers of `config` and to nobody else."""
     from aiohttp import ClientSession
 
     servers = {
@@ -102,37 +106,38 @@ def telling(key: str, config: dict) -> Any:
         for values in kind.values()
     }
 
-    async def tell(request: Any, handler: Any) -> Any:
+    async def add_key(request: Any, handler: Any) -> Any:
         if (request.url.host, request.url.port) in servers:
             request.headers["Authorization"] = f"Bearer {key}"
         return await handler(request)
 
-    return functools.partial(ClientSession, middlewares=(tell,))
+    return functools.partial(ClientSession, middlewares=(add_key,))
 
 
-def demanding(key: str | None, app: Any) -> Any:
-    """The ASGI application, for whoever has the key, and for other programs of this user's: some agents ask
-    the model server by a client of their own, which says what it likes."""
+def require_key(key: str | None, app: Any) -> Any:
+    """Returns the ASGI application with a check before it: a request must have the key or come from a program
+    of this user. Some agents call the model server with an HTTP client of their own, which does not send the
+    key."""
     if not key:
         return app
     expected = f"Bearer {key}".encode()
 
     async def guarded(scope: dict, receive: Any, send: Any) -> None:
-        given = b"".join(v for k, v in scope.get("headers", ()) if k == b"authorization")
-        if scope["type"] == "lifespan" or hmac.compare_digest(given, expected) or is_of_this_user(scope):
+        sent = b"".join(v for k, v in scope.get("headers", ()) if k == b"authorization")
+        if scope["type"] == "lifespan" or hmac.compare_digest(sent, expected) or is_of_this_user(scope):
             await app(scope, receive, send)
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
         else:
             await send({"type": "http.response.start", "status": 401, "headers": []})
-            await send({"type": "http.response.body", "body": b"the run's key is missing or another one\n"})
+            await send({"type": "http.response.body", "body": b"the run's key is missing or wrong\n"})
 
     return guarded
 
 
 def is_of_this_user(scope: dict) -> bool:
-    """Whether the other end of a connection is a socket that this user has opened on this machine; False
-    where the kernel does not say so (proc_net(5) of Linux)."""
+    """Returns whether the other end of a connection is a socket that this user opened on this machine. False
+    if the kernel does not tell. Source: proc_net(5) of Linux."""
     try:
         ends = [
             f"{int.from_bytes(socket.inet_aton(host), sys.byteorder):08X}:{port:04X}"
@@ -141,7 +146,7 @@ def is_of_this_user(scope: dict) -> bool:
         with open("/proc/net/tcp") as table:
             for line in table:
                 _, local, remote, state, _, _, _, uid, _, inode, *_ = line.split()
-                if [local, remote] == ends:  # established; one that is closed has no owner any more
+                if [local, remote] == ends:  # 01: established; a closed socket has no owner
                     return (state, int(uid)) == ("01", os.getuid()) and inode != "0"
     except (OSError, TypeError, ValueError, KeyError):
         pass
@@ -149,64 +154,66 @@ def is_of_this_user(scope: dict) -> bool:
 
 
 KINDS = {"resources_servers", "responses_api_agents", "responses_api_models"}
-# Before the policy has spoken: what a server refuses there is the row.
-BEFORE = ("/seed_session", "/reset")
-# What the policy said so far in this rollout (an agent's /run), as NeMo Gym's responses.
-HEARD: ContextVar[list[bytes] | None] = ContextVar("heard", default=None)
+# An agent calls these paths before the policy's first turn, so what a server refuses on them is the row.
+BEFORE_POLICY = ("/seed_session", "/reset")
+# The policy's responses so far in this rollout (a request to an agent's /run), as NeMo Gym's JSON.
+RESPONSES: ContextVar[list[bytes] | None] = ContextVar("responses", default=None)
 
 
-def refusal(error: Any, heard: list[bytes], resources_ports: set[int]) -> bytes | None:
-    """The answer to /run where a resources server took the policy's words for a bad request (400, or 422 for
-    the response in its body), which NeMo Gym would answer with 500; None for any other error.
+def refusal(error: Any, responses: list[bytes], resources_ports: set[int]) -> bytes | None:
+    """Returns the body of the agent's answer to /run if a resources server refused the policy's words as a
+    bad request (400, or 422 for the response in its body); None for any other error. NeMo Gym alone would
+    answer 500.
 
-    {"refused": what the server said, "responses": what the policy had said}
+    The body is {"refused": the server's answer, "responses": the policy's responses up to the refusal}.
     """
     text = getattr(error, "response_content", b"")
     request = getattr(error, "request_info", None)
     status = getattr(error, "status", None)
-    if not heard or request is None or status not in (400, 422):
+    if not responses or request is None or status not in (400, 422):
         return None
-    if request.url.port not in resources_ports or request.url.path in BEFORE:
+    if request.url.port not in resources_ports or request.url.path in BEFORE_POLICY:
         return None
     if status == 422:
         try:
             detail = json.loads(text)["detail"]
-            places = [one["loc"][:2] for one in detail] if isinstance(detail, list) else []
+            places = [problem["loc"][:2] for problem in detail] if isinstance(detail, list) else []
         except (ValueError, KeyError, TypeError):
             return None
         if any(list(place) != ["body", "response"] for place in places):
-            return None  # the row's other fields
-    said = f"{request.url} answered {status}: {text.decode(errors='replace')[:2000]}"
-    return b'{"refused": %s, "responses": [%s]}' % (json.dumps(said).encode(), b",".join(heard))
+            return None  # the server refused other fields, which come from the row
+    refused = f"{request.url} answered {status}: {text.decode(errors='replace')[:2000]}"
+    return b'{"refused": %s, "responses": [%s]}' % (json.dumps(refused).encode(), b",".join(responses))
 
 
-# Of an answer with an error: the server that failed first, and why. Agents answer 500 for each server that
-# they ask, and NeMo Gym's body may become the policy's: a header is nobody's else.
-FAILED = "x-gymexp-failed"
-_MOST_SAID = 1000  # characters, of up to six bytes each in JSON; aiohttp takes headers of 8 KB
+# An error response names in this header the server that failed first, and why. An agent answers 500 whichever
+# server it called failed. The body is NeMo Gym's, and an agent may pass it to the policy; nobody else uses
+# this header.
+FAILURE_HEADER = "x-gymexp-failed"
+_MAX_REASON = 1000  # characters, of up to six bytes each in JSON; aiohttp takes headers of 8 KB
 
 
-def origin(error: Exception, name: str, names: dict[int, str]) -> str:
-    """The header's value, where a server called `name` raised: {"server", "said"} in JSON. names: of all
-    servers, by port."""
+def failure_origin(error: Exception, name: str, names: dict[int, str]) -> str:
+    """Returns the value of FAILURE_HEADER for an exception that server `name` raised: {"server": the server
+    that failed first, "said": why} in JSON. names: the names of all servers, by port."""
     request = getattr(error, "request_info", None)
     if request is None:
         frames = traceback.extract_tb(error.__traceback__)
         place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
-        return _told(name, f"{type(error).__name__}: {str(error)[:_MOST_SAID]}{place}")
-    if told := (getattr(error, "headers", None) or {}).get(FAILED):
-        return told
+        return _header_value(name, f"{type(error).__name__}: {str(error)[:_MAX_REASON]}{place}")
+    if value := (getattr(error, "headers", None) or {}).get(FAILURE_HEADER):
+        return value  # the server that answered has passed on the first failure
     text = getattr(error, "response_content", b"").decode(errors="replace")
-    said = f"{request.url.path} answered {getattr(error, 'status', '')}: {text[:_MOST_SAID]}"
-    return _told(names.get(request.url.port, str(request.url.origin())), said)
+    reason = f"{request.url.path} answered {getattr(error, 'status', '')}: {text[:_MAX_REASON]}"
+    return _header_value(names.get(request.url.port, str(request.url.origin())), reason)
 
 
-def _told(server: str, said: str) -> str:
-    return json.dumps({"server": server, "said": said})
+def _header_value(server: str, reason: str) -> str:
+    return json.dumps({"server": server, "said": reason})
 
 
 def build_app(name: str, cls: Any):
-    """The server's web application, put together as NeMo Gym's own run_webserver does, without Ray."""
+    """Returns the server's web application, built as in NeMo Gym's own run_webserver, but without Ray."""
     from nemo_gym.config_types import BaseServerConfig  # pyright: ignore[reportMissingImports]
     from nemo_gym.global_config import (  # pyright: ignore[reportMissingImports]
         get_first_server_config_dict,
@@ -216,68 +223,68 @@ def build_app(name: str, cls: Any):
     from omegaconf import OmegaConf
     from starlette.responses import Response  # pyright: ignore[reportMissingImports]
 
-    class Listening(ServerClient):
+    class RecordingClient(ServerClient):
         async def request(self, server_name: str, url_path: str, method: str, **kwargs: Any) -> Any:
             answer = await super().request(server_name, url_path, method, **kwargs)
-            heard = HEARD.get()
-            if heard is not None and url_path == "/v1/responses" and answer.status == 200:
-                heard.append(await answer.read())
+            responses = RESPONSES.get()
+            if responses is not None and url_path == "/v1/responses" and answer.status == 200:
+                responses.append(await answer.read())
             return answer
 
-    everything = get_global_config_dict()
-    values = OmegaConf.to_container(get_first_server_config_dict(everything, name), resolve=True)
+    global_config = get_global_config_dict()
+    values = OmegaConf.to_container(get_first_server_config_dict(global_config, name), resolve=True)
     assert isinstance(values, dict)
     config = cls.model_fields["config"].annotation.model_validate(values | {"name": name})
-    client = Listening(
-        head_server_config=BaseServerConfig.model_validate(everything["head_server"]),
-        global_config_dict=everything,
+    client = RecordingClient(
+        head_server_config=BaseServerConfig.model_validate(global_config["head_server"]),
+        global_config_dict=global_config,
     )
     server = cls(config=config, server_client=client)
     app = server.setup_webserver()
     server.setup_liveness(app)
     names: dict[int, str] = {}
     resources_ports: set[int] = set()
-    for one, entry in OmegaConf.to_container(everything).items():  # pyright: ignore
+    for server_name, entry in OmegaConf.to_container(global_config).items():  # pyright: ignore
         for kind in KINDS.intersection(entry) if isinstance(entry, dict) else ():
             for values in entry[kind].values():
-                names[values["port"]] = str(one)
+                names[values["port"]] = str(server_name)
                 if kind == "resources_servers":
                     resources_ports.add(values["port"])
 
     @app.middleware("http")
-    async def look_at_errors(request: Any, call_next: Any) -> Any:
-        heard: list[bytes] | None = [] if request.url.path == "/run" else None
-        token = HEARD.set(heard)
+    async def classify_error(request: Any, call_next: Any) -> Any:
+        responses: list[bytes] | None = [] if request.url.path == "/run" else None
+        token = RESPONSES.set(responses)
         try:
             return await call_next(request)
         except Exception as error:
-            if heard and (body := refusal(error, heard, resources_ports)):
+            if responses and (body := refusal(error, responses, resources_ports)):
                 return Response(body, status_code=400, media_type="application/json")
-            request.state.failed = origin(error, name, names)
+            request.state.failed = failure_origin(error, name, names)
             raise
         finally:
-            HEARD.reset(token)
+            RESPONSES.reset(token)
 
     server.setup_exception_middleware(app)
 
     @app.middleware("http")
-    async def tell_errors(request: Any, call_next: Any) -> Any:
+    async def add_failure_header(request: Any, call_next: Any) -> Any:
         response = await call_next(request)
-        if told := getattr(request.state, "failed", None):
-            response.headers[FAILED] = told
+        if value := getattr(request.state, "failed", None):
+            response.headers[FAILURE_HEADER] = value
         return response
 
     return app
 
 
 def serve(name: str, cls: type, sock: socket.socket, key: str | None) -> None:
-    """Run one server on a socket that is open already; key: what it demands of requests."""
+    """Runs one server on `sock`, which is open already. key: the key that it requires of requests."""
     import uvicorn  # pyright: ignore[reportMissingImports]
 
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(65535, hard), hard))
     config = uvicorn.Config(
-        demanding(key, build_app(name, cls)),
+        require_key(key, build_app(name, cls)),
         log_level="warning",
         access_log=False,
         timeout_graceful_shutdown=1,
@@ -287,7 +294,7 @@ def serve(name: str, cls: type, sock: socket.socket, key: str | None) -> None:
 
 
 def start(name: str, log: str, cls: type, sock: socket.socket, key: str | None) -> int:
-    """Fork a child that serves `name`; returns its pid."""
+    """Forks a child that runs the server `name` and writes its output to `log`. Returns the child's pid."""
     pid = os.fork()
     if pid:
         return pid
@@ -330,7 +337,7 @@ def main() -> None:
     sockets = {name: socket.socket(fileno=server["fd"]) for name, server in first["servers"].items()}
     signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.set_wakeup_fd(wake)
-    # What was imported is never garbage: the servers' collectors need not look through it.
+    # Imported code is never garbage, so the garbage collectors of the servers need not search it.
     gc.collect()
     gc.freeze()
     say(loaded=round(time.monotonic() - began, 2))

@@ -1,4 +1,4 @@
-"""NeMo Gym's host process: one that imports NeMo Gym, and forks its servers."""
+"""The controller's side of NeMo Gym's host, the process that imports NeMo Gym and forks its servers."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from gymexp.processes.process import Child, LocalProcess, Running
 from gymexp.record.places import own_servers
 
 _ALIVE_S = 1.0
-_FIRST_WORD_S = 0.5  # for the supervisor to say how the host ended, before its servers say that it did
+_HOST_FIRST_S = 0.5  # the supervisor reports the end of the host before that of its servers
 _HOST = Path(__file__).with_name("host.py")  # not imported: it runs in NeMo Gym's Python
 
 
 class _Forked(LocalProcess):
-    """A server that the host forked."""
+    """A server process that the host forked."""
 
     def __init__(self, pid: int, ended: asyncio.Future[int]) -> None:
         super().__init__(pid)
         self._ended = ended
 
     async def wait(self) -> int:
-        return await asyncio.shield(self._ended)  # who waits may be cancelled before it has ended
+        return await asyncio.shield(self._ended)  # a caller may be cancelled before the process ends
 
 
 class GymHost:
@@ -40,7 +40,8 @@ class GymHost:
     def __init__(
         self, python: Path, layout: Layout, sockets: Mapping[str, Any], log: Path, key: str | None = None
     ) -> None:
-        """key: what the servers demand of whoever asks them, each other as well (None: nothing)."""
+        """python: NeMo Gym's interpreter. sockets: each server's listening socket, by name. key: the key that
+        the servers require of every request, also of each other's (None: no key)."""
         self._key = key
         self.python = python
         self._layout = layout
@@ -51,14 +52,14 @@ class GymHost:
         self._ends: dict[int, asyncio.Future[int]] = {}
         self._order = asyncio.Lock()
 
-    async def start(self, heard: Callable[[], None] = lambda: None) -> Running:
-        """Start the host process; its servers can be started once NeMo Gym is imported, which they wait
-        for. heard: called whenever the host says something, which it is asked to do every few seconds; while
-        it imports NeMo Gym it is taken to be alive."""
+    async def start(self, on_alive: Callable[[], None] = lambda: None) -> Running:
+        """Starts the host process. Servers start once the host has imported NeMo Gym; `start_server` waits
+        for that. on_alive: called at each message of the host, which gets a message to answer every second.
+        While the host imports NeMo Gym it cannot answer and counts as alive."""
         env = environ_for(self.python) | {
             "HF_HOME": os.environ.get("HF_HOME", str(Path.home() / ".cache/huggingface")),
             "RAY_USAGE_STATS_ENABLED": "0",
-            # No threads but the main one before the forks; and a server is one core's work anyway.
+            # No thread but the main one may run when the host forks. A server is one core's work anyway.
             "OMP_NUM_THREADS": "1",
             "OPENBLAS_NUM_THREADS": "1",
             "ARROW_DEFAULT_MEMORY_POOL": "system",
@@ -78,19 +79,21 @@ class GymHost:
         servers = {name: {"module": module, "fd": fds[name]} for name, module in self._layout.modules.items()}
         own = str(own_servers())
         self._send({"config": self._layout.config, "servers": servers, "own": own, "key": self._key})
-        self._reader = asyncio.create_task(self._read(heard))
-        self._asking = asyncio.create_task(self._ask_for_life(heard))
+        self._reader = asyncio.create_task(self._read(on_alive))
+        self._pinger = asyncio.create_task(self._ping(on_alive))
         return Child(self._process)
 
-    async def _ask_for_life(self, heard: Callable[[], None]) -> None:
+    async def _ping(self, on_alive: Callable[[], None]) -> None:
         while self._process.returncode is None:
             if self._loaded.done():
                 self._send({"alive": True})
             else:
-                heard()  # the supervisor has a deadline for the start of each server
+                on_alive()  # the deadline of each server's start covers the import
             await asyncio.sleep(_ALIVE_S)
 
     async def start_server(self, name: str, log: Path) -> Running:
+        """Has the host fork the server `name`; waits until NeMo Gym is imported. Raises ServiceError if the
+        host ends."""
         await asyncio.shield(self._loaded)
         async with self._order:
             started: asyncio.Future[_Forked] = asyncio.get_running_loop().create_future()
@@ -102,11 +105,13 @@ class GymHost:
         assert self._process.stdin is not None
         self._process.stdin.write(orjson.dumps(message) + b"\n")
 
-    async def _read(self, heard: Callable[[], None]) -> None:
+    async def _read(self, on_alive: Callable[[], None]) -> None:
+        """Reads the host's messages until the host ends. Then all that still waits for the host gets an
+        error."""
         assert self._process.stdout is not None
         while line := await self._process.stdout.readline():
             message = orjson.loads(line)
-            heard()
+            on_alive()
             if "loaded" in message:
                 self._loaded.set_result(None)
             elif "started" in message:
@@ -117,8 +122,8 @@ class GymHost:
             elif "error" in message:
                 break
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._process.wait(), 10 * _FIRST_WORD_S)
-        await asyncio.sleep(_FIRST_WORD_S)
+            await asyncio.wait_for(self._process.wait(), 10 * _HOST_FIRST_S)
+        await asyncio.sleep(_HOST_FIRST_S)
         error = ServiceError(f"NeMo Gym's host ended. {reason(self.log)}")
         waiting = [self._loaded, *self._ends.values()]
         while not self._starting.empty():
@@ -126,4 +131,4 @@ class GymHost:
         for future in waiting:
             if not future.done():
                 future.set_exception(error)
-                future.exception()  # known: not "never retrieved"
+                future.exception()  # read it, or asyncio logs "exception was never retrieved"

@@ -1,8 +1,8 @@
-"""NeMo Gym's own Python: a venv apart from gymexp's, because NeMo Gym and vLLM need different versions of
-openai.
+"""NeMo Gym's own Python: a venv of its own, because NeMo Gym and vLLM need different versions of openai.
 
-One cached venv a NeMo Gym version, made by uv under a lock, so that two runs at once make it once. What the
-selected environments' servers list in their requirements.txt is added as they are first selected.
+The cache has one venv for each NeMo Gym version. uv makes it under a lock, so that two runs at once make it
+once. The requirements.txt of an environment's servers is installed when the environment is selected for the
+first time.
 """
 
 from __future__ import annotations
@@ -28,48 +28,49 @@ from gymexp.record.places import cache_dir, cache_refused, own_servers
 _MINIMUM = (3, 12)
 _PREFERRED = ("3.12", "3.13", "3.14")  # 3.12 is what NeMo Gym 0.4 is developed on
 _LOCK_TIMEOUT_S = 1800
-_COMPLETE = "complete"  # a file of a venv that was finished, with the packages that it had then
+_COMPLETE = "complete"  # a file in a finished venv that lists its packages
 Say = Callable[[str], None]
 
 
 def ensure_python(gym: GymConfig, config_paths: Iterable[str], cache: Path, say: Say) -> Path:
-    """An interpreter with NeMo Gym and what the servers of `config_paths` need. Made on first use, in about
-    20 s.
+    """Returns an interpreter with NeMo Gym and the requirements of the servers of `config_paths`.
 
-    `gym.python`, and a checkout's own .venv with `runtime=cli`, are taken as they are.
+    Its venv is made on first use, in about 20 s. `gym.python`, and with `runtime=cli` the checkout's own
+    .venv, are used unchanged. Raises ConfigError if the interpreter lacks NeMo Gym or the cache cannot be
+    used, and ServiceError if uv fails.
     """
     if gym.python:
-        return _given(gym.python, "gym.python")
+        return _checked_python(gym.python, "gym.python")
     if gym.runtime == "cli" and gym.checkout and (own := Path(gym.checkout) / ".venv/bin/python").exists():
-        return _given(str(own), "gym.checkout")
+        return _checked_python(str(own), "gym.checkout")
     venv = cache / f"nemo-gym-{gym.version}"
     python = venv / "bin" / "python"
-    lacking = ""
+    damage = ""
     try:
         with at(cache):
             cache.mkdir(parents=True, exist_ok=True)
-        with _held(venv, say):
-            if lacking := lacks(venv):
-                _make(venv, gym.version, lacking, say)
+        with _locked(venv, say):
+            if damage := find_damage(venv):
+                _make(venv, gym.version, damage, say)
             _add_requirements(venv, python, config_paths, say)
             _seal(venv)
-    except OSError as error:  # a cache that others fill may be read-only here
-        if lacks(venv) or list(_to_add(venv, python, config_paths)):
+    except OSError as error:  # a cache that others fill may be read-only
+        if find_damage(venv) or list(_missing_requirements(venv, python, config_paths)):
             raise ConfigError(f"NeMo Gym's venv: {cache_refused(error)}") from None
     except ServiceError as error:
-        if lacking:
-            raise ServiceError(f"NeMo Gym's venv in {venv} is not whole ({lacking}), and {error}") from None
+        if damage:
+            raise ServiceError(f"NeMo Gym's venv in {venv} is not whole ({damage}), and {error}") from None
         raise
     return python
 
 
-def lacks(venv: Path) -> str:
-    """What is wrong with a venv that was made here: a file of its packages that is missing or cut short;
-    empty of a whole one. In about a second."""
+def find_damage(venv: Path) -> str:
+    """Returns what is wrong with a venv that gymexp made, e.g. a file of a package that is missing or cut
+    short; "" if the venv is whole. Takes about a second."""
     if not (venv / _COMPLETE).exists():
         return "it was not finished"
     if not (venv / "bin" / "python").exists():
-        return "its python is gone"  # or the one that it was made from
+        return "its python is gone"  # also if only the target of the link is gone
     for record in _records(venv, (venv / _COMPLETE).read_text(encoding="utf-8").split()):
         try:
             for name, _, size in csv.reader(record.read_text(encoding="utf-8").splitlines()):
@@ -82,44 +83,51 @@ def lacks(venv: Path) -> str:
 
 
 def lost(python: Path, cache: Path) -> str:
-    """What became of the venv that was whole when a run began; empty of one that still is, or is a user's."""
+    """Returns an error message if the venv of `python` lost files since the run began; "" if it is whole, or
+    if it is not in `cache`: then it is the user's own."""
     venv = python.parent.parent
-    if venv.parent != cache or not (lacking := lacks(venv)):
+    if venv.parent != cache or not (damage := find_damage(venv)):
         return ""
-    return f"NeMo Gym's venv in {venv} lost files while the run went on ({lacking})"
+    return f"NeMo Gym's venv in {venv} lost files while the run went on ({damage})"
 
 
-def missing_package(said: str, python: Path) -> str:
-    """What to do about an exception of `python`'s, if it is that a module cannot be imported."""
-    if not re.match(r"(ModuleNotFoundError|ImportError)\b", said):
+def missing_package(exception: str, python: Path) -> str:
+    """Returns advice if an exception of `python` says that a module cannot be imported, else "".
+
+    exception: its text as Python prints it, e.g. "ModuleNotFoundError: No module named 'numpy'".
+    """
+    if not re.match(r"(ModuleNotFoundError|ImportError)\b", exception):
         return ""
     return (
-        "what an environment's server needs is listed in the requirements.txt in its folder; where a part "
-        f"of NeMo Gym itself is missing, install it anew in {python.parent.parent}, or leave gym.python out"
+        "the requirements.txt in a server's folder must list the packages that the server needs; if a part "
+        f"of NeMo Gym itself is missing, reinstall it in {python.parent.parent}, or leave gym.python out"
     )
 
 
 def environ_for(python: Path) -> dict[str, str]:
-    """The environment for what `python` runs. Our own venv keeps what is compiled also where
-    PYTHONDONTWRITEBYTECODE is set, as in many containers: each start of the host would take 10 s more."""
+    """Returns the environment variables for a process of `python`. gymexp's own venv stores compiled code
+    even if PYTHONDONTWRITEBYTECODE is set, as in many containers; otherwise each start of the host takes 10 s
+    more."""
     ours = python.is_relative_to(cache_dir())
     return {k: v for k, v in without_launchers().items() if not (ours and k == "PYTHONDONTWRITEBYTECODE")}
 
 
 def site_packages(python: Path) -> Path:
-    """Where the interpreter's nemo_gym lies; its servers' folders are beside it."""
+    """Returns the directory that contains the interpreter's nemo_gym and the folders of NeMo Gym's servers.
+    Raises ConfigError if `python` cannot run or has no nemo_gym."""
     code = "import importlib.util as u; print(u.find_spec('nemo_gym').submodule_search_locations[0])"
     try:
-        found = subprocess.run([python, "-c", code], capture_output=True, text=True, check=False)
+        process = subprocess.run([python, "-c", code], capture_output=True, text=True, check=False)
     except OSError as error:
         raise ConfigError(f"{python} cannot be run: {error.strerror}") from None
-    if found.returncode:
-        raise ConfigError(f"{python} has no nemo_gym: {found.stderr.strip().splitlines()[-1]}")
-    return Path(found.stdout.strip()).parent
+    if process.returncode:
+        raise ConfigError(f"{python} has no nemo_gym: {process.stderr.strip().splitlines()[-1]}")
+    return Path(process.stdout.strip()).parent
 
 
 def find_python() -> str:
-    """A Python >= 3.12: on PATH, under pyenv, or fetched by uv. Raises ConfigError if there is none."""
+    """Returns a Python >= 3.12 from PATH, from pyenv, or from uv, which may download it. Raises ConfigError
+    if there is none."""
     for name in (f"python{v}" for v in _PREFERRED):
         if (path := shutil.which(name)) and _version_of(path) >= _MINIMUM:
             return path
@@ -128,19 +136,19 @@ def find_python() -> str:
         for path in sorted(pyenv.glob(f"{version}.*/bin/python"), reverse=True):
             if _version_of(str(path)) >= _MINIMUM:
                 return str(path)
-    found = _uv("python", "find", "--no-project", ">=3.12")
-    if found.returncode and not (found := _uv("python", "install", "3.12")).returncode:
-        found = _uv("python", "find", "--no-project", "--managed-python", "3.12")
-    if found.returncode:
-        last = (found.stderr.strip().splitlines() or ["no output"])[-1]
+    result = _uv("python", "find", "--no-project", ">=3.12")
+    if result.returncode and not (result := _uv("python", "install", "3.12")).returncode:
+        result = _uv("python", "find", "--no-project", "--managed-python", "3.12")
+    if result.returncode:
+        last = (result.stderr.strip().splitlines() or ["no output"])[-1]
         raise ConfigError(
             "NeMo Gym needs Python >= 3.12: none is on PATH or under pyenv, and uv could not fetch one "
             f"({last}). Install Python 3.12, or set gym.python to an interpreter that has nemo-gym installed"
         )
-    return found.stdout.strip()
+    return result.stdout.strip()
 
 
-def _given(python: str, key: str) -> Path:
+def _checked_python(python: str, key: str) -> Path:
     path = Path(python)
     if not path.exists():
         raise ConfigError(f"{key} must be an interpreter with nemo_gym, but {python} does not exist")
@@ -150,8 +158,8 @@ def _given(python: str, key: str) -> Path:
 
 def _version_of(python: str) -> tuple[int, ...]:
     code = "import sys; print(*sys.version_info[:2])"
-    shown = subprocess.run([python, "-c", code], capture_output=True, text=True, check=False)
-    return tuple(int(part) for part in shown.stdout.split()) if shown.returncode == 0 else ()
+    process = subprocess.run([python, "-c", code], capture_output=True, text=True, check=False)
+    return tuple(int(part) for part in process.stdout.split()) if process.returncode == 0 else ()
 
 
 def _uv(*arguments: str | os.PathLike[str]) -> subprocess.CompletedProcess[str]:
@@ -161,7 +169,7 @@ def _uv(*arguments: str | os.PathLike[str]) -> subprocess.CompletedProcess[str]:
 
 
 @contextlib.contextmanager
-def _held(venv: Path, say: Say) -> Iterator[None]:
+def _locked(venv: Path, say: Say) -> Iterator[None]:
     lock = FileLock(f"{venv}.lock", timeout=_LOCK_TIMEOUT_S)
     try:
         lock.acquire(timeout=0.05)
@@ -175,31 +183,35 @@ def _held(venv: Path, say: Say) -> Iterator[None]:
 
 
 def _records(venv: Path, known: Iterable[str] = ()) -> list[Path]:
-    """The packages' lists of files: of those that are there, and of those that are known to have been."""
+    """Returns the RECORD files, which list a package's files, of all installed packages and of the `known`
+    ones.
+
+    known: names of .dist-info folders that the venv had; a package that is gone is found that way.
+    """
     site = next(venv.glob("lib/python*/site-packages"), venv)
     return [site / name / "RECORD" for name in sorted({*known, *(p.name for p in site.glob("*.dist-info"))})]
 
 
 def _seal(venv: Path) -> None:
-    """Write down which packages a whole venv has."""
+    """Writes the list of a whole venv's packages to its `complete` file, if the list has changed."""
     packages = "".join(f"{record.parent.name}\n" for record in _records(venv))
     if not (venv / _COMPLETE).exists() or (venv / _COMPLETE).read_text(encoding="utf-8") != packages:
         replace_file(venv / _COMPLETE, packages)
 
 
-def _make(venv: Path, version: str, lacking: str, say: Say) -> None:
-    """What was there is put back where no whole one can be made, without a network say: it may still
-    serve."""
+def _make(venv: Path, version: str, damage: str, say: Say) -> None:
+    """Makes the venv. If that fails, e.g. without a network, a damaged venv is put back: it may still
+    work."""
     base = find_python()
-    why = f": {lacking}" if venv.exists() else ""
+    why = f": {damage}" if venv.exists() else ""
     say(f"making NeMo Gym {version}'s venv in {venv} (Python: {base}){why}")
     aside = venv.with_name(f"{venv.name}.aside")
     shutil.rmtree(aside, ignore_errors=True)
     if venv.exists():
         venv.rename(aside)
     try:
-        _checked(_uv("venv", "--quiet", "--python", base, venv), "make NeMo Gym's venv")
-        # httptools: uvicorn's parser in C, where its own in Python takes a fifth of a server's time.
+        _check(_uv("venv", "--quiet", "--python", base, venv), "make NeMo Gym's venv")
+        # httptools is a parser in C for uvicorn, whose own parser in Python takes a fifth of a server's time.
         _install(venv / "bin" / "python", [f"nemo-gym=={version}", "httptools"])
         _seal(venv)
     except BaseException:
@@ -211,35 +223,35 @@ def _make(venv: Path, version: str, lacking: str, say: Say) -> None:
 
 
 def _add_requirements(venv: Path, python: Path, config_paths: Iterable[str], say: Say) -> None:
-    for name, wanted, added in _to_add(venv, python, config_paths):
-        if wanted:
-            say(f"adding what {name} needs: {' '.join(wanted)}")
-            _install(python, wanted)
-        added.touch()
+    for name, requirements, marker in _missing_requirements(venv, python, config_paths):
+        if requirements:
+            say(f"adding what {name} needs: {' '.join(requirements)}")
+            _install(python, requirements)
+        marker.touch()
 
 
-def _to_add(venv: Path, python: Path, config_paths: Iterable[str]) -> Iterator[tuple[str, list[str], Path]]:
-    """Of each folder of servers whose requirements are not in the venv yet: its name, these, and the file
-    that is to say that they are."""
+def _missing_requirements(
+    venv: Path, python: Path, config_paths: Iterable[str]
+) -> Iterator[tuple[str, list[str], Path]]:
+    """Yields each server folder whose requirements are not in the venv yet: the folder's name, its
+    requirements, and the marker file that exists once they are installed."""
     site = site_packages(python)
     for folder in sorted({Path(p).parent.parent for p in config_paths}):
         own = own_servers() / folder / "requirements.txt"
-        listed = own if own.exists() else site / folder / "requirements.txt"
-        if not listed.exists():
+        file = own if own.exists() else site / folder / "requirements.txt"
+        if not file.exists():
             continue
-        sha256 = hashlib.sha256(listed.read_bytes()).hexdigest()[:12]
-        added = venv / f"added-{'-'.join(folder.parts)}-{sha256}"
-        if not added.exists():
-            lines = [line.strip() for line in listed.read_text(encoding="utf-8").splitlines()]
-            yield folder.name, [line for line in lines if line and not line.startswith(("-e", "#"))], added
+        sha256 = hashlib.sha256(file.read_bytes()).hexdigest()[:12]
+        marker = venv / f"added-{'-'.join(folder.parts)}-{sha256}"
+        if not marker.exists():
+            lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+            yield folder.name, [line for line in lines if line and not line.startswith(("-e", "#"))], marker
 
 
 def _install(python: Path, requirements: list[str]) -> None:
-    _checked(
-        _uv("pip", "install", "--quiet", "--python", python, *requirements), f"install {requirements[0]}"
-    )
+    _check(_uv("pip", "install", "--quiet", "--python", python, *requirements), f"install {requirements[0]}")
 
 
-def _checked(result: subprocess.CompletedProcess[str], what: str) -> None:
+def _check(result: subprocess.CompletedProcess[str], action: str) -> None:
     if result.returncode:
-        raise ServiceError(f"uv could not {what}:\n{result.stderr.strip()}")
+        raise ServiceError(f"uv could not {action}:\n{result.stderr.strip()}")

@@ -1,9 +1,8 @@
-"""Which NeMo Gym servers a run needs, and their start: NeMo Gym's own YAML files, with replicas, ports and
-the policy.
+"""Plans the NeMo Gym servers of a run: NeMo Gym's own YAML files, plus replicas, ports and the policy.
 
-An environment is its agent and every server that the agent refers to. With `replicas: N` these exist N times
-and rollouts are spread over them; the model server, which only passes requests on to the policy endpoint, is
-shared.
+An environment consists of its agent and every server that the agent refers to. With `replicas: N` each of
+these exists N times, and rollouts are spread over the replicas. The model server, which only passes requests
+on to the policy endpoint, is shared.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ class Layout:
     config: dict[str, Any] = field(default_factory=dict)
     modules: dict[str, str] = field(default_factory=dict)  # server name -> Python module
     replicas: dict[str, list[Replica]] = field(default_factory=dict)  # by environment
-    policy_key: str | None = None  # what servers that gymexp did not start say to the policy
+    policy_key: str | None = None  # the API key that servers which gymexp did not start send to the policy
 
 
 def plan(
@@ -46,11 +45,12 @@ def plan(
     host: str = "127.0.0.1",
     key: str = "none",
 ) -> Layout:
-    """The servers of `envs`. site: where NeMo Gym's folders lie. port: gives each server, by name, its port
-    on `host`.
+    """Returns the servers of `envs`.
 
-    chat_template_kwargs: `model.chat_template_kwargs`, which the model server sends along with every request.
-    key: what it says to the policy.
+    site: the directory of NeMo Gym's folders. port: returns the port on `host` of a server, by its name.
+    chat_template_kwargs: `model.chat_template_kwargs`, which the model server adds to every request. key: the
+    API key that the model server sends to the policy. Raises ConfigError if a file or an agent does not
+    exist.
     """
     layout = Layout(config={"head_server": {"host": "127.0.0.1", "port": 0}})
 
@@ -67,7 +67,7 @@ def plan(
     count = 0
     for env_name, env in envs.items():
         defined = read_config(env_name, env, site)
-        needed = _closure(defined, env.agent)
+        needed = _servers_of_agent(defined, env.agent)
         layout.replicas[env_name] = []
         for index in range(env.replicas):
             suffix = f"-{index}" if env.replicas > 1 else ""
@@ -77,7 +77,7 @@ def plan(
             urls = {}
             for old, new in names.items():
                 kind, implementation, values = _server_of(defined[old])
-                values = _renamed(values, names | {POLICY: model})
+                values = _with_new_names(values, names | {POLICY: model})
                 if old == env.agent and env.max_steps is not None:
                     values["max_steps"] = env.max_steps
                 urls[old] = add(new, kind, implementation, values)
@@ -91,12 +91,15 @@ def plan(
 
 
 def read_config(env_name: str, env: EnvConfig, site: Path) -> dict[str, Any]:
-    """The servers that an environment's NeMo Gym file defines, by name; the working directory goes before
-    NeMo Gym's, and a job's frozen copy before both."""
+    """Returns the servers that an environment's NeMo Gym file defines, by name. A file in the working
+    directory has precedence over NeMo Gym's, and a job's frozen copy over both. Raises ConfigError if the
+    file does not exist or does not define the environment's agent."""
     places = (own_servers(), Path.cwd(), site)
     path = next((at / env.config_path for at in places if (at / env.config_path).exists()), None)
     if path is None:
-        raise ConfigError(f"env.{env_name}.config_path: {env.config_path} is neither here nor in {site}")
+        raise ConfigError(
+            f"env.{env_name}.config_path: {env.config_path} is neither in {Path.cwd()} nor in {site}"
+        )
     loaded: Any = OmegaConf.load(path)
     for nested in loaded.get("config_paths") or []:
         loaded = OmegaConf.merge(loaded, OmegaConf.load(site / nested))
@@ -106,7 +109,7 @@ def read_config(env_name: str, env: EnvConfig, site: Path) -> dict[str, Any]:
     if env.agent not in agents:
         raise ConfigError(
             f"env.{env_name}.agent must be an agent of {env.config_path}, got {env.agent!r}"
-            f"{nearest(env.agent, agents)}. Agents there: {', '.join(agents)}"
+            f"{nearest(env.agent, agents)}. Its agents: {', '.join(agents)}"
         )
     return {str(name): value for name, value in defined.items()}
 
@@ -114,7 +117,7 @@ def read_config(env_name: str, env: EnvConfig, site: Path) -> dict[str, Any]:
 def model_server(
     policy_url: str, chat_template_kwargs: Mapping[str, Any] | None, key: str = "none"
 ) -> dict[str, Any]:
-    """The configuration of NeMo Gym's model server: the gateway is its policy."""
+    """Returns the configuration of NeMo Gym's model server, with the gateway as its policy."""
     return {
         "entrypoint": "app.py",
         "base_url": f"{policy_url}/v1",
@@ -127,15 +130,16 @@ def model_server(
 
 
 def _server_of(entry: dict[str, Any]) -> tuple[str, str, dict[str, Any]]:
+    """Returns the kind, the implementation and the configuration of a server, without its data sets."""
     kind = next(k for k in KINDS if k in entry)
     implementation, values = next(iter(entry[kind].items()))
     values = {k: v for k, v in values.items() if k != "datasets"}
     return kind, implementation, values
 
 
-def _closure(defined: dict[str, Any], agent: str) -> list[str]:
-    """The agent and every server it refers to, in the file's order; the policy model is not one of the file's
-    own."""
+def _servers_of_agent(defined: dict[str, Any], agent: str) -> list[str]:
+    """Returns the agent and every server that it refers to, in the file's order, without the policy's model
+    server, which gymexp defines."""
     needed, open_ = {agent}, [agent]
     while open_:
         for name in _references(_server_of(defined[open_.pop()])[2]):
@@ -152,17 +156,19 @@ def _is_reference(value: Any) -> bool:
 
 
 def _references(value: Any) -> list[str]:
+    """Returns the names of all servers that a configuration refers to."""
     if _is_reference(value):
         return [value["name"]]
     children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return [name for child in children for name in _references(child)]
 
 
-def _renamed(value: Any, names: Mapping[str, str]) -> Any:
+def _with_new_names(value: Any, names: Mapping[str, str]) -> Any:
+    """Returns a configuration whose references to servers have the new names. names: new name by old name."""
     if _is_reference(value):
         return copy.deepcopy(value) | {"name": names.get(value["name"], value["name"])}
     if isinstance(value, dict):
-        return {k: _renamed(v, names) for k, v in value.items()}
+        return {k: _with_new_names(v, names) for k, v in value.items()}
     if isinstance(value, list):
-        return [_renamed(v, names) for v in value]
+        return [_with_new_names(v, names) for v in value]
     return value

@@ -1,15 +1,15 @@
-"""Rows as NeMo Gym's servers see them: what its request model refuses, and what its model server makes of the
-rest. Runs inside NeMo Gym's venv as a script; imports nothing of gymexp.
+"""Checks rows with NeMo Gym's request model, and turns them into requests with NeMo Gym's model server. A
+script for NeMo Gym's venv; it imports nothing of gymexp.
 
 Line protocol, JSON. First line in: {"model_server": the configuration of NeMo Gym's model server, "asked":
-what every request adds to the row's responses_create_params}. Then in: a row a line. Out, a line for each:
-{"problems": [[field, reason], …]}, or
+the fields that every request adds to the row's responses_create_params}. Then in: one row per line. Out, one
+line for each row: {"problems": [[field, reason], …]} if NeMo Gym refuses it, or else
 
     {"without": paths of the nulls that NeMo Gym takes only if their keys are left out,
      "request": the first chat completion request of a rollout, as the policy's endpoint gets it}
 
-with tools by their number, as rows share them; {"tools": …} is a line of its own, before the first that has
-these.
+Rows share their tools, so `request` has the number of its list of tools. A line {"tools": …} of its own
+precedes the first request that has this list.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-PROTOCOL = os.dup(1)  # NeMo Gym prints while it is imported
+PROTOCOL = os.dup(1)  # NeMo Gym prints while it is imported: stdout becomes stderr
 os.dup2(2, 1)
 
 PARAMETERS = "responses_create_params"
@@ -39,19 +39,19 @@ _NAMES |= {
     "bool_type": "true or false",
     "bool_parsing": "true or false",
 }
-# Of the alternatives of a union, the one that a value was meant to be has the cheapest errors.
+# Costs of errors: of a union's alternatives, the one with the cheapest errors is taken for the intended one.
 _WRONG_TYPE, _NO_TEXT, _MISSING, _WRONG_KIND, _OTHER, _DEPTH = 1000.0, 500.0, 150.0, 100.0, 10.0, 0.9
 
 
 def problems_of(row: dict[str, Any], errors: list[dict[str, Any]]) -> list[Problem]:
-    """pydantic's errors, of each union those of the alternative that was meant."""
-    _, found = _meant([(_tokens(row, error), error) for error in errors], (), row)
-    return found
+    """Returns pydantic's errors as problems; of a union, only those of the intended alternative."""
+    _, problems = _best_reading([(_tokens(row, error), error) for error in errors], (), row)
+    return problems
 
 
 def _tokens(row: Any, error: dict[str, Any]) -> list[tuple[bool, Any]]:
-    """The error's place, each part with whether it is a key or index of the row; others name a union's
-    alternative."""
+    """Returns the parts of the error's location, each with whether it is a key or an index of the row. Any
+    other part names an alternative of a union."""
     tokens, value, loc = [], row, error["loc"]
     for number, part in enumerate(loc):
         is_missing = error["type"] == "missing" and number == len(loc) - 1
@@ -64,58 +64,60 @@ def _tokens(row: Any, error: dict[str, Any]) -> list[tuple[bool, Any]]:
     return tokens
 
 
-def _meant(errors: list[tuple[list, dict]], path: Path, value: Any) -> tuple[float, list[Problem]]:
-    """(how far the value is from what was meant, what is wrong with it)"""
-    cost, found = 0.0, []
+def _best_reading(errors: list[tuple[list, dict]], path: Path, value: Any) -> tuple[float, list[Problem]]:
+    """Returns the cost of the value's errors, i.e. its distance from what was intended, and its problems."""
+    cost, problems = 0.0, []
     inner: dict[Any, list] = {}
     alternatives: dict[Any, list] = {}
     for tokens, error in errors:
         if not tokens:
             cost += _cost(error, value)
-            found.append((_field(path), _reason(error, value)))
+            problems.append((_field(path), _reason(error, value)))
         else:
             (is_key, part), *rest = tokens
             (inner if is_key else alternatives).setdefault(part, []).append((rest, error))
-    for key, some in inner.items():
+    for key, inner_errors in inner.items():
         is_missing = isinstance(value, dict) and key not in value
-        one, said = _meant(some, (*path, key), None if is_missing else value[key])
-        cost += one * _DEPTH
-        found += said
+        inner_value = None if is_missing else value[key]
+        inner_cost, inner_problems = _best_reading(inner_errors, (*path, key), inner_value)
+        cost += inner_cost * _DEPTH
+        problems += inner_problems
     if alternatives:
         if isinstance(value, dict) and (types := _types(value, alternatives)):
             cost += _OTHER
-            found.append(
+            problems.append(
                 (_field((*path, "type")), f"must be {' or '.join(types)}, got {_shown(value['type'])}")
             )
         elif (
             isinstance(value, dict) and isinstance(value.get("function"), dict) and path[-2:-1] == ("tools",)
         ):
-            found.append(
+            problems.append(
                 (_field(path), "has the Chat Completions shape: name and parameters must stand beside type")
             )
         else:
-            judged = {name: _meant(some, path, value) for name, some in alternatives.items()}
-            best = min(judged, key=lambda name: judged[name][0])
-            one, said = judged[best]
+            readings = {name: _best_reading(errors, path, value) for name, errors in alternatives.items()}
+            best = min(readings, key=lambda name: readings[name][0])
+            best_cost, best_problems = readings[best]
             tokens, error = alternatives[best][0]
-            if (
-                not tokens and error["type"] in _NAMES
-            ):  # no alternative is of the value's kind: name all kinds
-                kinds = [_NAMES.get(e["type"]) for some in alternatives.values() for t, e in some if not t]
+            if not tokens and error["type"] in _NAMES:
+                # No alternative has the kind of the value, so the message names all kinds.
+                kinds = [
+                    _NAMES.get(e["type"]) for errors in alternatives.values() for t, e in errors if not t
+                ]
                 if names := list(dict.fromkeys(name for name in kinds if name)):
-                    said = [(_field(path), f"must be {' or '.join(names)}, got {_shown(value)}")]
-            cost += one
-            found += said
-    return cost, list(dict.fromkeys(found))
+                    best_problems = [(_field(path), f"must be {' or '.join(names)}, got {_shown(value)}")]
+            cost += best_cost
+            problems += best_problems
+    return cost, list(dict.fromkeys(problems))
 
 
 def _types(value: dict, alternatives: dict[Any, list]) -> list[str]:
-    """What `type` may be, where no alternative has the value's."""
+    """Returns the allowed values of `type` if no alternative has the value's type, else an empty list."""
     if "type" not in value:
         return []
     expected = []
-    for some in alternatives.values():
-        wrong = [e for t, e in some if t == [(True, "type")] and e["type"] == "literal_error"]
+    for errors in alternatives.values():
+        wrong = [e for t, e in errors if t == [(True, "type")] and e["type"] == "literal_error"]
         if not wrong:
             return []
         expected += [e["ctx"]["expected"] for e in wrong]
@@ -135,11 +137,11 @@ def _reason(error: dict[str, Any], value: Any) -> str:
     kind = error["type"]
     if kind == "missing":
         may_be_null = error["loc"][-1] == "strict" and "tools" in error["loc"]
-        return "must be there" + (" (null will do)" if may_be_null else "") + ", but it is missing"
+        return "must be set" + (" (null is allowed)" if may_be_null else "") + ", but it is missing"
     if kind == "extra_forbidden":
         return f"NeMo Gym knows no such key{_nearest(error['loc'])}"
-    said = re.sub(r", (unable to|got a) .*", "", error["msg"]).replace("Input should be", "must be")
-    rule = f"must be {_NAMES[kind]}" if kind in _NAMES else said.replace("False", "false")
+    text = re.sub(r", (unable to|got a) .*", "", error["msg"]).replace("Input should be", "must be")
+    rule = f"must be {_NAMES[kind]}" if kind in _NAMES else text.replace("False", "false")
     return f"{rule}, got {_shown(value)}"
 
 
@@ -166,15 +168,15 @@ def _shown(value: Any) -> str:
 def without_nulls(
     row: dict[str, Any], errors_of: Callable[[dict], list[dict]]
 ) -> tuple[list[Path], list[dict]]:
-    """Takes out of the row, one after the other, the nulls that are errors: where NeMo Gym refuses a null, it
-    is as if the key were not there. Returns their paths, and what errors are left."""
-    taken: list[Path] = []
+    """Removes from the row, one after the other, the nulls that NeMo Gym refuses; a missing key means the
+    same. Returns the paths of these nulls, and the errors that are left."""
+    removed: list[Path] = []
     errors = errors_of(row)
     while path := next(_nulls(row, errors), None):
-        _take_out(row, path)
-        taken.append(path)
+        _remove(row, path)
+        removed.append(path)
         errors = errors_of(row)
-    return taken, errors
+    return removed, errors
 
 
 def _nulls(row: dict[str, Any], errors: list[dict[str, Any]]) -> Iterator[Path]:
@@ -191,16 +193,18 @@ def _inner(holder: Any, key: Any) -> Any:
     return holder[key]
 
 
-def _take_out(row: Any, path: Path) -> None:
+def _remove(row: Any, path: Path) -> None:
     for part in path[:-1]:
         row = row[part]
     del row[path[-1]]
 
 
 class Judge:
-    """NeMo Gym's request model and its model server, as a rollout meets them."""
+    """NeMo Gym's request model and its model server, which judge rows as they do in a rollout."""
 
     def __init__(self, model_server: dict[str, Any], asked: dict[str, Any]) -> None:
+        """model_server: the model server's configuration. asked: the fields that every request adds to the
+        row's responses_create_params."""
         from nemo_gym.base_resources_server import BaseRunRequest  # pyright: ignore[reportMissingImports]
         from nemo_gym.config_types import BaseServerConfig  # pyright: ignore[reportMissingImports]
         from nemo_gym.server_utils import ServerClient  # pyright: ignore[reportMissingImports]
@@ -211,23 +215,23 @@ class Judge:
             VLLMModelConfig,
         )
 
-        here = {"host": "127.0.0.1", "port": 0}
+        address = {"host": "127.0.0.1", "port": 0}
         self._run_request, self._error = BaseRunRequest, ValidationError
         self._server = VLLMModel(
-            config=VLLMModelConfig.model_validate(model_server | here | {"name": "policy_model"}),
+            config=VLLMModelConfig.model_validate(model_server | address | {"name": "policy_model"}),
             server_client=ServerClient(
-                head_server_config=BaseServerConfig.model_validate(here),
+                head_server_config=BaseServerConfig.model_validate(address),
                 global_config_dict=OmegaConf.create(),
             ),
         )
-        self._asked = asked
-        self._numbers: dict[str, int] = {}  # of the tools that were taken, by their JSON in the row
+        self._added = asked
+        self._numbers: dict[str, int] = {}  # of accepted lists of tools, by their JSON in the row
         self._count = 0
 
     def judge(self, row: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """The lines for one row."""
+        """Yields the lines of output for one row."""
         number, row = self._without_known_tools(row)
-        taken, errors = without_nulls(row, self._errors)
+        removed, errors = without_nulls(row, self._errors)
         if errors:
             yield {"problems": problems_of(row, errors)}
             return
@@ -236,22 +240,27 @@ class Judge:
         except self._error as error:
             first = dict(error.errors(include_url=False)[0])
             if null := _null_in_chat(row, first):
-                _take_out(row, null)
+                _remove(row, null)
                 for line in self.judge(row):
-                    yield line | ({"without": [*taken, null, *line["without"]]} if "without" in line else {})
+                    nulls = {"without": [*removed, null, *line["without"]]} if "without" in line else {}
+                    yield line | nulls
             else:
                 yield {"problems": [_refused_chat(row, first)]}
             return
-        except Exception as error:  # whatever it is, the server would answer 500
-            yield {"problems": [(PARAMETERS, f"NeMo Gym's model server cannot ask the policy: {error}")]}
+        except Exception as error:  # on any exception, the model server would answer 500
+            yield {
+                "problems": [(PARAMETERS, f"NeMo Gym's model server can make no request of the row: {error}")]
+            }
             return
         if number is None and request.get("tools"):
             number, self._count = self._count, self._count + 1
             self._numbers[json.dumps(row[PARAMETERS]["tools"])] = number
             yield {"tools": request["tools"]}
-        yield {"without": taken, "request": request if number is None else request | {"tools": number}}
+        yield {"without": removed, "request": request if number is None else request | {"tools": number}}
 
     def _without_known_tools(self, row: dict[str, Any]) -> tuple[int | None, dict[str, Any]]:
+        """Returns the number of the row's tools and the row without them, if these tools were accepted
+        before; else None and the row."""
         parameters = row.get(PARAMETERS)
         if not isinstance(parameters, dict) or not parameters.get("tools"):
             return None, row
@@ -268,17 +277,18 @@ class Judge:
         return []
 
     def _request(self, parameters: dict[str, Any]) -> dict[str, Any]:
-        """What NeMo Gym's model server makes of it before it asks the policy."""
-        metadata = (parameters.get("metadata") or {}) | self._asked["metadata"]
-        asked = parameters | self._asked | {"metadata": metadata}
-        checked = self._run_request.model_validate({PARAMETERS: asked}).responses_create_params
+        """Returns the chat completion request that NeMo Gym's model server sends to the policy."""
+        metadata = (parameters.get("metadata") or {}) | self._added["metadata"]
+        complete = parameters | self._added | {"metadata": metadata}
+        checked = self._run_request.model_validate({PARAMETERS: complete}).responses_create_params
         chat = self._server._converter.responses_to_chat_completion_create_params(checked)
         body = chat.model_dump(exclude_unset=True)
         return self._server._preprocess_chat_completion_create_params(None, body)
 
 
 def _null_in_chat(row: dict[str, Any], error: dict[str, Any]) -> Path | None:
-    """Where the row has the null that is an error in its chat completion request, if it is one."""
+    """Returns the path in the row of a null that is an error in the chat completion request; None if the
+    error is not a null of the row."""
     path = _path_in_row(error["loc"])
     holder: Any = row
     for part in path[:-1]:
@@ -287,14 +297,15 @@ def _null_in_chat(row: dict[str, Any], error: dict[str, Any]) -> Path | None:
 
 
 def _path_in_row(loc: Path) -> Path:
-    """Of a place in a chat completion request; messages have no place in a row."""
-    if loc[0] == "tools":  # their fields stand in `function` there
+    """Returns the path in the row of a location in its chat completion request. `messages` is in no row."""
+    if loc[0] == "tools":  # a chat completion request has a tool's fields in `function`, a row has not
         return (PARAMETERS, "tools", loc[1], *loc[3:])
     return (PARAMETERS, loc[0])
 
 
 def _refused_chat(row: dict[str, Any], error: dict[str, Any]) -> Problem:
-    """The request model took the row, but NeMo Gym's model server makes a chat completion request of it."""
+    """Returns the problem of a row that the request model accepts, but that NeMo Gym's model server cannot
+    turn into a chat completion request."""
     path = _path_in_row(error["loc"])
     if path[1] == "tools" and (kind := row[PARAMETERS]["tools"][path[2]].get("type")) != "function":
         rule = "must be a function, as NeMo Gym's model server offers the policy no others"
@@ -302,15 +313,15 @@ def _refused_chat(row: dict[str, Any], error: dict[str, Any]) -> Problem:
     if path[1] in row[PARAMETERS]:
         return _field(path), _reason(error, error["input"])
     at = ".".join(str(part) for part in error["loc"])
-    return PARAMETERS, f"NeMo Gym's model server cannot ask the policy: {at}: {error['msg']}"
+    return PARAMETERS, f"NeMo Gym's model server can make no request of the row: {at}: {error['msg']}"
 
 
 def main() -> None:
     judge = Judge(**json.loads(sys.stdin.buffer.readline()))
     with os.fdopen(PROTOCOL, "w") as out:
         for line in sys.stdin.buffer:
-            for said in judge.judge(json.loads(line)):
-                out.write(json.dumps(said) + "\n")
+            for result in judge.judge(json.loads(line)):
+                out.write(json.dumps(result) + "\n")
 
 
 if __name__ == "__main__":

@@ -196,7 +196,7 @@ def test_validation_puzzles_that_the_train_set_holds_are_replaced(fake_gym, tmp_
 
 
 def test_too_few_different_puzzles_are_an_error_with_the_ways_on(fake_gym, tmp_path):
-    with pytest.raises(DataError, match=r"held only 5 that are not train tasks: lower it"):
+    with pytest.raises(DataError, match=r"contained only 5 that are not train tasks: lower it"):
         made(fake_gym, tmp_path, options={"task": "count", "config": {"kinds": 45}})
 
 

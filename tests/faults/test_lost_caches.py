@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from whole_run import UNEVALUATED
 
-from gymexp.gym.install import lacks
+from gymexp.gym.install import find_damage
 from gymexp.record.places import cache_dir
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
@@ -70,7 +70,7 @@ def test_nemo_gyms_venv_that_lost_a_file_is_made_anew_and_the_run_trains(started
     assert run.ended_cleanly() == 0, run.said
     blow.over()
     assert "nemo_gym/server_utils.py is missing or cut short" in run.said
-    assert run.steps() == [1] and lacks(next(own_cache.glob("nemo-gym-0*.0"))) == ""
+    assert run.steps() == [1] and find_damage(next(own_cache.glob("nemo-gym-0*.0"))) == ""
 
 
 def test_a_run_whose_cache_is_deleted_ends_and_says_so_and_goes_on_with_a_new_one(started, own_cache, fault):

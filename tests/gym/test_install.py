@@ -237,7 +237,7 @@ def test_a_cache_that_is_a_file_is_named(tmp_path):
 def test_the_real_venv_with_a_file_missing_is_whole_again(gym_python, tmp_path):
     """In a copy, of links to the files: what is not there in it is still there for others."""
     ours, venv = gym_python.parent.parent, tmp_path / "nemo-gym-0.4.0"
-    assert install.lacks(ours) == ""
+    assert install.find_damage(ours) == ""
     try:
         shutil.copytree(ours, venv, symlinks=True, copy_function=os.link)
     except (OSError, shutil.Error):
@@ -247,7 +247,7 @@ def test_the_real_venv_with_a_file_missing_is_whole_again(gym_python, tmp_path):
     said: list[str] = []
     python = ensure(tmp_path, said.append)
     assert said[0].endswith("nemo_gym/server_utils.py is missing or cut short")
-    assert install.lacks(venv) == "" and server_utils.exists()
+    assert install.find_damage(venv) == "" and server_utils.exists()
     assert install.site_packages(python) == server_utils.parent.parent
 
 

@@ -132,7 +132,7 @@ def test_a_file_in_the_working_directory_goes_before_nemo_gyms(own_site, tmp_pat
     [
         (
             EnvConfig(config_path="own.yaml", agent="walkr"),
-            r"own\.agent must be an agent of own\.yaml, got 'walkr'; did you mean walker\?.*there: walker",
+            r"own\.agent must be an agent of own\.yaml, got 'walkr'; did you mean walker\?.*agents: walker",
         ),
         (
             EnvConfig(config_path="own.yaml", agent="judge"),
@@ -140,7 +140,7 @@ def test_a_file_in_the_working_directory_goes_before_nemo_gyms(own_site, tmp_pat
         ),
         (
             EnvConfig(config_path="owm.yaml", agent="walker"),
-            r"env\.own\.config_path: owm\.yaml is neither here",
+            r"env\.own\.config_path: owm\.yaml is neither in ",
         ),
         (
             EnvConfig(config_path="torn.yaml", agent="walker"),

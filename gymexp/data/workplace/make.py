@@ -1,12 +1,12 @@
-"""Tasks for NeMo Gym's workplace_assistant, made offline from the server's data, proven by its verifier.
+"""Makes tasks for NeMo Gym's workplace_assistant from the server's data, and proves them with its verifier.
 
-Runs inside NeMo Gym's venv, as a script:
+A script for NeMo Gym's venv, which needs no network:
 
     <gym python> gymexp/data/workplace/make.py --train 1200 --validation 120 --seed 42 --output DIR
 
 Writes train.jsonl and validation.jsonl (rows as in the server's example.jsonl), demonstrations.jsonl (an
 expert's conversation for each train task) and report.json. The same arguments give the same bytes, except for
-the seconds in the report.
+`seconds` in the report.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from random import Random
 from statistics import mean
 from typing import Any
 
-# For a script, Python looks beside it first, where a module could hide one of the standard library.
+# Python puts a script's own folder first on sys.path, where a module could hide one of the standard library.
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[3])
 
@@ -34,7 +34,7 @@ from gymexp.data.workplace.tasks.world import World, load_world
 
 Cell = tuple[str, str]
 
-# Of all tasks: 45% easy, 35% medium, 20% hard. A twelfth needs two domains, and these are never easy.
+# Shares of all tasks: 45% are easy, 35% medium, 20% hard. 8% need two domains; none of these is easy.
 SHARES = {"easy": 0.45, "medium": 0.35, "hard": 0.20}
 MULTI_DOMAIN_SHARES = {"medium": 0.03, "hard": 0.05}
 SYSTEM = (
@@ -42,11 +42,12 @@ SYSTEM = (
     "time when answering queries. Meetings must not start before 9am or end after 6pm."
 )
 FINAL_MESSAGE = "Done."
-DRAWS_PER_TURN, MAX_TURNS_WITHOUT_NEWS = 40, 200
+DRAWS_PER_TURN, MAX_TURNS_WITHOUT_NEW_DRAFT = 40, 200
 
 
 def compute_quotas(total: int) -> dict[Cell, int]:
-    """How many tasks each (domain, difficulty) gets; largest remainders make the sum exact."""
+    """Returns the number of tasks of each (domain, difficulty). The numbers are rounded by largest
+    remainders, so that their sum is `total`."""
     single = sorted({domain for domain, _ in TEMPLATES} - {"multi_domain"})
     weights: dict[Cell, float] = {
         ("multi_domain", level): share for level, share in MULTI_DOMAIN_SHARES.items()
@@ -63,7 +64,8 @@ def compute_quotas(total: int) -> dict[Cell, int]:
 
 
 class Drawer:
-    """Draws drafts cell by cell, template after template; no request and no ground truth comes twice."""
+    """Draws drafts for a cell, a (domain, difficulty), from its templates in turn. No request and no ground
+    truth comes twice."""
 
     def __init__(self, world: World, seed: int):
         self.world, self.seed = world, seed
@@ -72,8 +74,9 @@ class Drawer:
         self.seen: set[str] = set()
 
     def draw(self, cell: Cell) -> Draft:
-        """The next template's next new draft. RuntimeError: the cell's templates are exhausted."""
-        for _ in range(MAX_TURNS_WITHOUT_NEWS):
+        """Returns a new draft of the cell's next template; a template that gives none loses its turn. Raises
+        RuntimeError if the cell's templates are exhausted."""
+        for _ in range(MAX_TURNS_WITHOUT_NEW_DRAFT):
             template = TEMPLATES[cell][self.turns[cell] % len(TEMPLATES[cell])]
             self.turns[cell] += 1
             for _ in range(DRAWS_PER_TURN):
@@ -83,6 +86,7 @@ class Drawer:
         raise RuntimeError(f"templates of {cell} are exhausted: ask for fewer tasks or write more templates")
 
     def is_new(self, draft: Draft) -> bool:
+        """Returns whether request and ground truth are new, and remembers both if they are."""
         keys = {draft.user.lower(), json.dumps(draft.ground_truth, sort_keys=True)}
         if keys & self.seen:
             return False
@@ -93,7 +97,8 @@ class Drawer:
 def gather_proven(
     quotas: dict[Cell, int], world: World, seed: int
 ) -> tuple[dict[Cell, list[Proof]], list[Proof]]:
-    """Draw and prove until each cell is full: the proven tasks by cell, and every proof that was tried."""
+    """Draws and proves drafts until each cell is full. Returns the proven tasks by cell, and all proofs, also
+    those that failed."""
     drawer, tried = Drawer(world, seed), []
     proven: dict[Cell, list[Proof]] = {cell: [] for cell in quotas}
     total = sum(quotas.values())
@@ -113,7 +118,8 @@ def gather_proven(
 def split(
     proven: dict[Cell, list[Proof]], validation: dict[Cell, int], seed: int
 ) -> tuple[list[Proof], list[Proof]]:
-    """Train and validation, with the same mix of cells in both, each in random order."""
+    """Returns the train and the validation tasks, each in random order. validation: the number of validation
+    tasks of each cell; the other tasks are train tasks."""
     r = Random(f"{seed}/split")
     parts: tuple[list[Proof], list[Proof]] = ([], [])
     for cell in sorted(proven):
@@ -126,12 +132,12 @@ def split(
 
 
 def prompt(draft: Draft) -> list[dict[str, str]]:
-    """The messages that a task begins with."""
+    """Returns the first messages of a task's conversation: the system's and the user's."""
     return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": draft.user}]
 
 
 def build_row(number: int, draft: Draft, tools: list[dict[str, Any]]) -> dict[str, Any]:
-    """A dataset row as the server's verifier takes it."""
+    """Returns a dataset row in the format of the server's verifier."""
     return {
         "id": number,
         "responses_create_params": {"input": prompt(draft), "tools": tools, "parallel_tool_calls": False},
@@ -142,7 +148,7 @@ def build_row(number: int, draft: Draft, tools: list[dict[str, Any]]) -> dict[st
 
 
 def build_demonstration(number: int, proof: Proof, tools: list[dict[str, Any]]) -> dict[str, Any]:
-    """The expert's conversation, in chat form; tool messages hold what the live server sends."""
+    """Returns the expert's conversation as chat messages. Tool messages are what the live server sends."""
     messages: list[dict[str, Any]] = [*prompt(proof.draft)]
     for (name, arguments), output in zip(proof.draft.calls, proof.outputs, strict=True):
         call = {"type": "function", "function": {"name": name, "arguments": arguments}}
@@ -167,7 +173,7 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> str:
 
 
 def summarize(proofs: list[Proof]) -> dict[str, Any]:
-    """How many tasks there are of each kind, and how many calls they take."""
+    """Returns the numbers of tasks of each kind, and how many calls the tasks take."""
 
     def count(key: Any) -> dict[str, int]:
         return {str(k): n for k, n in sorted(Counter(map(key, proofs)).items())}

@@ -1,9 +1,10 @@
-"""Proof of a drafted task by the workplace server's own code: its tools are called and its verifier judges.
+"""Proves a drafted task with the workplace server's own code: calls the server's tools and runs its verifier.
 
-Runs inside NeMo Gym's venv. A draft is proven when
-* the ground truth scores True against itself and doing nothing scores False (so it changes something),
-* the expert's calls, look-ups included, score True, and each of them succeeds,
-* each id and address that the expert uses was in the request or in what an earlier call returned,
+Runs inside NeMo Gym's venv. A draft is proven if
+* the ground truth scores True against itself, and no calls score False (so the task changes something),
+* the expert's calls, look-ups included, score True, and each call of the ground truth succeeds,
+* each ID and each address that the expert uses is in the request or in the output of an earlier call,
+* no output is longer than LONGEST_OUTPUT characters,
 * the calls and the final message fit the agent's turn limit.
 """
 
@@ -35,7 +36,8 @@ REFERENCE = re.compile(r"\b\d{8}\b|[\w.]+@[\w.]+\w")
 
 @dataclass(frozen=True)
 class Proof:
-    """What the server answers each call, in the live server's words, and why the draft fails, if it does."""
+    """The result of `prove`. outputs: the live server's answer to each call. fault: why the draft fails, or
+    None. self_reward, idle_reward: the score of the ground truth, and of no calls at all."""
 
     draft: Draft
     outputs: list[str]
@@ -45,7 +47,8 @@ class Proof:
 
 
 def remember_tables() -> None:
-    """Read each CSV file once: one verdict builds twelve tool objects, each of which reads its own."""
+    """Makes pandas read each CSV file only once: one verdict builds twelve tool objects, and each of them
+    reads its file anew."""
     read_csv: Callable[..., Any] = pandas.read_csv
 
     @functools.cache
@@ -62,23 +65,24 @@ def remember_tables() -> None:
 
 
 def tool_schemas() -> list[dict[str, Any]]:
-    """The 27 tools in the server's order."""
+    """Returns the schemas of the server's 27 tools, in the server's order."""
     return utils.get_tools(TOOLKITS)["schemas"]
 
 
 def as_actions(calls: list[Call]) -> list[dict[str, str]]:
-    """Calls as a row's `ground_truth` has them: arguments are JSON text."""
+    """Returns the calls in the format of a row's `ground_truth`, with the arguments as JSON text."""
     return [{"name": name, "arguments": json.dumps(arguments)} for name, arguments in calls]
 
 
 def score(predicted: list[Call], ground_truth: list[Call]) -> bool:
-    """The server's verdict; it prints the errors of calls that fail."""
+    """Returns the server's verdict."""
+    # The verifier prints the errors of calls that fail.
     with contextlib.redirect_stdout(io.StringIO()):
         return bool(utils.is_correct(as_actions(predicted), as_actions(ground_truth), None))
 
 
 def live_body(output: Any) -> str:
-    """The body that the live server answers a tool call with: compact JSON, null for an empty table cell."""
+    """Returns the body of the live server's answer to a tool call: compact JSON, null for an empty cell."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
@@ -91,13 +95,16 @@ def live_body(output: Any) -> str:
 
 
 def replay(calls: list[Call]) -> list[Any]:
-    """What the server's tools return to the calls, one after the other, in a fresh session."""
+    """Makes the calls one after the other in a new session, and returns the results of the server's tools."""
     functions = utils.get_tools(TOOLKITS)["functions"]
     return [functions[name](**arguments) for name, arguments in calls]
 
 
 def find_fault(draft: Draft, results: list[Any], outputs: list[str]) -> str | None:
-    """Why the trajectory is not one that could be followed from the request alone."""
+    """Returns why a policy that has only the request could not make these calls; None if it could.
+
+    results: what the tools return. outputs: the same as the live server's answers.
+    """
     if len(draft.calls) + 1 > MAX_TURNS:
         return f"{len(draft.calls)} calls and a message do not fit {MAX_TURNS} turns"
     known = draft.user
@@ -105,7 +112,7 @@ def find_fault(draft: Draft, results: list[Any], outputs: list[str]) -> str | No
         name, arguments = call
         unknown = [ref for ref in REFERENCE.findall(json.dumps(arguments)) if ref not in known]
         if unknown:
-            return f"{name} uses {unknown}, which nothing said before"
+            return f"{name} uses {unknown}, which are neither in the request nor in an earlier output"
         if call in draft.ground_truth and not SUCCESS.fullmatch(str(result)):
             return f"{name} was refused: {result}"
         if len(output) > LONGEST_OUTPUT:
@@ -115,7 +122,7 @@ def find_fault(draft: Draft, results: list[Any], outputs: list[str]) -> str | No
 
 
 def prove(draft: Draft) -> Proof:
-    """Play a task's calls on the server's own tools, and have the server's verifier score them."""
+    """Makes a draft's calls with the server's own tools, and scores them with the server's verifier."""
     results = replay(draft.calls)
     outputs = [live_body(result) for result in results]
     truth = draft.ground_truth

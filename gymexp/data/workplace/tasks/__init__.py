@@ -1,4 +1,4 @@
-"""Templates of workplace_assistant tasks, one module a domain. Importing the package registers them."""
+"""Templates of workplace_assistant tasks, one module for each domain. Their import registers them."""
 
 from gymexp.data.workplace.tasks import analytics, calendar, customers, email, projects, several
 from gymexp.data.workplace.tasks.draft import TEMPLATES, Draft

@@ -1,4 +1,4 @@
-"""Analytics tasks: plots of website visits, some chosen by what the numbers are."""
+"""Analytics tasks: plots of website visits. In some tasks the numbers decide which plot is right."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections import Counter
 from datetime import date, timedelta
 from random import Random
 
-from gymexp.data.workplace.tasks.draft import Call, ask, template
+from gymexp.data.workplace.tasks.draft import Call, make_request, template
 from gymexp.data.workplace.tasks.words import METRICS, PLOTS, say_date
 from gymexp.data.workplace.tasks.world import TODAY, Record, World, other
 
@@ -30,12 +30,12 @@ def plot(first: str, last: str, metric: str, kind: str) -> Call:
     )
 
 
-def look(tool: str, first: str, last: str, **more: str) -> Call:
+def lookup(tool: str, first: str, last: str, **more: str) -> Call:
     return (f"analytics_{tool}", {"time_min": first, "time_max": last} | more)
 
 
 def span(r: Random, low: int = 1, high: int = 40) -> tuple[str, str]:
-    """Two days of the recorded autumn, low..high days apart."""
+    """Draws two ISO dates, low..high days apart, from the recorded time (September to November 2023)."""
     length = r.randint(low, high)
     first = date(2023, 9, 1) + timedelta(days=r.randint(0, 90 - length))
     return first.isoformat(), (first + timedelta(days=length)).isoformat()
@@ -46,12 +46,12 @@ def on_day(w: World, day: str) -> list[Record]:
 
 
 def one_visitor(w: World, r: Random) -> Record:
-    """A visitor who came only once, so that the id names one visit."""
+    """Draws a visitor who came only once, so that the visitor's ID identifies one visit."""
     visits = Counter(v["visitor_id"] for v in w.visitors)
     return r.choice([v for v in w.visitors if visits[v["visitor_id"]] == 1])
 
 
-def said_plot(r: Random, metric: str, kind: str) -> str:
+def describe_plot(r: Random, metric: str, kind: str) -> str:
     return f"a {r.choice(PLOTS[kind])} of {r.choice(METRICS[metric])}"
 
 
@@ -68,11 +68,11 @@ def plot_between_dates(w: World, r: Random) -> tuple[str, list[Call]]:
         "give me {plot} for the days from {a} to {b}",
     ]
     values = {
-        "plot": said_plot(r, metric, kind),
+        "plot": describe_plot(r, metric, kind),
         "metric": r.choice(METRICS[metric]),
         "kind": r.choice(PLOTS[kind]),
     }
-    return ask(r, *wordings, a=first, b=last, **values), [plot(first, last, metric, kind)]
+    return make_request(r, *wordings, a=first, b=last, **values), [plot(first, last, metric, kind)]
 
 
 @template("analytics", "easy")
@@ -84,12 +84,14 @@ def plot_one_day(w: World, r: Random) -> tuple[str, list[Call]]:
         "create {plot} for the single day {a}",
         "draw {plot} from {a} to {a}",
     ]
-    return ask(r, *wordings, plot=said_plot(r, metric, kind), a=day), [plot(day, day, metric, kind)]
+    return make_request(r, *wordings, plot=describe_plot(r, metric, kind), a=day), [
+        plot(day, day, metric, kind)
+    ]
 
 
 @template("analytics", "medium")
 def plot_said_dates(w: World, r: Random) -> tuple[str, list[Call]]:
-    """Two plots over one stretch of time that is said in words."""
+    """Two plots of one period, which the request describes in words."""
     first, last = span(r)
     month = r.choice(list(MONTHS))
     when, (first, last) = r.choice(
@@ -99,15 +101,16 @@ def plot_said_dates(w: World, r: Random) -> tuple[str, list[Call]]:
             (f"for {month}", MONTHS[month]),
         ]
     )
-    one, two = r.sample(list(METRICS), 2)
-    kind, kind_two = r.choice(list(PLOTS)), r.choice(list(PLOTS))
+    metric, second_metric = r.sample(list(METRICS), 2)
+    kind, second_kind = r.choice(list(PLOTS)), r.choice(list(PLOTS))
     wordings = [
         "make {x} and then {y}, both {when}",
         "First make {x} {when}, then {y} for the same days.",
         "create {x} {when}, and after that {y} for the same time",
     ]
-    text = ask(r, *wordings, x=said_plot(r, one, kind), y=said_plot(r, two, kind_two), when=when)
-    return text, [plot(first, last, one, kind), plot(first, last, two, kind_two)]
+    plots = {"x": describe_plot(r, metric, kind), "y": describe_plot(r, second_metric, second_kind)}
+    text = make_request(r, *wordings, **plots, when=when)
+    return text, [plot(first, last, metric, kind), plot(first, last, second_metric, second_kind)]
 
 
 @template("analytics", "medium")
@@ -120,7 +123,7 @@ def plot_day_of_visitor(w: World, r: Random) -> tuple[str, list[Call]]:
         "When did visitor {id} come? Draw {plot} for that day.",
     ]
     calls = [("analytics_get_visitor_information_by_id", {"visitor_id": visitor["visitor_id"]})]
-    text = ask(r, *wordings, plot=said_plot(r, metric, kind), id=visitor["visitor_id"])
+    text = make_request(r, *wordings, plot=describe_plot(r, metric, kind), id=visitor["visitor_id"])
     return text, [*calls, plot(day, day, metric, kind)]
 
 
@@ -132,7 +135,7 @@ def plot_source_of_visitor(w: World, r: Random) -> tuple[str, list[Call]]:
         "find the traffic source of visitor {id} and plot its visits in {month} as a {kind}",
     ]
     calls = [("analytics_get_visitor_information_by_id", {"visitor_id": visitor["visitor_id"]})]
-    text = ask(r, *wordings, kind=r.choice(PLOTS[kind]), month=month, id=visitor["visitor_id"])
+    text = make_request(r, *wordings, kind=r.choice(PLOTS[kind]), month=month, id=visitor["visitor_id"])
     return text, [*calls, plot(*MONTHS[month], SOURCES[visitor["traffic_source"]], kind)]
 
 
@@ -144,13 +147,13 @@ def plot_after_start_of_visitor(w: World, r: Random) -> tuple[str, list[Call]]:
         "look up visitor {id} and create {plot} from that visit to today",
     ]
     calls = [("analytics_get_visitor_information_by_id", {"visitor_id": visitor["visitor_id"]})]
-    text = ask(r, *wordings, plot=said_plot(r, metric, kind), id=visitor["visitor_id"])
+    text = make_request(r, *wordings, plot=describe_plot(r, metric, kind), id=visitor["visitor_id"])
     return text, [*calls, plot(visitor["date_of_visit"], TODAY, metric, kind)]
 
 
 @template("analytics", "hard")
 def depends_on_a_number(w: World, r: Random) -> tuple[str, list[Call]]:
-    """Which of two plots is right depends on one day's visits, engaged users, or session length."""
+    """Visits, engaged users or session duration of one day decide which of two plots is right."""
     day = span(r)[0]
     rows = on_day(w, day)
     source = r.choice(list(SOURCES))
@@ -171,7 +174,8 @@ def depends_on_a_number(w: World, r: Random) -> tuple[str, list[Call]]:
     )
     limit = max(0, round(value) + r.randint(-3, 3))
     first, last = span(r)
-    (one, kind), (two, kind_two) = ((m, r.choice(list(PLOTS))) for m in r.sample(list(METRICS), 2))
+    metrics = r.sample(list(METRICS), 2)
+    (metric, kind), (second_metric, second_kind) = ((m, r.choice(list(PLOTS))) for m in metrics)
     wordings = [
         "If {noun} on {day} was above {n}, make {x} from {a} to {b}; otherwise make {y} for these days.",
         "Check {noun} on {day}. Above {n}, create {x} from {a} to {b}; if not, {y} for the same days.",
@@ -183,9 +187,10 @@ def depends_on_a_number(w: World, r: Random) -> tuple[str, list[Call]]:
         "a": say_date(r, first),
         "b": say_date(r, last),
     }
-    text = ask(r, *wordings, x=said_plot(r, one, kind), y=said_plot(r, two, kind_two), **values)
-    chosen = plot(first, last, one, kind) if value > limit else plot(first, last, two, kind_two)
-    return text, [look(tool, day, day, **more), chosen]
+    plots = {"x": describe_plot(r, metric, kind), "y": describe_plot(r, second_metric, second_kind)}
+    text = make_request(r, *wordings, **plots, **values)
+    chosen = (metric, kind) if value > limit else (second_metric, second_kind)
+    return text, [lookup(tool, day, day, **more), plot(first, last, *chosen)]
 
 
 @template("analytics", "hard")
@@ -211,44 +216,57 @@ def plot_the_busiest_day(w: World, r: Random) -> tuple[str, list[Call]] | None:
         "Which day from {a} to {b} had {noun}? Create {plot} for it.",
     ]
     values = {"noun": noun, "a": say_date(r, first), "b": say_date(r, last)}
-    text = ask(r, *wordings, plot=said_plot(r, metric, kind), **values)
-    return text, [look(tool, first, last), plot(day, day, metric, kind)]
+    text = make_request(r, *wordings, plot=describe_plot(r, metric, kind), **values)
+    return text, [lookup(tool, first, last), plot(day, day, metric, kind)]
 
 
 @template("analytics", "hard")
 def plot_the_stronger_source(w: World, r: Random) -> tuple[str, list[Call]] | None:
     day, kind, month = span(r)[0], r.choice(list(PLOTS)), r.choice(list(MONTHS))
-    one = r.choice(list(SOURCES))
-    two = other(r, list(SOURCES), one)
+    source = r.choice(list(SOURCES))
+    second_source = other(r, list(SOURCES), source)
     count = Counter(v["traffic_source"] for v in on_day(w, day))
-    if count[one] == count[two]:
+    if count[source] == count[second_source]:
         return None
     wordings = [
         "Were there more {one} or {two} visits on {day}? Plot the larger source for {month} as a {kind}.",
         "compare {one} with {two} visits on {day} and make a {kind} of the larger of the two for {month}",
     ]
-    text = ask(r, *wordings, one=one, two=two, day=say_date(r, day), month=month, kind=r.choice(PLOTS[kind]))
-    looks = [look("traffic_source_count", day, day, traffic_source=source) for source in (one, two)]
-    return text, [*looks, plot(*MONTHS[month], SOURCES[max(one, two, key=lambda s: count[s])], kind)]
+    values = {"one": source, "two": second_source, "day": say_date(r, day), "month": month}
+    text = make_request(r, *wordings, **values, kind=r.choice(PLOTS[kind]))
+    lookups = [lookup("traffic_source_count", day, day, traffic_source=s) for s in (source, second_source)]
+    larger = max(source, second_source, key=lambda s: count[s])
+    return text, [*lookups, plot(*MONTHS[month], SOURCES[larger], kind)]
 
 
 @template("analytics", "hard")
 def depends_on_visitor(w: World, r: Random) -> tuple[str, list[Call]]:
     visitor = one_visitor(w, r)
     first, last = span(r)
-    (one, kind), (two, kind_two) = ((m, r.choice(list(PLOTS))) for m in r.sample(list(METRICS), 2))
+    metrics = r.sample(list(METRICS), 2)
+    (metric, kind), (second_metric, second_kind) = ((m, r.choice(list(PLOTS))) for m in metrics)
     source = visitor["traffic_source"] if r.random() < 0.5 else r.choice(list(SOURCES))
-    said, holds = r.choice(
+    condition, holds = r.choice(
         [
             ("was engaged", visitor["user_engaged"] == "True"),
             (f"came through {source}", visitor["traffic_source"] == source),
         ]
     )
     wordings = [
-        "If visitor {id} {said}, make {x} from {a} to {b}, otherwise make {y} for these days.",
-        "Look up visitor {id}: if this one {said}, create {x} from {a} to {b}; if not, {y} for these days.",
+        "If visitor {id} {condition}, make {x} from {a} to {b}, otherwise make {y} for these days.",
+        "Look up visitor {id}: if this one {condition}, create {x} from {a} to {b}; if not, "
+        "{y} for these days.",
     ]
-    values = {"id": visitor["visitor_id"], "said": said, "a": say_date(r, first), "b": say_date(r, last)}
-    text = ask(r, *wordings, x=said_plot(r, one, kind), y=said_plot(r, two, kind_two), **values)
-    chosen = plot(first, last, one, kind) if holds else plot(first, last, two, kind_two)
-    return text, [("analytics_get_visitor_information_by_id", {"visitor_id": visitor["visitor_id"]}), chosen]
+    values = {
+        "id": visitor["visitor_id"],
+        "condition": condition,
+        "a": say_date(r, first),
+        "b": say_date(r, last),
+    }
+    plots = {"x": describe_plot(r, metric, kind), "y": describe_plot(r, second_metric, second_kind)}
+    text = make_request(r, *wordings, **plots, **values)
+    chosen = (metric, kind) if holds else (second_metric, second_kind)
+    return text, [
+        ("analytics_get_visitor_information_by_id", {"visitor_id": visitor["visitor_id"]}),
+        plot(first, last, *chosen),
+    ]

@@ -6,16 +6,16 @@ from datetime import datetime, timedelta
 from random import Random
 from typing import Any
 
-from gymexp.data.workplace.tasks.draft import Call, ask, find, say_person, template
+from gymexp.data.workplace.tasks.draft import Call, find_address, make_request, say_person, template
 from gymexp.data.workplace.tasks.words import EVENT_NAMES, say_date, say_minutes, say_time
 from gymexp.data.workplace.tasks.world import (
     DURATIONS,
     NOW,
     Person,
     World,
+    is_unique,
     meeting_start,
     next_day,
-    only,
     other,
 )
 
@@ -39,15 +39,18 @@ def search(query: str | None, first_day: str, last_day: str) -> Call:
 
 
 def named_on_day(w: World, r: Random) -> dict[str, Any] | None:
-    """An event that its name and its day identify."""
+    """Draws an event that its name and its day identify; None if another event fits them."""
     event = r.choice(w.events)
     name, day = event["event_name"], event["event_start"][:10]
-    same = only(w.events, lambda e: name.lower() in e["event_name"].lower() and e["event_start"][:10] == day)
-    return event if same else None
+    unique = is_unique(
+        w.events, lambda e: name.lower() in e["event_name"].lower() and e["event_start"][:10] == day
+    )
+    return event if unique else None
 
 
 def change(r: Random, event: dict[str, Any], day_known: bool = True) -> tuple[str, Call]:
-    """One change of an event, as an imperative and as the call. A new time needs the day of the event."""
+    """Draws one change of an event, and returns it as an imperative and as a call. day_known: whether the
+    request tells the day of the event, without which the event cannot get a new time."""
     day, minutes = event["event_start"][:10], event["duration"]
     kind = r.randrange(3 if day_known else 2)
     if kind == 0:
@@ -70,7 +73,7 @@ def delete_by_id(w: World, r: Random) -> tuple[str, list[Call]]:
         "take event {id} off my calendar",
         "Event {id} is no longer happening. Delete it.",
     ]
-    return ask(r, *wordings, id=event["event_id"]), [delete(event)]
+    return make_request(r, *wordings, id=event["event_id"]), [delete(event)]
 
 
 @template("calendar", "easy")
@@ -82,7 +85,7 @@ def rename_by_id(w: World, r: Random) -> tuple[str, list[Call]]:
         "call event {id} '{name}' from now on",
         "set the name of event {id} to '{name}'",
     ]
-    return ask(r, *wordings, id=event["event_id"], name=name), [update(event, "event_name", name)]
+    return make_request(r, *wordings, id=event["event_id"], name=name), [update(event, "event_name", name)]
 
 
 @template("calendar", "easy")
@@ -95,7 +98,7 @@ def move_by_id(w: World, r: Random) -> tuple[str, list[Call]]:
         "set the start of event {id} to {day} {time}",
         "Event {id} starts on {day} at {time} now. Update it.",
     ]
-    text = ask(r, *wordings, id=event["event_id"], day=start[:10], time=start[11:16])
+    text = make_request(r, *wordings, id=event["event_id"], day=start[:10], time=start[11:16])
     return text, [update(event, "event_start", start)]
 
 
@@ -109,7 +112,7 @@ def resize_by_id(w: World, r: Random) -> tuple[str, list[Call]]:
         "set event {id} to {n} minutes",
         "Event {id} will take {n} minutes. Change its duration.",
     ]
-    return ask(r, *wordings, id=event["event_id"], n=minutes), [update(event, "duration", minutes)]
+    return make_request(r, *wordings, id=event["event_id"], n=minutes), [update(event, "duration", minutes)]
 
 
 @template("calendar", "easy")
@@ -121,7 +124,9 @@ def change_participant_by_id(w: World, r: Random) -> tuple[str, list[Call]]:
         "put {email} on event {id} as the participant",
         "set the participant of calendar event {id} to {email}",
     ]
-    return ask(r, *wordings, id=event["event_id"], email=email), [update(event, "participant_email", email)]
+    return make_request(r, *wordings, id=event["event_id"], email=email), [
+        update(event, "participant_email", email)
+    ]
 
 
 @template("calendar", "easy")
@@ -133,7 +138,9 @@ def create_from_values(w: World, r: Random) -> tuple[str, list[Call]]:
         "schedule a {n} minute meeting called '{name}' with {email} on {day} at {time}",
         "add '{name}' to my calendar: {day} at {time}, {n} minutes, with {email}",
     ]
-    text = ask(r, *wordings, name=name, email=person.email, day=start[:10], time=start[11:16], n=minutes)
+    text = make_request(
+        r, *wordings, name=name, email=person.email, day=start[:10], time=start[11:16], n=minutes
+    )
     return text, [create(name, person.email, start, minutes)]
 
 
@@ -148,7 +155,10 @@ def cancel_named(w: World, r: Random) -> tuple[str, list[Call]] | None:
         "remove {name} on {day} from my calendar",
         "The {name} on {day} is not happening. Cancel it.",
     ]
-    return ask(r, *wordings, name=name, day=say_date(r, day)), [search(name, day, day), delete(event)]
+    return make_request(r, *wordings, name=name, day=say_date(r, day)), [
+        search(name, day, day),
+        delete(event),
+    ]
 
 
 @template("calendar", "medium")
@@ -156,13 +166,14 @@ def change_named(w: World, r: Random) -> tuple[str, list[Call]] | None:
     if not (event := named_on_day(w, r)):
         return None
     name, day = event["event_name"], event["event_start"][:10]
-    said, call = change(r, event)
+    change_text, call = change(r, event)
     wordings = [
-        "find the {name} on {day} and {said}",
-        "look up '{name}' on {day} and {said}",
-        "There is a {name} on {day}. Please {said}.",
+        "find the {name} on {day} and {change}",
+        "look up '{name}' on {day} and {change}",
+        "There is a {name} on {day}. Please {change}.",
     ]
-    return ask(r, *wordings, name=name, day=say_date(r, day), said=said), [search(name, day, day), call]
+    request = make_request(r, *wordings, name=name, day=say_date(r, day), change=change_text)
+    return request, [search(name, day, day), call]
 
 
 @template("calendar", "medium")
@@ -170,38 +181,39 @@ def create_with_first_name(w: World, r: Random) -> tuple[str, list[Call]]:
     person, name, minutes = r.choice(w.people), r.choice(EVENT_NAMES), r.choice(DURATIONS)
     start = meeting_start(r, minutes)
     wordings = [
-        "schedule a '{name}' with {who} on {day} at {time} for {long}",
-        "set up a meeting called '{name}' with {who} on {day} at {time}, {long} long",
-        "book {long} with {who} on {day} at {time} and name it '{name}'",
+        "schedule a '{name}' with {person} on {day} at {time} for {long}",
+        "set up a meeting called '{name}' with {person} on {day} at {time}, {long} long",
+        "book {long} with {person} on {day} at {time} and name it '{name}'",
     ]
     values = {"day": say_date(r, start[:10]), "time": say_time(r, start), "long": say_minutes(r, minutes)}
-    text = ask(r, *wordings, name=name, who=say_person(r, person), **values)
-    return text, [find(person), create(name, person.email, start, minutes)]
+    text = make_request(r, *wordings, name=name, person=say_person(r, person), **values)
+    return text, [find_address(person), create(name, person.email, start, minutes)]
 
 
 @template("calendar", "medium")
 def two_changes_by_id(w: World, r: Random) -> tuple[str, list[Call]]:
     first, second = r.sample(w.events, 2)
-    said, call = change(r, second, day_known=False)
+    change_text, call = change(r, second, day_known=False)
     wordings = [
-        "delete event {a}, then take event {b} and {said}",
-        "Cancel event {a}. For event {b}, {said}.",
+        "delete event {a}, then take event {b} and {change}",
+        "Cancel event {a}. For event {b}, {change}.",
     ]
-    return ask(r, *wordings, a=first["event_id"], b=second["event_id"], said=said), [delete(first), call]
+    request = make_request(r, *wordings, a=first["event_id"], b=second["event_id"], change=change_text)
+    return request, [delete(first), call]
 
 
 @template("calendar", "medium")
 def new_time_by_id(w: World, r: Random) -> tuple[str, list[Call]]:
     event = r.choice(w.events)
     start = meeting_start(r, event["duration"], event["event_start"][:10])
-    look = ("calendar_get_event_information_by_id", {"event_id": event["event_id"], "field": "event_start"})
+    lookup = ("calendar_get_event_information_by_id", {"event_id": event["event_id"], "field": "event_start"})
     wordings = [
         "move event {id} to {time} on the same day",
         "keep event {id} on its day but start it at {time}",
         "look up the day of event {id} and let it begin at {time} that day",
     ]
-    text = ask(r, *wordings, id=event["event_id"], time=say_time(r, start))
-    return text, [look, update(event, "event_start", start)]
+    text = make_request(r, *wordings, id=event["event_id"], time=say_time(r, start))
+    return text, [lookup, update(event, "event_start", start)]
 
 
 @template("calendar", "hard")
@@ -209,13 +221,17 @@ def change_first_or_last_of_day(w: World, r: Random) -> tuple[str, list[Call]]:
     day, events = r.choice(list(w.event_days(2, 3).items()))
     which = r.choice(["first", "last"])
     event = events[0] if which == "last" else events[-1]
-    day_said = say_date(r, day)
+    day_text = say_date(r, day)
     if r.random() < 0.35:
         wordings = ["cancel the {which} event on {day}", "delete my {which} meeting on {day}"]
-        return ask(r, *wordings, which=which, day=day_said), [search(None, day, day), delete(event)]
-    said, call = change(r, event)
-    wordings = ["find the {which} event on {day} and {said}", "take my {which} meeting on {day} and {said}"]
-    return ask(r, *wordings, which=which, day=day_said, said=said), [search(None, day, day), call]
+        return make_request(r, *wordings, which=which, day=day_text), [search(None, day, day), delete(event)]
+    change_text, call = change(r, event)
+    wordings = [
+        "find the {which} event on {day} and {change}",
+        "take my {which} meeting on {day} and {change}",
+    ]
+    request = make_request(r, *wordings, which=which, day=day_text, change=change_text)
+    return request, [search(None, day, day), call]
 
 
 @template("calendar", "hard")
@@ -226,7 +242,7 @@ def clear_a_day(w: World, r: Random) -> tuple[str, list[Call]]:
         "clear my calendar on {day}",
         "I am away on {day}. Cancel every event.",
     ]
-    return ask(r, *wordings, day=say_date(r, day)), [search(None, day, day), *map(delete, events)]
+    return make_request(r, *wordings, day=say_date(r, day)), [search(None, day, day), *map(delete, events)]
 
 
 @template("calendar", "hard")
@@ -236,13 +252,21 @@ def change_next_with_person(w: World, r: Random) -> tuple[str, list[Call]] | Non
     if not 1 <= len(coming) <= 3:
         return None
     event = min(coming, key=lambda e: e["event_start"])
-    look = ("calendar_search_events", {"query": person.email, "time_min": NOW})
+    lookup = ("calendar_search_events", {"query": person.email, "time_min": NOW})
     if r.random() < 0.3:
-        wordings = ["cancel my next meeting with {who}", "delete the next event that I have with {who}"]
-        return ask(r, *wordings, who=say_person(r, person)), [find(person), look, delete(event)]
-    said, call = change(r, event)
-    wordings = ["take my next meeting with {who} and {said}", "find the next event with {who} and {said}"]
-    return ask(r, *wordings, who=say_person(r, person), said=said), [find(person), look, call]
+        wordings = ["cancel my next meeting with {person}", "delete the next event that I have with {person}"]
+        return make_request(r, *wordings, person=say_person(r, person)), [
+            find_address(person),
+            lookup,
+            delete(event),
+        ]
+    change_text, call = change(r, event)
+    wordings = [
+        "take my next meeting with {person} and {change}",
+        "find the next event with {person} and {change}",
+    ]
+    request = make_request(r, *wordings, person=say_person(r, person), change=change_text)
+    return request, [find_address(person), lookup, call]
 
 
 def meetings_with(w: World, person: Person, day: str) -> list[dict[str, Any]]:
@@ -260,23 +284,23 @@ def cancel_if_there_else_create(w: World, r: Random) -> tuple[str, list[Call]] |
     minutes, name = r.choice(DURATIONS), r.choice(EVENT_NAMES)
     start = meeting_start(r, minutes, r.choice(coming) if coming and r.random() < 0.6 else None)
     day = start[:10]
-    found = meetings_with(w, person, day)
-    if len(found) > 1:
+    meetings = meetings_with(w, person, day)
+    if len(meetings) > 1:
         return None
-    calls = [find(person), search(person.email, day, day)]
-    calls.append(delete(found[0]) if found else create(name, person.email, start, minutes))
+    calls = [find_address(person), search(person.email, day, day)]
+    calls.append(delete(meetings[0]) if meetings else create(name, person.email, start, minutes))
     wordings = [
-        "If I have a meeting with {who} on {day}, cancel it. "
-        "If not, create '{name}' with {who} on that day at {time} for {n} minutes.",
-        "Check {day} for an event with {who}. Cancel it if there is one; "
-        "otherwise schedule '{name}' with {who} that day at {time}, {n} minutes.",
+        "If I have a meeting with {person} on {day}, cancel it. "
+        "If not, create '{name}' with {person} on that day at {time} for {n} minutes.",
+        "Check {day} for an event with {person}. Cancel it if there is one; "
+        "otherwise schedule '{name}' with {person} that day at {time}, {n} minutes.",
     ]
     values = {
-        "who": person.first,
+        "person": person.first,
         "day": say_date(r, day),
         "time": say_time(r, start),
     }
-    return ask(r, *wordings, name=name, n=minutes, **values), calls
+    return make_request(r, *wordings, name=name, n=minutes, **values), calls
 
 
 @template("calendar", "hard")
@@ -293,5 +317,5 @@ def shift_named_by_what_it_is(w: World, r: Random) -> tuple[str, list[Call]] | N
     value = f"{next_day(day)} {start[11:]}" if by_a_day else str(moved)
     how = "to the next day, same time" if by_a_day else f"back by {'an hour' if hours == 1 else 'two hours'}"
     wordings = ["move the {name} on {day} {how}", "push '{name}' on {day} {how}"]
-    text = ask(r, *wordings, name=name, day=say_date(r, day), how=how)
+    text = make_request(r, *wordings, name=name, day=say_date(r, day), how=how)
     return text, [search(name, day, day), update(event, "event_start", value)]

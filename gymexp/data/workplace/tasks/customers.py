@@ -5,7 +5,14 @@ from __future__ import annotations
 from random import Random
 from typing import Any
 
-from gymexp.data.workplace.tasks.draft import Call, ask, find, say_person, template, whose
+from gymexp.data.workplace.tasks.draft import (
+    Call,
+    find_address,
+    make_request,
+    possessive,
+    say_person,
+    template,
+)
 from gymexp.data.workplace.tasks.words import COMPANIES, FIRST_NAMES, LAST_NAMES, NOTES, make_phone, say_date
 from gymexp.data.workplace.tasks.world import PRODUCTS, STATUSES, Person, World, other, weekday
 
@@ -26,16 +33,16 @@ def search(**arguments: str) -> Call:
 
 
 def new_customer(r: Random) -> tuple[str, str]:
-    """A name and an address that the server does not have yet."""
+    """Draws the name and the email address of a customer whom the server does not have yet."""
     first, last = r.choice(FIRST_NAMES), r.choice(LAST_NAMES)
     return f"{first} {last}", f"{first}.{last}@{r.choice(COMPANIES)}.com".lower()
 
 
 def change(r: Random, customer: dict[str, Any]) -> tuple[str, Call]:
-    """One change of a customer, as "set X to Y" and as the call."""
+    """Draws one change of a customer, and returns it as an imperative ("set X to Y") and as a call."""
     status, product = other(r, STATUSES, customer["status"]), other(r, PRODUCTS, customer["product_interest"])
     day, phone, note = weekday(r), make_phone(r), r.choice(NOTES)
-    said, field, value = r.choice(
+    text, field, value = r.choice(
         [
             (f"set the status to {status}", "status", status),
             (f"change the status to {status}", "status", status),
@@ -45,7 +52,7 @@ def change(r: Random, customer: dict[str, Any]) -> tuple[str, Call]:
             (f"replace the notes with '{note}'", "notes", note),
         ]
     )
-    return said, update(customer, field, value)
+    return text, update(customer, field, value)
 
 
 @template(DOMAIN, "easy")
@@ -57,7 +64,7 @@ def delete_by_id(w: World, r: Random) -> tuple[str, list[Call]]:
         "drop the customer with ID {id}",
         "We lost touch with customer {id}. Delete the record.",
     ]
-    return ask(r, *wordings, id=customer["customer_id"]), [delete(customer)]
+    return make_request(r, *wordings, id=customer["customer_id"]), [delete(customer)]
 
 
 @template(DOMAIN, "easy")
@@ -69,7 +76,9 @@ def set_status_by_id(w: World, r: Random) -> tuple[str, list[Call]]:
         "mark customer {id} as {value}",
         "move customer {id} to {value} in the crm",
     ]
-    return ask(r, *wordings, id=customer["customer_id"], value=status), [update(customer, "status", status)]
+    return make_request(r, *wordings, id=customer["customer_id"], value=status), [
+        update(customer, "status", status)
+    ]
 
 
 @template(DOMAIN, "easy")
@@ -81,7 +90,7 @@ def set_product_by_id(w: World, r: Random) -> tuple[str, list[Call]]:
         "change what customer {id} is interested in to {value}",
         "Customer {id} wants {value} now. Update the product interest.",
     ]
-    return ask(r, *wordings, id=customer["customer_id"], value=product), [
+    return make_request(r, *wordings, id=customer["customer_id"], value=product), [
         update(customer, "product_interest", product)
     ]
 
@@ -97,7 +106,7 @@ def set_contact_by_id(w: World, r: Random) -> tuple[str, list[Call]]:
         "set the {noun} of customer {id} to {value}",
         "Customer {id} has a new {noun}: {value}. Update it.",
     ]
-    return ask(r, *wordings, noun=noun, id=customer["customer_id"], value=value), [
+    return make_request(r, *wordings, noun=noun, id=customer["customer_id"], value=value), [
         update(customer, field, value)
     ]
 
@@ -109,7 +118,9 @@ def set_note_by_id(w: World, r: Random) -> tuple[str, list[Call]]:
         "set the notes of customer {id} to '{value}'",
         "replace the notes of customer {id} with '{value}'",
     ]
-    return ask(r, *wordings, id=customer["customer_id"], value=note), [update(customer, "notes", note)]
+    return make_request(r, *wordings, id=customer["customer_id"], value=note), [
+        update(customer, "notes", note)
+    ]
 
 
 @template(DOMAIN, "easy")
@@ -122,7 +133,7 @@ def set_date_by_id(w: World, r: Random) -> tuple[str, list[Call]]:
         ]
     )
     wordings = ["set the {noun} of customer {id} to {value}", "change the {noun} of customer {id} to {value}"]
-    return ask(r, *wordings, noun=noun, id=customer["customer_id"], value=value), [
+    return make_request(r, *wordings, noun=noun, id=customer["customer_id"], value=value), [
         update(customer, field, value)
     ]
 
@@ -136,7 +147,7 @@ def reassign_by_id(w: World, r: Random) -> tuple[str, list[Call]]:
         "reassign customer {id} to {email}",
         "give customer {id} to {email}",
     ]
-    return ask(r, *wordings, id=customer["customer_id"], email=email), [
+    return make_request(r, *wordings, id=customer["customer_id"], email=email), [
         update(customer, "assigned_to_email", email)
     ]
 
@@ -151,14 +162,16 @@ def add_from_values(w: World, r: Random) -> tuple[str, list[Call]]:
             "add {name} as a new {status} assigned to {email}",
             "create a customer {name}, status {status}, for {email}",
         ]
-        return ask(r, *wordings, name=name, status=status, email=person.email), [
+        return make_request(r, *wordings, name=name, status=status, email=person.email), [
             (f"{DOMAIN}_add_customer", required)
         ]
     wordings = [
         "add a customer {name} ({address}) as {status}, interested in {product}, assigned to {email}",
         "create a {status} named {name} for {email}: email {address}, product interest {product}",
     ]
-    text = ask(r, *wordings, name=name, address=address, status=status, product=product, email=person.email)
+    text = make_request(
+        r, *wordings, name=name, address=address, status=status, product=product, email=person.email
+    )
     return text, [
         (f"{DOMAIN}_add_customer", required | {"customer_email": address, "product_interest": product})
     ]
@@ -174,27 +187,27 @@ def change_by_name(w: World, r: Random) -> tuple[str, list[Call]]:
             "remove the customer {name}",
             "drop {name} from our customers",
         ]
-        return ask(r, *wordings, name=name), [search(customer_name=name), delete(customer)]
-    said, call = change(r, customer)
+        return make_request(r, *wordings, name=name), [search(customer_name=name), delete(customer)]
+    change_text, call = change(r, customer)
     wordings = [
-        "find {name} in the crm and {said}",
-        "{said} for the customer {name}",
-        "look up {name} and {said}",
+        "find {name} in the crm and {change}",
+        "{change} for the customer {name}",
+        "look up {name} and {change}",
     ]
-    return ask(r, *wordings, name=name, said=said), [search(customer_name=name), call]
+    return make_request(r, *wordings, name=name, change=change_text), [search(customer_name=name), call]
 
 
 @template(DOMAIN, "medium")
 def add_for_first_name(w: World, r: Random) -> tuple[str, list[Call]]:
     (name, _), person, status = new_customer(r), r.choice(w.people), r.choice(STATUSES)
     wordings = [
-        "add {name} to the crm as a {status} and assign it to {who}",
-        "create a new {status} called {name} for {who}",
-        "add a customer named {name}, status {status}, assigned to {who}",
+        "add {name} to the crm as a {status} and assign it to {person}",
+        "create a new {status} called {name} for {person}",
+        "add a customer named {name}, status {status}, assigned to {person}",
     ]
     arguments = {"customer_name": name, "assigned_to_email": person.email, "status": status}
-    text = ask(r, *wordings, name=name, status=status, who=say_person(r, person))
-    return text, [find(person), (f"{DOMAIN}_add_customer", arguments)]
+    text = make_request(r, *wordings, name=name, status=status, person=say_person(r, person))
+    return text, [find_address(person), (f"{DOMAIN}_add_customer", arguments)]
 
 
 @template(DOMAIN, "medium")
@@ -202,28 +215,29 @@ def reassign_to_first_name(w: World, r: Random) -> tuple[str, list[Call]]:
     customer = r.choice(w.customers)
     person = other(r, w.people, w.person(customer["assigned_to_email"]))
     wordings = [
-        "assign customer {id} to {who}",
-        "hand customer {id} over to {who}",
-        "give customer {id} to {who}",
+        "assign customer {id} to {person}",
+        "hand customer {id} over to {person}",
+        "give customer {id} to {person}",
     ]
-    text = ask(r, *wordings, id=customer["customer_id"], who=say_person(r, person))
-    return text, [find(person), update(customer, "assigned_to_email", person.email)]
+    text = make_request(r, *wordings, id=customer["customer_id"], person=say_person(r, person))
+    return text, [find_address(person), update(customer, "assigned_to_email", person.email)]
 
 
 @template(DOMAIN, "medium")
 def two_changes_by_id(w: World, r: Random) -> tuple[str, list[Call]]:
     first, second = r.sample(w.customers, 2)
-    (said_first, call_first), (said_second, call_second) = change(r, first), change(r, second)
+    (first_change, first_call), (second_change, second_call) = change(r, first), change(r, second)
     wordings = [
         "For customer {a}, {x}. For customer {b}, {y}.",
         "{x} for customer {a}, and {y} for customer {b}",
     ]
-    values = {"a": first["customer_id"], "b": second["customer_id"], "x": said_first, "y": said_second}
-    return ask(r, *wordings, **values), [call_first, call_second]
+    values = {"a": first["customer_id"], "b": second["customer_id"], "x": first_change, "y": second_change}
+    return make_request(r, *wordings, **values), [first_call, second_call]
 
 
 def group(w: World, r: Random, low: int, high: int) -> tuple[Person, str, str, list[dict[str, Any]]] | None:
-    """Whose, in which stage, interested in what: low..high customers."""
+    """Draws the colleague, the status and the product interest that low..high customers share. Returns these
+    three and the customers, or None if the number does not fit."""
     row = r.choice(w.customers)
     keys = ("assigned_to_email", "status", "product_interest")
     rows = [c for c in w.customers if all(c[k] == row[k] for k in keys)]
@@ -232,11 +246,11 @@ def group(w: World, r: Random, low: int, high: int) -> tuple[Person, str, str, l
     return w.person(row["assigned_to_email"]), row["status"], row["product_interest"], rows
 
 
-def said_group(r: Random, person: Person, status: str, product: str) -> str:
+def describe_group(r: Random, person: Person, status: str, product: str) -> str:
     return r.choice(
         [
-            f"{whose(person)} customers with status {status} and interest in {product}",
-            f"{whose(person)} {status} customers who are interested in {product}",
+            f"{possessive(person)} customers with status {status} and interest in {product}",
+            f"{possessive(person)} {status} customers who are interested in {product}",
         ]
     )
 
@@ -246,14 +260,19 @@ def change_group(w: World, r: Random) -> tuple[str, list[Call]] | None:
     if not (drawn := group(w, r, 1, 3)):
         return None
     person, status, product, rows = drawn
-    said = said_group(r, person, status, product)
-    calls = [find(person), search(product_interest=product, status=status, assigned_to_email=person.email)]
+    description = describe_group(r, person, status, product)
+    calls = [
+        find_address(person),
+        search(product_interest=product, status=status, assigned_to_email=person.email),
+    ]
     if r.random() < 0.35:
-        wordings = ["delete all of {said}", "We no longer need {said}. Delete them all."]
-        return ask(r, *wordings, said=said), calls + [delete(c) for c in rows]
+        wordings = ["delete all of {group}", "We no longer need {group}. Delete them all."]
+        return make_request(r, *wordings, group=description), calls + [delete(c) for c in rows]
     value = other(r, STATUSES, status)
-    wordings = ["move all of {said} to {value}", "set the status of all of {said} to {value}"]
-    return ask(r, *wordings, said=said, value=value), calls + [update(c, "status", value) for c in rows]
+    wordings = ["move all of {group} to {value}", "set the status of all of {group} to {value}"]
+    return make_request(r, *wordings, group=description, value=value), calls + [
+        update(c, "status", value) for c in rows
+    ]
 
 
 @template(DOMAIN, "hard")
@@ -261,15 +280,16 @@ def hand_over_group(w: World, r: Random) -> tuple[str, list[Call]] | None:
     if not (drawn := group(w, r, 1, 2)):
         return None
     person, status, product, rows = drawn
-    heir = other(r, w.sales, person)
+    new_owner = other(r, w.sales, person)
     calls = [
-        find(person),
-        find(heir),
+        find_address(person),
+        find_address(new_owner),
         search(product_interest=product, status=status, assigned_to_email=person.email),
     ]
-    calls += [update(c, "assigned_to_email", heir.email) for c in rows]
-    wordings = ["reassign all of {said} to {heir}", "give all of {said} to {heir}"]
-    return ask(r, *wordings, said=said_group(r, person, status, product), heir=heir.first), calls
+    calls += [update(c, "assigned_to_email", new_owner.email) for c in rows]
+    wordings = ["reassign all of {group} to {new_owner}", "give all of {group} to {new_owner}"]
+    description = describe_group(r, person, status, product)
+    return make_request(r, *wordings, group=description, new_owner=new_owner.first), calls
 
 
 @template(DOMAIN, "hard")
@@ -283,24 +303,24 @@ def depends_on_status(w: World, r: Random) -> tuple[str, list[Call]]:
         "If {name} is a {guess}, change the status to {then}; otherwise set the follow-up date to {day}.",
         "Look up {name}. If the status is {guess}, set it to {then}, if not make the follow-up date {day}.",
     ]
-    text = ask(r, *wordings, name=name, guess=guess, then=then, day=say_date(r, day))
+    text = make_request(r, *wordings, name=name, guess=guess, then=then, day=say_date(r, day))
     return text, [search(customer_name=name), call]
 
 
 @template(DOMAIN, "hard")
 def overdue_follow_ups(w: World, r: Random) -> tuple[str, list[Call]] | None:
-    """Follow-up dates carry 23:59:00, so `follow_up_by_max` of a bare day means "before that day"."""
+    """Follow-up dates have the time 23:59:00, so a bare day as `follow_up_by_max` means "before that day"."""
     person, status, limit = r.choice(w.sales), r.choice(STATUSES), weekday(r, "2023-11-01", "2023-12-08")
     keys = {"assigned_to_email": person.email, "status": status}
     rows = [c for c in w.customers if all(c[k] == v for k, v in keys.items()) and c["follow_up_by"] < limit]
     if not 1 <= len(rows) <= 3:
         return None
     value = other(r, STATUSES, status)
-    look = search(status=status, assigned_to_email=person.email, follow_up_by_max=limit)
+    lookup = search(status=status, assigned_to_email=person.email, follow_up_by_max=limit)
     wordings = [
         "set all of {whose} {status} customers with a follow-up date before {day} to {value}",
-        "move every {status} of {who} that had to be followed up before {day} to {value}",
+        "move every {status} of {person} that had to be followed up before {day} to {value}",
     ]
-    values = {"whose": whose(person), "who": person.first, "day": say_date(r, limit)}
-    calls = [find(person), look, *(update(c, "status", value) for c in rows)]
-    return ask(r, *wordings, status=status, value=value, **values), calls
+    values = {"whose": possessive(person), "person": person.first, "day": say_date(r, limit)}
+    calls = [find_address(person), lookup, *(update(c, "status", value) for c in rows)]
+    return make_request(r, *wordings, status=status, value=value, **values), calls

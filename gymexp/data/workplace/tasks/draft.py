@@ -38,7 +38,7 @@ WRAPPINGS = [
 
 @dataclass(frozen=True)
 class Draft:
-    """A request and the calls an expert answers it with; those that change records are the ground truth."""
+    """A request and an expert's calls for it. The calls that change records are the ground truth."""
 
     domain: str
     difficulty: str
@@ -55,7 +55,8 @@ TEMPLATES: dict[tuple[str, str], list[Template]] = {}
 
 
 def template(domain: str, difficulty: str) -> Callable[[Template], Template]:
-    """Register a function that drafts one task (request, calls), or None if the drawn records do not fit."""
+    """Registers a function that drafts one task. It returns (request, calls), or None if the drawn records do
+    not fit."""
 
     def register(function: Template) -> Template:
         TEMPLATES.setdefault((domain, difficulty), []).append(function)
@@ -64,24 +65,27 @@ def template(domain: str, difficulty: str) -> Callable[[Template], Template]:
     return register
 
 
-def ask(r: Random, *wordings: str, **values: Any) -> str:
-    """One wording, filled in. One without an end mark is an imperative and gets wrapped into a request."""
+def make_request(r: Random, *wordings: str, **values: Any) -> str:
+    """Returns one of the wordings with `values` filled in. A wording without a full stop or a question mark
+    is an imperative, and becomes a request by one of WRAPPINGS."""
     wording = r.choice(wordings)
     text = wording.format(**values)
     if wording[-1] in ".?":
         return text
-    said = r.choice(WRAPPINGS).format(c=text, C=text[0].upper() + text[1:])
-    return said.replace("'.", "'") if said.endswith("'.") else said
+    request = r.choice(WRAPPINGS).format(c=text, C=text[0].upper() + text[1:])
+    return request.replace("'.", "'") if request.endswith("'.") else request
 
 
 def say_person(r: Random, person: Person) -> str:
+    """Returns the person's first name, or less often the full name."""
     return r.choice([person.first, person.first, f"{person.first} {person.last}"])
 
 
-def whose(person: Person) -> str:
+def possessive(person: Person) -> str:
+    """Returns the first name in the possessive: "Anna's", "James'"."""
     return f"{person.first}'" if person.first.endswith("s") else f"{person.first}'s"
 
 
-def find(person: Person) -> Call:
-    """The look-up of an address by first name."""
+def find_address(person: Person) -> Call:
+    """Returns the call that looks up an email address by first name."""
     return ("company_directory_find_email_address", {"name": person.first})

@@ -1,10 +1,17 @@
-"""Email tasks: send, reply, forward and delete. Searches ask for one mail, since a mail's body is long."""
+"""Email tasks: send, reply, forward, delete. Searches return one or two mails, as a mail's body is long."""
 
 from __future__ import annotations
 
 from random import Random
 
-from gymexp.data.workplace.tasks.draft import Call, ask, find, say_person, template, whose
+from gymexp.data.workplace.tasks.draft import (
+    Call,
+    find_address,
+    make_request,
+    possessive,
+    say_person,
+    template,
+)
 from gymexp.data.workplace.tasks.words import SUBJECTS, make_body
 from gymexp.data.workplace.tasks.world import Person, Record, World, other
 
@@ -36,15 +43,17 @@ def sender_of(mail: Record) -> Call:
 
 
 def latest(w: World, person: Person, subject: str = "", count: int = 1) -> list[Record] | None:
-    """What a search for first name and subject gives first, if these are short mails of that colleague."""
-    found = w.search_emails(f"{person.first} {subject}")[:count]
-    fits = all(m["sender/recipient"] == person.email and len(m["body"]) <= LONGEST_BODY for m in found)
-    fits = fits and all(subject in m["subject"] for m in found)
-    return found if fits and len(found) == count else None
+    """Returns the first `count` mails that a search for first name and subject finds; None unless there are
+    so many, all of them short mails of that colleague with that subject."""
+    mails = w.search_emails(f"{person.first} {subject}")[:count]
+    fits = all(m["sender/recipient"] == person.email and len(m["body"]) <= LONGEST_BODY for m in mails)
+    fits = fits and all(subject in m["subject"] for m in mails)
+    return mails if fits and len(mails) == count else None
 
 
 def act(w: World, r: Random, mail: Record) -> tuple[str, list[Call]]:
-    """One thing to do with a mail: as words with a slot for the mail, and as calls after it was found."""
+    """Draws an action on a mail. Returns an imperative with the placeholder {mail}, and the calls that follow
+    the search for the mail."""
     kind = r.randrange(3)
     if kind == 0:
         return "delete {mail}", [delete(mail)]
@@ -63,7 +72,9 @@ def send_to_address(w: World, r: Random) -> tuple[str, list[Call]]:
         "email {to}: subject '{subject}', body '{body}'",
         "write to {to} about '{subject}', saying '{body}'",
     ]
-    return ask(r, *wordings, to=person.email, subject=subject, body=body), [send(person.email, subject, body)]
+    return make_request(r, *wordings, to=person.email, subject=subject, body=body), [
+        send(person.email, subject, body)
+    ]
 
 
 @template("email", "easy")
@@ -75,7 +86,7 @@ def delete_by_id(w: World, r: Random) -> tuple[str, list[Call]]:
         "delete message {id} from my inbox",
         "I no longer need email {id}. Delete it.",
     ]
-    return ask(r, *wordings, id=mail["email_id"]), [delete(mail)]
+    return make_request(r, *wordings, id=mail["email_id"]), [delete(mail)]
 
 
 @template("email", "easy")
@@ -86,7 +97,7 @@ def forward_by_id(w: World, r: Random) -> tuple[str, list[Call]]:
         "pass the email with ID {id} on to {to}",
         "send email {id} on to {to}",
     ]
-    return ask(r, *wordings, id=mail["email_id"], to=person.email), [forward(mail, person)]
+    return make_request(r, *wordings, id=mail["email_id"], to=person.email), [forward(mail, person)]
 
 
 @template("email", "easy")
@@ -97,7 +108,7 @@ def reply_by_id(w: World, r: Random) -> tuple[str, list[Call]]:
         "answer email {id}: '{body}'",
         "write '{body}' in reply to email {id}",
     ]
-    return ask(r, *wordings, id=mail["email_id"], body=body), [reply(mail, body)]
+    return make_request(r, *wordings, id=mail["email_id"], body=body), [reply(mail, body)]
 
 
 @template("email", "medium")
@@ -108,8 +119,8 @@ def send_to_first_name(w: World, r: Random) -> tuple[str, list[Call]]:
         "email {to} about '{subject}' and say '{body}'",
         "write to {to}: subject '{subject}', body '{body}'",
     ]
-    text = ask(r, *wordings, to=say_person(r, person), subject=subject, body=body)
-    return text, [find(person), send(person.email, subject, body)]
+    text = make_request(r, *wordings, to=say_person(r, person), subject=subject, body=body)
+    return text, [find_address(person), send(person.email, subject, body)]
 
 
 @template("email", "medium")
@@ -120,8 +131,8 @@ def forward_to_first_name(w: World, r: Random) -> tuple[str, list[Call]]:
         "pass email {id} on to {to}",
         "let {to} see email {id} by forwarding it",
     ]
-    text = ask(r, *wordings, id=mail["email_id"], to=say_person(r, person))
-    return text, [find(person), forward(mail, person)]
+    text = make_request(r, *wordings, id=mail["email_id"], to=say_person(r, person))
+    return text, [find_address(person), forward(mail, person)]
 
 
 @template("email", "medium")
@@ -131,7 +142,7 @@ def write_to_sender(w: World, r: Random) -> tuple[str, list[Call]]:
         "find out who sent email {id} and send them a new email about '{subject}' saying '{body}'",
         "send a new email to the sender of email {id}: subject '{subject}', body '{body}'",
     ]
-    text = ask(r, *wordings, id=mail["email_id"], subject=subject, body=body)
+    text = make_request(r, *wordings, id=mail["email_id"], subject=subject, body=body)
     return text, [sender_of(mail), send(mail["sender/recipient"], subject, body)]
 
 
@@ -141,20 +152,23 @@ def act_on_found(w: World, r: Random) -> tuple[str, list[Call]] | None:
     person, subject = w.person(mail["sender/recipient"]), mail["subject"]
     if latest(w, person, subject) != [mail]:
         return None
-    said, calls = act(w, r, mail)
-    which = r.choice(
-        [f"{whose(person)} last email about '{subject}'", f"the latest '{subject}' email from {person.first}"]
+    action, calls = act(w, r, mail)
+    mail_text = r.choice(
+        [
+            f"{possessive(person)} last email about '{subject}'",
+            f"the latest '{subject}' email from {person.first}",
+        ]
     )
-    return ask(r, said, mail=which), [search(f"{person.first} {subject}"), *calls]
+    return make_request(r, action, mail=mail_text), [search(f"{person.first} {subject}"), *calls]
 
 
 @template("email", "medium")
 def two_actions_by_id(w: World, r: Random) -> tuple[str, list[Call]]:
     first, second = r.sample(w.emails, 2)
-    said, calls = act(w, r, second)
-    text = ask(
+    action, calls = act(w, r, second)
+    text = make_request(
         r,
-        f"delete email {{first}} and then {said}",
+        f"delete email {{first}} and then {action}",
         first=first["email_id"],
         mail=f"email {second['email_id']}",
     )
@@ -165,39 +179,53 @@ def two_actions_by_id(w: World, r: Random) -> tuple[str, list[Call]]:
 def forward_found_to_first_name(w: World, r: Random) -> tuple[str, list[Call]] | None:
     person = r.choice(w.people)
     mail = r.choice([m for m in w.emails if m["sender/recipient"] == person.email])
-    heir, subject = other(r, w.people, person), r.choice([mail["subject"], ""])
-    if not (found := latest(w, person, subject)):
+    recipient, subject = other(r, w.people, person), r.choice([mail["subject"], ""])
+    if not (mails := latest(w, person, subject)):
         return None
     about = f" about '{subject}'" if subject else ""
     wordings = [
         "forward {whose} last email{about} to {to}",
-        "send {to} the latest email from {who}{about} by forwarding it",
-        "pass the most recent email from {who}{about} on to {to}",
+        "send {to} the latest email from {person}{about} by forwarding it",
+        "pass the most recent email from {person}{about} on to {to}",
     ]
-    text = ask(r, *wordings, whose=whose(person), who=person.first, about=about, to=say_person(r, heir))
-    return text, [find(heir), search(f"{person.first} {subject}".strip()), forward(found[0], heir)]
+    text = make_request(
+        r,
+        *wordings,
+        whose=possessive(person),
+        person=person.first,
+        about=about,
+        to=say_person(r, recipient),
+    )
+    return text, [
+        find_address(recipient),
+        search(f"{person.first} {subject}".strip()),
+        forward(mails[0], recipient),
+    ]
 
 
 @template("email", "hard")
 def act_on_last_of_sender(w: World, r: Random) -> tuple[str, list[Call]] | None:
     person = r.choice(w.people)
-    if not (found := latest(w, person)):
+    if not (mails := latest(w, person)):
         return None
-    said, calls = act(w, r, found[0])
-    which = r.choice([f"the last email from {person.first}", f"{whose(person)} most recent email"])
-    return ask(r, said, mail=which), [search(person.first), *calls]
+    action, calls = act(w, r, mails[0])
+    mail_text = r.choice([f"the last email from {person.first}", f"{possessive(person)} most recent email"])
+    return make_request(r, action, mail=mail_text), [search(person.first), *calls]
 
 
 @template("email", "hard")
 def delete_last_two(w: World, r: Random) -> tuple[str, list[Call]] | None:
     person = r.choice(w.people)
-    if not (found := latest(w, person, count=2)):
+    if not (mails := latest(w, person, count=2)):
         return None
     wordings = [
-        "delete the last two emails from {who}",
-        "remove the two most recent emails that {who} sent me",
+        "delete the last two emails from {person}",
+        "remove the two most recent emails that {person} sent me",
     ]
-    return ask(r, *wordings, who=say_person(r, person)), [search(person.first, 2), *map(delete, found)]
+    return make_request(r, *wordings, person=say_person(r, person)), [
+        search(person.first, 2),
+        *map(delete, mails),
+    ]
 
 
 @template("email", "hard")
@@ -205,10 +233,10 @@ def depends_on_sender(w: World, r: Random) -> tuple[str, list[Call]]:
     mail = r.choice(w.emails)
     sender = w.person(mail["sender/recipient"])
     guess = sender if r.random() < 0.5 else r.choice(w.people)
-    body, heir = make_body(r), other(r, w.people, sender)
+    body, recipient = make_body(r), other(r, w.people, sender)
     choices = [
         (f"reply with '{body}'", reply(mail, body)),
-        (f"forward it to {heir.email}", forward(mail, heir)),
+        (f"forward it to {recipient.email}", forward(mail, recipient)),
         ("delete it", delete(mail)),
     ]
     then, otherwise = r.sample(choices, 2)
@@ -217,18 +245,20 @@ def depends_on_sender(w: World, r: Random) -> tuple[str, list[Call]]:
         "If email {id} is from {guess}, {then}; otherwise {otherwise}.",
         "Check who sent email {id}. If it was {guess}, {then}. If not, {otherwise}.",
     ]
-    text = ask(r, *wordings, id=mail["email_id"], guess=guess.first, then=then[0], otherwise=otherwise[0])
+    text = make_request(
+        r, *wordings, id=mail["email_id"], guess=guess.first, then=then[0], otherwise=otherwise[0]
+    )
     return text, [sender_of(mail), chosen[1]]
 
 
 @template("email", "hard")
 def tell_two_people(w: World, r: Random) -> tuple[str, list[Call]]:
-    one, two = r.sample(w.people, 2)
+    first, second = r.sample(w.people, 2)
     subject, body = r.choice(SUBJECTS), make_body(r)
     wordings = [
-        "email {one} and then {two} about '{subject}', both with the body '{body}'",
-        "send first {one} and then {two} an email with the subject '{subject}' and the text '{body}'",
+        "email {first} and then {second} about '{subject}', both with the body '{body}'",
+        "send first {first} and then {second} an email with the subject '{subject}' and the text '{body}'",
     ]
-    text = ask(r, *wordings, one=one.first, two=two.first, subject=subject, body=body)
-    sends = [send(p.email, subject, body) for p in (one, two)]
-    return text, [find(one), find(two), *sends]
+    text = make_request(r, *wordings, first=first.first, second=second.first, subject=subject, body=body)
+    sends = [send(p.email, subject, body) for p in (first, second)]
+    return text, [find_address(first), find_address(second), *sends]

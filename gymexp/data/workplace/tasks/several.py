@@ -1,4 +1,4 @@
-"""Tasks that need two domains: what one tool finds or changes, another one acts on."""
+"""Tasks that need the tools of two domains, e.g. because one tool finds what the other one changes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,14 @@ from collections import Counter
 from random import Random
 
 from gymexp.data.workplace.tasks import analytics, calendar, customers, email, projects
-from gymexp.data.workplace.tasks.draft import Call, ask, find, say_person, template, whose
+from gymexp.data.workplace.tasks.draft import (
+    Call,
+    find_address,
+    make_request,
+    possessive,
+    say_person,
+    template,
+)
 from gymexp.data.workplace.tasks.words import (
     EVENT_NAMES,
     METRICS,
@@ -40,14 +47,14 @@ def cancel_and_tell(w: World, r: Random) -> tuple[str, list[Call]]:
         "delete event {id} and email {to} about '{subject}' with the text '{body}'",
         "cancel calendar event {id} and send {to} an email: subject '{subject}', body '{body}'",
     ]
-    text = ask(r, *wordings, id=event["event_id"], to=to, subject=subject, body=body)
+    text = make_request(r, *wordings, id=event["event_id"], to=to, subject=subject, body=body)
     return text, [calendar.delete(event), email.send(to, subject, body)]
 
 
 @template(DOMAIN, "medium")
 def write_to_assignee(w: World, r: Random) -> tuple[str, list[Call]]:
     task, subject, body = r.choice(w.tasks), r.choice(SUBJECTS), make_body(r)
-    look = (
+    lookup = (
         "project_management_get_task_information_by_id",
         {"task_id": task["task_id"], "field": "assigned_to_email"},
     )
@@ -55,8 +62,8 @@ def write_to_assignee(w: World, r: Random) -> tuple[str, list[Call]]:
         "email whoever works on task {id} with the subject '{subject}' and the body '{body}'",
         "send the assignee of task {id} an email about '{subject}' saying '{body}'",
     ]
-    text = ask(r, *wordings, id=task["task_id"], subject=subject, body=body)
-    return text, [look, email.send(task["assigned_to_email"], subject, body)]
+    text = make_request(r, *wordings, id=task["task_id"], subject=subject, body=body)
+    return text, [lookup, email.send(task["assigned_to_email"], subject, body)]
 
 
 @template(DOMAIN, "medium")
@@ -68,9 +75,9 @@ def meet_the_owner_of_customer(w: World, r: Random) -> tuple[str, list[Call]]:
         "set up '{name}', {long}, on {day} at {time} with the colleague who looks after {customer}",
     ]
     values = {"day": say_date(r, start[:10]), "time": say_time(r, start), "long": say_minutes(r, minutes)}
-    text = ask(r, *wordings, name=name, customer=customer["customer_name"], **values)
-    look = customers.search(customer_name=customer["customer_name"])
-    return text, [look, calendar.create(name, customer["assigned_to_email"], start, minutes)]
+    text = make_request(r, *wordings, name=name, customer=customer["customer_name"], **values)
+    lookup = customers.search(customer_name=customer["customer_name"])
+    return text, [lookup, calendar.create(name, customer["assigned_to_email"], start, minutes)]
 
 
 @template(DOMAIN, "medium")
@@ -81,7 +88,7 @@ def close_task_and_mark_customer(w: World, r: Random) -> tuple[str, list[Call]]:
         "move task {task} to {list} and mark customer {customer} as {status}",
         "put task {task} in {list} and set the status of customer {customer} to {status}",
     ]
-    text = ask(
+    text = make_request(
         r, *wordings, task=task["task_id"], list=list_name, customer=customer["customer_id"], status=status
     )
     return text, [projects.update(task, "list_name", list_name), customers.update(customer, "status", status)]
@@ -92,15 +99,15 @@ def meet_and_invite(w: World, r: Random) -> tuple[str, list[Call]]:
     person, name, minutes = r.choice(w.people), r.choice(EVENT_NAMES), r.choice(DURATIONS)
     start, body = meeting_start(r, minutes), make_body(r)
     wordings = [
-        "schedule '{name}' with {who} on {day} at {time} for {long}, "
-        "then email {who} with that name as the subject and the body '{body}'",
-        "create '{name}' with {who} on {day} at {time}, {long}, and send {who} an email titled '{name}' "
-        "that says '{body}'",
+        "schedule '{name}' with {person} on {day} at {time} for {long}, "
+        "then email {person} with that name as the subject and the body '{body}'",
+        "create '{name}' with {person} on {day} at {time}, {long}, and send {person} an email "
+        "titled '{name}' that says '{body}'",
     ]
     values = {"day": say_date(r, start[:10]), "time": say_time(r, start), "long": say_minutes(r, minutes)}
-    text = ask(r, *wordings, name=name, who=say_person(r, person), body=body, **values)
+    text = make_request(r, *wordings, name=name, person=say_person(r, person), body=body, **values)
     return text, [
-        find(person),
+        find_address(person),
         calendar.create(name, person.email, start, minutes),
         email.send(person.email, name, body),
     ]
@@ -120,7 +127,7 @@ def cancel_named_and_tell(w: World, r: Random) -> tuple[str, list[Call]] | None:
         "cancel the {name} on {day} and email its participant about '{subject}' saying '{body}'",
         "delete '{name}' on {day}, then write to the participant: subject '{subject}', body '{body}'",
     ]
-    text = ask(r, *wordings, name=name, day=say_date(r, day), subject=subject, body=body)
+    text = make_request(r, *wordings, name=name, day=say_date(r, day), subject=subject, body=body)
     calls = [
         calendar.search(name, day, day),
         calendar.delete(event),
@@ -132,16 +139,18 @@ def cancel_named_and_tell(w: World, r: Random) -> tuple[str, list[Call]] | None:
 @template(DOMAIN, "hard")
 def hand_over_task_and_tell(w: World, r: Random) -> tuple[str, list[Call]]:
     task, subject, body = r.choice(w.tasks), r.choice(SUBJECTS), make_body(r)
-    heir = other(r, w.team, w.person(task["assigned_to_email"]))
+    new_owner = other(r, w.team, w.person(task["assigned_to_email"]))
     wordings = [
-        "reassign task {id} to {heir} and email {heir} about '{subject}' with '{body}'",
-        "give {heir} task {id}, then send {heir} an email: subject '{subject}', body '{body}'",
+        "reassign task {id} to {new_owner} and email {new_owner} about '{subject}' with '{body}'",
+        "give {new_owner} task {id}, then send {new_owner} an email: subject '{subject}', body '{body}'",
     ]
-    text = ask(r, *wordings, id=task["task_id"], heir=heir.first, subject=subject, body=body)
+    text = make_request(
+        r, *wordings, id=task["task_id"], new_owner=new_owner.first, subject=subject, body=body
+    )
     return text, [
-        find(heir),
-        projects.update(task, "assigned_to_email", heir.email),
-        email.send(heir.email, subject, body),
+        find_address(new_owner),
+        projects.update(task, "assigned_to_email", new_owner.email),
+        email.send(new_owner.email, subject, body),
     ]
 
 
@@ -156,7 +165,7 @@ def advance_customer_and_meet(w: World, r: Random) -> tuple[str, list[Call]]:
         "on {day} at {time}, {long}",
     ]
     values = {"day": say_date(r, start[:10]), "time": say_time(r, start), "long": say_minutes(r, minutes)}
-    text = ask(r, *wordings, customer=customer["customer_name"], status=status, name=name, **values)
+    text = make_request(r, *wordings, customer=customer["customer_name"], status=status, name=name, **values)
     calls = [
         customers.search(customer_name=customer["customer_name"]),
         customers.update(customer, "status", status),
@@ -183,10 +192,10 @@ def plot_or_task_by_visits(w: World, r: Random) -> tuple[str, list[Call]]:
         "to": person.email,
         "due": say_date(r, due),
     }
-    text = ask(r, *wordings, plot=analytics.said_plot(r, metric, kind), name=name, **values)
+    text = make_request(r, *wordings, plot=analytics.describe_plot(r, metric, kind), name=name, **values)
     task = projects.create(name, person.email, "Backlog", due, board)
     chosen = analytics.plot(day, day, metric, kind) if visits > limit else task
-    return text, [analytics.look("total_visits_count", day, day), chosen]
+    return text, [analytics.lookup("total_visits_count", day, day), chosen]
 
 
 @template(DOMAIN, "hard")
@@ -206,7 +215,7 @@ def follow_up_mail_with_task(w: World, r: Random) -> tuple[str, list[Call]] | No
         "find the sender of email {id}, give that person a new task '{name}' on the {board} board in {list}, "
         "due {due}, and delete the email",
     ]
-    text = ask(
+    text = make_request(
         r, *wordings, board=board, name=name, list=list_name, due=say_date(r, due), id=mail["email_id"]
     )
     calls = [
@@ -220,13 +229,15 @@ def follow_up_mail_with_task(w: World, r: Random) -> tuple[str, list[Call]] | No
 @template(DOMAIN, "hard")
 def last_mail_to_customer_owner(w: World, r: Random) -> tuple[str, list[Call]] | None:
     person, customer = r.choice(w.people), r.choice(w.customers)
-    if not (found := email.latest(w, person)) or customer["assigned_to_email"] == person.email:
+    if not (mails := email.latest(w, person)) or customer["assigned_to_email"] == person.email:
         return None
     wordings = [
         "forward {whose} last email to the colleague in charge of {customer}",
-        "find who looks after {customer} and forward the latest email from {who} to them",
+        "find who looks after {customer} and forward the latest email from {person} to them",
     ]
-    text = ask(r, *wordings, whose=whose(person), who=person.first, customer=customer["customer_name"])
-    heir = w.person(customer["assigned_to_email"])
-    look = customers.search(customer_name=customer["customer_name"])
-    return text, [look, email.search(person.first), email.forward(found[0], heir)]
+    text = make_request(
+        r, *wordings, whose=possessive(person), person=person.first, customer=customer["customer_name"]
+    )
+    owner = w.person(customer["assigned_to_email"])
+    lookup = customers.search(customer_name=customer["customer_name"])
+    return text, [lookup, email.search(person.first), email.forward(mails[0], owner)]

@@ -1,4 +1,4 @@
-"""The vocabulary of the generated requests, and how people say dates, times and lengths of time."""
+"""The vocabulary of the generated requests, and the ways to write dates, times and durations."""
 
 from __future__ import annotations
 
@@ -108,7 +108,8 @@ def make_phone(r: Random) -> str:
 
 
 def say_date(r: Random, day: str) -> str:
-    """Some way of saying an ISO date of 2023; the requests are made on 2023-11-30."""
+    """Returns an ISO date of 2023 in one of several forms. The requests date from 2023-11-30, so that
+    2023-12-01 may be "tomorrow"."""
     d = date.fromisoformat(day)
     suffix = "th" if 11 <= d.day <= 13 else {1: "st", 2: "nd", 3: "rd"}.get(d.day % 10, "th")
     forms = [day, f"{d:%B} {d.day}", f"{d:%B} {d.day}{suffix}", f"{d:%b} {d.day}", f"{d.day} {d:%B}"]
@@ -117,13 +118,13 @@ def say_date(r: Random, day: str) -> str:
 
 
 def say_time(r: Random, moment: str) -> str:
-    """Some way of saying the time of "YYYY-MM-DD HH:MM:SS"."""
+    """Returns the time of a "YYYY-MM-DD HH:MM:SS" in one of several forms."""
     t = datetime.fromisoformat(moment)
     short = f"{t:%I}".lstrip("0") + (f":{t:%M}" if t.minute else "")
     return r.choice([f"{t:%H:%M}", f"{short}{t:%p}".lower(), f"{short} {t:%p}"])
 
 
 def say_minutes(r: Random, minutes: str) -> str:
-    """Some way of saying a length of time that is given in minutes."""
+    """Returns a duration in minutes in one of several forms."""
     spoken = {"30": "half an hour", "60": "one hour", "90": "an hour and a half", "120": "two hours"}
     return r.choice([f"{minutes} minutes", f"{minutes} min", spoken.get(minutes, f"{minutes} minutes")])

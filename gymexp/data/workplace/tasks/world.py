@@ -1,4 +1,4 @@
-"""What the workplace server knows: its five tables and its people, read from the CSV files it ships with."""
+"""The records of the workplace server: its five tables and its people, read from the server's CSV files."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ class Person:
 
 @dataclass(frozen=True)
 class World:
-    """The server's records as plain dicts, in file order, and who may be named where."""
+    """The server's records as plain dicts, in file order, and its people: `people` are the colleagues whose
+    first name identifies them, `team` those of them with project tasks, `sales` those with customers."""
 
     events: list[Record]
     tasks: list[Record]
@@ -45,28 +46,30 @@ class World:
     sales: list[Person]
 
     def person(self, email: str) -> Person:
+        """Returns the person with this email address."""
         return next(p for p in self.people if p.email == email)
 
     def event_days(self, low: int, high: int, after: str = "") -> dict[str, list[Record]]:
-        """Days that have low..high events, with these, latest first (the order the server answers in)."""
+        """Returns the days after `after` that have low..high events, each with its events. Days and events
+        come latest first, as in the server's answers."""
         days: dict[str, list[Record]] = {}
         for event in sorted(self.events, key=lambda e: e["event_start"], reverse=True):
             days.setdefault(event["event_start"][:10], []).append(event)
-        return {day: found for day, found in days.items() if low <= len(found) <= high and day > after}
+        return {day: events for day, events in days.items() if low <= len(events) <= high and day > after}
 
     def search_emails(self, query: str) -> list[Record]:
-        """Emails that hold each word of the query in subject, body or sender, latest first."""
+        """Returns the emails with every word of the query in subject, body or sender, latest first."""
         words = query.lower().split()
-        found = [
+        emails = [
             e
             for e in self.emails
             if all(w in f"{e['subject']} {e['body']} {e['sender/recipient']}".lower() for w in words)
         ]
-        return sorted(found, key=lambda e: e["sent_datetime"], reverse=True)
+        return sorted(emails, key=lambda e: e["sent_datetime"], reverse=True)
 
 
 def load_world(csv_data: Path) -> World:
-    """Read the tables below the server's `csv_data` folder."""
+    """Reads the tables in the server's `csv_data` folder."""
 
     def read(name: str) -> list[Record]:
         return pandas.read_csv(csv_data / "processed" / f"{name}.csv", dtype=str).to_dict(orient="records")
@@ -91,13 +94,14 @@ def load_world(csv_data: Path) -> World:
     )
 
 
-def only(rows: list[Record], keep: Callable[[Record], bool]) -> bool:
-    """Whether exactly one row is kept, so that a request which describes it so is unambiguous."""
+def is_unique(rows: list[Record], keep: Callable[[Record], bool]) -> bool:
+    """Returns whether exactly one row satisfies `keep`, so that a request with this description is
+    unambiguous."""
     return sum(map(keep, rows)) == 1
 
 
 def weekday(r: Random, first: str = "2023-12-01", last: str = "2023-12-29") -> str:
-    """A working day between two ISO dates, inclusive."""
+    """Draws a working day between two ISO dates, both included."""
     start, end = date.fromisoformat(first), date.fromisoformat(last)
     while (day := start + timedelta(days=r.randint(0, (end - start).days))).weekday() >= 5:
         pass
@@ -105,15 +109,19 @@ def weekday(r: Random, first: str = "2023-12-01", last: str = "2023-12-29") -> s
 
 
 def next_day(day: str) -> str:
+    """Returns the day after an ISO date."""
     return (date.fromisoformat(day) + timedelta(days=1)).isoformat()
 
 
 def meeting_start(r: Random, duration: str, day: str | None = None) -> str:
-    """A start on the half hour that keeps the meeting between 9am and 6pm, as "YYYY-MM-DD HH:MM:SS"."""
+    """Draws a start, on the hour or half hour, of a meeting between 9am and 6pm, as "YYYY-MM-DD HH:MM:SS".
+
+    duration: in minutes. day: an ISO date; None draws a working day.
+    """
     slot = r.randint(0, (9 * 60 - int(duration)) // 30)
     return f"{day or weekday(r)} {9 + slot // 2:02d}:{slot % 2 * 30:02d}:00"
 
 
 def other(r: Random, choices: list[Any], *taken: Any) -> Any:
-    """A choice that is none of those taken: an update must change something, else doing nothing is right."""
+    """Draws a choice not in `taken`: an update must change something, or doing nothing would be right."""
     return r.choice([c for c in choices if c not in taken])
