@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import signal
 import subprocess
-import sys
-import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +16,7 @@ from gymexp.config.schema import DataConfig
 from gymexp.data.cache import Say, cached, sha256_of
 from gymexp.errors import DataError
 from gymexp.gym.install import environ_for, site_packages
-from gymexp.processes import lifeline
+from gymexp.processes.child_process import child_process
 
 _DEADLINE_S = 1800.0
 _ROUNDS = 5  # batches of validation puzzles at most; puzzles that are also train tasks do not count
@@ -188,8 +183,11 @@ def _run_all(
     if they take longer than `_DEADLINE_S`."""
     deadline = time.monotonic() + _DEADLINE_S
     with contextlib.ExitStack() as stack:
-        running = [stack.enter_context(_child(command, on_line)) for command in commands]
-        for child, last_words in running:
+        running = [
+            stack.enter_context(child_process(command, environ_for(Path(command[0])), on_line))
+            for command in commands
+        ]
+        for child, last_lines in running:
             try:
                 code = child.wait(timeout=max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
@@ -197,45 +195,4 @@ def _run_all(
                     f"env.{name}.data: the generator was not done after {_DEADLINE_S:.0f} s"
                 ) from None
             if code:
-                raise DataError(f"env.{name}.data: the generator ended with code {code}:\n{last_words()}")
-
-
-@contextlib.contextmanager
-def _child(
-    command: list[str], on_line: Callable[[str], None] | None
-) -> Iterator[tuple[subprocess.Popen[str], Callable[[], str]]]:
-    """Yields a child process in a process group of its own, and a function that returns its last output. The
-    child is killed when the block is left or this process ends."""
-    child = subprocess.Popen(
-        [sys.executable, lifeline.__file__, str(os.getpid()), *command],
-        env=environ_for(Path(command[0])),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-    )
-    lines: deque[str] = deque(maxlen=15)
-
-    def follow() -> None:
-        assert child.stdout is not None
-        for line in child.stdout:
-            lines.append(line.rstrip())
-            if on_line:
-                on_line(line.rstrip())
-
-    reader = threading.Thread(target=follow, daemon=True)
-    reader.start()
-
-    def last_words() -> str:
-        reader.join(timeout=5)
-        return "\n".join(f"  {line}" for line in lines if line)
-
-    try:
-        yield child, last_words
-        reader.join(timeout=5)
-    finally:
-        # The process group outlives the child if a process that the child started still runs.
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)
-        child.wait()
+                raise DataError(f"env.{name}.data: the generator ended with code {code}:\n{last_lines()}")
