@@ -34,7 +34,7 @@ def in_slurm(monkeypatch):
     }.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
-    monkeypatch.setattr(allocation, "_PATIENCE_S", 2.0)
+    monkeypatch.setattr(allocation, "_TIMEOUT_S", 2.0)
     before = {number: signal.getsignal(number) for number in SIGNALS}
     yield
     for number, handler in before.items():
