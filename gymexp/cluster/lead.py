@@ -68,7 +68,7 @@ class _RemoteProcess:
 
 @dataclass
 class RemoteNode:
-    """Another machine of the run, reached through its agent. lost: the error if the node is lost, else None."""
+    """Another machine of the run, reached through its agent. lost: the error of a lost node, else None."""
 
     name: str
     address: str
