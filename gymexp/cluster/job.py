@@ -1,4 +1,4 @@
-"""What Slurm says of the job that this process runs in, and the one thing asked of it: to run it again."""
+"""The Slurm job that this process runs in: its id and task, whether it still runs, and its requeueing."""
 
 from __future__ import annotations
 
@@ -10,15 +10,19 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-_PATIENCE_S = 60.0  # for a controller of Slurm that is busy, or away
-_AGAIN_S = 2.0
-# What Slurm's commands say where its controller did not answer; anything else is the controller's answer.
+_TIMEOUT_S = 60.0  # how long Slurm's controller may be busy or unreachable
+_RETRY_INTERVAL_S = 2.0
+# Errors of Slurm's commands that mean "no answer of the controller". Any other output is its answer.
 _NO_ANSWER = re.compile(r"contact slurm|timed out|connection (refused|failure)|zero bytes", re.I)
 
 
 @dataclass(frozen=True)
 class Allocation:
-    """One start of a job. job_id: as squeue shows it, 123 or 123_4 in an array; node: Slurm's name of it."""
+    """One start of a Slurm job.
+
+    job_id: as squeue shows it, 123, or 123_4 in an array. restarts: how often Slurm has requeued the job.
+    node: Slurm's name of the node.
+    """
 
     job_id: str
     restarts: int
@@ -26,7 +30,7 @@ class Allocation:
 
     @classmethod
     def of_this_process(cls) -> Allocation | None:
-        """None outside a job."""
+        """Returns the allocation that this process runs in, None outside a Slurm job."""
         env = os.environ
         if "SLURM_JOB_ID" not in env:
             return None
@@ -35,43 +39,47 @@ class Allocation:
         return cls(job_id, int(env.get("SLURM_RESTART_COUNT") or 0), env.get("SLURMD_NODENAME", ""))
 
     def goes_on(self) -> bool:
-        """Whether Slurm still counts the job as running: then a signal was a warning, of a preemption or of
-        the time limit.
+        """Returns whether Slurm still counts the job as running. A signal was then a warning before a
+        preemption or the time limit.
 
-        Otherwise the job is being taken down: for good, by scancel, or by Slurm, which starts it again
-        itself. `scontrol requeue` would bring back a cancelled job too. True where Slurm does not answer.
+        Otherwise the job is being ended: by scancel for good, or by Slurm, which starts it again itself. The
+        caller must know, because `scontrol requeue` would bring back a cancelled job too. Returns True if
+        Slurm does not answer.
         """
-        shown = _ask("squeue", "--noheader", "--states=all", f"--jobs={self.job_id}", "--format=%T")
-        return shown.returncode != 0 or shown.stdout.strip() in ("RUNNING", "")
+        result = _run_command("squeue", "--noheader", "--states=all", f"--jobs={self.job_id}", "--format=%T")
+        return result.returncode != 0 or result.stdout.strip() in ("RUNNING", "")
 
     def requeue(self) -> str:
-        """Have Slurm end this job and start it again later. Returns Slurm's complaint, empty if it agreed.
+        """Have Slurm end this job and start it again later. Returns Slurm's error, empty if Slurm agreed.
 
-        A controller that does not answer is asked again, for as long as it may be busy.
+        The request is repeated for up to _TIMEOUT_S while Slurm's controller does not answer.
         """
-        shown = _ask("scontrol", "requeue", self.job_id)
-        return "" if shown.returncode == 0 else shown.stderr.strip() or "scontrol failed"
+        result = _run_command("scontrol", "requeue", self.job_id)
+        return "" if result.returncode == 0 else result.stderr.strip() or "scontrol failed"
 
 
-def _ask(*command: str) -> subprocess.CompletedProcess[str]:
-    """The command's answer: the first one that is the controller's, or after _PATIENCE_S the last."""
-    until = time.monotonic() + _PATIENCE_S
+def _run_command(*command: str) -> subprocess.CompletedProcess[str]:
+    """Run a Slurm command until the controller answers, for at most _TIMEOUT_S. Returns the last result."""
+    until = time.monotonic() + _TIMEOUT_S
     while True:
         left = max(0.1, until - time.monotonic())
         try:
-            shown = subprocess.run(command, capture_output=True, text=True, check=False, timeout=left)
+            result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=left)
         except (OSError, subprocess.TimeoutExpired) as error:
             return subprocess.CompletedProcess(command, 1, "", f"{command[0]}: {error}")
-        answered = shown.returncode == 0 or not _NO_ANSWER.search(shown.stderr)
-        if answered or time.monotonic() + _AGAIN_S > until:
-            return shown
-        time.sleep(_AGAIN_S)
+        answered = result.returncode == 0 or not _NO_ANSWER.search(result.stderr)
+        if answered or time.monotonic() + _RETRY_INTERVAL_S > until:
+            return result
+        time.sleep(_RETRY_INTERVAL_S)
 
 
 @dataclass(frozen=True)
 class Task:
-    """This process among those of its Slurm job, one a node. attempt: the job and how often it was requeued,
-    which tells the lead of this time from that of an earlier one."""
+    """This process as a task of its Slurm job, which has one task a node.
+
+    count: the job's tasks. attempt: `<job id>.<restarts>`, which tells the lead of this start of the job from
+    the lead of an earlier start.
+    """
 
     rank: int
     count: int
@@ -80,7 +88,10 @@ class Task:
 
 
 def read_task(environ: Mapping[str, str] = os.environ) -> Task | None:
-    """None outside Slurm. Host names tell nothing: several slurmd may share one."""
+    """Returns the task that this process is, None outside Slurm.
+
+    The node's name is Slurm's: several slurmd may share one host name.
+    """
     if "SLURM_PROCID" not in environ or "SLURM_JOB_ID" not in environ:
         return None
     return Task(

@@ -1,4 +1,4 @@
-"""A node of a run: where processes start and sockets open, on this machine or on another one."""
+"""A node of a run: it starts processes and opens sockets, on this machine or on another one."""
 
 from __future__ import annotations
 
@@ -17,19 +17,25 @@ from gymexp.processes.process import Running, spawn
 
 
 def lead_of(num_nodes: int, task: Task | None) -> Task:
-    """This process as the lead of so many nodes. Raises ConfigError if it is not in a job of these."""
+    """Returns `task` as the lead of a run over `num_nodes` nodes.
+
+    Raises ConfigError if this process is not in a Slurm job of that many tasks.
+    """
     if task is None or task.count != num_nodes:
-        there = "none is running" if task is None else f"job {task.attempt} has {task.count}"
+        found = "none is running" if task is None else f"job {task.attempt} has {task.count}"
         raise ConfigError(
             f"placement.rollout_nodes and placement.train_nodes need a Slurm job of {num_nodes} tasks, one a "
-            f"node, and {there}: say launcher=slurm, or start the same job on every node by srun"
+            f"node, and {found}: say launcher=slurm, or start the same job on every node by srun"
         )
     return task
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """A socket on a node; `fd` is its number there, also in what is started with it."""
+    """The address of a socket on a node.
+
+    fd: the socket's file descriptor in the process that opened it, and in every process that inherits it.
+    """
 
     host: str
     port: int
@@ -41,18 +47,18 @@ class Endpoint:
 
 
 class Node(Protocol):
-    """A machine of the run. gpus: as CUDA_VISIBLE_DEVICES names them there."""
+    """A machine of the run. gpus: its GPUs, as its CUDA_VISIBLE_DEVICES names them."""
 
     name: str
     address: str
     gpus: list[str]
 
     async def listen(self) -> Endpoint:
-        """A socket for a server that takes it over (`ports.listen`)."""
+        """Open a listening socket for a server that inherits it (`ports.listen`)."""
         ...
 
     async def reserve(self, exclusive: bool = True) -> Endpoint:
-        """A port for a server that opens its own (`ports.reserve`)."""
+        """Reserve a port for a server that opens its own socket (`ports.reserve`)."""
         ...
 
     async def spawn(
@@ -63,12 +69,13 @@ class Node(Protocol):
         fds: Sequence[int] = (),
         reap: bool = False,
     ) -> Running:
-        """As `process.spawn`. The log is where every node sees it."""
+        """Start a command on this node, as `process.spawn` does. `log` is on a file system that all nodes
+        share."""
         ...
 
 
 class LocalNode:
-    """This machine."""
+    """The machine that this process runs on."""
 
     def __init__(self, gpus: list[str], name: str = "localhost", address: str = "127.0.0.1") -> None:
         self.name = name
@@ -103,7 +110,11 @@ class LocalNode:
 
 
 def this_node(count: int) -> tuple[LocalNode, Task | None]:
-    """This machine; and this process as the lead of so many nodes, where there are several."""
+    """Returns this machine as a node of a run over `count` nodes, and this process's task as the lead.
+
+    The task is None if `count` is 1. Otherwise raises ConfigError if this process is not in a Slurm job of
+    `count` tasks.
+    """
     if count == 1:
         return LocalNode([]), None
     task = lead_of(count, read_task())

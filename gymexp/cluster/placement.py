@@ -1,5 +1,5 @@
-"""Which GPUs sample and which train, on one node or over several, decided before anything starts and without
-torch."""
+"""The placement of a run: which GPUs sample and which train, on one node or over several. It is decided
+before any process starts, and without torch."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from gymexp.errors import ConfigError
 
 @dataclass(frozen=True)
 class Share:
-    """Some of a node's GPUs, as CUDA_VISIBLE_DEVICES names them there; none on a node without. node: its
-    number."""
+    """Some GPUs of one node, as the node's CUDA_VISIBLE_DEVICES names them; no GPUs on a CPU-only node. node:
+    the node's number."""
 
     node: int
     gpus: list[str]
@@ -25,8 +25,9 @@ class Share:
 
 @dataclass(frozen=True)
 class Placement:
-    """engine: hf or vllm. training: one share a node that trains. replicas: one share an engine that is to be
-    started as a server; none with `engine.urls`, and with engine=hf on one node, which lives in the trainer.
+    """The GPUs that train and those that sample. engine: hf or vllm. training: one share for each node that
+    trains. replicas: one share for each engine server that the run starts; empty with `engine.urls`, and with
+    engine=hf on one node, which samples in the trainer's process.
     """
 
     engine: str
@@ -46,7 +47,8 @@ class Placement:
 
     @property
     def num_ranks(self) -> int:
-        """Of the trainer: one a GPU, or one a node that has none."""
+        """The number of the trainer's ranks: one for each training GPU, and one for a training node without
+        GPUs."""
         return sum(max(1, len(share.gpus)) for share in self.training)
 
     @property
@@ -55,32 +57,35 @@ class Placement:
 
 
 def num_nodes(placement: PlacementConfig) -> int:
-    """Of the run, one Slurm task each."""
+    """Returns the number of nodes of the run, each of which is one Slurm task."""
     return 1 if placement.rollout_nodes is None else placement.rollout_nodes + placement.train_nodes
 
 
 def visible_gpus() -> list[str]:
-    """The GPUs that a child would see: CUDA_VISIBLE_DEVICES where it is set, else what nvidia-smi lists."""
+    """Returns the GPUs that a child process would see: those of CUDA_VISIBLE_DEVICES if it is set, else those
+    that nvidia-smi lists."""
     if (named := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         return [gpu for gpu in named.split(",") if gpu and gpu != "-1"]
     if not shutil.which("nvidia-smi"):
         return []
-    shown = subprocess.run(
+    result = subprocess.run(
         ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"],
         capture_output=True,
         text=True,
         check=False,
         timeout=60,
     )
-    return shown.stdout.split() if shown.returncode == 0 else []
+    return result.stdout.split() if result.returncode == 0 else []
 
 
 def place(config: RunConfig, nodes: Sequence[list[str]]) -> Placement:
-    """Share out the GPUs of the run's nodes as the configuration says. Raises ConfigError.
+    """Returns which of the GPUs in `nodes` sample and which train, according to the configuration.
 
-    On one node, unless said otherwise: half of them sample (whole replicas of `engine.tensor_parallel_size`),
-    the others train; a single one does both in turn, and all do with `engine.colocate`. Of several nodes the
-    first `placement.rollout_nodes` sample and the others train, with all their GPUs.
+    On one node the default is that half of the GPUs sample (in whole replicas of
+    `engine.tensor_parallel_size`) and the others train. A single GPU does both in turn, and with
+    `engine.colocate` every GPU does. Of several nodes the first `placement.rollout_nodes` sample with all
+    their GPUs, and the others train with all of theirs. Raises ConfigError if the configuration does not fit
+    the GPUs.
     """
     engine = config.engine
     kind = engine.kind
@@ -118,9 +123,9 @@ def _place_over_nodes(config: RunConfig, kind: str, nodes: Sequence[list[str]], 
 
 
 def _place_on_one(config: RunConfig, kind: str, gpus: list[str]) -> Placement:
-    engine, wanted = config.engine, config.placement
+    engine, placement = config.engine, config.placement
     if kind == "hf" or engine.urls:
-        train = _count("placement.train_gpus", wanted.train_gpus, min(1, len(gpus)), len(gpus))
+        train = _count("placement.train_gpus", placement.train_gpus, min(1, len(gpus)), len(gpus))
         if kind == "hf" and train > 1:
             raise ConfigError(
                 f"placement.train_gpus must be 1 with engine=hf, which samples in the trainer's one process, "
@@ -131,7 +136,7 @@ def _place_on_one(config: RunConfig, kind: str, gpus: list[str]) -> Placement:
     if not gpus:
         return _on_one(kind, [], [[]])
     if engine.colocate or len(gpus) == 1:
-        for key, count in (("rollout_gpus", wanted.rollout_gpus), ("train_gpus", wanted.train_gpus)):
+        for key, count in (("rollout_gpus", placement.rollout_gpus), ("train_gpus", placement.train_gpus)):
             if count not in (None, len(gpus)):
                 raise ConfigError(
                     f"placement.{key} must be left out where every GPU both samples and trains "
@@ -142,18 +147,18 @@ def _place_on_one(config: RunConfig, kind: str, gpus: list[str]) -> Placement:
                 f"engine.tensor_parallel_size must divide the number of GPUs here, {len(gpus)}, got {size}"
             )
         return _on_one(kind, gpus, [gpus[i : i + size] for i in range(0, len(gpus), size)])
-    if wanted.rollout_gpus is None and wanted.train_gpus is not None:
-        rollout = max(len(gpus) - wanted.train_gpus, 0) // size * size
+    if placement.rollout_gpus is None and placement.train_gpus is not None:
+        rollout = max(len(gpus) - placement.train_gpus, 0) // size * size
     else:
-        rollout = wanted.rollout_gpus or max(len(gpus) // 2 // size, 1) * size
+        rollout = placement.rollout_gpus or max(len(gpus) // 2 // size, 1) * size
     if rollout % size or rollout < size:
         raise ConfigError(
             f"placement.rollout_gpus must be a multiple of engine.tensor_parallel_size={size}, "
-            f"got {rollout}: a replica needs so many"
+            f"got {rollout}: each replica needs {size} GPUs"
         )
     _count("placement.rollout_gpus", rollout, rollout, len(gpus))
     apart = len(gpus) - rollout
-    train = wanted.train_gpus or apart
+    train = placement.train_gpus or apart
     if not train or train > apart:
         raise ConfigError(
             f"placement.rollout_gpus={rollout} and placement.train_gpus={train} must not be more than the "
@@ -168,16 +173,20 @@ def _on_one(kind: str, train_gpus: list[str], replica_gpus: list[list[str]]) -> 
     return Placement(kind, [Share(0, train_gpus)], [Share(0, gpus) for gpus in replica_gpus])
 
 
-def _count(key: str, wanted: int | None, default: int, there: int) -> int:
-    count = default if wanted is None else wanted
-    if count > there:
-        raise ConfigError(f"{key} must be at most {there}, the number of GPUs here, got {count}")
+def _count(key: str, value: int | None, default: int, available: int) -> int:
+    """Returns the option's `value`, or `default` for None. Raises ConfigError if it is above `available`."""
+    count = default if value is None else value
+    if count > available:
+        raise ConfigError(f"{key} must be at most {available}, the number of GPUs here, got {count}")
     return count
 
 
 def transfer_of(config: RunConfig, placement: Placement) -> str:
-    """How the trainer's weights reach the engine's servers: ipc on shared GPUs, nccl between others, disk
-    without any, and for the hf engine."""
+    """Returns how the trainer's weights reach the engine's servers: `engine.weights` unless it is auto.
+
+    With auto: ipc if GPUs are shared, nccl if training and sampling use different GPUs, and disk if no GPU
+    trains, no engine is started, or vLLM is not installed beside gymexp. Always disk for the hf engine.
+    """
     if placement.engine == "hf":
         return "disk"
     if config.engine.weights != "auto":

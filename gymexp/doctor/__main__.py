@@ -1,7 +1,7 @@
-"""Check this machine before a night is lost on it; exits with 1 when something fails.
+"""Check this machine before a run starts on it; exits with 1 if a check fails.
 
-python -m gymexp.doctor                                                the machine in general
-python -m gymexp.doctor engine=vllm model=qwen3_4b tracker=wandb       what that run needs
+python -m gymexp.doctor                                                this machine, for the default run
+python -m gymexp.doctor engine=vllm model=qwen3_4b tracker=wandb       what this run needs
 python -m gymexp.doctor --init                                         write conf/machine/default.yaml
 """
 
@@ -38,42 +38,44 @@ CHECKS = (
 def main() -> None:
     parser = parser_of("doctor", __doc__ or "")
     parser.add_argument("--init", action="store_true", help="write this machine's conf/machine/default.yaml")
-    parser.add_argument("--force", action="store_true", help="with --init: replace the one that is there")
-    parser.add_argument("overrides", nargs="*", help="a run's, as gymexp.train takes them")
-    given = parser.parse_args()
-    if (given.force and not given.init) or (given.init and given.overrides):
+    parser.add_argument("--force", action="store_true", help="with --init: replace an existing file")
+    parser.add_argument("overrides", nargs="*", help="the overrides of a run, as gymexp.train takes them")
+    arguments = parser.parse_args()
+    if (arguments.force and not arguments.init) or (arguments.init and arguments.overrides):
         parser.error("--init takes no overrides, and --force is for --init alone")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
-        failed = _init(given.force) if given.init else _check(given.overrides)
+        failed = _init(arguments.force) if arguments.init else _check(arguments.overrides)
     except GymexpError as error:
         say_error(error)
         failed = True
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(int(failed))  # a check that hangs has a thread, and may have children that hang
+    os._exit(int(failed))  # the threads or children of a check that hangs must not delay the exit
 
 
 def _init(force: bool) -> bool:
+    """Write the machine file. Returns False, as nothing failed."""
     print(f"{machine_file.write(force)}\nwritten to {machine_file.PATH}")
-    if said := machine_file.remark():
-        say(said)
+    if remark := machine_file.remark():
+        say(remark)
     return False
 
 
 def _check(overrides: list[str]) -> bool:
-    subject, found = composed(overrides)
-    found += run_checks(CHECKS, subject)
-    for one in found:
-        say(_line(one))
-    count = Counter(one.level for one in found)
+    """Run all checks and print their findings. Returns whether any check failed."""
+    subject, findings = composed(overrides)
+    findings += run_checks(CHECKS, subject)
+    for finding in findings:
+        say(_line(finding))
+    count = Counter(finding.level for finding in findings)
     print(f"\n{count['ok']} ok, {count['warn']} to look at, {count['fail']} failed")
     return count["fail"] > 0
 
 
-def _line(one: Finding) -> str:
-    text = f"{one.level:<5} {one.what:<16} {one.found}".replace("\n", "\n" + 23 * " ")
-    return text + (f"\n{21 * ' '}→ {one.fix}" if one.fix else "")
+def _line(finding: Finding) -> str:
+    text = f"{finding.level:<5} {finding.name:<16} {finding.text}".replace("\n", "\n" + 23 * " ")
+    return text + (f"\n{21 * ' '}→ {finding.fix}" if finding.fix else "")
 
 
 if __name__ == "__main__":

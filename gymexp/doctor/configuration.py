@@ -1,4 +1,5 @@
-"""The run that is asked about, composed as `gymexp.train` would; and this machine's own defaults in it."""
+"""The configuration of the run that the doctor checks, composed as `gymexp.train` does, with this machine's
+own defaults."""
 
 from __future__ import annotations
 
@@ -19,27 +20,29 @@ from gymexp.errors import ConfigError
 
 
 def composed(overrides: Sequence[str]) -> tuple[Subject, list[Finding]]:
-    """What is to be checked, and whether its configuration holds.
+    """Returns the run to check, and the findings about its configuration.
 
-    A machine file that breaks it is told as such and left out; other mistakes leave the defaults to check.
+    If the machine file is wrong, a finding says so, and the run is composed without that file. After any
+    other mistake the returned run is the default one.
     """
     register()
-    error = _try(overrides)
-    if isinstance(error, Subject):
-        found = [Finding("ok", "machine file", str(PATH))] if PATH.exists() else []
-        return error, [Finding("ok", "configuration", " ".join(overrides) or "the defaults"), *found]
-    without = _try([*overrides, "~machine"]) if PATH.exists() else error
-    if isinstance(without, Subject):
-        fix = "mend it, or write it anew: python -m gymexp.doctor --init --force"
-        return without, [Finding("fail", "machine file", f"{PATH}: {error}", fix)]
-    fix = "the rest is checked for the defaults: say it as python -m gymexp.train takes it"
-    bare = _try(["~machine"]) if PATH.exists() else _try([])
-    assert isinstance(bare, Subject), bare
-    return bare, [Finding("fail", "configuration", without, fix)]
+    result = _try(overrides)
+    if isinstance(result, Subject):
+        machine_file = [Finding("ok", "machine file", str(PATH))] if PATH.exists() else []
+        configuration = Finding("ok", "configuration", " ".join(overrides) or "the defaults")
+        return result, [configuration, *machine_file]
+    without_file = _try([*overrides, "~machine"]) if PATH.exists() else result
+    if isinstance(without_file, Subject):
+        fix = "correct it, or write it anew: python -m gymexp.doctor --init --force"
+        return without_file, [Finding("fail", "machine file", f"{PATH}: {result}", fix)]
+    fix = "correct it, in the form that python -m gymexp.train takes; the other checks use the defaults"
+    default_run = _try(["~machine"]) if PATH.exists() else _try([])
+    assert isinstance(default_run, Subject), default_run
+    return default_run, [Finding("fail", "configuration", without_file, fix)]
 
 
 def _try(overrides: Sequence[str]) -> Subject | str:
-    """What is composed, or what is wrong with it."""
+    """Returns the run that the overrides compose, or the error as a text."""
     try:
         with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
             cfg = compose("train", list(overrides), return_hydra_config=True)
@@ -48,7 +51,7 @@ def _try(overrides: Sequence[str]) -> Subject | str:
             del cfg["hydra"]
         return Subject(load(cfg), launcher)
     except HydraException as error:
-        said = explain(error, RunConfig).splitlines()
-        return "\n".join(line for line in said if not line.startswith("    "))  # Hydra's own types
+        lines = explain(error, RunConfig).splitlines()
+        return "\n".join(line for line in lines if not line.startswith("    "))  # without Hydra's own types
     except ConfigError as error:
         return str(error)

@@ -1,4 +1,5 @@
-"""What a check found; and how none of them can hang the doctor: every command and check has a deadline."""
+"""The findings of the doctor's checks, and the runner of the checks, with a deadline for every command and
+check, so that none of them can hang the doctor."""
 
 from __future__ import annotations
 
@@ -17,48 +18,49 @@ from typing import NamedTuple
 from gymexp.config.schema import RunConfig
 from gymexp.errors import GymexpError
 
-ANSWER_S = 10.0
+COMMAND_TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True)
 class Finding:
-    """level: ok, warn or fail. fix: what to do about it, empty where nothing is to be done."""
+    """One result of a check. level: ok, warn or fail. name: the check's. fix: what the user can do, empty if
+    nothing is wrong."""
 
     level: str
-    what: str
-    found: str
+    name: str
+    text: str
     fix: str = ""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What is checked: this machine, for the runs of `config`. launcher: the option of that group."""
+    """The run that this machine is checked for. launcher: the chosen option of the group `launcher`."""
 
     config: RunConfig
     launcher: str = "local"
 
 
 class Check(NamedTuple):
-    """One thing to look at. look: gives findings. deadline_s: then the check counts as hanging."""
+    """One check. look: yields its findings. deadline_s: seconds until the check counts as hanging."""
 
     name: str
     look: Callable[[Subject], Iterable[Finding]]
     deadline_s: float
 
 
-class Answer(NamedTuple):
-    """Of a command. code: its exit code; None: it was not there, or had not ended at the deadline."""
+class CommandResult(NamedTuple):
+    """A command's output. code: its exit code, None if it is not installed or had not ended in time."""
 
     code: int | None
     out: str
     error: str
 
 
-def ask(*command: str, timeout_s: float = ANSWER_S) -> Answer:
-    """Run a command and what it starts for at most `timeout_s`.
+def run_command(*command: str, timeout_s: float = COMMAND_TIMEOUT_S) -> CommandResult:
+    """Run a command, and end it and its children after `timeout_s` seconds.
 
-    Output goes to files: a pipe stays open as long as any child of the command, perhaps for ever. One that
-    cannot even be killed, as on a file system that hangs, is left behind.
+    Output goes to files, as a pipe would stay open as long as any child of the command, perhaps for ever. A
+    command that cannot even be killed, as on a file system that hangs, is left behind.
     """
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         try:
@@ -66,7 +68,7 @@ def ask(*command: str, timeout_s: float = ANSWER_S) -> Answer:
                 command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True
             )
         except OSError as error:
-            return Answer(None, "", f"{command[0]}: {error.strerror}")
+            return CommandResult(None, "", f"{command[0]}: {error.strerror}")
         try:
             code = process.wait(timeout_s)
         except subprocess.TimeoutExpired:
@@ -74,25 +76,28 @@ def ask(*command: str, timeout_s: float = ANSWER_S) -> Answer:
                 os.killpg(process.pid, signal.SIGKILL)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(1)
-            return Answer(None, "", f"{command[0]} gave no answer within {timeout_s:g} s")
+            return CommandResult(None, "", f"{command[0]} gave no answer within {timeout_s:g} s")
         out.seek(0)
         err.seek(0)
-        return Answer(code, out.read().decode(errors="replace"), err.read().decode(errors="replace").strip())
+        output, errors = (file.read().decode(errors="replace") for file in (out, err))
+        return CommandResult(code, output, errors.strip())
 
 
 def run_checks(checks: Iterable[Check], subject: Subject) -> list[Finding]:
-    """All at once; the findings in the order of the checks. One that does not end in time is a failure."""
+    """Run all checks at once. Returns their findings, in the order of the checks. A check that does not end
+    before its deadline, or that raises an exception, is a finding of level fail."""
     checks = list(checks)
     done: queue.SimpleQueue[tuple[int, list[Finding]]] = queue.SimpleQueue()
 
     def work(number: int, check: Check) -> None:
         try:
-            found = list(check.look(subject))
+            findings = list(check.look(subject))
         except GymexpError as error:
-            found = [Finding("fail", check.name, str(error))]
-        except Exception as error:  # the others are still to be heard
-            found = [Finding("fail", check.name, f"the check broke: {type(error).__name__}: {error}")]
-        done.put((number, found))
+            findings = [Finding("fail", check.name, str(error))]
+        except Exception as error:  # an error in one check must not hide the findings of the others
+            text = f"the check broke: {type(error).__name__}: {error}"
+            findings = [Finding("fail", check.name, text)]
+        done.put((number, findings))
 
     began = time.monotonic()
     for number, check in enumerate(checks):
@@ -101,8 +106,8 @@ def run_checks(checks: Iterable[Check], subject: Subject) -> list[Finding]:
     while left := [number for number in range(len(checks)) if number not in results]:
         next_end = began + min(checks[number].deadline_s for number in left)
         with contextlib.suppress(queue.Empty):
-            number, found = done.get(timeout=max(0.0, next_end - time.monotonic()))
-            results.setdefault(number, found)
+            number, findings = done.get(timeout=max(0.0, next_end - time.monotonic()))
+            results.setdefault(number, findings)
             continue
         for number in left:
             name, _, deadline_s = checks[number]

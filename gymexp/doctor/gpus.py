@@ -1,4 +1,4 @@
-"""GPUs, their driver, and whether torch and vLLM can use them."""
+"""Checks of the GPUs and their driver, and of whether torch and vLLM can use them."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ import shutil
 import sys
 from collections.abc import Iterable
 
-from gymexp.doctor.finding import Finding, Subject, ask
+from gymexp.doctor.finding import Finding, Subject, run_command
 from gymexp.engine import vllm
 from gymexp.errors import ConfigError
 
 _TORCH_S = 60.0  # to import torch from a cold network disk
-_BUSY = 0.05  # of a GPU's memory, in use before the run begins
+_BUSY = 0.05  # a GPU with a larger share of its memory in use before the run counts as busy
 _TORCH = """
 import json, torch
-there = torch.cuda.is_available()
-print(json.dumps([torch.__version__, torch.version.cuda, torch.cuda.device_count() if there else 0]))
+available = torch.cuda.is_available()
+print(json.dumps([torch.__version__, torch.version.cuda, torch.cuda.device_count() if available else 0]))
 """
 
 
 def look(subject: Subject) -> Iterable[Finding]:
-    """GPUs: driver, free memory, and whether torch sees them."""
+    """Yields findings about the GPUs: their driver, their free memory, and whether torch sees them."""
     if not shutil.which("nvidia-smi"):
         if subject.launcher == "slurm":
             yield Finding("ok", "gpu", "none here (no nvidia-smi); jobs get theirs from Slurm")
@@ -33,21 +33,21 @@ def look(subject: Subject) -> Iterable[Finding]:
             yield Finding("ok", "gpu", "none (no nvidia-smi): runs use the CPU")
         return
     columns = "index,name,memory.total,memory.used,driver_version"
-    shown = ask("nvidia-smi", f"--query-gpu={columns}", "--format=csv,noheader,nounits")
-    rows = [[cell.strip() for cell in line.split(",")] for line in shown.out.splitlines()]
+    result = run_command("nvidia-smi", f"--query-gpu={columns}", "--format=csv,noheader,nounits")
+    rows = [[cell.strip() for cell in line.split(",")] for line in result.out.splitlines()]
     rows = [row for row in rows if len(row) == 5]
-    if shown.code != 0 or not rows:
-        said = shown.error or shown.out.strip() or "no GPU"
+    if result.code != 0 or not rows:
+        reason = result.error or result.out.strip() or "no GPU"
         fix = "the driver does not answer: dmesg names the cause (Xid); it takes the machine's administrator"
-        yield Finding("fail", "gpu", f"nvidia-smi: {said}", fix)
+        yield Finding("fail", "gpu", f"nvidia-smi: {reason}", fix)
         return
     names = sorted({row[1] for row in rows})
     text = f"{len(rows)} × {', '.join(names)}, {_gib(rows[0][2])} GiB, driver {rows[0][4]}"
     busy = [row for row in rows if row[2].isdigit() and int(row[3]) > _BUSY * int(row[2])]
     if busy:
-        held = ", ".join(f"GPU {row[0]}: {_gib(row[3])} GiB" for row in busy)
-        fix = f"end what holds it{_processes()}, or leave those GPUs out of CUDA_VISIBLE_DEVICES"
-        yield Finding("warn", "gpu", f"{text}; memory in use: {held}", fix)
+        memory = ", ".join(f"GPU {row[0]}: {_gib(row[3])} GiB" for row in busy)
+        fix = f"end the processes that use it{_processes()}, or leave those GPUs out of CUDA_VISIBLE_DEVICES"
+        yield Finding("warn", "gpu", f"{text}; memory in use: {memory}", fix)
     else:
         yield Finding("ok", "gpu", text)
     yield _torch()
@@ -58,23 +58,23 @@ def _gib(mebibytes: str) -> str:
 
 
 def _processes() -> str:
-    shown = ask("nvidia-smi", "--query-compute-apps=pid,process_name", "--format=csv,noheader")
-    lines = [line.strip() for line in shown.out.splitlines() if line.strip()]
-    return f" ({'; '.join(lines[:4])})" if shown.code == 0 and lines else ""
+    result = run_command("nvidia-smi", "--query-compute-apps=pid,process_name", "--format=csv,noheader")
+    lines = [line.strip() for line in result.out.splitlines() if line.strip()]
+    return f" ({'; '.join(lines[:4])})" if result.code == 0 and lines else ""
 
 
 def _torch() -> Finding:
-    shown = ask(sys.executable, "-c", _TORCH, timeout_s=_TORCH_S)
-    if shown.code != 0:
-        said = (shown.error.splitlines() or ["no output"])[-1]
-        return Finding("fail", "torch", said, f"try: {sys.executable} -c 'import torch'")
-    version, cuda, count = json.loads(shown.out.splitlines()[-1])
+    result = run_command(sys.executable, "-c", _TORCH, timeout_s=_TORCH_S)
+    if result.code != 0:
+        reason = (result.error.splitlines() or ["no output"])[-1]
+        return Finding("fail", "torch", reason, f"try: {sys.executable} -c 'import torch'")
+    version, cuda, count = json.loads(result.out.splitlines()[-1])
     if cuda is None:
         fix = "install torch for CUDA (pytorch.org names the command)"
         return Finding("fail", "torch", f"torch {version} is built without CUDA", fix)
     if count:
         return Finding("ok", "torch", f"torch {version}, CUDA {cuda}, sees {count} GPUs")
-    driver = re.search(r"CUDA (?:UMD )?Version:\s*([\d.]+)", ask("nvidia-smi").out)
+    driver = re.search(r"CUDA (?:UMD )?Version:\s*([\d.]+)", run_command("nvidia-smi").out)
     text = f"torch {version} (CUDA {cuda}) sees no GPU"
     if driver and int(driver[1].split(".")[0]) < int(cuda.split(".")[0]):
         fix = f"update the driver, or install a torch built for CUDA {driver[1].split('.')[0]}"
@@ -83,7 +83,8 @@ def _torch() -> Finding:
 
 
 def vllm_version(subject: Subject) -> Iterable[Finding]:
-    """Whether the vLLM that would run is one that is tried."""
+    """Yields findings about the vLLM that the run would use: whether gymexp supports its version, and whether
+    it is a CPU build on a machine with GPUs."""
     engine = subject.config.engine
     if engine.kind == "hf" or engine.urls:
         text = "engine.urls: servers that already run" if engine.urls else "not used with engine=hf"

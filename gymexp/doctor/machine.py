@@ -1,4 +1,4 @@
-"""Python, memory, cores, open files, ports: what a run takes for granted of its machine."""
+"""Checks of what every run needs: Python, packages, memory, cores, open files, ports, host name."""
 
 from __future__ import annotations
 
@@ -25,38 +25,39 @@ _FEW_PORTS = 5000
 
 
 def python(subject: Subject) -> Iterable[Finding]:
-    """Also that what gymexp is installed with is what it asks for."""
+    """Yields findings about the Python version, and about whether the installed packages fit gymexp's
+    requirements."""
     text = f"gymexp {gymexp.__version__} on Python {platform.python_version()} ({sys.executable})"
     yield Finding("ok", "python", text)
     try:
-        needs = importlib.metadata.requires("gymexp") or []
+        requirements = importlib.metadata.requires("gymexp") or []
     except importlib.metadata.PackageNotFoundError:
         fix = f"{sys.executable} -m pip install -e '{Path(gymexp.__file__).parent.parent}'"
-        yield Finding("warn", "packages", "gymexp is not installed: what it needs is not known here", fix)
+        yield Finding("warn", "packages", "gymexp is not installed: its requirements are unknown", fix)
         return
-    wrong, there = [], []
-    for line in needs:
-        wanted = Requirement(line)
-        if wanted.marker and not wanted.marker.evaluate({"extra": ""}):
+    wrong, versions = [], []
+    for line in requirements:
+        requirement = Requirement(line)
+        if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
             continue
         try:
-            version = importlib.metadata.version(wanted.name)
+            version = importlib.metadata.version(requirement.name)
         except importlib.metadata.PackageNotFoundError:
-            wrong.append(f"{wanted} is missing")
+            wrong.append(f"{requirement} is missing")
             continue
-        if not wanted.specifier.contains(version, prereleases=True):
-            wrong.append(f"{wanted.name} is {version}, not {wanted.specifier}")
-        elif wanted.name in ("torch", "transformers", "trl", "hydra-core"):
-            there.append(f"{wanted.name} {version}")
+        if not requirement.specifier.contains(version, prereleases=True):
+            wrong.append(f"{requirement.name} is {version}, not {requirement.specifier}")
+        elif requirement.name in ("torch", "transformers", "trl", "hydra-core"):
+            versions.append(f"{requirement.name} {version}")
     if wrong:
         fix = f"{sys.executable} -m pip install {' '.join(repr(w.split(' is ')[0]) for w in wrong)}"
         yield Finding("fail", "packages", "; ".join(wrong), f"install gymexp anew, or: {fix}")
     else:
-        yield Finding("ok", "packages", ", ".join(there))
+        yield Finding("ok", "packages", ", ".join(versions))
 
 
 def memory_and_cores(subject: Subject) -> Iterable[Finding]:
-    """What is free for the run, within the limits of its cgroup."""
+    """Yields a finding about the free memory, within the limit of this process's cgroup, and the cores."""
     free, cores = psutil.virtual_memory().available, len(os.sched_getaffinity(0))
     limit, used = _cgroup("memory.max"), _cgroup("memory.current")
     if limit is not None:
@@ -65,14 +66,14 @@ def memory_and_cores(subject: Subject) -> Iterable[Finding]:
     if free < _LITTLE_MEMORY:
         yield Finding("warn", "memory", text, "end other programs, or ask for more (launcher.mem=… on Slurm)")
     elif cores < 2:
-        fix = "give it more cores (launcher.cpus=… on Slurm): trainer, servers and engine share this one"
+        fix = "use more cores (launcher.cpus=… on Slurm): trainer, servers and engine share this one"
         yield Finding("warn", "memory", text, fix)
     else:
         yield Finding("ok", "memory", text)
 
 
 def _cgroup(name: str) -> int | None:
-    """A number of this process's cgroup (v2); None without one, and where there is no limit."""
+    """Returns the number in a file of this process's cgroup (v2), None without a cgroup or a limit."""
     try:
         group = Path("/proc/self/cgroup").read_text().splitlines()[-1].rpartition("::")[2]
         return int((Path("/sys/fs/cgroup") / group.lstrip("/") / name).read_text())
@@ -81,7 +82,7 @@ def _cgroup(name: str) -> int | None:
 
 
 def open_files(subject: Subject) -> Iterable[Finding]:
-    """How many rollouts in flight the limit on open files has room for."""
+    """Yields a finding about how many rollouts in flight the limit on open files allows."""
     raise_limit()  # as a run does
     text = f"{limit()} for each process"
     try:
@@ -93,11 +94,11 @@ def open_files(subject: Subject) -> Iterable[Finding]:
 
 
 def ports(subject: Subject) -> Iterable[Finding]:
-    """Whether servers may listen on loopback, and on how many ports."""
+    """Yields a finding about whether servers can listen on loopback, and on how many ephemeral ports."""
     try:
         listen().close()
     except ConfigError as error:
-        fix = "the servers of a run talk on 127.0.0.1: let programs listen there"
+        fix = "the servers of a run communicate on 127.0.0.1: let programs listen on that address"
         yield Finding("fail", "ports", str(error), fix)
         return
     text = "loopback listens"
@@ -113,12 +114,12 @@ def ports(subject: Subject) -> Iterable[Finding]:
 
 
 def hostname(subject: Subject) -> Iterable[Finding]:
-    """Whether the machine's own name resolves, which torch and NCCL need."""
+    """Yields a finding about whether this machine's own name resolves, as torch and NCCL need."""
     name = socket.gethostname()
     try:
         address = socket.getaddrinfo(name, None)[0][4][0]
     except OSError as error:
-        fix = f"add a line for {name} to /etc/hosts: torch and NCCL look the own name up"
+        fix = f"add a line for {name} to /etc/hosts: torch and NCCL look up this machine's name"
         yield Finding("warn", "hostname", f"{name} does not resolve ({error})", fix)
         return
     yield Finding("ok", "hostname", f"{name} is {address}")

@@ -1,4 +1,4 @@
-"""conf/machine/default.yaml, this machine's own defaults, as its Slurm and its GPUs suggest them."""
+"""The machine file conf/machine/default.yaml: this machine's own defaults, derived from its Slurm."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from gymexp.config.options import CONF_DIR
 from gymexp.config.schema import LauncherConfig
 from gymexp.doctor import slurm
-from gymexp.doctor.finding import ask
+from gymexp.doctor.finding import run_command
 from gymexp.errors import ConfigError, RunDirectoryError
 from gymexp.files import replace_file
 from gymexp.record.places import cache_dir
@@ -18,10 +18,13 @@ PATH = CONF_DIR / "machine" / "default.yaml"
 
 
 def write(force: bool) -> str:
-    """Write it and return its text. Raises ConfigError where there is one and `force` does not say to
-    replace it."""
+    """Write the machine file and return its text.
+
+    force: replace an existing file. Without it, raises ConfigError if the file exists. Raises
+    RunDirectoryError if the file cannot be written.
+    """
     if PATH.exists() and not force:
-        raise ConfigError(f"{PATH} is there already: edit it, or replace it by --init --force")
+        raise ConfigError(f"{PATH} exists already: edit it, or replace it by --init --force")
     text = suggest()
     try:
         PATH.parent.mkdir(parents=True, exist_ok=True)
@@ -35,39 +38,39 @@ def write(force: bool) -> str:
 
 
 def suggest() -> str:
-    """The text of conf/machine/default.yaml for this machine."""
+    """Returns the text of conf/machine/default.yaml for this machine."""
     lines = [
         "# @package _global_",
-        "# This machine's own defaults, read after every other option; what a command line says goes before.",
+        "# This machine's own defaults, read after every other option; the command line overrides them.",
         "# Not in git. All keys: launcher.* in docs/reference.md.",
         f"# GPUs here: {_gpus()}",
-        f"# Cache of NeMo Gym's venv and of data: {cache_dir()} (GYMEXP_CACHE, a variable, moves it;",
-        "#   jobs need it on a disk that all nodes share)",
+        f"# Cache of NeMo Gym's venv and of data: {cache_dir()} (set the variable GYMEXP_CACHE",
+        "#   to move it; jobs need it on a disk that all nodes share)",
     ]
-    found = slurm.partitions() if shutil.which("sinfo") else []
-    if isinstance(found, str) or not found:
-        lines.append(
-            f"# No Slurm{f' that answers ({found})' if isinstance(found, str) else ' here'}: no defaults."
-        )
-        return "\n".join(lines) + "\n"
-    chosen = next((one for one in found if one.is_default), found[0])
-    return "\n".join([*lines, "launcher:", *_launcher(chosen, found)]) + "\n"
+    partitions = slurm.partitions() if shutil.which("sinfo") else []
+    if isinstance(partitions, str):
+        return "\n".join([*lines, f"# Slurm does not answer ({partitions}): no defaults."]) + "\n"
+    if not partitions:
+        return "\n".join([*lines, "# No Slurm on this machine, or no partition is up: no defaults."]) + "\n"
+    chosen = next((partition for partition in partitions if partition.is_default), partitions[0])
+    return "\n".join([*lines, "launcher:", *_launcher(chosen, partitions)]) + "\n"
 
 
-def _launcher(chosen: slurm.Partition, found: list[slurm.Partition]) -> list[str]:
-    mine = slurm.accounts()
+def _launcher(chosen: slurm.Partition, partitions: list[slurm.Partition]) -> list[str]:
+    """Returns the lines below `launcher:`, with defaults for jobs in the partition `chosen`."""
+    accounts = slurm.accounts()
     time = LauncherConfig().time
-    limit, day = chosen.minutes, slurm.minutes(time)
-    if limit is not None and day is not None and limit < day:
+    limit, default_time = chosen.minutes, slurm.minutes(time)
+    if limit is not None and default_time is not None and limit < default_time:
         time = f"{int(limit // 60)}:{int(limit % 60):02}:00"
-    known = "\n".join(f"  #   {slurm.describe(one)}" for one in found)
+    known = "\n".join(f"  #   {slurm.describe(partition)}" for partition in partitions)
     return [
         f"  # Partitions that are up:\n{known}",
         f"  partition: {_yaml(chosen.name)}",
-        "  # Whom the hours are booked to: "
-        + (f"yours are {', '.join(mine)}" if mine else "this Slurm keeps no accounts that it tells of"),
-        f"  account: {_yaml(mine[0] if mine else None)}",
-        "  # After it the run saves, and the job is queued again to go on",
+        "  # The account that pays for the hours; "
+        + (f"yours: {', '.join(accounts)}" if accounts else "this Slurm lists no accounts of yours"),
+        f"  account: {_yaml(accounts[0] if accounts else None)}",
+        "  # At its end the run saves, and the job is queued again to continue",
         f"  time: {_yaml(time)}",
         "  # A whole node of that partition, for each job",
         f"  gpus: {_yaml(chosen.gpus or None)}",
@@ -75,7 +78,7 @@ def _launcher(chosen: slurm.Partition, found: list[slurm.Partition]) -> list[str
         f"  mem: {_yaml(f'{chosen.mem_mb}M' if chosen.mem_mb > 1 else None)}",
         "  # Jobs of a sweep that run at once",
         f"  array_parallelism: {min(LauncherConfig().array_parallelism, max(1, chosen.nodes))}",
-        "  # An address that is told of each job's end",
+        "  # An address that gets a mail at each job's end",
         "  mail: null",
         "  # Shell commands before each run, e.g. [module load cuda]",
         "  setup: []",
@@ -89,15 +92,15 @@ def _yaml(value: str | int | None) -> str:
 def _gpus() -> str:
     if not shutil.which("nvidia-smi"):
         return "none (no nvidia-smi)"
-    shown = ask("nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader")
-    lines = [line.strip() for line in shown.out.splitlines() if line.strip()]
-    if shown.code != 0 or not lines:
-        return f"nvidia-smi does not answer ({shown.error})"
+    result = run_command("nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader")
+    lines = [line.strip() for line in result.out.splitlines() if line.strip()]
+    if result.code != 0 or not lines:
+        return f"nvidia-smi does not answer ({result.error})"
     return "; ".join(f"{lines.count(line)} × {line}" for line in dict.fromkeys(lines))
 
 
 def remark(path: Path = PATH) -> str:
-    """What is to be known of where it lies; empty in a checkout."""
+    """Returns a warning if the machine file is in an installed package, an empty text in a checkout."""
     if "site-packages" not in path.parts:
         return ""
-    return f"{path} lies in the installed package: installing gymexp anew removes it"
+    return f"{path} is in the installed package: installing gymexp anew removes it"

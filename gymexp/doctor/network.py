@@ -1,4 +1,4 @@
-"""The Hugging Face hub and the tracker: what is asked for over the network, and who one is there."""
+"""Checks of the Hugging Face hub and the tracker: whether they can be reached, and the user's login."""
 
 from __future__ import annotations
 
@@ -20,18 +20,22 @@ _WANDB = "https://api.wandb.ai"
 
 
 def hub(subject: Subject) -> Iterable[Finding]:
-    """The hub itself, then every file that stands for something this run takes from there."""
+    """Yields a finding about the hub itself, then one for each model and dataset that the run must download.
+
+    A model or dataset is checked by one of its files.
+    """
     endpoint, token = os.environ.get("HF_ENDPOINT", constants.ENDPOINT).rstrip("/"), get_token()
-    wanted = _wanted(subject)
-    missing = [key for key, (repo, kind, file, revision) in wanted.items() if not _cached(*wanted[key])]
+    downloads = _downloads(subject)
+    missing = [key for key, download in downloads.items() if not _cached(*download)]
     if constants.HF_HUB_OFFLINE:
         for key in missing:
-            fix = "unset HF_HUB_OFFLINE once and fetch it: hf download " + wanted[key][0]
+            fix = "unset HF_HUB_OFFLINE once and fetch it: hf download " + downloads[key][0]
             yield Finding(
-                "fail", "hub", f"HF_HUB_OFFLINE is set, and {key}={wanted[key][0]} is not here", fix
+                "fail", "hub", f"HF_HUB_OFFLINE is set, and {key}={downloads[key][0]} is not here", fix
             )
         if not missing:
-            yield Finding("ok", "hub", "HF_HUB_OFFLINE is set" + (", all is here" if wanted else ""))
+            text = "HF_HUB_OFFLINE is set" + (", and all files are in the cache" if downloads else "")
+            yield Finding("ok", "hub", text)
         return
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     try:
@@ -54,21 +58,22 @@ def hub(subject: Subject) -> Iterable[Finding]:
         return
     yield Finding("ok", "hub", f"{endpoint} answers, {'with' if token else 'without'} a token")
     for key in missing:
-        yield _there(endpoint, headers, key, *wanted[key])
+        yield _look_at_download(endpoint, headers, key, *downloads[key])
 
 
-def _wanted(subject: Subject) -> dict[str, tuple[str, str, str, str]]:
-    """Key of the configuration -> repository, its kind, a file of it, revision."""
+def _downloads(subject: Subject) -> dict[str, tuple[str, str, str, str]]:
+    """Returns what the run takes from the hub: key of the configuration -> repository, its kind, one of its
+    files, revision."""
     model = subject.config.model
-    found = {}
+    downloads = {}
     path = snapshot.resolve_path(model.path)
     if not Path(path).is_absolute():
-        found["model.path"] = (path, "model", "config.json", model.revision or "main")
+        downloads["model.path"] = (path, "model", "config.json", model.revision or "main")
     for name, env in subject.config.env.items():
         data = env.data
         if data.source == "huggingface" and data.repo_id and data.train_file:
-            found[f"env.{name}.data.repo_id"] = (data.repo_id, "dataset", data.train_file, data.revision)
-    return found
+            downloads[f"env.{name}.data.repo_id"] = (data.repo_id, "dataset", data.train_file, data.revision)
+    return downloads
 
 
 def _cached(repo: str, kind: str, file: str, revision: str) -> bool:
@@ -77,9 +82,10 @@ def _cached(repo: str, kind: str, file: str, revision: str) -> bool:
     return isinstance(try_to_load_from_cache(repo, file, revision=revision, repo_type=kind), str)
 
 
-def _there(
+def _look_at_download(
     endpoint: str, headers: dict[str, str], key: str, repo: str, kind: str, file: str, revision: str
 ) -> Finding:
+    """Returns a finding about whether the hub lets this user download `file`."""
     folder = "datasets/" if kind == "dataset" else ""
     url = f"{endpoint}/{folder}{repo}/resolve/{revision}/{file}"
     try:
@@ -97,7 +103,7 @@ def _there(
 
 
 def tracker(subject: Subject) -> Iterable[Finding]:
-    """Whether the tracker is installed, logged in and reached."""
+    """Yields a finding about the tracker: whether it is installed, has a login, and can be reached."""
     config = subject.config.tracker
     if config.kind in ("trackio", "tensorboard"):
         if importlib.util.find_spec(config.kind):
@@ -123,7 +129,7 @@ def tracker(subject: Subject) -> Iterable[Finding]:
         text = f"{url} cannot be reached ({str(error) or type(error).__name__})"
         yield Finding("fail", "tracker", text, "say tracker.mode=offline, and later: wandb sync")
         return
-    yield Finding("ok", "tracker", f"wandb, {url} answers, a key is there")
+    yield Finding("ok", "tracker", f"wandb, {url} answers, and a key is set")
 
 
 def _in_netrc(host: str) -> bool:

@@ -1,4 +1,4 @@
-"""The cluster as Slurm tells it: its partitions, one's accounts, and whether a job as asked for can start."""
+"""The check of Slurm: its partitions, the user's accounts, and whether the run's job can start."""
 
 from __future__ import annotations
 
@@ -10,13 +10,17 @@ from dataclasses import dataclass
 
 from gymexp.config.names import nearest
 from gymexp.config.schema import LauncherConfig
-from gymexp.doctor.finding import Finding, Subject, ask
+from gymexp.doctor.finding import Finding, Subject, run_command
 
 
 @dataclass(frozen=True)
 class Partition:
-    """minutes: its time limit, None without one. gpus, cpus, mem_mb: of the smallest of its nodes with the
-    most GPUs. preempt: what Slurm does to its jobs for others, e.g. requeue; empty: nothing."""
+    """A partition of the cluster.
+
+    minutes: its time limit, None without one. nodes, gpus, cpus, mem_mb: of the kind of node with the most
+    GPUs, and of several such kinds the one with the fewest CPUs. preempt: what Slurm does to the partition's
+    jobs when it preempts them, e.g. requeue; empty if it never does.
+    """
 
     name: str
     is_default: bool
@@ -29,47 +33,50 @@ class Partition:
 
 
 def partitions() -> list[Partition] | str:
-    """Those that are up, the default one first; or Slurm's complaint."""
-    shown = ask("sinfo", "--noheader", "--format=%P|%a|%l|%D|%G|%c|%m")
-    if shown.code != 0:
-        return shown.error or "sinfo failed"
+    """Returns the partitions that are up, the default one first, or the error of sinfo."""
+    result = run_command("sinfo", "--noheader", "--format=%P|%a|%l|%D|%G|%c|%m")
+    if result.code != 0:
+        return result.error or "sinfo failed"
     preempt = {}
-    for line in ask("scontrol", "--oneliner", "show", "partition").out.splitlines():
-        said = dict(word.split("=", 1) for word in line.split() if "=" in word)
-        mode = said.get("PreemptMode", "OFF").lower()
-        preempt[said.get("PartitionName")] = "" if mode == "off" else mode
-    found: dict[str, Partition] = {}
-    for line in shown.out.splitlines():
+    for line in run_command("scontrol", "--oneliner", "show", "partition").out.splitlines():
+        fields = dict(word.split("=", 1) for word in line.split() if "=" in word)
+        mode = fields.get("PreemptMode", "OFF").lower()
+        preempt[fields.get("PartitionName")] = "" if mode == "off" else mode
+    by_name: dict[str, Partition] = {}
+    for line in result.out.splitlines():
         cells = line.strip().split("|")
         if len(cells) != 7 or cells[1] != "up":
             continue
         name = cells[0].rstrip("*")
         gpus = sum(int(n) for n in re.findall(r"\bgpu(?::[^:,(\s]+)*?:(\d+)", cells[4]))
         nodes, cpus, mem = (int(cell.rstrip("+")) for cell in (cells[3], cells[5], cells[6]))
-        one = Partition(
+        partition = Partition(
             name, cells[0].endswith("*"), minutes(cells[2]), nodes, gpus, cpus, mem, preempt.get(name, "")
         )
-        other = found.get(name)  # sinfo has a line for each kind of node
+        other = by_name.get(name)  # sinfo prints a line for each kind of node
         if other is None or (gpus, -cpus) > (other.gpus, -other.cpus):
-            found[name] = one
-    return sorted(found.values(), key=lambda one: not one.is_default)
+            by_name[name] = partition
+    return sorted(by_name.values(), key=lambda partition: not partition.is_default)
 
 
 def accounts() -> list[str] | None:
-    """This user's, the default one first; None where Slurm keeps none."""
+    """Returns this user's Slurm accounts, the default one first, or None if Slurm lists none."""
     user = getpass.getuser()
-    shown = ask("sacctmgr", "-nP", "show", "assoc", f"user={user}", "format=account")
-    if shown.code != 0:
+    result = run_command("sacctmgr", "-nP", "show", "assoc", f"user={user}", "format=account")
+    if result.code != 0:
         return None
-    default = ask("sacctmgr", "-nP", "show", "user", user, "format=defaultaccount").out.split()
-    return list(dict.fromkeys([*default, *shown.out.split()])) or None
+    default = run_command("sacctmgr", "-nP", "show", "user", user, "format=defaultaccount").out.split()
+    return list(dict.fromkeys([*default, *result.out.split()])) or None
 
 
 def minutes(time: str) -> float | None:
-    """Of a time as Slurm writes it: 60, 30:00, 4:00:00, 1-00, 1-12:00:00. None: no limit, or no such time."""
-    if not (found := re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time.strip())):
+    """Returns the minutes of a time as Slurm writes it: 60, 30:00, 4:00:00, 1-00, 1-12:00:00.
+
+    Returns None for any other text, such as `infinite`.
+    """
+    if not (match := re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time.strip())):
         return None
-    days, *rest = found.groups()
+    days, *rest = match.groups()
     a, b, c = (None if part is None else int(part) for part in rest)
     assert a is not None
     if days is not None:
@@ -80,10 +87,11 @@ def minutes(time: str) -> float | None:
 
 
 def look(subject: Subject) -> Iterable[Finding]:
-    """Whether Slurm answers, and has a partition for what the run asks for."""
-    wanted = subject.launcher == "slurm"
+    """Yields findings about Slurm: whether it answers, its partitions, its accounting, and with
+    launcher=slurm whether the run's job can start."""
+    is_needed = subject.launcher == "slurm"
     if not shutil.which("sinfo"):
-        if wanted:
+        if is_needed:
             fix = "submit from a login node of the cluster, or say launcher=local"
             yield Finding("fail", "slurm", "launcher=slurm, and sinfo is not on the PATH", fix)
         else:
@@ -91,62 +99,68 @@ def look(subject: Subject) -> Iterable[Finding]:
         return
     found = partitions()
     if isinstance(found, str):
-        fix = "ask the cluster's administrators; runs on this machine alone do without (launcher=local)"
-        yield Finding("fail" if wanted else "warn", "slurm", found, fix)
+        fix = "ask the cluster's administrators; runs on this machine alone need no Slurm (launcher=local)"
+        yield Finding("fail" if is_needed else "warn", "slurm", found, fix)
         return
     if not found:
-        yield Finding("fail" if wanted else "warn", "slurm", "no partition is up", "sinfo shows them all")
+        yield Finding("fail" if is_needed else "warn", "slurm", "no partition is up", "sinfo shows them all")
         return
     yield Finding("ok", "slurm", f"partitions: {'; '.join(map(describe, found))}")
     yield _accounting()
-    if wanted:
+    if is_needed:
         yield from _job(subject.config.launcher, found)
 
 
-def describe(one: Partition) -> str:
-    """A partition in a line."""
-    parts = [f"{one.nodes} nodes", f"{one.cpus} CPUs", f"{one.gpus} GPUs", f"{one.mem_mb} MB each"]
-    parts.append("no time limit" if one.minutes is None else f"up to {one.minutes / 60:g} h")
-    name = one.name + (" (default)" if one.is_default else "")
-    return f"{name}: {', '.join(parts)}" + (f", preempted ({one.preempt})" if one.preempt else "")
+def describe(partition: Partition) -> str:
+    """Returns a line about a partition: its nodes, its time limit, and whether its jobs are preempted."""
+    parts = [f"{partition.nodes} nodes", f"{partition.cpus} CPUs", f"{partition.gpus} GPUs"]
+    parts.append(f"{partition.mem_mb} MB each")
+    limit = partition.minutes
+    parts.append("no time limit" if limit is None else f"up to {limit / 60:g} h")
+    name = partition.name + (" (default)" if partition.is_default else "")
+    preempted = f", preempted ({partition.preempt})" if partition.preempt else ""
+    return f"{name}: {', '.join(parts)}{preempted}"
 
 
 def _accounting() -> Finding:
-    shown = ask("sacct", "--noheader", "-X", "--starttime=now")
-    if shown.code == 0:
+    """Returns a finding about whether sacct answers."""
+    result = run_command("sacct", "--noheader", "-X", "--starttime=now")
+    if result.code == 0:
         return Finding("ok", "slurm: sacct", "answers")
-    if "disabled" in shown.error:
+    if "disabled" in result.error:
         return Finding("ok", "slurm: sacct", "accounting is off: jobs are watched by squeue alone")
     fix = "slurmdbd is down or slow: jobs are watched by squeue meanwhile; tell the administrators"
-    return Finding("warn", "slurm: sacct", shown.error or "failed", fix)
+    return Finding("warn", "slurm: sacct", result.error or "failed", fix)
 
 
-def _job(launcher: LauncherConfig, found: list[Partition]) -> Iterable[Finding]:
-    what, by_name = "slurm: job", {one.name: one for one in found}
-    name = launcher.partition or next((one.name for one in found if one.is_default), None)
+def _job(launcher: LauncherConfig, partitions: list[Partition]) -> Iterable[Finding]:
+    """Yields a finding about whether a job with the options of `launcher` can start."""
+    title, by_name = "slurm: job", {partition.name: partition for partition in partitions}
+    name = launcher.partition or next((p.name for p in partitions if p.is_default), None)
     known = ", ".join(by_name)
     if name is None:
         fix = f"say launcher.partition=… (one of {known})"
-        yield Finding("fail", what, "no launcher.partition, and this cluster has no default one", fix)
+        yield Finding("fail", title, "no launcher.partition, and this cluster has no default one", fix)
         return
-    chosen = [by_name.get(one) for one in name.split(",")]  # sbatch takes several, and uses the first free
+    # sbatch takes several partitions, and uses the first one that is free.
+    chosen = [by_name.get(part) for part in name.split(",")]
     if None in chosen:
         text = f"launcher.partition={name} is not up here{nearest(name, list(by_name))}"
-        yield Finding("fail", what, text, f"say one of {known}")
+        yield Finding("fail", title, text, f"say one of {known}")
         return
     wrong = []
-    for one in filter(None, chosen):
-        asked = minutes(launcher.time)
-        if one.minutes is not None and asked is not None and asked > one.minutes:
-            wrong.append(f"launcher.time={launcher.time} is above {one.name}'s limit, {one.minutes:g} min")
-        for key, there in (("gpus", one.gpus), ("cpus", one.cpus)):
-            if (getattr(launcher, key) or 0) > there:
-                wrong.append(f"launcher.{key}={getattr(launcher, key)}: a node of {one.name} has {there}")
-    mine = accounts()
-    if launcher.account and mine is not None and launcher.account not in mine:
-        wrong.append(f"launcher.account={launcher.account} is not yours: {', '.join(mine)}")
+    for partition in filter(None, chosen):
+        time, limit = minutes(launcher.time), partition.minutes
+        if limit is not None and time is not None and time > limit:
+            wrong.append(f"launcher.time={launcher.time} is above {partition.name}'s limit, {limit:g} min")
+        for key, available in (("gpus", partition.gpus), ("cpus", partition.cpus)):
+            if (value := getattr(launcher, key) or 0) > available:
+                wrong.append(f"launcher.{key}={value}: a node of {partition.name} has {available}")
+    own_accounts = accounts()
+    if launcher.account and own_accounts is not None and launcher.account not in own_accounts:
+        wrong.append(f"launcher.account={launcher.account} is not yours: {', '.join(own_accounts)}")
     if wrong:
-        yield Finding("fail", what, "; ".join(wrong), "jobs would wait for ever or be refused: change these")
+        yield Finding("fail", title, "; ".join(wrong), "jobs would wait for ever or be refused: change these")
         return
-    asked = f"{launcher.gpus or 0} GPUs, {launcher.cpus or 'default'} CPUs, time {launcher.time}"
-    yield Finding("ok", what, f"{name} has nodes for it ({asked})")
+    options = f"{launcher.gpus or 0} GPUs, {launcher.cpus or 'default'} CPUs, time {launcher.time}"
+    yield Finding("ok", title, f"{name} has nodes for it ({options})")

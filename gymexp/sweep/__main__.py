@@ -1,7 +1,7 @@
-"""A sweep's jobs, its results, and its failed jobs once more.
+"""Show a sweep's jobs, collect its results, or submit its failed jobs again.
 
 python -m gymexp.sweep status outputs/<name>/sweep_<date_time>
-python -m gymexp.sweep collect outputs/<name>/sweep_<date_time>     and results.csv, results.html there
+python -m gymexp.sweep collect outputs/<name>/sweep_<date_time>     also writes results.csv and results.html
 python -m gymexp.sweep resubmit outputs/<name>/sweep_<date_time> [--jobs 3,5]
 """
 
@@ -17,14 +17,14 @@ from gymexp.sweep.resubmit import resubmit
 
 
 def status(path: Path) -> None:
-    """Print how each job stands."""
+    """Print a table of the sweep's jobs with their states."""
     from gymexp.sweep.table import status_table
 
     say(status_table(jobs.read_sweep(path)))
 
 
 def collect(path: Path) -> None:
-    """Print the results, and write results.csv and results.html."""
+    """Print the results, and write results.csv and results.html to the sweep's directory."""
     from gymexp.files import replace_file
     from gymexp.sweep.page import results_html
     from gymexp.sweep.table import counted, reason, results_csv, results_table, rows_of
@@ -39,29 +39,29 @@ def collect(path: Path) -> None:
 
 
 def numbers(text: str) -> list[int]:
-    """The job numbers of `3,5`."""
+    """Returns the job numbers in a text like `3,5`."""
     return [int(part) for part in text.split(",")]
 
 
 def main() -> None:
     parser = parser_of("sweep", __doc__ or "")
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, does in {
-        "status": "how each job stands, and why",
+    for name, summary in {
+        "status": "the state of each job, and why",
         "collect": "the results as a table, a CSV file and a page",
-        "resubmit": "submit failed and lost jobs again; they go on from their checkpoints",
+        "resubmit": "submit failed and lost jobs again; they continue from their checkpoints",
     }.items():
-        command = commands.add_parser(name, help=does)
+        command = commands.add_parser(name, help=summary)
         command.add_argument("dir", type=Path, metavar="DIR", help="outputs/<name>/sweep_<date_time>")
         if name == "resubmit":
-            command.add_argument("--jobs", type=numbers, metavar="3,5", help="these alone")
-    said = parser.parse_args()
-    if said.command == "status":
-        status(said.dir)
-    elif said.command == "collect":
-        collect(said.dir)
+            command.add_argument("--jobs", type=numbers, metavar="3,5", help="only these jobs")
+    arguments = parser.parse_args()
+    if arguments.command == "status":
+        status(arguments.dir)
+    elif arguments.command == "collect":
+        collect(arguments.dir)
     else:
-        resubmit(jobs.read_sweep(said.dir), said.jobs)
+        resubmit(jobs.read_sweep(arguments.dir), arguments.jobs)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""The jobs of a sweep, composed and checked before the first one starts; and what Hydra gets of them in the
-end."""
+"""The checks of a sweep's jobs before the first one starts, and the results that Hydra gets after the last
+one."""
 
 from __future__ import annotations
 
@@ -26,8 +26,11 @@ from gymexp.training import arguments, schedule
 
 @dataclass(frozen=True)
 class End:
-    """How a job ended. result: the run's result.json; error: why there is none, else None. log: a file, or
-    the folder of a run's."""
+    """How a job ended.
+
+    result: the run's result.json. error: why the job failed, None if it did not. log: the job's log file, or
+    the folder with the run's logs.
+    """
 
     name: str
     result: dict[str, Any]
@@ -39,34 +42,35 @@ def check_jobs(
     launcher: Launcher,
     job_overrides: Sequence[Sequence[str]],
     first: int,
-    further: Callable[[RunConfig], object] = lambda config: None,
+    check_for_launcher: Callable[[RunConfig], object] = lambda config: None,
 ) -> dict[int, FrozenJob]:
-    """The jobs by number, from `first` on. further: raises GymexpError for what one launcher alone refuses.
+    """Returns the jobs by number, counted from `first`, after composing and checking their configurations.
 
-    Raises ConfigError with every mistake and the jobs that make it.
+    check_for_launcher: raises GymexpError for a configuration that only this launcher refuses.
+    Raises ConfigError with every mistake and the jobs that have it.
     """
     if not job_overrides:
         raise ConfigError("a sweep must have at least one job, got a key without any value, as in range(0,0)")
     jobs: dict[int, FrozenJob] = {}
-    logging.getLogger(loading.__name__).setLevel(logging.WARNING)  # what is said of each is the same
+    logging.getLogger(loading.__name__).setLevel(logging.WARNING)  # its lines are the same for all jobs
     wrong: dict[str, list[str]] = {}
-    said = [list(filter_overrides(overrides)) for overrides in job_overrides]
-    names = {num: name_of(num, swept) for num, swept in enumerate(swept_of(said), first)}
+    own_overrides = [list(filter_overrides(overrides)) for overrides in job_overrides]  # without Hydra's keys
+    names = {num: name_of(num, swept) for num, swept in enumerate(swept_of(own_overrides), first)}
     for num, overrides in enumerate(job_overrides, first):
         try:
             config = _compose(launcher, overrides)
-            further(config)
-            jobs[num] = FrozenJob(config, said[num - first])
+            check_for_launcher(config)
+            jobs[num] = FrozenJob(config, own_overrides[num - first])
         except (GymexpError, HydraException) as error:
             wrong.setdefault(str(error), []).append(names[num])
     if not wrong:
-        told = arguments.problems([job.config for job in jobs.values()], cache_dir())
-        for num, text in zip(jobs, told, strict=True):
+        problems = arguments.problems([job.config for job in jobs.values()], cache_dir())
+        for num, text in zip(jobs, problems, strict=True):
             if text := text or _too_few_tasks(jobs[num].config):
                 wrong.setdefault(text, []).append(names[num])
     if wrong:
-        count = sum(len(which) for which in wrong.values())
-        lines = [f"{which[0]}{_and_more(which)}:\n{text}" for text, which in wrong.items()]
+        count = sum(len(same) for same in wrong.values())
+        lines = [f"{same[0]}{_and_more(same)}:\n{text}" for text, same in wrong.items()]
         raise ConfigError(
             "\n".join([f"nothing was started: {count} of {len(job_overrides)} jobs are wrong", *lines])
         )
@@ -74,7 +78,8 @@ def check_jobs(
 
 
 def returns(jobs: Mapping[int, FrozenJob], ends: Mapping[int, End]) -> list[JobReturn]:
-    """What a sweeper gets of the jobs. Raises LaunchError with all that failed."""
+    """Returns the jobs' results for Hydra's sweeper. Raises LaunchError with the name, error and log of each
+    failed job."""
     if failed := [
         f"{end.name} failed: {end.error}\n    log: {end.log}" for end in ends.values() if end.error
     ]:
@@ -91,8 +96,10 @@ def returns(jobs: Mapping[int, FrozenJob], ends: Mapping[int, End]) -> list[JobR
 
 
 def _too_few_tasks(config: RunConfig) -> str:
-    """Why even one training process would have nothing to train on; of a trial its own start says so, as the
-    batch may be the study's to choose."""
+    """Returns the error if the tasks are too few even for one training process, else an empty text.
+
+    A study's trial is checked when it starts, as the study may choose its batch size.
+    """
     try:
         if config.search.trial is None:
             schedule.check(config, num_ranks=1)
@@ -102,27 +109,30 @@ def _too_few_tasks(config: RunConfig) -> str:
 
 
 def _compose(launcher: Any, overrides: Sequence[str]) -> RunConfig:
-    """launcher: set up by Hydra, so that it has the configuration of all and what composes a job's."""
+    """Returns the checked configuration of one job. Raises ConfigError or HydraException.
+
+    launcher: a launcher that Hydra has set up, so that it has the sweep's configuration and Hydra's loader.
+    """
     cfg = launcher.hydra_context.config_loader.load_sweep_config(launcher.config, list(overrides))
     hydra_keys.check_options(cfg)
     with open_dict(cfg):
         del cfg["hydra"]
     config = load(cfg)
-    given = [key for key in ("output_dir", "resume") if getattr(config, key) is not None]
-    if given:
+    refused = [key for key in ("output_dir", "resume") if getattr(config, key) is not None]
+    if refused:
         raise ConfigError(
-            f"{given[0]} must not be set in a sweep or with launcher=slurm: say hydra.sweep.dir=… for the "
-            "directory of the runs; those that ended early go on by: python -m gymexp.sweep resubmit DIR"
+            f"{refused[0]} must not be set in a sweep or with launcher=slurm: say hydra.sweep.dir=… for the "
+            "directory of the runs; resume those that ended early by: python -m gymexp.sweep resubmit DIR"
         )
     return config
 
 
-def _and_more(which: list[str]) -> str:
-    return f" and {len(which) - 1} more" if len(which) > 1 else ""
+def _and_more(names: list[str]) -> str:
+    return f" and {len(names) - 1} more" if len(names) > 1 else ""
 
 
 def refuse_dry_run(config: RunConfig) -> None:
-    """Raises ConfigError where a run would start here that was meant to be shown."""
+    """Raises ConfigError if launcher.dry_run is set with launcher=local, which would start the run."""
     if config.launcher.dry_run:
         raise ConfigError(
             "launcher.dry_run shows what launcher=slurm would submit, got launcher=local: say launcher=slurm "

@@ -1,11 +1,12 @@
-"""What a job is: the run of one directory of a sweep, from what was frozen when the sweep began.
+"""A sweep's job: it runs one directory of the sweep, with the code and configuration frozen at submission.
 
-Slurm's call `run`, pickled by reference, so that the code is the sweep's own snapshot. With several nodes
-each one's task calls it: the first leads, the others do what it says (`gymexp.cluster.lead`).
+A Slurm job calls `run`, which is pickled by reference, so that the job imports the sweep's copy of the code.
+With several nodes the task of each node calls `run`: the first task is the lead, and the others are agents
+(`gymexp.cluster.lead`).
 
-    SIGUSR2 (time limit), SIGTERM (preemption)   the run saves, the job requeues itself, the run goes on
-    SIGTERM by scancel                           the run saves if there is time, and that is all
-    an error                                     result.json has it, and the job fails
+    SIGUSR2 (time limit), SIGTERM (preemption)   the run saves, the job requeues itself, the run continues
+    SIGTERM by scancel                           the run saves if time allows, and the job stays ended
+    an error                                     result.json has the error, and the job fails
 """
 
 from __future__ import annotations
@@ -34,72 +35,75 @@ from gymexp.sweep.freeze import FrozenJob, read_job
 from gymexp.training.checkpoints import newest_step
 
 log = logging.getLogger(__name__)
-_IN_VAIN = 2  # restarts one after the other without a new checkpoint, before the run is given up
+_MAX_FRUITLESS_RESTARTS = 2  # consecutive restarts without a new checkpoint before the job fails
 
 
 def run(sweep_dir: str, num: int) -> dict[str, Any]:
-    """The run of job `num`: a new one, or on with the one that its directory holds. Returns its result;
-    nothing where another task leads.
+    """Run job `num` of a sweep on Slurm: start its run, or continue the run in its directory.
 
-    Exits without a result when the job is to be started again, and with 1 after an error that has a text.
+    Returns the run's result, or {} in an agent's task. Exits with 0 after requeueing the job, with 128 + the
+    signal's number if scancel or Slurm ends the job, and with 1 after a GymexpError or a refused requeue.
+    Raises any other error.
     """
-    held = RunDirectory(Path(sweep_dir) / str(num))
-    job = read_job(held.path)
+    directory = RunDirectory(Path(sweep_dir) / str(num))
+    job = read_job(directory.path)
     task = read_task() if num_nodes(job.config.placement) > 1 else None
     try:
         if task and task.rank > 0:
-            agent.follow(held.path, task)
+            agent.follow(directory.path, task)
             return {}
-        return _lead(held, job)
-    except GymexpError as error:  # an agent's: its lead is gone, and can say nothing
+        return _lead(directory, job)
+    except GymexpError as error:  # an agent's task: its lead is gone and cannot report the error
         say_error(error)
         sys.exit(1)
     finally:
         if task and task.rank == 0:
-            announce(held.path, task, over="its run has ended")  # to those that it has not called
+            announce(directory.path, task, over="its run has ended")  # for agents that have not joined
 
 
-def here(sweep_dir: str, num: int) -> None:
-    """The run of job `num` of a local sweep (`gymexp.sweep.local`), as `run`; once, and not in Slurm's way.
+def run_local(sweep_dir: str, num: int) -> None:
+    """Run job `num` of a local sweep (`gymexp.sweep.local`): start its run, or continue the run in its
+    directory. Signals end the run, and the job is not requeued.
 
-    Raises GymexpError, Interrupted as well, with result.json saying so.
+    Raises Interrupted after a signal. Writes any other error to result.json and raises it.
     """
-    held = RunDirectory(Path(sweep_dir) / str(num))
+    directory = RunDirectory(Path(sweep_dir) / str(num))
     hup = [] if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [signal.SIGHUP]
     _raise_on_signals(signal.SIGINT, signal.SIGTERM, *hup)
     try:
-        train(*_said(held, read_job(held.path)), held.path)
+        train(*_config_and_overrides(directory, read_job(directory.path)), directory.path)
     except Exception as error:
         if not isinstance(error, Interrupted):
-            held.write_error(str(error) or type(error).__name__)
+            directory.write_error(str(error) or type(error).__name__)
         raise
 
 
-def _said(held: RunDirectory, job: FrozenJob) -> tuple[RunConfig, list[str]]:
-    """Configuration and overrides: of a new run, or to go on with the one that there is."""
-    if held.config.exists():
-        return dataclasses.replace(job.config, resume=str(held.path)), []
+def _config_and_overrides(directory: RunDirectory, job: FrozenJob) -> tuple[RunConfig, list[str]]:
+    """Returns the configuration and overrides that start the job's run, or resume the run in `directory`."""
+    if directory.config.exists():
+        return dataclasses.replace(job.config, resume=str(directory.path)), []
     return job.config, job.overrides
 
 
-def _lead(held: RunDirectory, job: FrozenJob) -> dict[str, Any]:
+def _lead(directory: RunDirectory, job: FrozenJob) -> dict[str, Any]:
+    """Run the job in the lead's task, or in the only task. Returns, exits and raises as `run` does."""
     allocation = Allocation.of_this_process()
     assert allocation is not None, "a job runs in Slurm"
-    before = held.read_result()
+    before = directory.read_result()
     if is_whole(before):
-        return before  # its node was lost, say, between the run's end and the job's
-    held.result.unlink(missing_ok=True)
+        return before  # the job was started again after its run's end, e.g. because its node was lost
+    directory.result.unlink(missing_ok=True)
     _raise_on_signals(signal.SIGUSR2, signal.SIGTERM)
     signal.signal(signal.SIGCONT, signal.SIG_DFL)
     try:
-        _count_start(held, allocation)
-        return train(*_said(held, job), held.path, allocation)
+        _count_start(directory, allocation)
+        return train(*_config_and_overrides(directory, job), directory.path, allocation)
     except Interrupted as interrupted:
-        _start_again(held, allocation, interrupted)
+        _start_again(directory, allocation, interrupted)
     except Exception as error:
         text = str(error) or type(error).__name__
-        held.write_error(text)
-        _set_end(held, allocation, Ended.FAILED, text)
+        directory.write_error(text)
+        _set_end(directory, allocation, Ended.FAILED, text)
         if not isinstance(error, GymexpError):
             raise
         say_error(error)
@@ -107,7 +111,10 @@ def _lead(held: RunDirectory, job: FrozenJob) -> dict[str, Any]:
 
 
 def _raise_on_signals(*numbers: int) -> None:
-    """Until the controller takes them over. submitit's own would requeue at once and ignore SIGTERM."""
+    """Have these signals raise Interrupted until the controller installs its own handlers.
+
+    submitit's handlers would requeue the job at once and ignore SIGTERM.
+    """
 
     def received(number: int, _: object) -> None:
         raise Interrupted(number, f"ended by {signal.Signals(number).name} before it began")
@@ -116,52 +123,57 @@ def _raise_on_signals(*numbers: int) -> None:
         signal.signal(number, received)
 
 
-def _count_start(held: RunDirectory, allocation: Allocation) -> None:
-    """A line of starts.jsonl. Raises GymexpError if the last starts of this job found no older checkpoint
-    than this one does."""
-    path = held.path / "starts.jsonl"
-    step = newest_step(held.checkpoints)
+def _count_start(directory: RunDirectory, allocation: Allocation) -> None:
+    """Append this start of the job to starts.jsonl.
+
+    Raises GymexpError if each of the job's last _MAX_FRUITLESS_RESTARTS starts found a checkpoint at least as
+    new as this start does, so that none of them has got any further.
+    """
+    path = directory.path / "starts.jsonl"
+    step = newest_step(directory.checkpoints)
     earlier = read_lines(path)
     append_line(path, {"time": round(time.time(), 3), **dataclasses.asdict(allocation), "checkpoint": step})
-    found = [s["checkpoint"] for s in earlier if s.get("job_id") == allocation.job_id][-_IN_VAIN:]
-    if len(found) == _IN_VAIN and all((at or 0) >= (step or 0) for at in found):
+    same_job = [start["checkpoint"] for start in earlier if start.get("job_id") == allocation.job_id]
+    last = same_job[-_MAX_FRUITLESS_RESTARTS:]
+    if len(last) == _MAX_FRUITLESS_RESTARTS and all((at or 0) >= (step or 0) for at in last):
         since = "before its first checkpoint" if step is None else f"without getting past checkpoint-{step}"
         raise GymexpError(
-            f"job {allocation.job_id} was started {_IN_VAIN + 1} times {since}: give it more time "
-            "(launcher.time), more time to save (launcher.signal_s), or let it save more often "
+            f"job {allocation.job_id} was started {_MAX_FRUITLESS_RESTARTS + 1} times {since}: give it more "
+            "time (launcher.time), more time to save (launcher.signal_s), or let it save more often "
             "(trainer.save_steps); then submit it again"
         )
 
 
-def _start_again(held: RunDirectory, allocation: Allocation, interrupted: Interrupted) -> NoReturn:
-    for number in (signal.SIGUSR2, signal.SIGTERM):  # they say no more than is known
+def _start_again(directory: RunDirectory, allocation: Allocation, interrupted: Interrupted) -> NoReturn:
+    """Requeue the job after a signal and exit with 0, unless the job is being taken down or Slurm refuses."""
+    for number in (signal.SIGUSR2, signal.SIGTERM):  # a second warning must not interrupt the requeueing
         signal.signal(number, signal.SIG_IGN)
     if not allocation.goes_on():
-        _set_end(held, allocation, Ended.STOPPED, f"ended by Slurm or scancel: {interrupted}")
+        _set_end(directory, allocation, Ended.STOPPED, f"ended by Slurm or scancel: {interrupted}")
         sys.exit(128 + interrupted.number)
     log.info("%s; requeueing job %s", interrupted, allocation.job_id)
-    _set_end(held, allocation, Ended.REQUEUED, "requeued")
-    if complaint := allocation.requeue():
+    _set_end(directory, allocation, Ended.REQUEUED, "requeued")
+    if error := allocation.requeue():
         text = (
             f"{signal.Signals(interrupted.number).name} ended the run, and Slurm did not requeue job "
-            f"{allocation.job_id}: {complaint}. It goes on from its checkpoint with: "
-            f"python -m gymexp.sweep resubmit {held.path.parent}"
+            f"{allocation.job_id}: {error}. It goes on from its checkpoint with: "
+            f"python -m gymexp.sweep resubmit {directory.path.parent}"
         )
-        held.write_result({"error": text})
-        _set_end(held, allocation, Ended.FAILED, text)
+        directory.write_result({"error": text})
+        _set_end(directory, allocation, Ended.FAILED, text)
         say_error(text)
         sys.exit(1)
     sys.exit(0)
 
 
-def _set_end(held: RunDirectory, allocation: Allocation, ended: Ended, outcome: str) -> None:
-    """Say in status.json how this start ended, also where it ended before a controller wrote it."""
-    status = read_json(held.status) or {"began": time.time()}
-    held.write_status(**status | dataclasses.asdict(allocation) | {"ended": ended, "outcome": outcome})
+def _set_end(directory: RunDirectory, allocation: Allocation, ended: Ended, outcome: str) -> None:
+    """Write to status.json how this start ended, even if it ended before the controller wrote the file."""
+    status = read_json(directory.status) or {"began": time.time()}
+    directory.write_status(**status | dataclasses.asdict(allocation) | {"ended": ended, "outcome": outcome})
 
 
 if __name__ == "__main__":
     lifeline.die_with_parent()
     outlive_readers()
     log_to_terminal()
-    guarded(here, RunConfig)(sys.argv[1], int(sys.argv[2]))
+    guarded(run_local, RunConfig)(sys.argv[1], int(sys.argv[2]))

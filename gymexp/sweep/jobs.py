@@ -1,4 +1,4 @@
-"""A sweep's jobs read from its directory, and those without a good end submitted again."""
+"""A sweep read from its directory: its jobs, their states, and whether a local sweep still runs."""
 
 from __future__ import annotations
 
@@ -18,44 +18,48 @@ from gymexp.sweep.sweep import Job, Sweep
 
 
 def is_sweep(path: Path) -> bool:
-    """Whether a directory holds a sweep, also one that lost its sweep.json."""
+    """Returns whether a directory is a sweep's, even if its sweep.json is lost."""
     return (path / "sweep.json").exists() or bool(_job_directories(path))
 
 
 def read_sweep(path: Path) -> Sweep:
-    """From sweep.json, or where it is lost from the run directories alone.
+    """Returns the sweep in a directory, from sweep.json, or from the run directories if sweep.json is lost.
 
-    Raises RunDirectoryError if there is neither.
+    Raises RunDirectoryError if the directory has neither.
     """
     path = path.resolve()
-    said: dict[str, Any] = {}
+    record: dict[str, Any] = {}
     if (path / "sweep.json").exists():
-        said = freeze.read_sweep(path)
-        launcher, planned = said["launcher"], said["jobs"]
+        record = freeze.read_sweep(path)
+        launcher, entries = record["launcher"], record["jobs"]
     else:
-        planned = [_planned(directory) for directory in _job_directories(path)]
-        launcher = "slurm" if any(job["job_id"] for job in planned) else "local"
-        for job, swept in zip(planned, freeze.swept_of([job["overrides"] for job in planned]), strict=True):
-            job["swept"] = swept
-    if not planned:
+        entries = [_entry(directory) for directory in _job_directories(path)]
+        launcher = "slurm" if any(entry["job_id"] for entry in entries) else "local"
+        for entry, swept in zip(entries, freeze.swept_of([e["overrides"] for e in entries]), strict=True):
+            entry["swept"] = swept
+    if not entries:
         raise RunDirectoryError(f"{path} must be a sweep, with a sweep.json or run directories 0/ 1/ 2/ …")
-    states = slurm_states(job["job_id"] for job in planned if job["job_id"])
+    states = slurm_states(entry["job_id"] for entry in entries if entry["job_id"])
     jobs = []
-    for job in sorted(planned, key=lambda job: job["num"]):
-        directory = path / str(job["num"])
-        swept = {key: value for key, value in job["swept"].items() if key != TRIAL_KEY}
+    for entry in sorted(entries, key=lambda entry: entry["num"]):
+        directory = path / str(entry["num"])
+        swept = {key: value for key, value in entry["swept"].items() if key != TRIAL_KEY}
         if trial := read_trial(directory):
-            swept |= {key: _said(value) for key, value in trial.values.items()}
-        run = read_run(directory, states, job["job_id"])
-        jobs.append(Job(job["num"], job["overrides"], swept, job["job_id"], run))
-    if launcher == "local" and not _goes_on(said, jobs):
+            swept |= {key: _short_text(value) for key, value in trial.values.items()}
+        run = read_run(directory, states, entry["job_id"])
+        jobs.append(Job(entry["num"], entry["overrides"], swept, entry["job_id"], run))
+    if launcher == "local" and not is_running(record, jobs):
         jobs = [_not_begun(job) if job.run.state == "waiting" else job for job in jobs]
     return Sweep(path, launcher, jobs, summary(path))
 
 
-def _goes_on(said: Mapping[str, Any], jobs: Sequence[Job]) -> bool:
-    """Whether the process of a local sweep still runs its jobs; on another machine one that runs tells."""
-    lives = process_lives(said)
+def is_running(record: Mapping[str, Any], jobs: Sequence[Job]) -> bool:
+    """Returns whether the process of a local sweep still runs the sweep's jobs.
+
+    record: the content of sweep.json. If the process is another machine's, the sweep counts as running while
+    one of its jobs does.
+    """
+    lives = process_lives(record)
     return any(job.run.state == "running" for job in jobs) if lives is None else lives
 
 
@@ -64,24 +68,24 @@ def _not_begun(job: Job) -> Job:
     return dataclasses.replace(job, run=run)
 
 
-def _said(value: Any) -> str:
+def _short_text(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def _job_directories(path: Path) -> list[Path]:
-    found = [d for d in path.glob("*") if d.name.isdigit() and d.is_dir() and _overrides_file(d)]
-    return sorted(found, key=lambda d: int(d.name))
+    directories = [d for d in path.glob("*") if d.name.isdigit() and d.is_dir() and _overrides_file(d)]
+    return sorted(directories, key=lambda d: int(d.name))
 
 
 def _overrides_file(directory: Path) -> Path | None:
     return next((f for name in ("overrides.yaml", "job.yaml") if (f := directory / name).exists()), None)
 
 
-def _planned(directory: Path) -> dict[str, Any]:
-    """The entry that sweep.json would have."""
+def _entry(directory: Path) -> dict[str, Any]:
+    """Returns the entry that sweep.json would have for the job in `directory`, with an empty `swept`."""
     file = _overrides_file(directory)
     assert file is not None
-    said: Any = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
-    overrides = said["overrides"] if isinstance(said, dict) else said
+    content: Any = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
+    overrides = content["overrides"] if isinstance(content, dict) else content
     job_id = read_run(directory).status.get("job_id")
     return {"num": int(directory.name), "overrides": list(overrides), "job_id": job_id, "swept": {}}

@@ -1,4 +1,4 @@
-"""What starts the jobs of `gymexp.train`: `launcher=local` here, `launcher=slurm` on a cluster."""
+"""The launchers of `gymexp.train`'s jobs: `launcher=local` on this machine, `launcher=slurm` on a cluster."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from gymexp.cli.entry import BASIC, SUBMITIT
 
 
 def local(**params: Any) -> Any:
-    """The launcher of `launcher=local`."""
+    """Returns the launcher of `launcher=local`."""
     from gymexp.sweep.local import LocalLauncher
 
     return LocalLauncher(**params)
 
 
 def slurm(**params: Any) -> Any:
-    """The launcher of `launcher=slurm`."""
+    """Returns the launcher of `launcher=slurm`."""
     from gymexp.sweep.slurm import SlurmLauncher
 
     return SlurmLauncher(**params)

@@ -1,7 +1,7 @@
-"""`launcher=local`: a sweep's jobs on this machine, one after the other, each in a process of its own.
+"""`launcher=local`: runs a sweep's jobs on this machine, one after the other, each in a process of its own.
 
-They are checked and frozen as those of `launcher=slurm`: a mistake in the last one is answered before the
-first begins, and edits meanwhile change none of them.
+The jobs are checked and frozen like those of `launcher=slurm`: a mistake in the last job is reported before
+the first one starts, and later edits of code or configuration change no job.
 """
 
 from __future__ import annotations
@@ -26,11 +26,14 @@ from gymexp.view.progress import View
 
 
 class LocalLauncher(basic_launcher.BasicLauncher):
-    """In the place of Hydra's (`gymexp.cli.entry`)."""
+    """The launcher that replaces Hydra's basic launcher (`gymexp.cli.entry`)."""
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Run one job a list of overrides. Raises GymexpError before the first, Interrupted, and at the end
-        LaunchError for those that failed."""
+        """Run one job for each list of overrides.
+
+        Raises GymexpError before the first job starts if any job is wrong, Interrupted after a signal, and
+        LaunchError at the end if jobs failed.
+        """
         assert self.config is not None
         sweep = Path(str(self.config.hydra.sweep.dir)).resolve()
         try:
@@ -43,14 +46,14 @@ class LocalLauncher(basic_launcher.BasicLauncher):
 
 
 def run_jobs(sweep: Path, nums: Sequence[int]) -> dict[int, End]:
-    """Run jobs of a frozen sweep, for the first time or on with them; returns their ends by number.
+    """Start or continue jobs of a frozen sweep, one after the other. Returns their ends by number.
 
-    The first SIGINT, SIGTERM or SIGHUP ends the job that runs, after a checkpoint, and the sweep with it:
-    raises Interrupted. One more ends the job at once.
+    The first SIGINT, SIGTERM or SIGHUP ends the running job after a checkpoint, and then the sweep: raises
+    Interrupted. A second signal ends the job at once.
     """
     claim(sweep)
-    said = read_sweep(sweep)
-    swept = {entry["num"]: entry["swept"] for entry in said["jobs"]}
+    record = read_sweep(sweep)
+    swept = {entry["num"]: entry["swept"] for entry in record["jobs"]}
     path = os.pathsep.join(filter(None, [str(sweep / "code"), os.environ.get("PYTHONPATH")]))
     env = os.environ | {"PYTHONPATH": path, "PYTHONSAFEPATH": "1", "GYMEXP_SERVERS": str(sweep / "code")}
     view, ends, received = View(), dict[int, End](), list[int]()
@@ -62,10 +65,11 @@ def run_jobs(sweep: Path, nums: Sequence[int]) -> dict[int, End]:
             process.send_signal(number)
 
     def interrupted(when: str) -> Interrupted:
-        which = signal.Signals(received[0]).name
+        signal_name = signal.Signals(received[0]).name
         return Interrupted(
             received[0],
-            f"ended by {which} {when}; go on with: python -m gymexp.sweep resubmit {shlex.quote(str(sweep))}",
+            f"ended by {signal_name} {when}; go on with: "
+            f"python -m gymexp.sweep resubmit {shlex.quote(str(sweep))}",
         )
 
     numbers = [signal.SIGINT, signal.SIGTERM]
@@ -78,10 +82,10 @@ def run_jobs(sweep: Path, nums: Sequence[int]) -> dict[int, End]:
             if received:
                 raise interrupted(f"before {name}")
             view.say(f"{name}, {at} of {len(nums)}: {run.path}")
-            run.result.unlink(missing_ok=True)  # it is to have another end
+            run.result.unlink(missing_ok=True)  # an old result must not pass for this run's
             command = [sys.executable, "-m", "gymexp.sweep.job", str(sweep), str(num)]
-            # A group of its own: a Ctrl-C of the terminal's comes by way of pass_on alone, and so once.
-            process = subprocess.Popen(command, env=env, cwd=said["cwd"], process_group=0)
+            # In its own process group the job gets a Ctrl-C of the terminal only from pass_on, and so once.
+            process = subprocess.Popen(command, env=env, cwd=record["cwd"], process_group=0)
             code = process.wait()
             process = None
             if received:

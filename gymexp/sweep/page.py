@@ -1,4 +1,4 @@
-"""A sweep's page: one file that needs no other, light or dark as the reader's screen is."""
+"""A sweep's HTML page: one file that needs no other file, light or dark according to the reader's screen."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ svg { max-width: 100%; height: auto; display: block; margin: .4rem 0; }
 
 
 def results_html(sweep: Sweep, rows: Sequence[Row]) -> str:
-    """The page of a sweep: one file with its plots and tables inside."""
+    """Returns the HTML page of a sweep, with its plots and tables inside."""
     groups = groups_of(rows)
     colour = colours(groups)
     keys = [key for key in sweep.keys if key != SEED]
@@ -57,7 +57,7 @@ def results_html(sweep: Sweep, rows: Sequence[Row]) -> str:
                 *map(short, keys),
                 "finished",
                 *envs,
-                *_mean_head(envs),
+                *_mean_column(envs),
                 "best",
                 "time",
                 "tokens/s",
@@ -79,18 +79,18 @@ def results_html(sweep: Sweep, rows: Sequence[Row]) -> str:
     return "\n".join(part for part in parts if part) + "\n"
 
 
-def _mean_head(envs: Sequence[str]) -> list[str]:
+def _mean_column(envs: Sequence[str]) -> list[str]:
     return ["mean"] if len(envs) > 1 else []
 
 
 def _group_cells(group: Group, keys: Sequence[str], envs: Sequence[str], colour: str) -> list[str]:
-    over = [*envs, *([None] if len(envs) > 1 else [])]
+    columns = [*envs, *([None] if len(envs) > 1 else [])]  # None: the mean over the environments
     rates = [row.tokens_per_s for row in group.rows if row.tokens_per_s is not None]
     return [
         _cell(_dot(colour)),
         *(_cell(escape(group.swept.get(key, ""))) for key in keys),
         _cell(group.seeds),
-        *(_cell(_change(group.before(env), group.after(env))) for env in over),
+        *(_cell(_change(group.before(env), group.after(env))) for env in columns),
         _cell(number(group.after().best)),
         _cell(duration(fmean(row.wall_s for row in group.rows))),
         _cell(f"{fmean(rates):.0f}" if rates else "–"),

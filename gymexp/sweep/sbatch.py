@@ -1,4 +1,4 @@
-"""From `launcher.*` to what submitit's Slurm executor is asked for."""
+"""The translation of `launcher.*` to the parameters of submitit's Slurm executor."""
 
 from __future__ import annotations
 
@@ -15,28 +15,30 @@ from gymexp.record.places import cache_dir
 
 
 def extras(params: Mapping[str, Any]) -> dict[str, Any]:
-    """The flags of `hydra.launcher` that go to sbatch as they are; those that are set."""
+    """Returns the flags of `hydra.launcher` that are set and that sbatch gets as they are."""
     return {key: value for key, value in params.items() if key not in SLURM and value not in (None, {})}
 
 
-def asks_for_gpus(more: Mapping[str, Any]) -> bool:
-    """Whether some flag of `extras` does, in place of launcher.gpus."""
-    flags = {**more, **more.get("additional_parameters", {})}
+def asks_for_gpus(extra_flags: Mapping[str, Any]) -> bool:
+    """Returns whether a flag of `extras` asks for GPUs, in place of launcher.gpus."""
+    flags = {**extra_flags, **extra_flags.get("additional_parameters", {})}
     return any("gpu" in key or ("gres" in key and "gpu" in str(value)) for key, value in flags.items())
 
 
-def parameters(config: RunConfig, more: Mapping[str, Any], sweep: Path, cwd: str) -> dict[str, Any]:
-    """For `submitit.SlurmExecutor.update_parameters`. more: `extras`; `launcher.*` goes before them.
-    cwd: where the sweep was submitted first, and so where its relative paths begin.
+def parameters(config: RunConfig, extra_flags: Mapping[str, Any], sweep: Path, cwd: str) -> dict[str, Any]:
+    """Returns one job's arguments for `submitit.SlurmExecutor.update_parameters`, with one task a node.
 
-    One task a node. A job's Python finds the sweep's own code before any other, and not the working
-    directory's, which `python -m` would put first.
+    extra_flags: from `extras`; keys of `launcher.*` override them. cwd: the working directory of the first
+    submission, where the sweep's relative paths begin.
+
+    PYTHONPATH makes a job import the sweep's copy of the code before any other, and PYTHONSAFEPATH keeps
+    `python -m` from putting the working directory first.
     """
     launcher, code = config.launcher, shlex.quote(str(sweep / "code"))
-    flags = {"requeue": True, "chdir": cwd, **more.get("additional_parameters", {})}
+    flags = {"requeue": True, "chdir": cwd, **extra_flags.get("additional_parameters", {})}
     if launcher.mem is not None:
         flags["mem"] = launcher.mem
-    asked = {
+    own_flags = {
         "partition": launcher.partition,
         "account": launcher.account,
         "qos": launcher.qos,
@@ -46,14 +48,14 @@ def parameters(config: RunConfig, more: Mapping[str, Any], sweep: Path, cwd: str
         "mail_type": "END,FAIL" if launcher.mail else None,
     }
     setup = [
-        "export SLURM_KILL_BAD_EXIT=1",  # a task that ends badly ends the others
+        "export SLURM_KILL_BAD_EXIT=1",  # a task that fails ends the job's other tasks
         "export PYTHONSAFEPATH=1",
         f"export PYTHONPATH={code}${{PYTHONPATH:+:$PYTHONPATH}}",
         f"export GYMEXP_SERVERS={code}",
     ]
     return {
-        **{key: value for key, value in more.items() if key != "additional_parameters"},
-        **{key: value for key, value in asked.items() if value is not None},
+        **{key: value for key, value in extra_flags.items() if key != "additional_parameters"},
+        **{key: value for key, value in own_flags.items() if value is not None},
         "job_name": config.name,
         "time": launcher.time,
         "nodes": num_nodes(config.placement),
@@ -61,21 +63,24 @@ def parameters(config: RunConfig, more: Mapping[str, Any], sweep: Path, cwd: str
         "signal_delay_s": launcher.signal_s,
         "array_parallelism": launcher.array_parallelism,
         "stderr_to_stdout": True,
-        "wckey": None,  # submitit has one of its own, which clusters that keep a list would refuse
-        "setup": [*setup, *more.get("setup", []), *launcher.setup],
+        "wckey": None,  # submitit's default key is refused by clusters that keep a list of keys
+        "setup": [*setup, *extra_flags.get("setup", []), *launcher.setup],
         "srun_args": _container(launcher.container, launcher.container_mounts, sweep, cwd),
         "additional_parameters": flags,
     }
 
 
 def _container(image: str | None, mounts: list[str], sweep: Path, cwd: str) -> list[str]:
-    """pyxis' flags. What is mounted at its own path: working directory, sweep, cache, and this Python."""
+    """Returns the flags of pyxis for srun, none without an image.
+
+    The working directory, the sweep, the cache and this Python are mounted at their own paths.
+    """
     if image is None:
         return []
-    own = dict.fromkeys(str(p) for p in (cwd, sweep, cache_dir(), sys.prefix, sys.base_prefix))
-    listed = ",".join([*(f"{path}:{path}" for path in own), *mounts])
+    own_paths = dict.fromkeys(str(p) for p in (cwd, sweep, cache_dir(), sys.prefix, sys.base_prefix))
+    all_mounts = ",".join([*(f"{path}:{path}" for path in own_paths), *mounts])
     return [
         f"--container-image={image}",
-        f"--container-mounts={listed}",
+        f"--container-mounts={all_mounts}",
         f"--container-workdir={cwd}",
     ]

@@ -1,7 +1,8 @@
-"""`launcher=slurm`: every job of a sweep composed, checked and frozen, then submitted as one array.
+"""`launcher=slurm`: composes, checks and freezes every job of a sweep, then submits them as job arrays.
 
-Hydra's submitit launcher, but for two things: its jobs read configuration and code when they start, and it
-learns how they are from `sacct` alone. Here a job runs what was there at submission.
+It differs from Hydra's submitit launcher in two ways. A job of Hydra's reads configuration and code when it
+starts; a job of gymexp runs those of its submission. Hydra's launcher reads job states from `sacct` alone;
+gymexp also reads `squeue` and the runs' files (`gymexp.sweep.watch`).
 """
 
 from __future__ import annotations
@@ -26,21 +27,27 @@ from gymexp.sweep.freeze import FrozenJob, freeze, read_job, read_sweep, take_ba
 
 
 class SlurmLauncher(submitit_launcher.SlurmLauncher):
-    """Under the name of the class it replaces (`gymexp.cli.entry`), so that its configuration is the same."""
+    """The launcher that replaces Hydra's class of this name (`gymexp.cli.entry`); its keys are the same."""
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Submit one job a list of overrides, and wait for all. Raises GymexpError before anything is
-        submitted."""
+        """Submit one job for each list of overrides, and wait until all have ended.
+
+        Raises GymexpError before any submission if a job is wrong, and LaunchError if sbatch refuses the jobs
+        or jobs fail. Exits with 0 after showing a dry run.
+        """
         assert self.config is not None
         sweep = Path(str(self.config.hydra.sweep.dir)).resolve()
-        more = sbatch.extras(self.params)
+        extra_flags = sbatch.extras(self.params)
         try:
-            jobs = check_jobs(self, job_overrides, initial_job_idx, lambda config: _fits(config, more))
+            jobs = check_jobs(
+                self, job_overrides, initial_job_idx, lambda config: _check_gpus(config, extra_flags)
+            )
             if next(iter(jobs.values())).config.launcher.dry_run:
-                _show(sweep, jobs, more)
+                _show(sweep, jobs, extra_flags)
                 raise SystemExit(0)
-            freeze(sweep, "slurm", jobs, more)
-            if next(iter(jobs.values())).config.launcher.gpus is None and not sbatch.asks_for_gpus(more):
+            freeze(sweep, "slurm", jobs, extra_flags)
+            first = next(iter(jobs.values())).config
+            if first.launcher.gpus is None and not sbatch.asks_for_gpus(extra_flags):
                 print("launcher.gpus is not set: the jobs ask Slurm for no GPU", flush=True)
             submit(sweep, list(jobs))
         except BaseException:
@@ -49,13 +56,14 @@ class SlurmLauncher(submitit_launcher.SlurmLauncher):
         return returns(jobs, watch.wait(sweep, list(jobs)))
 
 
-def _fits(config: RunConfig, more: Mapping[str, Any]) -> None:
-    """Raises ConfigError where what is asked of Slurm cannot be what the run needs. more: `sbatch.extras`."""
+def _check_gpus(config: RunConfig, extra_flags: Mapping[str, Any]) -> None:
+    """Raises ConfigError if the GPUs that the job asks of Slurm do not fit the run. extra_flags: from
+    `sbatch.extras`."""
     gpus, engine = config.launcher.gpus, config.engine
-    given = engine.urls or sbatch.asks_for_gpus(more)
+    has_gpus_or_urls = engine.urls or sbatch.asks_for_gpus(extra_flags)
     if gpus is not None:
         place(config, [[str(gpu) for gpu in range(gpus)]] * num_nodes(config.placement))
-    elif engine.kind == "vllm" and not given:
+    elif engine.kind == "vllm" and not has_gpus_or_urls:
         raise ConfigError(
             "launcher.gpus must say how many GPUs of each node a job gets with engine=vllm, got None, which "
             "asks Slurm for none: say e.g. launcher.gpus=2, or 0 for vLLM on CPUs"
@@ -63,36 +71,39 @@ def _fits(config: RunConfig, more: Mapping[str, Any]) -> None:
 
 
 def submit(sweep: Path, nums: Sequence[int]) -> dict[int, str]:
-    """Submit jobs of a frozen sweep, for the first time or again; returns their Slurm ids by number.
+    """Submit jobs of a frozen sweep, for the first time or again. Returns their Slurm ids by number.
 
-    A job whose directory holds a run goes on with it. Jobs that ask Slurm for the same become one array.
-    Raises LaunchError with what sbatch says.
+    A job whose directory has a run continues that run. Jobs with the same sbatch parameters become one array.
+    Raises LaunchError with sbatch's error if sbatch refuses the jobs.
     """
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 
     sweep = sweep.resolve()
-    said = read_sweep(sweep)
+    record = read_sweep(sweep)
     arrays: dict[str, list[int]] = {}
     for num in nums:
-        asked = sbatch.parameters(read_job(sweep / str(num)).config, said["sbatch"], sweep, said["cwd"])
-        arrays.setdefault(OmegaConf.to_yaml(OmegaConf.create(asked)), []).append(num)
+        config = read_job(sweep / str(num)).config
+        parameters = sbatch.parameters(config, record["sbatch"], sweep, record["cwd"])
+        arrays.setdefault(OmegaConf.to_yaml(OmegaConf.create(parameters)), []).append(num)
     ids: dict[int, str] = {}
-    for asked, some in arrays.items():
-        for num in some:
-            RunDirectory(sweep / str(num)).result.unlink(missing_ok=True)  # it is to have another end
-        executor = _executor(sweep, OmegaConf.to_container(OmegaConf.create(asked)))
+    for parameters_yaml, array in arrays.items():
+        for num in array:
+            # An old result must not pass for this submission's.
+            RunDirectory(sweep / str(num)).result.unlink(missing_ok=True)
+        executor = _executor(sweep, OmegaConf.to_container(OmegaConf.create(parameters_yaml)))
         try:
-            submitted = executor.map_array(job.run, [str(sweep)] * len(some), some)
+            submitted = executor.map_array(job.run, [str(sweep)] * len(array), array)
         except (FailedJobError, FailedSubmissionError) as error:
             raise LaunchError(f"sbatch did not take the jobs: {error}") from None
-        ids |= {num: one.job_id for num, one in zip(some, submitted, strict=True)}
-        for entry in said["jobs"]:
+        ids |= {num: slurm_job.job_id for num, slurm_job in zip(array, submitted, strict=True)}
+        for entry in record["jobs"]:
             entry["job_id"] = ids.get(entry["num"], entry["job_id"])
-        write_sweep(sweep, said)
+        write_sweep(sweep, record)
     return ids
 
 
-def _executor(sweep: Path, asked: Any) -> Any:
+def _executor(sweep: Path, parameters: Any) -> Any:
+    """Returns submitit's executor for the sweep. Raises LaunchError if this machine has no srun."""
     import submitit
 
     if submitit.SlurmExecutor.affinity() <= 0:
@@ -101,20 +112,20 @@ def _executor(sweep: Path, asked: Any) -> Any:
             "the cluster, or run here by launcher=local"
         )
     executor = submitit.SlurmExecutor(folder=sweep / "slurm")
-    executor.update_parameters(**asked)
+    executor.update_parameters(**parameters)
     return executor
 
 
-def _show(sweep: Path, jobs: dict[int, FrozenJob], more: dict[str, Any]) -> None:
-    """Print what would be submitted: the script of the first job, and every job's overrides. Asks Slurm
-    nothing, and so works where there is none."""
+def _show(sweep: Path, jobs: dict[int, FrozenJob], extra_flags: dict[str, Any]) -> None:
+    """Print the sbatch script of the first job, and every job's overrides. Runs no Slurm command, so that a
+    dry run works on any machine."""
     from submitit.slurm.slurm import _make_sbatch_string
 
-    asked = sbatch.parameters(next(iter(jobs.values())).config, more, sweep, str(Path.cwd()))
+    parameters = sbatch.parameters(next(iter(jobs.values())).config, extra_flags, sweep, str(Path.cwd()))
     if len(jobs) > 1:
-        asked["map_count"] = len(jobs)
+        parameters["map_count"] = len(jobs)
     folder = sweep / "slurm"
     command = f"{shlex.quote(sys.executable)} -u -m submitit.core._submit {shlex.quote(str(folder))}"
-    print(_make_sbatch_string(command=command, folder=folder, **asked))
-    for num, one in jobs.items():
-        print(f"# job {num}: {' '.join(one.overrides)}")
+    print(_make_sbatch_string(command=command, folder=folder, **parameters))
+    for num, frozen in jobs.items():
+        print(f"# job {num}: {' '.join(frozen.overrides)}")

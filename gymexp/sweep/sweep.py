@@ -1,4 +1,4 @@
-"""A sweep as its tables and its page show it."""
+"""The dataclasses of a sweep and its jobs, as its tables and its page show them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ from gymexp.record.state import RunState
 
 @dataclass(frozen=True)
 class Job:
-    """swept: what differs between the sweep's jobs, by key; with a study, the values of the job's trial."""
+    """One job of a sweep.
+
+    swept: the overrides that differ between the sweep's jobs, by key; with a study also the values of the
+    job's trial. job_id: Slurm's id of the newest submission, None without one.
+    """
 
     num: int
     overrides: Sequence[str]
@@ -22,14 +26,14 @@ class Job:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep as its directory has it."""
+    """A sweep as read from its directory."""
 
     path: Path
     launcher: str  # slurm or local
     jobs: list[Job]
-    study: Sequence[str] = ()  # what is said of a study that the jobs share, a line each
+    study: Sequence[str] = ()  # lines about the study that the jobs share, empty without one
 
     @property
     def keys(self) -> list[str]:
-        """What is swept, in the order of the command."""
+        """The swept keys, in the order of the command."""
         return list(dict.fromkeys(key for job in self.jobs for key in job.swept))

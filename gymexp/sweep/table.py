@@ -1,4 +1,4 @@
-"""A sweep as tables: how its jobs stand, and what came of them, seeds taken together."""
+"""A sweep as tables: the states of its jobs, and its results with the seeds of a configuration combined."""
 
 from __future__ import annotations
 
@@ -18,8 +18,11 @@ SEED = "seed"
 
 @dataclass(frozen=True)
 class Row:
-    """One run's results. held_out: `{env: (before, after)}`; after is of the newest evaluation after a
-    step."""
+    """One run's results.
+
+    held_out: `{env: (before, after)}`, the mean held-out reward before training and at the newest evaluation
+    after a training step; None if not measured. tokens_per_s: None if no tokens were counted.
+    """
 
     job: Job
     held_out: dict[str, tuple[float | None, float | None]]
@@ -31,18 +34,19 @@ class Row:
         return self.job.run.state == "finished"
 
     def reward(self, env: str | None) -> tuple[float | None, float | None]:
-        """Before and after; env None: the mean over the environments."""
+        """Returns the held-out reward before and after training; with env None the mean over environments."""
         return self.held_out.get(env, (None, None)) if env else self.mean
 
     @property
     def mean(self) -> tuple[float | None, float | None]:
-        """Before and after, each the mean over the environments."""
+        """The held-out reward before and after training, each the mean over the environments."""
         return (_mean([b for b, _ in self.held_out.values()]), _mean([a for _, a in self.held_out.values()]))
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Of finished seeds: mean, sample standard deviation (None of fewer than two), best, how many."""
+    """Statistics of the finished seeds' rewards: mean, sample standard deviation (None with fewer than two
+    rewards), best, and the number of rewards."""
 
     mean: float | None
     std: float | None
@@ -51,15 +55,16 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float | None]) -> Spread:
-        there = [v for v in values if v is not None]
-        if not there:
+        measured = [value for value in values if value is not None]
+        if not measured:
             return cls(None, None, None, 0)
-        return cls(fmean(there), stdev(there) if len(there) > 1 else None, max(there), len(there))
+        std = stdev(measured) if len(measured) > 1 else None
+        return cls(fmean(measured), std, max(measured), len(measured))
 
 
 @dataclass(frozen=True)
 class Group:
-    """The runs of one configuration: all that is swept but the seed."""
+    """The runs of one configuration. swept: the swept keys without the seed, with their values."""
 
     swept: dict[str, str]
     rows: list[Row]
@@ -73,44 +78,47 @@ class Group:
         return [row for row in self.rows if row.finished]
 
     def after(self, env: str | None = None) -> Spread:
-        """Of finished runs; env None: the mean over the environments."""
+        """Returns the finished runs' held-out rewards after training as a Spread; env None: of the means over
+        the environments."""
         return Spread.of([row.reward(env)[1] for row in self.finished])
 
     def before(self, env: str | None = None) -> Spread:
+        """Returns the finished runs' held-out rewards before training as a Spread; env as in `after`."""
         return Spread.of([row.reward(env)[0] for row in self.finished])
 
     @property
     def seeds(self) -> str:
-        """How many of its runs have finished."""
+        """The number of finished runs, of all runs, as `2/3`."""
         return f"{len(self.finished)}/{len(self.rows)}"
 
     @property
     def others(self) -> str:
-        """How the runs stand that have not."""
+        """The states of the runs that have not finished, as `1 failed, 1 lost`."""
         states = [row.job.run.state for row in self.rows if not row.finished]
         return ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
 
 
 def rows_of(sweep: Sweep) -> list[Row]:
-    """A row for each job."""
+    """Returns a row for each job of the sweep."""
     return [Row(j, j.run.held_out, wall_seconds(j.run), tokens_per_s(j.run)) for j in sweep.jobs]
 
 
 def groups_of(rows: Sequence[Row]) -> list[Group]:
-    """In the order of the jobs."""
-    found: dict[tuple[tuple[str, str], ...], list[Row]] = {}
+    """Returns the rows grouped by configuration, in the order of the jobs."""
+    by_swept: dict[tuple[tuple[str, str], ...], list[Row]] = {}
     for row in rows:
-        found.setdefault(tuple((k, v) for k, v in row.job.swept.items() if k != SEED), []).append(row)
-    return [Group(dict(swept), some) for swept, some in found.items()]
+        by_swept.setdefault(tuple((k, v) for k, v in row.job.swept.items() if k != SEED), []).append(row)
+    return [Group(dict(swept), group_rows) for swept, group_rows in by_swept.items()]
 
 
 def envs_of(rows: Sequence[Row]) -> list[str]:
-    """The environments that the rows have held-out rewards of, in their order."""
+    """Returns the environments with held-out rewards in any row, in the order of the rows."""
     return list(dict.fromkeys(env for row in rows for env in row.held_out))
 
 
 def status_table(sweep: Sweep) -> str:
-    """A line a job, then a line for each that ended otherwise than it should."""
+    """Returns a table with a line for each job, then the number of jobs in each state, then a line for each
+    job whose state has a reason."""
     lines: list[Sequence[str]] = [
         ("job", "state", "step", *map(short, sweep.keys), "phase", "restarts", "held-out", "slurm")
     ]
@@ -129,13 +137,12 @@ def status_table(sweep: Sweep) -> str:
                 job.job_id or "",
             )
         )
-    told = [columns(lines), "", counted(sweep)]
-    told += [reason(job) for job in sweep.jobs if job.run.why]
-    return "\n".join(told)
+    reasons = [reason(job) for job in sweep.jobs if job.run.why]
+    return "\n".join([columns(lines), "", counted(sweep), *reasons])
 
 
 def job_line(job: Job) -> str:
-    """A job in a line: `job 3  train 4/32  sudoku 0.250 → 0.500`."""
+    """Returns a job's state in a line: `job 3  train 4/32  sudoku 0.250 → 0.500`."""
     run, last = job.run, job.run.status.get("max_steps")
     held_out = (f"{env} {_arrow(b, a)}" for env, (b, a) in run.held_out.items())
     at = run.state if run.ended or run.state == "waiting" else str(run.status.get("phase", run.state))
@@ -144,29 +151,30 @@ def job_line(job: Job) -> str:
 
 
 def counted(sweep: Sweep) -> str:
-    """How many jobs there are in each state."""
+    """Returns the number of jobs in each state: `4 jobs: 3 finished, 1 failed`."""
     states = [job.run.state for job in sweep.jobs]
     each = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
     return f"{len(states)} jobs: {each}"
 
 
 def reason(job: Job) -> str:
-    """Why a job is in its state, with the log that tells most."""
+    """Returns a line with a job's state and its reason; for a failed or lost job also the most useful log."""
     log = f"  (log: {job.run.log})" if job.run.state in ("failed", "lost") and job.run.log else ""
     return f"job {job.num} {job.run.state}: {job.run.why}{log}"
 
 
 def results_table(rows: Sequence[Row], keys: Sequence[str]) -> str:
-    """A line a configuration, with its seeds taken together, the best first; ± is their sample standard
-    deviation."""
+    """Returns a table with a line for each configuration, the best first. Rewards are means over the finished
+    seeds, ± their sample standard deviation; time and tokens/s are means over all runs."""
     keys = [key for key in keys if key != SEED]
     envs = envs_of(rows)
-    over = ["mean"] if len(envs) > 1 else []
+    mean_column = ["mean"] if len(envs) > 1 else []
     lines: list[Sequence[str]] = [
-        (*map(short, keys), "finished", *envs, *over, "best", "time", "tokens/s", "others")
+        (*map(short, keys), "finished", *envs, *mean_column, "best", "time", "tokens/s", "others")
     ]
     for group in ranked(groups_of(rows)):
-        spreads = [(group.before(env), group.after(env)) for env in (*envs, *([None] if over else []))]
+        column_envs = (*envs, *([None] if mean_column else []))  # None: the mean over the environments
+        spreads = [(group.before(env), group.after(env)) for env in column_envs]
         rates = [row.tokens_per_s for row in group.rows]
         lines.append(
             (
@@ -183,13 +191,15 @@ def results_table(rows: Sequence[Row], keys: Sequence[str]) -> str:
 
 
 def ranked(groups: Sequence[Group]) -> list[Group]:
-    """By their mean held-out reward after training; those without one last."""
+    """Returns the groups with the highest mean held-out reward after training first, and those without a
+    reward last."""
     return sorted(groups, key=lambda g: -(m if (m := g.after().mean) is not None else float("-inf")))
 
 
 def results_csv(rows: Sequence[Row], keys: Sequence[str]) -> str:
-    """Lines of kind `run`, one a job, then of kind `seeds`, one a configuration: mean, `_std` and best over
-    its finished runs."""
+    """Returns the results as CSV: a line of kind `run` for each job, then a line of kind `seeds` for each
+    configuration. Its rewards are mean, `_std` and best over the finished runs; wall_s and tokens_per_s are
+    means over all runs."""
     envs = envs_of(rows)
     head = ["kind", "job", *keys, "state", "why", "n", "step"]
     for name in (*envs, "mean"):
@@ -200,42 +210,43 @@ def results_csv(rows: Sequence[Row], keys: Sequence[str]) -> str:
     writer.writeheader()
     for row in rows:
         run = row.job.run
-        said: dict[str, Any] = {"kind": "run", "job": row.job.num, **row.job.swept}
-        said |= {"state": run.state, "why": run.why, "step": run.step, "directory": run.path}
-        said |= {"wall_s": round(row.wall_s, 1), "tokens_per_s": row.tokens_per_s}
-        said |= {"restarts": run.status.get("restarts") or 0}
+        record: dict[str, Any] = {"kind": "run", "job": row.job.num, **row.job.swept}
+        record |= {"state": run.state, "why": run.why, "step": run.step, "directory": run.path}
+        record |= {"wall_s": round(row.wall_s, 1), "tokens_per_s": row.tokens_per_s}
+        record |= {"restarts": run.status.get("restarts") or 0}
         for name, (before, after) in (row.held_out | {"mean": row.mean}).items():
-            said |= {f"{name}_before": before, f"{name}_after": after}
-        writer.writerow(said)
+            record |= {f"{name}_before": before, f"{name}_after": after}
+        writer.writerow(record)
     for group in groups_of(rows):
-        said = {"kind": "seeds", **group.swept, "state": group.others, "n": len(group.finished)}
+        record = {"kind": "seeds", **group.swept, "state": group.others, "n": len(group.finished)}
         for name in (*envs, "mean"):
             before, after = (of(None if name == "mean" else name) for of in (group.before, group.after))
-            said |= {
+            record |= {
                 f"{name}_before": before.mean,
                 f"{name}_after": after.mean,
                 f"{name}_after_std": after.std,
             }
-        said |= {"best": group.after().best, "wall_s": round(fmean(row.wall_s for row in group.rows), 1)}
-        said |= {"tokens_per_s": _mean([row.tokens_per_s for row in group.rows])}
-        writer.writerow(said)
+        record |= {"best": group.after().best, "wall_s": round(fmean(row.wall_s for row in group.rows), 1)}
+        record |= {"tokens_per_s": _mean([row.tokens_per_s for row in group.rows])}
+        writer.writerow(record)
     return out.getvalue()
 
 
 def short(key: str) -> str:
-    """`trainer.learning_rate` as a column's head."""
+    """Returns a key as a column's head: `learning_rate` for `trainer.learning_rate`, other keys unchanged."""
     return key.rpartition(".")[2] if key.startswith("trainer.") else key
 
 
 def columns(lines: Sequence[Sequence[str]]) -> str:
-    """Left-aligned text; a column that is empty but for its head is left out."""
+    """Returns the lines as left-aligned columns. A column is left out if all its cells but the head are
+    empty."""
     kept = [i for i in range(len(lines[0])) if any(line[i] for line in lines[1:])]
     widths = {i: max(len(line[i]) for line in lines) for i in kept}
     return "\n".join("  ".join(line[i].ljust(widths[i]) for i in kept).rstrip() for line in lines)
 
 
 def number(value: float | None) -> str:
-    """A reward with three digits; a dash for none."""
+    """Returns a reward with three decimals, or a dash for None."""
     return "–" if value is None else f"{value:.3f}"
 
 
@@ -246,5 +257,6 @@ def _arrow(before: float | None, after: float | None, std: float | None = None) 
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
-    there = [v for v in values if v is not None]
-    return fmean(there) if there else None
+    """Returns the mean of the values that are not None, or None if all are."""
+    measured = [value for value in values if value is not None]
+    return fmean(measured) if measured else None

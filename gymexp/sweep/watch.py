@@ -1,7 +1,7 @@
-"""How submitted jobs are, and how they ended: from Slurm's queue and the runs' own files.
+"""Watches submitted jobs until they end, by Slurm's queue and the runs' own files.
 
-`squeue` knows a job for some minutes after its end (MinJobAge), `sacct` later on where there is accounting;
-the runs' files tell the rest. A submitter that ends takes nothing with it.
+`squeue` knows a job until some minutes after its end (MinJobAge), and `sacct` also later, if the cluster
+keeps accounting. The runs' files have the results. The jobs do not need the process that submitted them.
 """
 
 from __future__ import annotations
@@ -22,39 +22,44 @@ from gymexp.view.progress import View, duration
 
 _POLL_S = 2.0
 _SUMMARY_S = 60.0  # between two lines about steps
-_FILE_LAG_S = 10.0  # for what a job wrote on its node to be seen here
-_SILENCE_S = 1800.0  # of Slurm, before this stops watching: the jobs need nobody who does
-GONE = "GONE"  # Slurm does not know the job (any more)
+_FILE_LAG_S = 10.0  # until this machine sees a file that a job wrote on its node
+_SILENCE_S = 1800.0  # without an answer of Slurm's before the watch ends; the jobs do not need the watch
+GONE = "GONE"  # the state of a job that Slurm does not know, or no longer knows
 
 
 def states(job_ids: Iterable[str]) -> dict[str, str] | None:
-    """Slurm's word on each job; GONE for one that it does not know. None if Slurm does not answer."""
-    asked = list(job_ids)
-    known = slurm_states(asked)
+    """Returns Slurm's state of each job, GONE for a job that Slurm does not know. Returns None if Slurm does
+    not answer."""
+    ids = list(job_ids)
+    known = slurm_states(ids)
     if known is None:
         return None
-    return {one: known[one].name if one in known else GONE for one in asked}
+    return {job_id: known[job_id].name if job_id in known else GONE for job_id in ids}
 
 
 def log_of(sweep: Path, job_id: str) -> Path:
-    """What the job's controller prints, over all its starts."""
+    """Returns the path of the log with the output of a job's controller, over all starts of the job."""
     return sweep / "slurm" / f"{job_id}_0_log.out"
 
 
 def end_of(sweep: Path, entry: dict[str, Any], state: str) -> End:
-    """Judge a job that Slurm says is over. state: Slurm's word."""
+    """Returns how a job ended, according to its result.json.
+
+    entry: the job's entry in sweep.json. state: Slurm's state of the job, which the error names if the run
+    left no result.
+    """
     run = RunDirectory(sweep / str(entry["num"]))
     result = run.read_result()
-    word = "Slurm does not know it any more" if state == GONE else f"Slurm says {state}"
-    error = failure_of(result, f"job {entry['job_id']} ended without a result; {word}")
+    reason = "Slurm does not know it any more" if state == GONE else f"Slurm says {state}"
+    error = failure_of(result, f"job {entry['job_id']} ended without a result; {reason}")
     return End(name_of(entry["num"], entry["swept"]), result, error, log_of(sweep, entry["job_id"]))
 
 
 def wait(sweep: Path, nums: Sequence[int]) -> dict[int, End]:
-    """Show how the jobs are until all are over; returns their ends by number.
+    """Show the states of the jobs until all have ended. Returns their ends by number.
 
-    Ctrl-C leaves them to themselves and exits with 130. Raises LaunchError if Slurm does not answer for half
-    an hour: that is not the jobs' end.
+    Ctrl-C leaves the jobs running and exits with 130. Raises LaunchError if Slurm does not answer for half an
+    hour; the jobs may still run then.
     """
     entries = [entry for entry in read_sweep(sweep)["jobs"] if entry["num"] in nums]
     view = View()
@@ -69,7 +74,7 @@ def wait(sweep: Path, nums: Sequence[int]) -> dict[int, End]:
 def _wait(sweep: Path, entries: list[dict[str, Any]], view: View) -> dict[int, End]:
     ends: dict[int, End] = {}
     over_since: dict[int, float] = {}
-    before: dict[int, str] = {}
+    shown: dict[int, str] = {}  # the last state that was shown of each job
     summed = began = answered = time.monotonic()
     silent = False
     while len(ends) < len(entries):
@@ -82,7 +87,7 @@ def _wait(sweep: Path, entries: list[dict[str, Any]], view: View) -> dict[int, E
                     f"python -m gymexp.sweep status {sweep}"
                 )
             if not silent:
-                view.say("Slurm does not answer; its jobs are taken to go on")
+                view.say("Slurm does not answer; its jobs are assumed to go on")
             silent = True
             time.sleep(_POLL_S)
             continue
@@ -93,8 +98,8 @@ def _wait(sweep: Path, entries: list[dict[str, Any]], view: View) -> dict[int, E
             num, state = entry["num"], known[entry["job_id"]]
             if state in GOING_ON:
                 over_since.pop(num, None)
-                if state != "COMPLETING" and state != before.get(num):
-                    before[num] = state
+                if state != "COMPLETING" and state != shown.get(num):
+                    shown[num] = state
                     view.say(f"job {num} ({entry['job_id']}): {state.lower()}")
                 continue
             over_since.setdefault(num, time.monotonic())
@@ -102,8 +107,8 @@ def _wait(sweep: Path, entries: list[dict[str, Any]], view: View) -> dict[int, E
             if end.result.get("step") is None and time.monotonic() - over_since[num] < _FILE_LAG_S:
                 continue
             ends[num] = end
-            how = "finished" if end.error is None else f"failed: {end.error.splitlines()[0]}"
-            view.say(f"job {num} ({entry['job_id']}): {how} ({len(ends)}/{len(entries)})")
+            outcome = "finished" if end.error is None else f"failed: {end.error.splitlines()[0]}"
+            view.say(f"job {num} ({entry['job_id']}): {outcome} ({len(ends)}/{len(entries)})")
         if time.monotonic() - summed > _SUMMARY_S and (line := _steps(sweep, open_)):
             view.say(f"{duration(time.monotonic() - began)}  {line}")
             summed = time.monotonic()
@@ -113,7 +118,7 @@ def _wait(sweep: Path, entries: list[dict[str, Any]], view: View) -> dict[int, E
 
 
 def _steps(sweep: Path, entries: Sequence[dict[str, Any]]) -> str:
-    """How far those are that run: `0: train 3/32  2: evaluate`."""
+    """Returns the phase and step of each running job: `0: train 3/32  2: evaluate`."""
     parts = []
     for entry in entries:
         status = read_json(RunDirectory(sweep / str(entry["num"])).status)

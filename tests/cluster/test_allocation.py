@@ -15,8 +15,8 @@ JOB = Allocation("7_3", 0, "node1")
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(allocation, "_PATIENCE_S", 2.0)
-    monkeypatch.setattr(allocation, "_AGAIN_S", 0.05)
+    monkeypatch.setattr(allocation, "_TIMEOUT_S", 2.0)
+    monkeypatch.setattr(allocation, "_RETRY_INTERVAL_S", 0.05)
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_what_the_controller_refuses_is_not_asked_again(commands, tmp_path):
 
 
 def test_a_command_that_hangs_or_is_missing_is_a_complaint(commands, monkeypatch):
-    monkeypatch.setattr(allocation, "_PATIENCE_S", 0.3)
+    monkeypatch.setattr(allocation, "_TIMEOUT_S", 0.3)
     commands(scontrol="sleep 30")
     assert "timed out" in JOB.requeue()
     monkeypatch.setenv("PATH", "/nowhere")

@@ -59,7 +59,7 @@ def test_accounting_is_asked_only_for_what_the_queue_has_forgotten(commands, tmp
     ],
 )
 def test_a_queue_that_does_not_answer_is_no_jobs_end(commands, monkeypatch, squeue):
-    monkeypatch.setattr(states, "_PATIENCE_S", 0.5)
+    monkeypatch.setattr(states, "_TIMEOUT_S", 0.5)
     commands(squeue=squeue, sacct="exit 1")
     assert slurm_states(["7"]) is None
 
@@ -74,7 +74,7 @@ def test_a_queue_that_does_not_answer_is_no_jobs_end(commands, monkeypatch, sque
     ],
 )
 def test_a_forgotten_job_is_over_if_accounting_answers_or_is_none(commands, monkeypatch, sacct, known):
-    monkeypatch.setattr(states, "_PATIENCE_S", 0.5)
+    monkeypatch.setattr(states, "_TIMEOUT_S", 0.5)
     commands(squeue=FORGOTTEN, sacct=sacct)
     assert slurm_states(["7"]) == known
 

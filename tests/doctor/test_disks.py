@@ -10,7 +10,7 @@ import pytest
 from gymexp.config.schema import ModelConfig, RunConfig
 from gymexp.doctor import disks
 from gymexp.doctor.disk_probe import probe
-from gymexp.doctor.finding import Answer, Subject
+from gymexp.doctor.finding import CommandResult, Subject
 
 
 def subject(path: Path) -> Subject:
@@ -37,20 +37,20 @@ def test_a_directory_that_is_to_be_made_is_tried_out_above_and_nothing_is_left(t
 
 def test_a_directory_that_nobody_may_write_to_is_a_failure(monkeypatch, model):
     monkeypatch.setenv("GYMEXP_CACHE", "/proc/gymexp")
-    by_name = {one.what: one for one in disks.look(subject(model))}
+    by_name = {one.name: one for one in disks.look(subject(model))}
     found = by_name["disk: cache"]
-    assert found.level == "fail" and "(proc)" in found.found and "cannot be written to" in found.found
+    assert found.level == "fail" and "(proc)" in found.text and "cannot be written to" in found.text
     assert "GYMEXP_CACHE" in found.fix
 
 
 def test_a_model_whose_checkpoints_do_not_fit_is_a_failure(monkeypatch, tmp_path, model):
     monkeypatch.chdir(tmp_path)
     assert disks.checkpoint_bytes(subject(model).config.model) == 6 * 10**12  # float32 with both moments
-    found = {one.what: one for one in disks.look(subject(model))}["disk: outputs"]
-    assert found.level == "fail" and "a checkpoint of this model takes about 5587.9 GiB" in found.found
+    found = {one.name: one for one in disks.look(subject(model))}["disk: outputs"]
+    assert found.level == "fail" and "a checkpoint of this model takes about 5587.9 GiB" in found.text
 
 
 def test_a_file_system_that_hangs_is_told_as_that(monkeypatch, model):
-    monkeypatch.setattr(disks, "ask", lambda *_, timeout_s: Answer(None, "", "no answer"))
+    monkeypatch.setattr(disks, "run_command", lambda *_, timeout_s: CommandResult(None, "", "no answer"))
     assert {one.level for one in disks.look(subject(model))} == {"fail"}
-    assert all("the file system hangs" in one.found for one in disks.look(subject(model)))
+    assert all("the file system hangs" in one.text for one in disks.look(subject(model)))

@@ -8,7 +8,7 @@ import time
 import psutil
 
 from gymexp.config.schema import RunConfig
-from gymexp.doctor.finding import Check, Finding, Subject, ask, run_checks
+from gymexp.doctor.finding import Check, Finding, Subject, run_checks, run_command
 from gymexp.errors import ConfigError
 
 SUBJECT = Subject(RunConfig())
@@ -16,7 +16,7 @@ SUBJECT = Subject(RunConfig())
 
 def test_a_command_that_hangs_is_ended_with_its_children():
     began = time.monotonic()
-    answer = ask("sh", "-c", "sleep 61.25 & sleep 61.25", timeout_s=0.5)
+    answer = run_command("sh", "-c", "sleep 61.25 & sleep 61.25", timeout_s=0.5)
     assert (answer.code, answer.error) == (None, "sh gave no answer within 0.5 s")
     assert time.monotonic() - began < 5
     time.sleep(0.2)
@@ -26,12 +26,12 @@ def test_a_command_that_hangs_is_ended_with_its_children():
 
 def test_a_command_that_leaves_a_child_behind_is_not_waited_for_longer():
     began = time.monotonic()
-    assert ask("sh", "-c", "sleep 20 & echo said").out == "said\n"
+    assert run_command("sh", "-c", "sleep 20 & echo said").out == "said\n"
     assert time.monotonic() - began < 5
 
 
 def test_a_command_that_is_not_there_is_told_by_name():
-    assert ask("no-such-command").error == "no-such-command: No such file or directory"
+    assert run_command("no-such-command").error == "no-such-command: No such file or directory"
 
 
 def test_a_check_that_hangs_or_breaks_leaves_the_others_their_findings_in_order():

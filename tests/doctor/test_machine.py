@@ -15,8 +15,8 @@ def test_packages_that_fit_are_named_and_one_that_does_not_comes_with_what_to_ty
     assert [one.level for one in machine.python(SUBJECT)] == ["ok", "ok"]
     monkeypatch.setattr(importlib.metadata, "requires", lambda name: ["psutil>=99", "not-there>=1", "trl"])
     _, packages = machine.python(SUBJECT)
-    assert packages.level == "fail" and "not-there>=1 is missing" in packages.found
-    assert "psutil" in packages.found and "not-there>=1" in packages.fix
+    assert packages.level == "fail" and "not-there>=1 is missing" in packages.text
+    assert "psutil" in packages.text and "not-there>=1" in packages.fix
 
 
 def test_sources_that_were_never_installed_are_no_failure(monkeypatch):

@@ -60,7 +60,7 @@ def test_a_model_that_can_be_downloaded_is_well_and_a_gated_one_is_not(answers):
     assert levels(network.hub(THERE)) == ["ok", "ok"]
     answers["/nobody/has-this/resolve/main/config.json"] = 403
     found = list(network.hub(THERE))
-    assert levels(found) == ["ok", "fail"] and "gated or private (HTTP 403)" in found[1].found
+    assert levels(found) == ["ok", "fail"] and "gated or private (HTTP 403)" in found[1].text
 
 
 def test_a_hub_that_hangs_fails_only_a_run_that_needs_it(answers, monkeypatch):
@@ -68,7 +68,7 @@ def test_a_hub_that_hangs_fails_only_a_run_that_needs_it(answers, monkeypatch):
     monkeypatch.setattr(network, "_TIMEOUT_S", 0.3)
     assert levels(network.hub(HERE)) == ["warn"]
     found = list(network.hub(THERE))
-    assert levels(found) == ["fail"] and "needed for model.path" in found[0].found
+    assert levels(found) == ["fail"] and "needed for model.path" in found[0].text
 
 
 def test_a_token_that_the_hub_refuses_is_a_failure(answers, monkeypatch):
@@ -94,8 +94,8 @@ def test_wandb_needs_a_key_unless_it_is_offline(answers, monkeypatch, tmp_path):
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:1")
     assert levels(wandb("offline")) == ["ok"]
-    assert "has no key" in wandb()[0].found
+    assert "has no key" in wandb()[0].text
     (tmp_path / "netrc").write_text("machine 127.0.0.1 login user password secret\n")
-    assert "cannot be reached" in wandb()[0].found
+    assert "cannot be reached" in wandb()[0].text
     monkeypatch.setenv("WANDB_BASE_URL", network.os.environ["HF_ENDPOINT"])
     assert levels(wandb()) == ["ok"]

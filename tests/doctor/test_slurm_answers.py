@@ -49,7 +49,7 @@ def test_partitions_are_those_that_are_up_with_their_largest_nodes(monkeypatch, 
 def test_a_job_that_could_never_start_is_a_failure(monkeypatch, tmp_path, launcher, said):
     put(monkeypatch, tmp_path / "bin", **CLUSTER)
     found = job(**launcher)[-1]
-    assert found.level == "fail" and said in found.found
+    assert found.level == "fail" and said in found.text
 
 
 def test_a_job_that_fits_is_well(monkeypatch, tmp_path):
@@ -59,15 +59,15 @@ def test_a_job_that_fits_is_well(monkeypatch, tmp_path):
 
 def test_an_accounting_that_hangs_is_a_warning_and_the_rest_is_told(monkeypatch, tmp_path):
     put(monkeypatch, tmp_path / "bin", **CLUSTER | {"sacct": "sleep 60"})
-    monkeypatch.setattr(slurm, "ask", partial(finding.ask, timeout_s=1))
-    by_name = {one.what: one for one in job(partition="h200")}
+    monkeypatch.setattr(slurm, "run_command", partial(finding.run_command, timeout_s=1))
+    by_name = {one.name: one for one in job(partition="h200")}
     assert by_name["slurm: sacct"].level == "warn"
     assert by_name["slurm: job"].level == "ok"
 
 
 def test_a_controller_that_is_away_fails_only_a_run_on_slurm(monkeypatch, tmp_path):
     put(monkeypatch, tmp_path / "bin", sinfo="echo 'Unable to contact slurm controller' >&2; exit 1")
-    assert [(one.level, one.found) for one in job()] == [("fail", "Unable to contact slurm controller")]
+    assert [(one.level, one.text) for one in job()] == [("fail", "Unable to contact slurm controller")]
     assert [one.level for one in slurm.look(Subject(RunConfig()))] == ["warn"]
 
 

@@ -34,7 +34,7 @@ def in_slurm(monkeypatch):
     }.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
-    monkeypatch.setattr(allocation, "_PATIENCE_S", 2.0)
+    monkeypatch.setattr(allocation, "_TIMEOUT_S", 2.0)
     before = {number: signal.getsignal(number) for number in SIGNALS}
     yield
     for number, handler in before.items():
@@ -235,25 +235,25 @@ def test_an_agent_without_its_lead_says_so_and_fails(sweep, trained, monkeypatch
 def test_a_local_job_keeps_its_error_and_an_interruption_is_none(sweep, trained):
     calls = trained(ConfigError("the reason"))
     with pytest.raises(ConfigError):
-        job.here(str(sweep), 3)
+        job.run_local(str(sweep), 3)
     assert read(sweep, "result.json") == {"error": "the reason"}
     assert calls[0][1:] == (["seed=1"], sweep / "3"), "no job of Slurm's"
     (sweep / "3" / "result.json").unlink()
     trained(KeyError())
     with pytest.raises(KeyError):
-        job.here(str(sweep), 3)
+        job.run_local(str(sweep), 3)
     assert read(sweep, "result.json") == {"error": "KeyError"}
     (sweep / "3" / "result.json").unlink()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         trained(lambda number=number: os.kill(os.getpid(), number))
         name = number.name
         with pytest.raises(Interrupted, match=f"^ended by {name} before it began$") as caught:
-            job.here(str(sweep), 3)
+            job.run_local(str(sweep), 3)
         assert caught.value.number == number and not (sweep / "3" / "result.json").exists()
 
 
 def test_a_local_job_under_nohup_outlives_its_terminal(sweep, trained):
     trained(lambda: os.kill(os.getpid(), signal.SIGHUP))
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    job.here(str(sweep), 3)
+    job.run_local(str(sweep), 3)
     assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN

@@ -148,7 +148,7 @@ def test_silence_of_slurms_is_said_once_and_is_no_end(watched, monkeypatch):
     ends, lines, _ = watched(None, None, None, answer)
     assert pauses[:3] == [0.01] * 3, "between two questions"
     assert [line for line in lines if "answer" in line] == [
-        "Slurm does not answer; its jobs are taken to go on",
+        "Slurm does not answer; its jobs are assumed to go on",
         "Slurm answers again",
     ]
     assert ends[0].error is None
