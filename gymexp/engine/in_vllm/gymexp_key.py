@@ -12,7 +12,7 @@ import os
 from typing import Any
 
 ENGINE = "GYMEXP_ENGINE_KEY"
-_REFUSED = b'{"error": "the engine\'s key is missing, or is not this one\'s"}'
+_REFUSED = b'{"error": "the engine\'s key is missing or wrong"}'
 
 
 class DemandsKey:
