@@ -149,7 +149,7 @@ class Collector:
     async def _open(self) -> None:
         self._changed = asyncio.Event()
         self._lost_control: str | None = None
-        # asyncio keeps no reference to a task, so without this set a restart could be garbage-collected.
+        # asyncio keeps only weak references to tasks: without this set, a restart could be garbage-collected.
         self._restarts: set[asyncio.Task[None]] = set()
         self._limits = {name: asyncio.Semaphore(n) for name, n in open_files.concurrency(self._envs).items()}
         self._http = aiohttp.ClientSession(
