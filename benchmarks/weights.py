@@ -132,10 +132,10 @@ class Timed(Replicas):
         some.phases = self.phases
         return some
 
-    def _ask(self, url: str, path: str, body: bytes | None) -> Any:
+    def _request(self, url: str, path: str, body: bytes | None) -> Any:
         began = time.monotonic()
         try:
-            return super()._ask(url, path, body)
+            return super()._request(url, path, body)
         finally:
             self.phases[path.split("?")[0].strip("/")].append(time.monotonic() - began)
 

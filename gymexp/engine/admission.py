@@ -1,9 +1,10 @@
-"""Which engines get requests. The gateway keeps the list; the controller and the trainer tell it of changes.
+"""Decides which engines get requests. The gateway keeps the list of engines on hold; the controller and the
+trainer change it over HTTP.
 
 Three processes can be the first to see that an engine must get no requests, and put it on hold. The gateway
 sees that an engine broke off a request. The controller sees that an engine's process ended, and tells the
 gateway before it starts the process again, as the new process has the weights that the run began with. The
-trainer sees that an engine did not take its weights. The trainer alone opens an engine, once the engine has
+trainer sees that an engine did not take its weights. Only the trainer opens an engine, once the engine has
 the policy's weights.
 """
 
@@ -22,8 +23,11 @@ from gymexp.processes.direct import fetch_json
 
 
 class EngineState(StrEnum):
-    """OPEN: the engine has the policy's weights and gets requests. UPDATED: it has new weights, and stays on
-    hold if it was. ON_HOLD: it gets no requests."""
+    """What a change says about an engine.
+
+    OPEN: the engine has the policy's weights and gets requests. UPDATED: the engine has new weights; if it is
+    on hold, it stays on hold. ON_HOLD: the engine gets no requests.
+    """
 
     OPEN = "open"
     UPDATED = "updated"
@@ -32,7 +36,7 @@ class EngineState(StrEnum):
 
 @dataclass(frozen=True)
 class EngineChange:
-    """The body of `POST /engine`. weights_version: in optimizer steps done; None where it is not known."""
+    """The body of `POST /engine`. weights_version: in optimizer steps done; None if it is unknown."""
 
     url: str
     state: EngineState
@@ -40,7 +44,7 @@ class EngineChange:
 
     @classmethod
     def read(cls, body: dict[str, Any]) -> EngineChange:
-        """Raises ValueError for a body that is none."""
+        """Returns the change that a request's body describes. Raises ValueError if a field is wrong."""
         url, version = body.get("url"), body.get("weights_version")
         if not isinstance(url, str):
             raise ValueError(f"url must be a text, got {url!r}")
@@ -52,34 +56,39 @@ class EngineChange:
 
 
 class Admission:
-    """The client of the gateway's list. Its methods raise ServiceError if the gateway does not answer."""
+    """Changes and reads the gateway's list of engines on hold. Its methods raise ServiceError if the gateway
+    does not answer.
+    """
 
     def __init__(self, gateway_url: str, key: str | None, timeout_s: float) -> None:
-        """key: the run's. timeout_s: for one answer of the gateway."""
+        """key: the run's key. timeout_s: how long to wait for an answer of the gateway."""
         self._gateway_url = gateway_url
         self._key = key
         self._timeout_s = timeout_s
 
     def open(self, url: str, weights_version: int | None) -> None:
-        """Let the engine get requests."""
+        """Takes the engine off hold, so that it gets requests."""
         self._change(EngineChange(url, EngineState.OPEN, weights_version))
 
     def updated(self, url: str, weights_version: int) -> None:
-        """Say that the engine, unless it is on hold, samples with these weights from now on."""
+        """Tells the gateway that the engine, unless it is on hold, samples with weights of this version from
+        now on.
+        """
         self._change(EngineChange(url, EngineState.UPDATED, weights_version))
 
     def hold(self, url: str) -> None:
-        """Let the engine get no more requests."""
+        """Puts the engine on hold, so that it gets no more requests."""
         self._change(EngineChange(url, EngineState.ON_HOLD))
 
     def on_hold(self) -> list[str]:
-        """The urls of the engines that get no requests."""
-        return self._ask("/stats", None)["on_hold"]
+        """Returns the urls of the engines that get no requests."""
+        return self._request("/stats", None)["on_hold"]
 
     def _change(self, change: EngineChange) -> None:
-        self._ask("/engine", orjson.dumps(asdict(change)))
+        self._request("/engine", orjson.dumps(asdict(change)))
 
-    def _ask(self, path: str, body: bytes | None) -> Any:
+    def _request(self, path: str, body: bytes | None) -> Any:
+        """Returns the gateway's JSON answer to a GET, or with a body to a POST."""
         try:
             return fetch_json(f"{self._gateway_url}{path}", body, self._timeout_s, keys.header(self._key))
         except (OSError, http.client.HTTPException) as error:

@@ -1,4 +1,4 @@
-"""The engine's servers, asked together over HTTP."""
+"""HTTP requests to all of the engine's replicas at once."""
 
 from __future__ import annotations
 
@@ -22,22 +22,24 @@ from gymexp.processes.direct import fetch_json
 
 T = TypeVar("T")
 
-NamedTensors = Iterator[tuple[str, torch.Tensor]]  # parameters under the names of the model's checkpoint
-TensorSpecs = list[tuple[str, torch.dtype, list[int]]]  # their names, dtypes and shapes, in that order
+NamedTensors = Iterator[tuple[str, torch.Tensor]]  # parameters, named as in the model's checkpoint
+TensorSpecs = list[tuple[str, torch.dtype, list[int]]]  # name, dtype and shape of each, in the same order
 PHASE_TIMEOUT_S = 300.0
 VERSION_KEY = "weights_version"
 _HEALTH_TIMEOUT_S = 10.0
 
 
 class ReplicaLost(ServiceError):
-    """A replica went away under a request, or was away: it refused or broke the connection, or is ill."""
+    """A replica is unreachable: it refused or broke off the connection, or answered 5xx and fails its health
+    check.
+    """
 
 
 class Replicas:
-    """The engine's servers, asked together: vLLM, or what answers its routes (`engine/hf/replica.py`).
+    """The engine's replicas, each a vLLM or a server with the same routes (`engine/hf/replica.py`).
 
-    on_cpu: they are vLLM without a GPU and have the worker's extension of `engine/in_vllm`. lost: those that
-    `reach` found away, with the reason; they are no longer in `urls`.
+    on_cpu: whether they are vLLM on a CPU, with the worker extension of `engine/in_vllm`. lost: the replicas
+    that `reach` found unreachable, with the reason; they are no longer in `urls`.
     """
 
     def __init__(self, urls: Sequence[str], timeout_s: float = PHASE_TIMEOUT_S, on_cpu: bool = False) -> None:
@@ -47,18 +49,23 @@ class Replicas:
         self.lost: dict[str, str] = {}
 
     def only(self, urls: Sequence[str]) -> Replicas:
-        """Some of them."""
+        """Returns the replicas at `urls` alone, with the same options."""
         return Replicas(urls, self.timeout_s, self.on_cpu)
 
     def post(self, path: str, bodies: Sequence[dict[str, Any]] | dict[str, Any] | None = None) -> list[Any]:
-        """POST to all at once and wait for all. bodies: one for each, or one for all. Raises ServiceError."""
+        """POSTs to all replicas at once and returns their answers. bodies: one for each, or one for all.
+
+        Raises the ServiceError of a replica that fails, once all have answered.
+        """
         answers = self.start(path, bodies)
         wait(answers)
         return [answer.result() for answer in answers]
 
     def reach(self, path: str, body: dict[str, Any] | None = None) -> None:
-        """POST to all, and go on without those that are lost. Raises ServiceError where one answers an error,
-        or nothing in time."""
+        """POSTs to all replicas, and moves those that are unreachable from `urls` to `lost`.
+
+        Raises ServiceError if a replica answers with an error, or does not answer within timeout_s.
+        """
         errors = {url: answer.exception() for url, answer in self._start(path, body).items()}
         self.lost |= {url: str(error) for url, error in errors.items() if isinstance(error, ReplicaLost)}
         self.urls = [url for url in self.urls if url not in self.lost]
@@ -69,53 +76,65 @@ class Replicas:
     def start(
         self, path: str, bodies: Sequence[dict[str, Any]] | dict[str, Any] | None = None
     ) -> list[Future[Any]]:
-        """POST to all without waiting."""
+        """POSTs to all replicas without waiting. Returns a future of each answer, in the order of `urls`."""
         return list(self._start(path, bodies).values())
 
     def _start(
         self, path: str, bodies: Sequence[dict[str, Any]] | dict[str, Any] | None
     ) -> dict[str, Future[Any]]:
-        each = bodies if isinstance(bodies, Sequence) else [bodies] * len(self.urls)
-        data = {url: json.dumps(body or {}).encode() for url, body in zip(self.urls, each, strict=True)}
-        return _at_once(lambda url: self._ask(url, path, data[url]), self.urls)
+        body_of_each = bodies if isinstance(bodies, Sequence) else [bodies] * len(self.urls)
+        pairs = zip(self.urls, body_of_each, strict=True)
+        data = {url: json.dumps(body or {}).encode() for url, body in pairs}
+        return _call_for_each(lambda url: self._request(url, path, data[url]), self.urls)
 
     def get(self, path: str) -> list[Any]:
-        answers = _at_once(lambda url: self._ask(url, path, None), self.urls)
+        """Returns the answers of all replicas to a GET, in the order of `urls`. Raises ServiceError."""
+        answers = _call_for_each(lambda url: self._request(url, path, None), self.urls)
         return [answer.result() for answer in answers.values()]
 
     def ill(self) -> dict[str, str]:
-        """Those that do not answer their health check, with the reason."""
-        answers = _at_once(_health, self.urls)
+        """Returns {url: reason} of the replicas that fail their health check."""
+        answers = _call_for_each(_check_health, self.urls)
         return {url: reason for url, answer in answers.items() if (reason := answer.result())}
 
-    def wait_healthy(self, deadline_s: float, asked: threading.Event) -> None:
-        """Return once all answer their health check, or once the run is asked to end. Raises ServiceError."""
-        until = time.monotonic() + deadline_s
-        while not asked.is_set() and (ill := self.ill()):
-            if time.monotonic() > until:
+    def wait_healthy(self, deadline_s: float, end_requested: threading.Event) -> None:
+        """Returns once all replicas pass their health check, or once `end_requested` is set because the run
+        must end. Raises ServiceError if a replica is not healthy within deadline_s.
+        """
+        deadline = time.monotonic() + deadline_s
+        while not end_requested.is_set() and (ill := self.ill()):
+            if time.monotonic() > deadline:
                 url, reason = next(iter(ill.items()))
                 raise ServiceError(
                     f"the engine at {url} did not become healthy within {deadline_s:.0f} s "
                     f"(engine.start_timeout_s): {reason}"
                 )
-            asked.wait(0.5)
+            end_requested.wait(0.5)
 
-    def _ask(self, url: str, path: str, body: bytes | None) -> Any:
+    def _request(self, url: str, path: str, body: bytes | None) -> Any:
+        """Returns a replica's JSON answer to a GET, or with a body to a POST.
+
+        Raises ReplicaLost if the replica is unreachable, ServiceError if it answers late or with an error.
+        """
         phase = urllib.parse.urlsplit(path).path.strip("/")
         try:
             return fetch_json(f"{url}{path}", body, self.timeout_s, keys.header_of(keys.ENGINE))
         except urllib.error.HTTPError as error:
-            said = f"{error.code}: {error.read()[:500].decode(errors='replace')}"
-            kind = ReplicaLost if error.code >= 500 and _health(url) else ServiceError  # vLLM going down
-            raise kind(f"weights: the engine at {url} answered {phase} with {said}") from None
+            answer = f"{error.code}: {error.read()[:500].decode(errors='replace')}"
+            # vLLM answers 500 while it shuts down; then its health check fails too.
+            is_lost = error.code >= 500 and _check_health(url)
+            error_type = ReplicaLost if is_lost else ServiceError
+            raise error_type(f"weights: the engine at {url} answered {phase} with {answer}") from None
         except (OSError, http.client.HTTPException) as error:
-            late = isinstance(getattr(error, "reason", error), TimeoutError)
-            kind = ServiceError if late else ReplicaLost
-            raise kind(f"weights: the engine at {url} did not answer {phase}: {error}") from None
+            is_late = isinstance(getattr(error, "reason", error), TimeoutError)
+            error_type = ServiceError if is_late else ReplicaLost
+            raise error_type(f"weights: the engine at {url} did not answer {phase}: {error}") from None
 
 
 def write_weights(directory: Path, weights: NamedTensors, version: int) -> None:
-    """A checkpoint's `model.safetensors`, which says what version it is."""
+    """Writes the weights as `model.safetensors` into `directory`, replacing what it has. The file's metadata
+    has the version.
+    """
     from safetensors.torch import save_file
 
     shutil.rmtree(directory, ignore_errors=True)
@@ -125,22 +144,27 @@ def write_weights(directory: Path, weights: NamedTensors, version: int) -> None:
 
 
 def reload_weights(replicas: Replicas, directory: Path) -> None:
-    """Those that go away meanwhile are left out, as `Replicas.reach` does."""
+    """Makes the replicas load the `model.safetensors` in `directory`.
+
+    Replicas that are unreachable move from `replicas.urls` to `replicas.lost`. Raises ServiceError if a
+    replica answers with an error, or too late.
+    """
     body = {"method": "reload_weights", "kwargs": {"weights_path": str(directory)}}
     replicas.reach("/collective_rpc", body)
     if replicas.on_cpu:
         replicas.reach("/collective_rpc", {"method": "pack_tied_head"})
 
 
-def _at_once(ask: Callable[[str], T], urls: Sequence[str]) -> dict[str, Future[T]]:
-    """Each url asked in a thread of its own, which ends with its answer."""
+def _call_for_each(function: Callable[[str], T], urls: Sequence[str]) -> dict[str, Future[T]]:
+    """Calls the function for each url in its own thread, which ends with the call. Returns the futures."""
     pool = ThreadPoolExecutor(max(1, len(urls)))
-    answers = {url: pool.submit(ask, url) for url in urls}
+    answers = {url: pool.submit(function, url) for url in urls}
     pool.shutdown(wait=False)
     return answers
 
 
-def _health(url: str) -> str:
+def _check_health(url: str) -> str:
+    """Returns "" if the replica passes its health check, else the reason."""
     try:
         fetch_json(f"{url}/health", None, _HEALTH_TIMEOUT_S, keys.header_of(keys.ENGINE))
     except (OSError, http.client.HTTPException) as error:

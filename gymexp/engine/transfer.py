@@ -1,10 +1,10 @@
-"""The ways of the weights from the trainer to the engine's servers.
+"""Three ways to send weights from the trainer to the engine's replicas.
 
-nccl   one NCCL group of the trainer (rank 0) and all workers of all replicas (vLLM's weight-transfer API):
-       between GPUs of their own
-ipc    handles to the trainer's own GPU memory, which the replica on the same GPU copies from: shared GPUs
-disk   a safetensors file that every replica reads: places without either, vLLM on a CPU, the hf engine on
-       nodes of its own
+nccl   One NCCL group has the trainer (rank 0) and all workers of all replicas (vLLM's weight-transfer API).
+       For GPUs that either sample or train.
+ipc    The trainer sends handles to its GPU memory, and the replica on the same GPU copies from it. For GPUs
+       that do both.
+disk   Every replica reads a safetensors file. For vLLM on a CPU, and the hf engine on nodes of its own.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ IPC_CHUNK_BYTES = 1 << 30
 
 
 class DiskTransfer:
-    """Two directories used in turn, so that a replica never reads what is being written."""
+    """Writes into two directories in turn, so that a replica never reads a file that is being written."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -53,10 +53,10 @@ class DiskTransfer:
 
 
 class NcclTransfer:
-    """Tensors are packed and broadcast; one send for all replicas.
+    """Packs the tensors and broadcasts them once for all replicas.
 
-    give_up: called from another thread when a replica fails while NCCL waits for it, which nothing else ends.
-    address: this node's, where all of them meet.
+    give_up: called from another thread when a replica fails while NCCL waits for it, as nothing else would
+    end that wait. address: this node's address, at which the members of the group meet.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class NcclTransfer:
     ) -> None:
         from trl.generation import vllm_client
 
-        self._vllm: Any = vllm_client  # what it imports of vLLM, by version, is what is needed here too
+        self._vllm: Any = vllm_client  # it imports from vLLM, by version, what this class needs too
         self._device = device
         self._give_up = give_up
         self._address = address
@@ -74,7 +74,7 @@ class NcclTransfer:
     def send(self, replicas: Replicas, version: int, specs: TensorSpecs, weights: NamedTensors) -> None:
         if not replicas.urls:
             self._members = []
-            for _ in weights:  # walking over sharded parameters is every rank's
+            for _ in weights:  # all ranks must gather sharded parameters together
                 pass
             return
         if self._members != replicas.urls:
@@ -102,11 +102,12 @@ class NcclTransfer:
         self._members = []
 
     def close(self) -> None:
-        with contextlib.suppress(AttributeError):  # a store and a socket that its destructor trips over
+        with contextlib.suppress(AttributeError):  # its destructor would fail on this store and this socket
             self._group.group.store = None
             self._group.group.socket = None
 
     def _join(self, replicas: Replicas) -> None:
+        """Forms the NCCL group of this process and all workers of the replicas."""
         self.close()
         torch.cuda.set_device(self._device)
         sizes = [answer["world_size"] for answer in replicas.get("/get_world_size")]
@@ -135,18 +136,19 @@ def watched(
     give_up: Callable[[ServiceError], None],
     grace_s: float = 10.0,
 ) -> Iterator[None]:
-    """A block that waits for the replicas in NCCL, which waits for ever for a rank that has failed.
+    """Watches a block that waits for the replicas in NCCL, which never stops waiting for a rank that failed.
 
-    answers: what the replicas say to the request that began it; their results are waited for at the end.
-    give_up: called from another thread when an answer is an error, or none came within timeout_s, and the
-    block has not ended of itself.
+    answers: the replicas' answers to the request that started the transfer; at its end the block waits for
+    all of them, and raises their errors. give_up: called from another thread if the block has not ended by
+    itself: grace_s after an answer was an error or was missing for timeout_s, or timeout_s after all answers
+    came.
     """
-    left = threading.Event()
+    block_ended = threading.Event()
 
     def watch() -> None:
         done, waiting = wait(answers, timeout_s, FIRST_EXCEPTION)
-        failed = next((error for one in done if (error := one.exception())), None)
-        if left.wait(grace_s if failed or waiting else timeout_s):
+        failed = next((error for answer in done if (error := answer.exception())), None)
+        if block_ended.wait(grace_s if failed or waiting else timeout_s):
             return
         late = ServiceError(f"weights: {phase} did not end within {timeout_s:.0f} s")
         give_up(failed if isinstance(failed, ServiceError) else late)
@@ -154,17 +156,19 @@ def watched(
     threading.Thread(target=watch, name=f"watch {phase}", daemon=True).start()
     try:
         yield
-        for one in answers:
-            one.result()
+        for answer in answers:
+            answer.result()
     finally:
-        left.set()
+        block_ended.set()
 
 
 class IpcTransfer:
-    """Every rank of the trainer shares the copy on its own GPU, and rank 0 tells the replicas where.
+    """Every rank of the trainer shares the weights in its GPU's memory, and rank 0 sends the handles to the
+    replicas.
 
-    gather: a value of each rank -> those of all ranks, on each. What a handle points to is kept until the
-    replicas have copied it, a chunk at a time: a gathered or merged parameter lives no longer.
+    gather: takes a rank's value and returns those of all ranks, on each rank. Weights are sent in chunks. The
+    tensors of a chunk are kept until the replicas have copied them, and no longer, so that gathered or merged
+    parameters take the memory of one chunk.
     """
 
     def __init__(self, gather: Callable[[Any], list[Any]], is_first_rank: bool) -> None:
@@ -182,7 +186,7 @@ class IpcTransfer:
         begin = 0
         for index, (_, tensor) in enumerate(weights):
             chunk.append(tensor.detach().contiguous())
-            size = sum(one.nbytes for one in chunk)
+            size = sum(part.nbytes for part in chunk)
             if index == len(specs) - 1 or size >= IPC_CHUNK_BYTES:
                 self._send_chunk(replicas, specs[begin : index + 1], chunk)
                 chunk, begin = [], index + 1
@@ -201,21 +205,23 @@ class IpcTransfer:
         torch.cuda.synchronize()
         gpu = str(torch.cuda.get_device_properties(tensors[0].device).uuid)
         shared = [{gpu: reduce_tensor(tensor)[1]} for tensor in tensors]
-        everyones = self._gather(shared)
+        handles_of_ranks = self._gather(shared)
         if self._is_first_rank:
             merged = [
-                {gpu: h for one in each for gpu, h in one.items()} for each in zip(*everyones, strict=True)
+                {gpu: handle for handles in of_tensor for gpu, handle in handles.items()}
+                for of_tensor in zip(*handles_of_ranks, strict=True)
             ]
             names, dtypes, shapes = (list(column) for column in zip(*specs, strict=True))
             info: dict[str, Any] = {"names": names, "shapes": shapes}
             info["dtype_names"] = [str(dtype).removeprefix("torch.") for dtype in dtypes]
             info["ipc_handles_pickled"] = base64.b64encode(pickle.dumps(merged)).decode()
             replicas.post("/update_weights", {"update_info": info})
-        self._gather(None)  # until then every rank keeps what the others' replicas may be copying
+        # A barrier: every rank keeps its tensors until all replicas have copied them.
+        self._gather(None)
 
 
 class IpcPeer:
-    """The other ranks' part of an update: what `WeightSync` is on the first."""
+    """Sends the weights of a rank other than the first, on which `WeightSync` does so."""
 
     def __init__(self, transfer: IpcTransfer) -> None:
         self._transfer = transfer
@@ -225,11 +231,15 @@ class IpcPeer:
 
 
 class Transfer(Protocol):
-    """A way of the weights (`gymexp.engine.transfer`)."""
+    """A way to send weights from the trainer to the replicas."""
 
-    def send(self, replicas: Replicas, version: int, specs: TensorSpecs, weights: NamedTensors) -> None: ...
+    def send(self, replicas: Replicas, version: int, specs: TensorSpecs, weights: NamedTensors) -> None:
+        """Sends the weights to the replicas. specs: name, dtype and shape of each, in the order of `weights`.
+
+        Raises ServiceError if a replica fails.
+        """
 
     def forget(self) -> None:
-        """A replica was started anew: replicas and trainer must form their group again."""
+        """Makes the next `send` form the group of trainer and replicas again, as a replica was restarted."""
 
     def close(self) -> None: ...

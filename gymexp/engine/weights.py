@@ -1,10 +1,11 @@
-"""The trainer's weights brought to every replica of the engine, in the trainer's process.
+"""Sends the trainer's weights to every replica of the engine, from the trainer's process.
 
-For each new version: requests are paused and kept, the weights sent (`gymexp.engine.transfer`), the prefix
-cache dropped, requests resumed. A replica that went away, and is back, holds the weights it began with: the
-gateway keeps requests from it until `tend` has sent it the policy's own. Every request to a replica has a
-deadline; what fails names the replica and the phase. A replica that goes away during an update is left out of
-the rest of it, except where the others wait for it in NCCL, or copy from the trainer's memory.
+An update to a new version pauses the replicas, which keep their requests, sends the weights
+(`gymexp.engine.transfer`), drops the prefix caches, and resumes the replicas. A replica that went away and
+came back has the weights that it began with: the gateway keeps it on hold until `tend` has sent it the
+policy's weights. Every request to a replica has a deadline, and an error names the replica and the phase. A
+replica that goes away during an update is left out of the rest of the update. With nccl and ipc a replica
+that goes away during the transfer itself makes the update fail.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ log = logging.getLogger(__name__)
 
 
 class WeightSync:
-    """`update` makes the replicas sample with the weights of a version (optimizer steps done), `tend` brings
-    those back that went away.
+    """Keeps the replicas at the policy's weights: `update` sends a new version (counted in optimizer steps
+    done) to all, and `tend` sends the last version to replicas that went away and came back.
 
-    directory: for the weights of a replica that is back. sleeps: replicas share their GPUs with the trainer,
-    and give up their memory with `sleep` until the next update. first_version: of the weights that replicas
-    begin with; None: unknown.
+    directory: for a file of weights that `tend` writes. sleeps: whether the replicas share their GPUs with
+    the trainer, and free their GPU memory from `sleep` to the next update. first_version: of the weights that
+    the replicas begin with; None if it is unknown.
     """
 
     def __init__(
@@ -52,41 +53,47 @@ class WeightSync:
         self._directory = directory
         self._sleeps = sleeps
         self._asleep = False
-        self._version: int | None = None  # the last one sent; None: replicas hold what they began with
+        self._version: int | None = None  # the last one sent; None before the first update
         self._first_version = first_version
         for url in replicas.urls:
             admission.open(url, first_version)
 
     def update(self, version: int, specs: TensorSpecs, weights: NamedTensors) -> None:
-        """Raises ServiceError with replica and phase. Requests wait meanwhile and are not lost."""
+        """Sends the weights of `version` to all replicas that are not on hold. Requests wait during the
+        update and are not lost. specs: name, dtype and shape of each weight.
+
+        Raises ServiceError, which names the replica and the phase.
+        """
         began = time.monotonic()
-        there = self._replicas.only(self._there())
+        available = self._replicas.only(self._available_urls())
         try:
-            there.reach("/wake_up?tags=weights" if self._asleep else "/pause?mode=keep")
-            self._transfer.send(there, version, specs, weights)
-            there.reach("/reset_prefix_cache")
-            for url in there.urls:
+            available.reach("/wake_up?tags=weights" if self._asleep else "/pause?mode=keep")
+            self._transfer.send(available, version, specs, weights)
+            available.reach("/reset_prefix_cache")
+            for url in available.urls:
                 self._admission.updated(url, version)
         finally:
-            there.reach("/wake_up?tags=kv_cache" if self._asleep else "/resume")
-            self._leave_out(there.lost)
+            available.reach("/wake_up?tags=kv_cache" if self._asleep else "/resume")
+            self._put_on_hold(available.lost)
         self._asleep = False
         self._version = version
         log.info("weights of step %d sent in %.2f s", version, time.monotonic() - began)
 
     def sleep(self) -> None:
-        """Let the replicas free their GPU memory; `update` wakes them."""
+        """Makes replicas that share GPUs with the trainer free their GPU memory until the next `update`."""
         if self._sleeps:
-            there = self._replicas.only(self._there())
-            there.reach("/sleep?level=2")
-            self._leave_out(there.lost)
+            available = self._replicas.only(self._available_urls())
+            available.reach("/sleep?level=2")
+            self._put_on_hold(available.lost)
             self._asleep = True
 
     def tend(self, weights: Callable[[], NamedTensors]) -> None:
-        """Give replicas that are back the weights of the last update, and requests again."""
-        held = self._replicas.only(self._admission.on_hold())
-        ill = held.ill()
-        back = self._replicas.only([url for url in held.urls if url not in ill])
+        """Sends the weights of the last update to the replicas on hold that are healthy again, and takes them
+        off hold. weights: called to get the weights if there are such replicas.
+        """
+        on_hold = self._replicas.only(self._admission.on_hold())
+        ill = on_hold.ill()
+        back = self._replicas.only([url for url in on_hold.urls if url not in ill])
         if not back.urls:
             return
         if self._version is not None:
@@ -94,25 +101,26 @@ class WeightSync:
             write_weights(self._directory, weights(), self._version)
             reload_weights(back, self._directory)
             back.reach("/reset_prefix_cache")
-            back.reach("/resume")  # one that only its connection failed may still be paused
+            back.reach("/resume")  # a replica that lost only its connection may still be paused
             shutil.rmtree(self._directory)
         for url in back.urls:
             log.info("the engine at %s is back, with the weights of step %s", url, self._version or 0)
-            known = self._first_version if self._version is None else self._version
-            self._admission.open(url, known)
+            version = self._first_version if self._version is None else self._version
+            self._admission.open(url, version)
 
     def close(self) -> None:
         self._transfer.close()
         shutil.rmtree(self._directory, ignore_errors=True)
 
-    def _there(self) -> list[str]:
-        held = self._admission.on_hold()
-        away = {url: reason for url, reason in self._replicas.ill().items() if url not in held}
-        self._leave_out(away)
-        return [url for url in self._replicas.urls if url not in held and url not in away]
+    def _available_urls(self) -> list[str]:
+        """Returns the urls of the healthy replicas that are not on hold. Puts those that are ill on hold."""
+        on_hold = self._admission.on_hold()
+        ill = {url: reason for url, reason in self._replicas.ill().items() if url not in on_hold}
+        self._put_on_hold(ill)
+        return [url for url in self._replicas.urls if url not in on_hold and url not in ill]
 
-    def _leave_out(self, away: dict[str, str]) -> None:
-        """No requests for them until `tend` finds them back. away: why, by url."""
-        for url, reason in away.items():
+    def _put_on_hold(self, reasons: dict[str, str]) -> None:
+        """Puts replicas on hold until `tend` finds them healthy again. reasons: why each is away, by url."""
+        for url, reason in reasons.items():
             log.warning("the engine at %s is away: %s", url, reason)
             self._admission.hold(url)

@@ -1,4 +1,4 @@
-"""OpenAI's chat completions as JSON objects: what a request asks for, and what an answer looks like."""
+"""OpenAI's chat completions as JSON objects: reads a request's fields, and builds the response."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from gymexp.rollout.generation import Generation
 if TYPE_CHECKING:
     from gymexp.gateway.reply import Reply
 
-# Fields of a chat request that change what is sampled and that no engine is given. Other than neutral, they
-# are refused: a sampling distribution that silently differs from the asked one is worse than an error.
+# Fields of a chat request that would change the sampling, but that the gateway does not pass to an engine. A
+# value other than a neutral one is refused: an error is better than sampling silently from another
+# distribution than the request wants.
 NEUTRAL_FIELDS: dict[str, tuple[Any, ...]] = {
     "n": (1,),
     "stream": (False,),
@@ -28,11 +29,11 @@ NEUTRAL_FIELDS: dict[str, tuple[Any, ...]] = {
 
 
 class BadRequest(ValueError):
-    """The request breaks a rule of this endpoint; answered with 400 and this text."""
+    """The request breaks a rule of this endpoint. The gateway answers 400 with this message."""
 
 
 def read_object(data: bytes) -> dict[str, Any]:
-    """A request's body. Raises BadRequest unless it is a JSON object."""
+    """Returns the JSON object in a request's body. Raises BadRequest if the body is anything else."""
     try:
         body = orjson.loads(data)
     except orjson.JSONDecodeError as error:
@@ -43,7 +44,9 @@ def read_object(data: bytes) -> dict[str, Any]:
 
 
 def read_stop(body: dict[str, Any]) -> list[str]:
-    """The texts that end a generation. Raises BadRequest."""
+    """Returns the stop strings, each of which ends the generation. Raises BadRequest if `stop` has another
+    type.
+    """
     stop = body.get("stop") or []
     stop = [stop] if isinstance(stop, str) else stop
     if not isinstance(stop, list) or not all(isinstance(text, str) and text for text in stop):
@@ -52,7 +55,9 @@ def read_stop(body: dict[str, Any]) -> list[str]:
 
 
 def read_play(body: dict[str, Any]) -> str | None:
-    """Which playing of which rollout asks, as gymexp's client says it; None from any other client."""
+    """Returns the name of the attempt at a rollout that the request belongs to; None if the client is not
+    gymexp, which alone sends `play`. Raises BadRequest if `play` is not a string.
+    """
     play = body.get("play")
     if play is not None and not isinstance(play, str):
         raise BadRequest(f"play must be a text, got {play!r}")
@@ -60,7 +65,7 @@ def read_play(body: dict[str, Any]) -> str | None:
 
 
 def read_number(body: dict[str, Any], name: str, default: float) -> float:
-    """A number >= 0. Raises BadRequest."""
+    """Returns the number in field `name`; `default` if it is absent. Raises BadRequest if it is < 0."""
     value = default if body.get(name) is None else body[name]
     if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
         raise BadRequest(f"{name} must be a number >= 0, got {value!r}")
@@ -68,7 +73,9 @@ def read_number(body: dict[str, Any], name: str, default: float) -> float:
 
 
 def read_top_k(body: dict[str, Any]) -> int:
-    """An integer; 0 and -1 stand for all tokens. Raises BadRequest."""
+    """Returns `top_k`, where 0 and -1 stand for all tokens. Raises BadRequest unless it is an integer
+    >= -1.
+    """
     value = body["top_k"]
     if type(value) is not int or value < -1:
         raise BadRequest(f"top_k must be an integer >= 1, or 0 or -1 for all tokens, got {value!r}")
@@ -76,23 +83,25 @@ def read_top_k(body: dict[str, Any]) -> int:
 
 
 def check_neutral(body: dict[str, Any]) -> None:
-    """Raises BadRequest for a field that no engine is given and that asks for something."""
+    """Raises BadRequest if a field of NEUTRAL_FIELDS has a value that would change the sampling."""
     for name, allowed in NEUTRAL_FIELDS.items():
         if (value := body.get(name)) is not None and value not in allowed:
-            raise BadRequest(f"{name} must be {' or '.join(map(repr, allowed))} here, got {value!r}")
+            raise BadRequest(
+                f"{name} must be {' or '.join(map(repr, allowed))} for this gateway, got {value!r}"
+            )
 
 
 def sampling_params(body: dict[str, Any], prompt_length: int, max_model_len: int | None) -> dict[str, Any]:
-    """What the engine is told: OpenAI's defaults where the request says nothing, max_tokens clipped to what
-    fits.
+    """Returns the engine's sampling parameters. A field that the request leaves out gets OpenAI's default,
+    and max_tokens is clipped to the room behind the prompt. Raises BadRequest if a field breaks a rule.
     """
     params = {
         "temperature": read_number(body, "temperature", 1.0),
         "top_p": read_number(body, "top_p", 1.0),
         "max_tokens": room(body, prompt_length, max_model_len),
-        "logprobs": 0,  # of the sampled token alone
+        "logprobs": 0,  # only the sampled token's
     }
-    # What vLLM has beyond OpenAI's parameters; an evaluation may ask for it.
+    # Parameters of vLLM's that OpenAI's API does not have; an evaluation may set them.
     if body.get("top_k") is not None:
         params["top_k"] = read_top_k(body)
     for name in ("min_p", "repetition_penalty"):
@@ -108,34 +117,37 @@ def sampling_params(body: dict[str, Any], prompt_length: int, max_model_len: int
 
 
 def room(body: dict[str, Any], prompt_length: int, max_model_len: int | None) -> int:
-    """How many tokens may be generated: what was asked for, or as much of it as fits behind the prompt."""
-    asked = body.get("max_completion_tokens")
-    asked = body.get("max_tokens") if asked is None else asked
-    # These texts must not say "max_tokens": NeMo Gym takes a 400 with that word, or with "context length",
-    # for a prompt that is too long, and ends the rollout with an empty message that has no token ids.
-    if asked is not None and (type(asked) is not int or asked < 1):
-        raise BadRequest(f"max_completion_tokens must be an integer >= 1, got {asked!r}")
+    """Returns how many tokens may be generated: the requested number, or as many as fit behind the prompt.
+
+    Raises BadRequest if the request sets no valid number, or if the prompt leaves no room for a token.
+    """
+    requested = body.get("max_completion_tokens")
+    requested = body.get("max_tokens") if requested is None else requested
+    # The first two messages must not contain "max_tokens" or "context length". NeMo Gym reads a 400 with one
+    # of these as a prompt that is too long, and ends the rollout with an empty message without token ids.
+    if requested is not None and (type(requested) is not int or requested < 1):
+        raise BadRequest(f"max_completion_tokens must be an integer >= 1, got {requested!r}")
     if max_model_len is None:
-        if asked is None:
+        if requested is None:
             raise BadRequest(
                 "max_completion_tokens must be given, as the gateway was started without --max-model-len"
             )
-        return asked
+        return requested
     if prompt_length >= max_model_len:
         raise BadRequest(
             f"the prompt must leave room for a reply: it has {prompt_length} tokens, "
             f"and the maximum context length is {max_model_len} tokens"
         )
-    return min(asked or max_model_len, max_model_len - prompt_length)
+    return min(requested or max_model_len, max_model_len - prompt_length)
 
 
 def completion(
     model: str, prompt_ids: list[int], generation: Generation, reply: Reply, token_texts: list[str] | None
 ) -> dict[str, Any]:
-    """The answer. Its message carries the ids and log-probabilities, which NeMo Gym sends back on the next
-    turn.
+    """Returns the response to a chat request. Its message carries the ids and log-probabilities, which NeMo
+    Gym sends back on the next turn.
 
-    token_texts: given if the request wants OpenAI's own `logprobs` as well.
+    token_texts: the text of each generated token if the request wants OpenAI's own `logprobs` too, else None.
     """
     message: dict[str, Any] = {
         "role": "assistant",

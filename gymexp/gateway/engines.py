@@ -1,4 +1,5 @@
-"""Client of the token engines: ids in, ids and log-probabilities out, spread over replicas.
+"""The gateway's client of the engines: sends token ids, gets token ids and log-probabilities, and spreads the
+requests over replicas.
 
 The protocol is vLLM's `POST /inference/v1/generate` (from 0.30 behind --enable-scale-out) and `GET /health`.
 """
@@ -23,37 +24,45 @@ log = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT_S = 10.0
 HEALTH_TIMEOUT_S = 5.0
-# uvicorn, in front of vLLM, closes idle connections after 5 s; a request sent at that moment would fail.
+# uvicorn, which serves vLLM, closes idle connections after 5 s. A request sent at that moment would fail, so
+# the gateway closes idle connections first.
 KEEPALIVE_S = 3.0
 REMEMBERED_TURNS = 65536
 
 
 class EngineLost(EngineError):
-    """The engine went away under a request, of which nothing was kept: another one may take it."""
+    """The engine went away during a request. No part of its generation is kept, so another engine may take
+    the request.
+    """
 
 
 class EngineReplaced(EngineLost):
-    """The engine was started anew under the request, which waited in its socket: other weights answered."""
+    """The engine was restarted while the request waited in its socket, so the answer comes from other
+    weights.
+    """
 
 
 class EngineRefusal(Exception):
-    """An engine calls the request itself wrong (HTTP 400 or 422)."""
+    """An engine rejects the request itself as wrong (HTTP 400 or 422)."""
 
 
 class Engines:
-    """Replicas of one policy. A rollout's first turn goes to the least busy one, its later turns to the same.
+    """Replicas of one policy. A rollout's first turn goes to the least busy replica, its later turns to the
+    same replica, whose cache has their prefix.
 
-    Later turns find the prefix in that replica's cache; correctness does not depend on it, so what remembers
-    the way is bounded, and is this process's own.
+    Correctness does not depend on that cache. So the map from turns to replicas is bounded, and is lost with
+    this process.
     """
 
     def __init__(self, urls: tuple[str, ...], timeout_s: float, hold: bool = False):
-        """timeout_s: for one generation, the wait for an engine included. hold: every engine is given
-        requests only after `open`, and no more once it went away: it may come back with other weights."""
+        """timeout_s: for one generation, including the wait for an engine. hold: whether an engine starts on
+        hold and gets requests only after `open`, and is put on hold again when it goes away, as it may come
+        back with other weights.
+        """
         self.in_flight = dict.fromkeys((url.rstrip("/") for url in urls), 0)
         self.on_hold = set(self.in_flight) if hold else set[str]()
-        self._versions: dict[str, int] = {}  # of the weights that each engine was sent last
-        self._holds = Counter[str]()  # how often each engine was held
+        self._versions: dict[str, int] = {}  # of the weights last sent to each engine
+        self._holds = Counter[str]()  # how often each engine was put on hold
         self._hold = hold
         self._opened = asyncio.Event()
         self._timeout_s = timeout_s
@@ -61,25 +70,31 @@ class Engines:
         self._session: aiohttp.ClientSession | None = None
 
     def open(self, url: str, weights_version: int | None) -> None:
-        """Give it requests. weights_version: of what it samples with, where that is known."""
+        """Takes the engine off hold, so that it gets requests. weights_version: of the weights that it
+        samples with; None if unknown.
+        """
         self.on_hold.discard(url)
         self.sent_weights(url, weights_version)
         self._opened.set()
         self._opened = asyncio.Event()
 
     def sent_weights(self, url: str, version: int | None) -> None:
-        """It samples with weights of that version from now on, unless it went away meanwhile."""
+        """Records that the engine samples with weights of `version` from now on, unless it is on hold. Does
+        nothing if `version` is None, which stands for an unknown version.
+        """
         if url not in self.on_hold and version is not None:
             self._versions[url] = version
 
     def hold(self, url: str) -> None:
-        """Give it no more requests."""
+        """Puts the engine on hold: it gets no more requests until `open`."""
         self._versions.pop(url, None)
         self._holds[url] += 1
         self.on_hold.add(url)
 
     async def connect(self, app: web.Application) -> AsyncIterator[None]:
-        """For `app.cleanup_ctx`: the connections live as long as the app."""
+        """Opens the HTTP session before the app starts, and closes it when the app ends (for
+        `app.cleanup_ctx`).
+        """
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S)
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S)
         key = header_of(ENGINE)
@@ -89,11 +104,13 @@ class Engines:
     async def generate(
         self, prompt_ids: list[int], sampling_params: dict[str, Any], continues: int
     ) -> Generation:
-        """continues: how many of prompt_ids are the previous turn's prompt and generation, 0 in a first turn.
+        """Returns an engine's generation for the prompt.
 
-        Raises EngineError, EngineRefusal. Cancelling closes the connection, at which an engine drops the
-        request. With `hold`, an engine that goes away meanwhile costs only time: the same ids go to another
-        one, or to this one once it is open again.
+        continues: how many of prompt_ids are the previous turn's prompt and generation, 0 in a first turn.
+        Cancelling closes the connection, and the engine then drops the request. With `hold`, an engine that
+        goes away during the request costs only time: the same ids go to another engine, or to the same one
+        once it is open again. Raises EngineError if no engine answers in time or an answer is wrong,
+        EngineRefusal if the engine rejects the request.
         """
         payload = orjson.dumps({"token_ids": prompt_ids, "sampling_params": sampling_params})
         url = "(none was open)"
@@ -102,10 +119,10 @@ class Engines:
                 while True:
                     url = await self._pick(prompt_ids[:continues])
                     try:
-                        generation = await self._ask(url, payload)
+                        generation = await self._post_request(url, payload)
                         break
                     except EngineReplaced as error:
-                        log.warning("%s; it is asked again", error)
+                        log.warning("%s; the request is sent again", error)
                     except EngineLost as error:
                         if not self._hold:
                             raise
@@ -117,10 +134,13 @@ class Engines:
         self._remember(prompt_ids + generation.token_ids, url)
         return generation
 
-    async def _ask(self, url: str, payload: bytes) -> Generation:
+    async def _post_request(self, url: str, payload: bytes) -> Generation:
+        """Returns the generation of the engine at `url`. Raises EngineLost, EngineReplaced, EngineRefusal,
+        EngineError.
+        """
         assert self._session is not None, "connect first"
         headers = {"Content-Type": "application/json"}
-        first_version, holds = self._versions.get(url), self._holds[url]
+        first_version, num_holds = self._versions.get(url), self._holds[url]
         self.in_flight[url] += 1
         try:
             async with self._session.post(
@@ -131,14 +151,15 @@ class Engines:
             raise EngineLost(f"engine {url}: {type(error).__name__}: {error}") from error
         finally:
             self.in_flight[url] -= 1
-        if self._hold and self._holds[url] != holds:
-            raise EngineReplaced(f"engine {url} was started anew under a request")
+        if self._hold and self._holds[url] != num_holds:
+            raise EngineReplaced(f"engine {url} was restarted during a request")
         if status in (400, 422):
             raise EngineRefusal(f"engine {url} refuses the request: {start_of(body)}")
         if status != 200:
-            ill = self._hold and await self._check(url)  # vLLM answers 500 while it goes down
-            kind = EngineLost if ill else EngineError
-            raise kind(f"engine {url} answered {status}: {start_of(body)}")
+            # vLLM answers 500 while it shuts down; then its health check fails too.
+            is_lost = self._hold and await self._check_health(url)
+            error_type = EngineLost if is_lost else EngineError
+            raise error_type(f"engine {url} answered {status}: {start_of(body)}")
         try:
             generation = read_answer(body)
         except EngineError as error:
@@ -149,11 +170,12 @@ class Engines:
         return replace(generation, weights_versions=(first_version, last_version))
 
     async def ill(self) -> dict[str, str]:
-        """The engines that do not answer their health check, with what they did instead."""
-        answers = await asyncio.gather(*map(self._check, self.in_flight))
+        """Returns the engines that fail their health check, each with the status or error that it gave."""
+        answers = await asyncio.gather(*map(self._check_health, self.in_flight))
         return {url: answer for url, answer in zip(self.in_flight, answers, strict=True) if answer}
 
-    async def _check(self, url: str) -> str:
+    async def _check_health(self, url: str) -> str:
+        """Returns "" if the engine answers its health check with 200, else the status or the error."""
         assert self._session is not None, "connect first"
         timeout = aiohttp.ClientTimeout(total=HEALTH_TIMEOUT_S)
         try:
@@ -163,6 +185,9 @@ class Engines:
             return f"{type(error).__name__}: {error}"
 
     async def _pick(self, previous_ids: list[int]) -> str:
+        """Returns the engine for a request, once one is open: the one that sampled previous_ids, else the
+        least busy one.
+        """
         while not (urls := [url for url in self.in_flight if url not in self.on_hold]):
             await self._opened.wait()
         if len(self.in_flight) > 1 and previous_ids:

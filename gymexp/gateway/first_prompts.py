@@ -1,9 +1,9 @@
-"""How long the prompts are that rollouts begin with, counted at the start, in a process without torch:
+"""Counts the tokens of each task's first prompt before a run starts, in a process without torch:
 
     python -m gymexp.gateway.first_prompts DIRECTORY REQUESTS
 
-REQUESTS is what `gymexp.data.first_requests` made. Prints {key: the prompt's tokens, or why the gateway
-refuses the request}.
+DIRECTORY is the model's, REQUESTS is the file that `gymexp.data.first_requests` made. The last line of the
+output is a JSON object: {task's key: number of tokens, or the gateway's reason for refusing the request}.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from gymexp.policy.snapshot import directory_of
 from gymexp.processes.module_call import call_module_once
 
 _DEADLINE_S = 3600.0
-_MOST_PROBLEMS = 20
-_MANY = 2000  # requests, above which several processes count
-# What decides a count besides the tokenizer and the requests.
+_MAX_LISTED = 20  # problems in an error message
+_MIN_FOR_POOL = 2000  # requests; for fewer, one process counts all
+# The files of gymexp that decide a count. The tokenizer and the requests decide it too.
 _CODE = (
     *(f"gateway/{name}.py" for name in ("first_prompts", "server", "chat", "history", "reply")),
     "rollout/tokens.py",
@@ -39,34 +39,41 @@ _CODE = (
 
 
 def check(model: ModelConfig, prepared: Prepared, cache: Path) -> None:
-    """Raises DataError, with line and key, for tasks whose first prompt leaves no room in the context, or
-    whose request the gateway refuses. An environment's servers may add to a prompt later on."""
-    assert prepared.requests is not None, "tasks of a run that goes on were checked when it began"
+    """Raises DataError if the first prompt of a task leaves no room for a reply in the context, or if the
+    gateway refuses its request. The message names the task's line and key.
+
+    The environment's servers may add to the prompt later, which this check cannot see.
+    """
+    assert prepared.requests is not None, "the tasks of a resumed run were checked when the run began"
     counts = _counts(directory_of(model), prepared.requests, cache)
     tasks = itertools.chain(prepared.train, *prepared.validation.values())
-    wrong: dict[str, str] = {}
+    problems: dict[str, str] = {}
     for key in (task.key for task in tasks):
-        if not isinstance(found := counts[key], int):
-            wrong[key] = found
-        elif found >= model.max_model_len:
-            wrong[key] = f"its prompt has {found} tokens, model.max_model_len is {model.max_model_len}"
-    if not wrong:
+        if not isinstance(result := counts[key], int):
+            problems[key] = result
+        elif result >= model.max_model_len:
+            problems[key] = f"its prompt has {result} tokens, model.max_model_len is {model.max_model_len}"
+    if not problems:
         return
-    places = {line["key"]: line["at"] for line in _lines(prepared.requests) if line.get("key") in wrong}
-    listed = [f"{places[key]} ({key}): {why}" for key, why in itertools.islice(wrong.items(), _MOST_PROBLEMS)]
-    if hidden := len(wrong) - len(listed):
+    places = {line["key"]: line["at"] for line in _lines(prepared.requests) if line.get("key") in problems}
+    first = itertools.islice(problems.items(), _MAX_LISTED)
+    listed = [f"{places[key]} ({key}): {problem}" for key, problem in first]
+    if hidden := len(problems) - len(listed):
         listed.append(f"and {hidden} more")
     raise DataError(
-        f"the prompts of {len(wrong)} tasks cannot be answered: each must be one that the policy's chat "
+        f"the prompts of {len(problems)} tasks cannot be answered: each must be one that the policy's chat "
         "template takes, and must leave room for a reply in model.max_model_len. Raise model.max_model_len, "
         "or leave out these rows:\n" + "\n".join(listed)
     )
 
 
 def _counts(directory: Path, requests: Path, cache: Path) -> dict[str, int | str]:
-    kept = cache / "prompts" / f"{digest(directory, _CODE, sha256_of(requests))}.json"
+    """Returns {task's key: token count or refusal}, from the cache or computed by `count` in another
+    process.
+    """
+    answer_file = cache / "prompts" / f"{digest(directory, _CODE, sha256_of(requests))}.json"
     arguments = ["gymexp.gateway.first_prompts", directory, requests]
-    return call_module_once(arguments, f"counting the tokens of {requests}", _DEADLINE_S, kept)
+    return call_module_once(arguments, f"counting the tokens of {requests}", _DEADLINE_S, answer_file)
 
 
 def _lines(requests: Path) -> Iterator[dict[str, Any]]:
@@ -75,34 +82,42 @@ def _lines(requests: Path) -> Iterator[dict[str, Any]]:
 
 
 def count(directory: Path, requests: Path) -> dict[str, int | str]:
-    """See above. Imports transformers, without torch where that is not there yet."""
+    """Returns {task's key: the tokens of its first prompt, or the gateway's reason for refusing the request}.
+
+    directory: the model's. requests: the file that `gymexp.data.first_requests` made. Imports transformers,
+    and keeps it from importing torch unless torch is imported already.
+    """
     from gymexp.gateway.server import Gateway, GatewayConfig, load_tokenizer
 
     gateway = Gateway(GatewayConfig(engine_urls=()), load_tokenizer(directory))
     lines = list(_lines(requests))
     tools = [line["tools"] for line in lines if "tools" in line]
-    asked = [line for line in lines if "key" in line]
-    keys = [line["key"] for line in asked]
-    one = partial(_count_one, gateway, tools)
-    if len(asked) < _MANY:
-        return dict(zip(keys, map(one, asked), strict=True))
-    global _in_child
-    _in_child = one  # a fork has it; a tokenizer would have to be pickled otherwise
+    tasks = [line for line in lines if "key" in line]
+    keys = [line["key"] for line in tasks]
+    count_task = partial(_count_task, gateway, tools)
+    if len(tasks) < _MIN_FOR_POOL:
+        return dict(zip(keys, map(count_task, tasks), strict=True))
+    global _inherited
+    _inherited = count_task  # forked workers inherit it, so that the tokenizer need not be pickled
     with multiprocessing.get_context("fork").Pool() as pool:
-        return dict(zip(keys, pool.map(_count_in_child, asked, chunksize=100), strict=True))
+        return dict(zip(keys, pool.map(_count_in_worker, tasks, chunksize=100), strict=True))
 
 
-_in_child: Any = None
+_inherited: Any = None
 
 
-def _count_in_child(line: dict[str, Any]) -> int | str:
-    return _in_child(line)
+def _count_in_worker(task: dict[str, Any]) -> int | str:
+    return _inherited(task)
 
 
-def _count_one(gateway: Any, tools: list[Any], line: dict[str, Any]) -> int | str:
+def _count_task(gateway: Any, tools: list[Any], task: dict[str, Any]) -> int | str:
+    """Returns the number of tokens of the task's first prompt, or the gateway's reason for refusing it.
+
+    tools: lists of tools; the request names one of them by its index.
+    """
     from gymexp.gateway.chat import BadRequest
 
-    request = line["request"]
+    request = task["request"]
     if "tools" in request:
         request = request | {"tools": tools[request["tools"]]}
     try:

@@ -1,9 +1,9 @@
-"""The history that an agent sends is the one that its earlier turns were sampled from, or the request fails.
+"""Checks that the history in an agent's request is the one that its earlier turns were sampled from.
 
-`tokens.splice` continues the ids of the last sampled message and looks at nothing before it. An agent that
-rewrites what stands there (compaction, dropped turns or reasoning, an edited tool result, another system
-prompt, other tools) would get the old history in its prompt, and the policy would be trained on a
-conversation that the agent never had.
+`tokens.splice` continues the ids of the last sampled message and does not look at the messages before it. If
+an agent rewrites those (compaction, dropped turns or reasoning, an edited tool result, another system prompt,
+other tools), its prompt would still have the old history, and the policy would be trained on a conversation
+that the agent never had. So the gateway refuses such a request.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _THOUGHT = re.compile(r"<think>(.*?)</think>", re.DOTALL)
 
 @dataclass(frozen=True)
 class Conversation:
-    """What a request says of its prompt, in OpenAI's terms."""
+    """The fields of a chat request that decide its prompt, in OpenAI's terms."""
 
     messages: Sequence[Message]
     tools: list[dict[str, Any]] | None = None
@@ -39,16 +39,20 @@ class Conversation:
     add_generation_prompt: bool = True
 
     def until(self, end: int) -> Conversation:
-        """The same with the first `end` messages alone."""
+        """Returns this conversation cut to its first `end` messages."""
         rest = self.tools, self.template_kwargs, self.add_generation_prompt
         return Conversation(self.messages[:end], *rest)
 
     def key(self) -> bytes:
+        """Returns a digest of all fields: conversations with the same JSON text have the same key."""
         parts = self.messages, self.tools, self.template_kwargs, self.add_generation_prompt
         return _digest(orjson.dumps(parts))
 
     def prompt_ids(self, tokenizer: Any) -> list[int]:
-        """Raises ValueError, TokenMismatch as `render` and `splice` do."""
+        """Returns the ids of the prompt: spliced if a message carries sampled ids, else of the rendered text.
+
+        Raises ValueError and TokenMismatch as `render` and `splice` do.
+        """
         messages, tools, template_kwargs = self.messages, self.tools, self.template_kwargs
         if any(map(is_sampled, messages)):
             return splice(tokenizer, messages, tools, template_kwargs)
@@ -57,48 +61,54 @@ class Conversation:
 
 
 class History:
-    """Compares conversations with what was answered before. What it remembers is bounded.
+    """Compares conversations with the turns that the gateway answered before. It remembers `capacity` turns.
 
-    A turn that is remembered costs a hash. Of one that is not (the gateway was restarted, or its messages are
-    written in another way, such as other white space in their JSON), the prompt is built again and compared
-    with the ids that the message carries. So nothing depends on the memory but the comparison of the sampled
-    message's own text, which is left out without it, and the two merged messages that `_base` describes.
+    To verify a remembered turn costs a hash. For any other turn (the gateway was restarted, or the messages
+    are written in another way, such as other white space in their JSON), the prompt is built again and
+    compared with the ids that the message carries. So only two checks depend on the memory. The sampled
+    message's own text is not compared without it. Two messages that NeMo Gym merged
+    (`_without_last_assistants`) pass only with it.
     """
 
-    def __init__(self, tokenizer: Any, remembered: int = REMEMBERED_TURNS) -> None:
+    def __init__(self, tokenizer: Any, capacity: int = REMEMBERED_TURNS) -> None:
         self._tokenizer = tokenizer
-        self._remembered = remembered
-        # By prompt: the conversation that was answered, and it without the assistant messages at its end.
+        self._capacity = capacity
+        # By prompt: keys of the answered conversation, and of the same without the assistant messages at its
+        # end.
         self._answered: OrderedDict[bytes, tuple[bytes, bytes]] = OrderedDict()
         self._replies: OrderedDict[bytes, tuple[bytes, ...]] = OrderedDict()  # by prompt and generation
 
     def remember(
         self, conversation: Conversation, prompt_ids: list[int], generation_ids: list[int], reply: Reply
     ) -> None:
+        """Remembers that `generation_ids`, parsed as `reply`, answered the conversation."""
         base = _without_last_assistants(conversation)
         self._put(self._answered, _ids_digest(prompt_ids), (conversation.key(), base.key()))
         if base == conversation:
-            said = _said(reply.reasoning, reply.content, reply.tool_calls)
-            self._put(self._replies, _ids_digest(prompt_ids, generation_ids), said)
+            digests = _reply_digests(reply.reasoning, reply.content, reply.tool_calls)
+            self._put(self._replies, _ids_digest(prompt_ids, generation_ids), digests)
 
     def verify(self, conversation: Conversation) -> None:
-        """Raises TokenMismatch unless every sampled message answers what stands before it, and says what was
-        sampled. The text must not quote the conversation: NeMo Gym takes a 400 with "context length" or
-        "max_tokens" in it for a prompt that is too long."""
+        """Raises TokenMismatch unless every sampled message was sampled from the messages before it, and has
+        the text that was sampled.
+
+        The error's message must not quote the conversation: NeMo Gym reads a 400 that contains "context
+        length" or "max_tokens" as a prompt that is too long.
+        """
         messages = conversation.messages
         for index in reversed([i for i, message in enumerate(messages) if is_sampled(message)]):
             prompt_ids = messages[index].get("prompt_token_ids")
             if not prompt_ids:
-                return  # `splice` says so
+                return  # `splice` raises for this message
             self._verify_reply(messages, index)
             before = conversation.until(index)
             if before.key() in self._answered.get(_ids_digest(prompt_ids), ()):
-                return  # what stands before it was verified then
+                return  # the earlier messages were verified when this turn was answered
             try:
-                same = before.prompt_ids(self._tokenizer) == prompt_ids
+                is_same = before.prompt_ids(self._tokenizer) == prompt_ids
             except (ValueError, TokenMismatch):
-                same = False
-            if not same:
+                is_same = False
+            if not is_same:
                 raise TokenMismatch(
                     f"the history was rewritten: messages[{index}] was not sampled from the {index} messages "
                     "before it and these tools. An agent must send all earlier turns as they were, for the "
@@ -106,39 +116,46 @@ class History:
                 )
 
     def _verify_reply(self, messages: Sequence[Message], index: int) -> None:
+        """Raises TokenMismatch if the reply in messages[index] is remembered, and its text is another now."""
         message = messages[index]
         ids = message["prompt_token_ids"], message["generation_token_ids"]
-        if (known := self._replies.get(_ids_digest(*ids))) is None:
+        if (sampled := self._replies.get(_ids_digest(*ids))) is None:
             return
         reasoning = message.get("reasoning_content") or message.get("reasoning") or ""
-        said = _said(reasoning, content_text(message), message.get("tool_calls") or [])
-        for name, was, sent in zip(("reasoning", "content", "tool calls"), known, said, strict=True):
-            if was != sent:
+        sent = _reply_digests(reasoning, content_text(message), message.get("tool_calls") or [])
+        for name, before, now in zip(("reasoning", "content", "tool calls"), sampled, sent, strict=True):
+            if before != now:
                 raise TokenMismatch(
-                    f"the history was rewritten: the {name} of messages[{index}] must be what was sampled "
-                    "there, for the policy is trained on it"
+                    f"the history was rewritten: the {name} of messages[{index}] must be what was sampled, "
+                    "for the policy is trained on it"
                 )
 
     def _put(self, memory: OrderedDict[bytes, Any], key: bytes, value: Any) -> None:
         memory[key] = value
         memory.move_to_end(key)
-        if len(memory) > self._remembered:
+        if len(memory) > self._capacity:
             memory.popitem(last=False)
 
 
 def _without_last_assistants(conversation: Conversation) -> Conversation:
-    """NeMo Gym merges the assistant messages at a conversation's end with the one that is sampled next."""
+    """Returns the conversation up to its last message that is not the assistant's.
+
+    NeMo Gym merges the assistant messages at a conversation's end with the one that is sampled next, so the
+    merged message comes back as an answer to this shorter conversation.
+    """
     end = len(conversation.messages)
     while end and conversation.messages[end - 1].get("role") == "assistant":
         end -= 1
     return conversation.until(end)
 
 
-def _said(reasoning: str, content: str, calls: Sequence[dict[str, Any]]) -> tuple[bytes, ...]:
-    """Digests of reasoning, content and tool calls, the same on their way through NeMo Gym.
+def _reply_digests(reasoning: str, content: str, calls: Sequence[dict[str, Any]]) -> tuple[bytes, ...]:
+    """Returns digests of a reply's reasoning, content and tool calls, which stay the same when the reply
+    passes through NeMo Gym.
 
-    Its model server writes reasoning as <think> into the content, reads it from there again, keeps the first
-    thought alone, and joins texts anew; arguments are compared as objects.
+    NeMo Gym's model server writes the reasoning into the content as <think>, reads it from the content again,
+    keeps only the first thought, and joins the texts in another way. White space is left out, and the
+    arguments of calls are compared as objects.
     """
     rest = f"<think>{reasoning}</think>{content}" if reasoning else content
     thoughts: list[str] = []
@@ -148,9 +165,9 @@ def _said(reasoning: str, content: str, calls: Sequence[dict[str, Any]]) -> tupl
     first = next(filter(None, thoughts), "")
     functions = [call["function"] for call in calls]
     called = [(function["name"], as_object(function.get("arguments"))) for function in functions]
-    arguments = json.dumps(called, sort_keys=True)  # not orjson's: the policy writes integers of any size
-    spoken = ("".join(text.split()).encode() for text in (first, rest))
-    return *map(_digest, spoken), _digest(arguments.encode())
+    arguments = json.dumps(called, sort_keys=True)  # not orjson: the policy writes integers of any size
+    texts = ("".join(text.split()).encode() for text in (first, rest))
+    return *map(_digest, texts), _digest(arguments.encode())
 
 
 def _ids_digest(*parts: Sequence[int]) -> bytes:

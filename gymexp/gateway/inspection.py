@@ -1,8 +1,9 @@
-"""What a model's tokenizer is good for, looked at before anything starts, in a process without torch:
+"""Inspects a model's tokenizer before a run starts, in a process without torch:
 
     python -m gymexp.gateway.inspection DIRECTORY
 
-prints {"problem": what makes it useless, or "", "reads_calls": whether tool calls are read}.
+prints {"problem": why gymexp cannot use the tokenizer, or "", "reads_calls": whether gymexp can read the tool
+calls that its chat template writes}.
 """
 
 from __future__ import annotations
@@ -30,50 +31,59 @@ _CODE = ("gateway/reply.py", "rollout/tokens.py", "policy/model.py", "gateway/in
 
 def check(model: ModelConfig, prepared: Prepared, cache: Path) -> None:
     """Raises ConfigError if the tokenizer has no chat template or no end token, or if tasks have tools and
-    nothing reads the calls that its chat template writes. Under a second if it was looked at before."""
+    gymexp cannot read the tool calls that the chat template writes.
+
+    Takes under a second if the cache has the result of an earlier inspection.
+    """
     directory = directory_of(model)
     facts = _facts(directory, cache)
     if facts["problem"]:
         raise ConfigError(facts["problem"])
     if not facts["reads_calls"] and (envs := envs_with_tools(prepared)):
         raise ConfigError(
-            f"model.path={model.path}: nothing here reads the tool calls that its chat template writes, and "
+            f"model.path={model.path}: gymexp cannot read the tool calls that its chat template writes, and "
             f"the tasks of {', '.join(envs)} have tools: each rollout would end after one turn. Take a model "
-            "whose calls are read (Qwen, Llama 3, GLM-4.5, gpt-oss, Gemma 4, Nemotron 3, LFM2.5, or one that "
-            "writes calls as one of these), say how they are read in "
+            "whose calls gymexp reads (Qwen, Llama 3, GLM-4.5, gpt-oss, Gemma 4, Nemotron 3, LFM2.5, or one "
+            "that writes calls as one of these does), describe the format in "
             f"{directory / 'tokenizer_config.json'}, as response_template (transformers' documentation, "
             "response parsing), or leave these environments out of env=[…]"
         )
 
 
 def envs_with_tools(prepared: Prepared) -> list[str]:
-    """Environments of which some task offers the policy a tool."""
+    """Returns the names of the environments that have a task which offers the policy a tool."""
     tasks = itertools.chain(prepared.train, *prepared.validation.values())
-    asked = ((task.env, task.row.get("responses_create_params", {})) for task in tasks)
-    return list({env: None for env, p in asked if p.get("tools") and p.get("tool_choice") != "none"})
+    env_params = ((task.env, task.row.get("responses_create_params", {})) for task in tasks)
+    return list({env: None for env, p in env_params if p.get("tools") and p.get("tool_choice") != "none"})
 
 
 def _facts(directory: Path, cache: Path) -> dict[str, Any]:
-    """Of the tokenizer there."""
-    kept = cache / "tokenizers" / f"{digest(directory, _CODE)}.json"
-    task = f"model.path: looking at the tokenizer in {directory}"
-    return call_module_once(["gymexp.gateway.inspection", directory], task, _TIMEOUT_S, kept)
+    """Returns {"problem", "reads_calls"}, from the cache or by `inspect_tokenizer` in another process."""
+    answer_file = cache / "tokenizers" / f"{digest(directory, _CODE)}.json"
+    task = f"model.path: inspecting the tokenizer in {directory}"
+    return call_module_once(["gymexp.gateway.inspection", directory], task, _TIMEOUT_S, answer_file)
 
 
 def digest(directory: Path, code: Sequence[str], more: str = "") -> str:
-    """Of the tokenizer there, and of what reads it: packages, and files of gymexp."""
-    summed = hashlib.sha256(more.encode())
+    """Returns a digest that names a cached result. It covers the tokenizer's files in `directory`, the
+    versions of the packages that read them, the files of gymexp named in `code`, and `more`.
+    """
+    hasher = hashlib.sha256(more.encode())
     for package in ("transformers", "tokenizers", "trl"):
-        summed.update(f"{package} {importlib.metadata.version(package)}\n".encode())
+        hasher.update(f"{package} {importlib.metadata.version(package)}\n".encode())
     package = Path(gymexp.__file__).parent
     files = [path for pattern in _FILES for path in sorted(directory.glob(pattern)) if path.is_file()]
     for path in [*files, *(package / name for name in code)]:
-        summed.update(f"{path.name}\n".encode() + path.read_bytes())
-    return summed.hexdigest()[:24]
+        hasher.update(f"{path.name}\n".encode() + path.read_bytes())
+    return hasher.hexdigest()[:24]
 
 
-def look(directory: Path) -> dict[str, Any]:
-    """See above. Imports transformers, without torch where that is not there yet."""
+def inspect_tokenizer(directory: Path) -> dict[str, Any]:
+    """Returns {"problem": why gymexp cannot use the tokenizer, or "", "reads_calls": whether gymexp can read
+    the tool calls that its chat template writes}.
+
+    Imports transformers, and keeps it from importing torch unless torch is imported already.
+    """
     from gymexp.gateway.server import load_tokenizer
 
     try:
@@ -86,10 +96,10 @@ def look(directory: Path) -> dict[str, Any]:
         return {"problem": "", "reads_calls": ReplyParser(tokenizer).reads_calls}
     except (ValueError, KeyError, TypeError) as error:
         where = directory / "tokenizer_config.json"
-        said = f"{type(error).__name__}: {error}"
-        problem = f"model.path: the response_template in {where} must be one of transformers', but {said}"
+        reason = f"{type(error).__name__}: {error}"
+        problem = f"model.path: the response_template in {where} must be one of transformers', but {reason}"
         return {"problem": problem, "reads_calls": False}
 
 
 if __name__ == "__main__":
-    print("\n" + json.dumps(look(Path(sys.argv[1]))))
+    print("\n" + json.dumps(inspect_tokenizer(Path(sys.argv[1]))))

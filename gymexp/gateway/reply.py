@@ -1,9 +1,9 @@
-"""What a generation says to the environment: content, reasoning and tool calls, read from the sampled ids.
+"""Parses sampled ids into a reply for the environment: content, reasoning and tool calls.
 
-transformers' response templates do the parsing. A tokenizer may carry its own (`response_template` in
-tokenizer_config.json). For two widespread formats it is made here; TRL has more, for the chat templates that
-it knows, and for any other that writes calls as one of these does. Anything malformed is plain text: a policy
-in training writes every kind of nonsense, and none is an error.
+transformers' response templates do the parsing. A tokenizer may have its own (`response_template` in
+tokenizer_config.json). This module makes one for two widespread formats. TRL has more for the chat templates
+that it knows, which also fit any other chat template that writes calls as one of these does. A malformed
+reply is plain text and never an error, as a policy in training writes every kind of nonsense.
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ from transformers.utils.chat_parsing.response_templates import ResponseTemplate,
 
 from gymexp.rollout.tokens import render
 
-# The part of the prompt that may hold what a template writes ahead of the generation ("<think>\n").
+# How many tokens at the end of the prompt to search for text that the chat template wrote at the start of the
+# reply ("<think>\n").
 PREFIX_TOKENS = 64
 
 
-# What a chat template is asked to write, to see in which format it does. Some want an id of nine letters.
+# A tool and a call of it. A chat template renders them, and the text shows in which format it writes calls.
+# Some templates require an id of nine letters.
 _PROBE = {
     "type": "function",
     "function": {
@@ -49,7 +51,7 @@ _PROBE_CALL = {
 
 @dataclass(frozen=True)
 class Reply:
-    """tool_calls as OpenAI has them: id, type, function {name, arguments: JSON text}."""
+    """A parsed generation. tool_calls: as OpenAI's {id, type, function {name, arguments: JSON text}}."""
 
     content: str
     reasoning: str = ""
@@ -57,9 +59,9 @@ class Reply:
 
 
 class ReplyParser:
-    """Parses generations of one tokenizer. Without a known format every generation is plain text.
+    """Parses generations of one tokenizer. If no format is known for it, every generation is plain text.
 
-    reads_calls: whether there is a format for the calls that its chat template writes.
+    reads_calls: whether a format is known for the calls that the tokenizer's chat template writes.
     """
 
     def __init__(self, tokenizer: Any):
@@ -69,7 +71,7 @@ class ReplyParser:
         self._types_arguments = self.reads_calls = False
         if spec := find_response_template(tokenizer, [_PROBE]):
             self._with_calls = _load(spec)
-            # JSON arguments have types; those in XML tags are text until the tool's schema says more.
+            # JSON arguments have types. For arguments in XML tags, the tool's schema gives the types.
             self._types_arguments = spec["fields"].get("tool_calls", {}).get("content") != "json"
             self.reads_calls = "tool_calls" in spec["fields"]
         if spec := find_response_template(tokenizer, None):
@@ -84,11 +86,12 @@ class ReplyParser:
         parallel: bool = True,
         stop: list[str] | None = None,
     ) -> Reply:
-        """tools: those that may be called, none: no call is looked for. parallel=False: the first call alone.
+        """Returns the reply that the generation stands for.
 
-        Plain text where a call is malformed: no JSON, arguments that are no object, or a name that was not
-        offered (NeMo Gym uses the name as a URL path, so an invented one could reach another route of the
-        server).
+        tools: those that the policy may call; without tools the parser looks for no calls. parallel: False
+        keeps only the first call. The reply is plain text if a call is malformed: it is no JSON, its
+        arguments are no object, or its name is none of the tools (NeMo Gym uses the name as a URL path, so an
+        invented name could reach another route of the server).
         """
         plain = cut(self._tokenizer.decode(generation_ids, skip_special_tokens=True), stop)
         template = self._with_calls if tools else self._without_calls
@@ -105,11 +108,13 @@ class ReplyParser:
         reasoning = self._clean(message.get("reasoning_content") or message.get("thinking") or "")
         content = self._clean(message.get("content") or "")
         if not calls and not reasoning and content == plain.strip():
-            content = plain  # with its white space: nothing was taken out of it
+            content = plain  # with its white space, as no part of the text was taken out
         return Reply(content, reasoning, calls if parallel else calls[:1])
 
     def _prefix(self, template: ResponseTemplate, prompt_ids: list[int]) -> str:
-        """What the chat template wrote of this very message; "" where its start cannot be found."""
+        """Returns the text of this reply that the chat template wrote at the end of the prompt; "" if the
+        reply's start is not found in the prompt.
+        """
         text = self._tokenizer.decode(prompt_ids[-PREFIX_TOKENS:], skip_special_tokens=False)
         return template.truncate_past_last_anchor(text) if template.start_anchor_re.search(text) else ""
 
@@ -118,23 +123,28 @@ class ReplyParser:
 
 
 def cut(text: str, stop: list[str] | None) -> str:
-    """text up to the first of the stop strings; the sampled ids still hold what follows."""
+    """Returns the text before the first stop string. The sampled ids still have the rest."""
     return text[: min((at for at in map(text.find, stop or []) if at >= 0), default=len(text))]
 
 
 def find_response_template(tokenizer: Any, tools: list[dict[str, Any]] | None) -> dict[str, Any] | None:
-    """The response template for what the policy says where it is given `tools`, or none: of the tokenizer, or
-    for the chat template that transformers takes then (some have another one for tools)."""
+    """Returns the response template for the policy's replies, or None if no format is known: the tokenizer's
+    own one, else one that fits the chat template.
+
+    tools: as the policy gets them. They matter, as some tokenizers have another chat template for tools.
+    """
     if own := getattr(tokenizer, "response_template", None):
         return own
     chat_template = tokenizer.get_chat_template(tools=tools)
     known = known_response_template(chat_template)
     has_calls = bool(known and "tool_calls" in known["fields"])
-    return known if has_calls else _of_trl(tokenizer, chat_template, tools) or known
+    return known if has_calls else _find_trl_template(tokenizer, chat_template, tools) or known
 
 
 def known_response_template(chat_template: str | None) -> dict[str, Any] | None:
-    """A response template for the tool call format that this chat template writes, or None."""
+    """Returns a response template for the tool call format of this chat template, or None if it has neither
+    of the two formats that gymexp describes itself (ChatML with JSON calls, Llama 3).
+    """
     template = chat_template or ""
     content: dict[str, Any] = {"content": {"content": "text"}}
     if "<|im_start|>" in template:
@@ -164,31 +174,38 @@ def known_response_template(chat_template: str | None) -> dict[str, Any] | None:
     return None
 
 
-def _of_trl(tokenizer: Any, chat_template: str, tools: list[dict[str, Any]] | None) -> dict[str, Any] | None:
-    """TRL's response template for this chat template; else, with tools, the first of its formats in which a
-    call that the chat template writes is read as that call."""
-    from trl import chat_template_utils as known  # 2 s: not where it is not needed
+def _find_trl_template(
+    tokenizer: Any, chat_template: str, tools: list[dict[str, Any]] | None
+) -> dict[str, Any] | None:
+    """Returns TRL's response template for this chat template. If TRL does not know it and there are tools,
+    returns the first of TRL's formats that reads a call, as the chat template writes it, as the same call.
+    """
+    from trl import chat_template_utils  # imported only if needed, as it takes 2 s
 
+    holder: Any = SimpleNamespace(chat_template=chat_template)
     try:
-        return known.add_response_schema(SimpleNamespace(chat_template=chat_template)).response_template  # pyright: ignore
-    except ValueError:  # TRL does not know this very template
+        return chat_template_utils.add_response_schema(holder).response_template
+    except ValueError:  # TRL does not know this chat template
         if not tools or "tool_calls" not in chat_template:
             return None
-    said = [
+    conversation = [
         {"role": "user", "content": "x"},
         {"role": "assistant", "content": "", "tool_calls": [_PROBE_CALL]},
     ]
     try:
-        text = render(tokenizer, said, tools, add_generation_prompt=False)
+        text = render(tokenizer, conversation, tools, add_generation_prompt=False)
     except ValueError:
         return None
     formats = [
-        value for name, value in vars(known).items() if name.endswith("_template") and isinstance(value, dict)
+        value
+        for name, value in vars(chat_template_utils).items()
+        if name.endswith("_template") and isinstance(value, dict)
     ]
     return next((spec for spec in formats if _reads_probe(spec, text)), None)
 
 
 def _reads_probe(spec: dict[str, Any], text: str) -> bool:
+    """Returns whether the response template `spec` reads _PROBE_CALL from a chat template's text."""
     template = load_response_template(spec)
     if not template.start_anchor_re.search(text):
         return False
@@ -202,18 +219,18 @@ def _reads_probe(spec: dict[str, Any], text: str) -> bool:
 
 
 def _load(spec: dict[str, Any]) -> ResponseTemplate:
-    # As it stands, later content would replace earlier: the text ahead of a tool call would be lost.
+    # Without "repeats", later content would replace earlier content, and the text ahead of a call be lost.
     content = {**spec["fields"]["content"], "repeats": True, "join": "\n"}
     return load_response_template({**spec, "fields": {**spec["fields"], "content": content}})
 
 
 def _openai_call(call: dict[str, Any], tools: list[dict[str, Any]]) -> dict[str, Any]:
-    """Raises ValueError (or KeyError, TypeError) if the call is malformed."""
+    """Returns the call in OpenAI's format. Raises ValueError, KeyError or TypeError if it is malformed."""
     name, arguments = call["function"]["name"], call["function"]["arguments"]
     if name not in [tool["function"]["name"] for tool in tools]:
         raise ValueError(f"{name!r} is none of the offered tools")
     if not isinstance(arguments, dict):
         raise ValueError(f"arguments must be a JSON object, got {type(arguments).__name__}")
     text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
-    text.encode()  # half a surrogate pair passes JSON, and fails in whoever writes it out
+    text.encode()  # raises for half a surrogate pair, which JSON allows but no program can write as UTF-8
     return {"id": f"call_{uuid4().hex}", "type": "function", "function": {"name": name, "arguments": text}}

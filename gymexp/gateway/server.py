@@ -1,13 +1,13 @@
-"""The policy as an OpenAI-compatible endpoint, in front of engines that take and give token ids.
+"""Serves the policy as an OpenAI-compatible endpoint, in front of engines that take and return token ids.
 
     python -m gymexp.gateway.server --engine-url http://127.0.0.1:8001 --tokenizer PATH --port 8000
 
-Of the keys in its environment (`gymexp.processes.keys`), GYMEXP_RUN_KEY opens every path,
-GYMEXP_POLICY_KEY those that NeMo Gym asks, and GYMEXP_ENGINE_KEY is what the engines are told.
+The environment must have three keys (`gymexp.processes.keys`). GYMEXP_RUN_KEY opens every path,
+GYMEXP_POLICY_KEY opens the paths that NeMo Gym uses, and the gateway sends GYMEXP_ENGINE_KEY to the engines.
 
-Each reply carries `prompt_token_ids`, `generation_token_ids` and `generation_log_probs` on its message. NeMo
+The message of each reply carries `prompt_token_ids`, `generation_token_ids` and `generation_log_probs`. NeMo
 Gym sends them back on the next turn, whose prompt then continues exactly those ids (`tokens.splice`). An
-engine is anything with vLLM's `POST /inference/v1/generate` and `GET /health`.
+engine is any server with vLLM's `POST /inference/v1/generate` and `GET /health`.
 """
 
 from __future__ import annotations
@@ -46,16 +46,20 @@ CACHED_PROMPTS = 2048
 FOR_NEMO_GYM = ("/v1/chat/completions", "/v1/models", "/tokenize")
 REMEMBERED_PLAYS = 65536
 NO_CALLS = (
-    "tools must be left out: nothing here reads the calls that this policy's chat template writes. "
-    "Say how in its tokenizer_config.json, as response_template"
+    "tools must be left out: gymexp cannot read the calls that this policy's chat template writes. "
+    "Describe their format in its tokenizer_config.json, as response_template"
 )
 
 
 @dataclass(frozen=True)
 class GatewayConfig:
-    """max_model_len: prompt + generation, in tokens. engine_timeout_s: for one generation, the wait for an
-    engine included. hold: see `Engines`. stop_token_ids: what ends a generation; None: what the tokenizer and
-    its chat template say."""
+    """The gateway's options.
+
+    max_model_len: of prompt + generation, in tokens; None for no limit. engine_timeout_s: for one generation,
+    including the wait for an engine. hold: whether an engine gets requests only after `POST /engine` opens
+    it, and none after it goes away. stop_token_ids: ids that end a generation; None for those of the
+    tokenizer and its chat template.
+    """
 
     engine_urls: tuple[str, ...]
     model_name: str = "policy"
@@ -66,14 +70,15 @@ class GatewayConfig:
 
 
 class Gateway:
-    """The routes, and what they share: tokenizer, parser, engines, cached first-turn prompts, counts."""
+    """The gateway's routes, and their common state: tokenizer, parser, engines, cached first prompts,
+    counts.
+    """
 
     def __init__(self, config: GatewayConfig, tokenizer: Any):
         self.config = config
         self.tokenizer = tokenizer
-        from gymexp.gateway.reply import (
-            ReplyParser,  # imports transformers; load_tokenizer keeps torch out first
-        )
+        # Imported late: it imports transformers, which must come after `load_tokenizer` has kept torch out.
+        from gymexp.gateway.reply import ReplyParser
 
         self.history = History(tokenizer)
         self.parser = ReplyParser(tokenizer)
@@ -82,7 +87,7 @@ class Gateway:
         self.engines = Engines(config.engine_urls, config.engine_timeout_s, config.hold)
         self.prompts: OrderedDict[bytes, list[int]] = OrderedDict()
         self.seeds = CallSeeds()
-        self.versions: OrderedDict[str, tuple[int, int]] = OrderedDict()  # by play, oldest and newest
+        self.versions: OrderedDict[str, tuple[int, int]] = OrderedDict()  # by attempt: oldest and newest
         self.stats: dict[str, float] = dict.fromkeys(
             (
                 "requests",
@@ -97,6 +102,7 @@ class Gateway:
         )
 
     async def chat_completions(self, request: web.Request) -> web.Response:
+        """Answers a chat request, and counts it in `stats`."""
         started = time.perf_counter()
         self.stats["requests"] += 1
         self.stats["in_flight"] += 1
@@ -121,15 +127,18 @@ class Gateway:
         parallel = body.get("parallel_tool_calls") is not False
         reply = self.parser.parse(generation.token_ids, prompt_ids, tools, parallel, stop)
         self.history.remember(conversation, prompt_ids, generation.token_ids, reply)
-        # Who asks for ids in place of token texts (NeMo Gym) has them on the message; a second copy costs as
-        # much again.
+        # A client that wants ids in place of token texts (NeMo Gym) finds them on the message. A second copy
+        # would double the cost.
         wants_texts = body.get("logprobs") and not body.get("return_tokens_as_token_ids")
         texts = [self.tokenizer.decode([i]) for i in generation.token_ids] if wants_texts else None
         return chat.completion(self.config.model_name, prompt_ids, generation, reply, texts)
 
     def read(self, body: dict[str, Any]) -> tuple[list[str], Conversation, list[int], int]:
-        """(stop texts, conversation, its prompt's ids, how many of these are the turn before). Raises
-        BadRequest, TokenMismatch for what is answered with 400."""
+        """Returns (stop strings, conversation, the ids of its prompt, how many of these ids are the previous
+        turn's prompt and generation).
+
+        Raises BadRequest or TokenMismatch if the request must be answered with 400.
+        """
         chat.check_neutral(body)
         if body.get("tools") and body.get("tool_choice") != "none" and not self.parser.reads_calls:
             raise chat.BadRequest(NO_CALLS)
@@ -142,6 +151,7 @@ class Gateway:
     ) -> Generation:
         if (rollout_seed := sampling_params.get("seed")) is None:
             return await self.engines.generate(prompt_ids, sampling_params, continues)
+        # A rollout's seed alone would repeat the same draws in every turn: each call gets a seed of its own.
         play = chat.read_play(body)
         with self.seeds.take(play, rollout_seed, prompt_ids) as seed:
             generation = await self.engines.generate(prompt_ids, sampling_params | {"seed": seed}, continues)
@@ -153,7 +163,9 @@ class Gateway:
         return generation
 
     def prompt_ids(self, conversation: Conversation) -> tuple[list[int], int]:
-        """(ids, how many of them are the previous turn's prompt and generation; 0 in a first turn)."""
+        """Returns (ids of the prompt, how many of them are the previous turn's prompt and generation; 0 in a
+        first turn). Raises BadRequest, TokenMismatch.
+        """
         try:
             if (index := tokens.last_sampled(conversation.messages)) is not None:
                 self.history.verify(conversation)
@@ -173,6 +185,7 @@ class Gateway:
         return ids, 0
 
     async def tokenize(self, request: web.Request) -> web.Response:
+        """Answers vLLM's `/tokenize`: the ids of a `prompt`, or of a conversation's prompt."""
         body = chat.read_object(await request.read())
         if isinstance(prompt := body.get("prompt"), str):
             ids = self.tokenizer.encode(prompt, add_special_tokens=body.get("add_special_tokens", True))
@@ -195,7 +208,9 @@ class Gateway:
         return json_response(self.stats | engines)
 
     async def read_versions(self, request: web.Request) -> web.Response:
-        """{"plays": […]}: the oldest and the newest weights that sampled in each; null where nobody knows."""
+        """Takes {"plays": [names of attempts]}. Answers {"versions": […]}: for each attempt the oldest and
+        the newest version of the weights that sampled it, or null if they are unknown.
+        """
         plays = chat.read_object(await request.read()).get("plays")
         if not isinstance(plays, list) or not all(isinstance(play, str) for play in plays):
             raise chat.BadRequest("plays must be a list of texts")
@@ -222,7 +237,7 @@ class Gateway:
 
 
 def read_conversation(body: dict[str, Any]) -> Conversation:
-    """What is rendered of a chat request. Raises BadRequest."""
+    """Returns the fields of a chat request that decide its prompt. Raises BadRequest."""
     messages, with_prompt = body.get("messages"), body.get("add_generation_prompt", True)
     if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
         raise chat.BadRequest("messages must be a list of at least one object")
@@ -232,7 +247,9 @@ def read_conversation(body: dict[str, Any]) -> Conversation:
 
 
 def build_app(config: GatewayConfig, tokenizer: Any) -> web.Application:
-    """Serve with `handler_cancellation=True`: only then does a client that hangs up cancel its generation."""
+    """Returns the gateway's application. Serve it with `handler_cancellation=True`: only then does a client
+    that hangs up cancel its generation.
+    """
     gateway = Gateway(config, tokenizer)
     app = web.Application(middlewares=[answer_errors], client_max_size=MAX_BODY_BYTES)
     app.cleanup_ctx.append(gateway.engines.connect)
@@ -252,7 +269,9 @@ def build_app(config: GatewayConfig, tokenizer: Any) -> web.Application:
 
 @web.middleware
 async def answer_errors(request: web.Request, handler: Any) -> web.StreamResponse:
-    """Errors in OpenAI's shape; never 429, 502, 503 or 504, for NeMo Gym repeats those requests for ever."""
+    """Turns exceptions into errors of OpenAI's format. The status is never 429, 502, 503 or 504, as NeMo Gym
+    would repeat such a request for ever.
+    """
     try:
         return await handler(request)
     except (chat.BadRequest, EngineRefusal) as error:
@@ -265,24 +284,25 @@ async def answer_errors(request: web.Request, handler: Any) -> web.StreamRespons
 
 
 def json_response(value: Any, status: int = 200) -> web.Response:
-    """An answer by orjson, which is several times faster on lists of tokens."""
+    """Returns a JSON response, written by orjson, which is several times faster on lists of tokens."""
     return web.Response(body=orjson.dumps(value), status=status, content_type="application/json")
 
 
 def error_response(status: int, kind: str, message: str) -> web.Response:
-    """An error in the form of OpenAI's API."""
+    """Returns an error response in the format of OpenAI's API."""
     return json_response({"error": {"message": message, "type": kind, "code": status}}, status)
 
 
 def load_tokenizer(directory: str | os.PathLike[str]) -> Any:
-    """The tokenizer, without torch: importing it takes 3 s and 300 MB, and this process has no use for it.
+    """Loads the tokenizer without torch, which takes 3 s and 300 MB to import and which this process does not
+    need. Does not affect torch if it is imported already.
 
-    Raises ConfigError as `model.load_tokenizer` does.
+    Raises ConfigError if the tokenizer lacks what gymexp needs (`model.check_tokenizer`).
     """
     if "torch" not in sys.modules:
-        sys.modules["torch"] = None  # type: ignore[assignment]  # what `import torch` then finds: ImportError
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that torch is missing
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one text at a time: threads only cost
+        sys.modules["torch"] = None  # type: ignore[assignment]  # makes `import torch` raise ImportError
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would warn that torch is missing
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # with one text at a time threads only cost
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(directory)

@@ -1,6 +1,8 @@
-"""A module of gymexp run in a process of its own, for its answer: JSON, in the last line that it prints.
+"""Runs a module of gymexp in a process of its own, and reads its answer: JSON, in the last line that it
+prints.
 
-The commands call the modules that import transformers or TRL in this way, and stay without these libraries.
+The commands call the modules that import transformers or TRL in this way, and so need not import these
+libraries.
 """
 
 from __future__ import annotations
@@ -22,12 +24,12 @@ _LAST_CHARACTERS = 2000  # of stderr, for an error without an exception
 
 
 def call_module(arguments: Sequence[str | Path], task: str, timeout_s: float, stdin: Any = None) -> Any:
-    """The answer of `python -m <arguments>`. stdin: a value that the module reads as JSON.
+    """Returns the answer of `python -m <arguments>`. stdin: a value that the module reads as JSON.
 
     Raises ConfigError, whose message begins with `task`, if the module fails or takes longer than timeout_s.
     """
     try:
-        done = subprocess.run(
+        process = subprocess.run(
             [sys.executable, "-m", *arguments],
             input=json.dumps(stdin),
             capture_output=True,
@@ -38,17 +40,18 @@ def call_module(arguments: Sequence[str | Path], task: str, timeout_s: float, st
         )
     except subprocess.TimeoutExpired:
         raise ConfigError(f"{task} took more than {timeout_s:.0f} s") from None
-    if done.returncode:
-        reason = last_exception(done.stderr) or done.stderr.strip()[-_LAST_CHARACTERS:]
+    if process.returncode:
+        reason = last_exception(process.stderr) or process.stderr.strip()[-_LAST_CHARACTERS:]
         raise ConfigError(f"{task} failed: {reason}")
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(process.stdout.splitlines()[-1])
 
 
 def call_module_once(arguments: Sequence[str | Path], task: str, timeout_s: float, answer_file: Path) -> Any:
-    """As `call_module`, but the answer is kept in `answer_file` and read from there the next time.
+    """Returns the answer of `python -m <arguments>`: from `answer_file` if an earlier call wrote it, else
+    from a new process, as `call_module` does.
 
-    Two processes may call at once: the file is replaced whole. If it cannot be written, the next call runs
-    the module again.
+    Two processes may call at once, as the file is replaced whole. If the file cannot be written, the next
+    call runs the module again.
     """
     try:
         return json.loads(answer_file.read_bytes())

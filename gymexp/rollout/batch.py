@@ -1,4 +1,4 @@
-"""Outcomes become what TRL takes: lists with one entry a rollout, in the order of the prompts. Pure."""
+"""Turns outcomes into TRL's input: lists with an entry a rollout, in the order of the prompts. Pure."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from gymexp.rollout.tokens import flatten
 
 @dataclass(frozen=True)
 class Batch:
-    """What `rollout_func` returns, one entry a rollout (B of them).
+    """The result of TRL's `rollout_func`: lists of B entries, one for each rollout.
 
-    prompt_ids: the first turn's prompt. completion_ids (T each): what the policy sampled and, between its
-    turns, what the environment said. env_mask (T): 1 where the policy sampled. logprobs (T): nats, 0.0 where
-    the environment spoke. rewards: None where there is none; TRL leaves such a rollout out of its group's
-    mean and deviation.
+    prompt_ids: the first turn's prompt. completion_ids (T each): the policy's sampled tokens and, between its
+    turns, the environment's tokens. env_mask (T): 1 for tokens of the policy, 0 for tokens of the
+    environment. logprobs (T): nats, 0.0 for tokens of the environment. rewards: None for a rollout without a
+    reward, which TRL leaves out of its group's mean and deviation.
     """
 
     prompt_ids: list[list[int]]
@@ -27,10 +27,12 @@ class Batch:
 
 
 def build_batch(outcomes: Sequence[Outcome], *, placeholder_id: int, mask_truncated: bool) -> Batch:
-    """A rollout without tokens to train on (a failure) becomes one masked `placeholder_id` without a reward.
+    """Returns the batch of the outcomes. A failed rollout has no tokens to train on, and becomes a single
+    masked `placeholder_id` without a reward.
 
-    mask_truncated: a truncated rollout keeps its reward in the group's baseline but gets no gradient, as
-    DAPO's overlong filtering does (https://arxiv.org/abs/2503.14476, section 3.4).
+    mask_truncated: whether to mask truncated rollouts. A masked rollout keeps its reward in the group's
+    baseline but gets no gradient, as DAPO's overlong filtering does (https://arxiv.org/abs/2503.14476,
+    section 3.4).
     """
     batch = Batch([], [], [], [], [])
     for outcome in outcomes:

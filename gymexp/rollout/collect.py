@@ -1,8 +1,9 @@
-"""Tasks become outcomes: many at once, spread over replicas, retried within bounds, never waiting for ever.
+"""Plays tasks to their outcomes: many at once, spread over replicas, with bounded retries and waits.
 
-A `Collector` lives in the trainer's process (rank 0) on a thread of its own. It follows the controller's word
-on the services: a rollout whose server was restarted under it has lost its session and is played again; a
-replica above its memory budget is drained first, then restarted, so that no rollout is lost to it.
+A `Collector` lives in the trainer's process (rank 0) on a thread of its own. It follows the states of the
+services, which the controller streams. A rollout whose server was restarted has lost its session and is
+played again. A replica above its memory budget gets no new rollouts, and is restarted once its rollouts have
+ended, so that no rollout is lost.
 """
 
 from __future__ import annotations
@@ -39,16 +40,20 @@ _MEANWHILE_S = 1.0
 
 
 class ControllerGone(ServiceError):
-    """It hung up, which it does not do while its run goes on."""
+    """The controller closed the connection, which it does not do during a run."""
 
 
 class Stopped(Exception):
-    """The run is asked to end; what was in flight is dropped."""
+    """The run must end. The collector has dropped the rollouts in flight."""
 
 
 @dataclass
 class _Seat:
-    """One replica as the collector sees it."""
+    """A replica with its rollouts in flight and the state of its services.
+
+    budget_mb: memory budget of each of its resources servers; None for no limit. epochs: how often each of
+    its services has started. draining: whether it gets no new rollouts because it will be restarted.
+    """
 
     replica: Replica
     budget_mb: float | None
@@ -61,7 +66,7 @@ class _Seat:
 
 @dataclass
 class Progress:
-    """What is going on now, for the live view. tokens: sampled by the policy since the collection began."""
+    """The state of a collection, for the live view. tokens: sampled by the policy since it began."""
 
     total: int
     began: float  # time.monotonic()
@@ -73,11 +78,11 @@ class Progress:
 
 
 class Collector:
-    """`collect` plays tasks and returns their outcomes in order.
+    """Plays tasks on the replicas of their environments.
 
-    replicas: by environment. control_url: the controller, None where nobody supervises the servers.
-    gateway_url: what knows which weights sampled a rollout; None where nobody does.
-    report: called about twice a second with the current Progress while a collection runs.
+    replicas: by environment. control_url: the controller's address; None if nothing supervises the servers.
+    gateway_url: the gateway's address, which knows which weights sampled a rollout; None leaves the rollouts
+    without a version. report: called about twice a second with the current Progress during a collection.
     """
 
     def __init__(
@@ -91,8 +96,8 @@ class Collector:
         report: Callable[[Progress], None] = lambda _: None,
     ) -> None:
         self._seats = {
-            name: [_Seat(replica, envs[name].memory_budget_mb) for replica in some]
-            for name, some in replicas.items()
+            name: [_Seat(replica, envs[name].memory_budget_mb) for replica in env_replicas]
+            for name, env_replicas in replicas.items()
         }
         self._envs = envs
         self._rollout = rollout
@@ -113,10 +118,11 @@ class Collector:
         samplings: Sequence[Sampling],
         meanwhile: Callable[[], None] | None = None,
     ) -> list[Outcome]:
-        """Play every task with the sampling of the same index. Raises Stopped after `stop`, ServiceError for
-        a rollout that was sampled with weights of two versions.
+        """Plays every task with the sampling of the same index, and returns the outcomes in order.
 
-        meanwhile: called about once a second, in the caller's thread; what it raises ends the collection.
+        meanwhile: called about once a second, in the caller's thread; an exception that it raises ends the
+        collection. Raises Stopped after `stop`, ControllerGone if the controller is gone, ServiceError if a
+        rollout was sampled with weights of two versions or the gateway does not answer which.
         """
         running = self._submit(self._collect(tasks, samplings))
         try:
@@ -127,11 +133,12 @@ class Collector:
             running.cancel()
 
     def stop(self) -> None:
-        """Drop what is in flight and refuse more; safe to call from a signal handler."""
+        """Makes a running and every later `collect` raise Stopped. Safe to call from a signal handler."""
         self._stop = True
         self._loop.call_soon_threadsafe(self._wake)
 
     def close(self) -> None:
+        """Closes the connections and ends the thread."""
         self._submit(self._close()).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
@@ -142,7 +149,8 @@ class Collector:
     async def _open(self) -> None:
         self._changed = asyncio.Event()
         self._lost_control: str | None = None
-        self._asked: set[asyncio.Task[None]] = set()  # kept, or they would be collected
+        # asyncio keeps only weak references to tasks: without this set, a restart could be garbage-collected.
+        self._restarts: set[asyncio.Task[None]] = set()
         self._limits = {name: asyncio.Semaphore(n) for name, n in open_files.concurrency(self._envs).items()}
         self._http = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0),
@@ -160,20 +168,22 @@ class Collector:
         self._changed = asyncio.Event()
 
     async def _watch(self) -> None:
-        """Follow the controller's stream of service states. However long it says nothing, it is there until
-        it hangs up: it may be stopped (Ctrl-Z), and what ends it ends this process as well."""
+        """Follows the controller's stream of service states until the controller closes it. There is no
+        timeout: a silent controller may be stopped (Ctrl-Z), and if it ends, this process ends too.
+        """
         try:
             async with self._http.get(f"{self._control_url}/watch", headers=header_of(RUN)) as response:
                 response.raise_for_status()
                 while line := await response.content.readline():
-                    self._see(orjson.loads(line)["services"])
+                    self._apply_states(orjson.loads(line)["services"])
         except aiohttp.ClientError as error:
             self._lost_control = f"{type(error).__name__}: {error}"
         else:
             self._lost_control = "it closed the connection"
         self._wake()
 
-    def _see(self, services: dict[str, dict[str, Any]]) -> None:
+    def _apply_states(self, services: dict[str, dict[str, Any]]) -> None:
+        """Updates all seats. Cancels the rollouts of a replica that has a restarted service."""
         self._services = services
         for seat in (seat for seats in self._seats.values() for seat in seats):
             states = [services[name] for name in seat.replica.services if name in services]
@@ -188,55 +198,60 @@ class Collector:
         self._wake()
 
     def _keep_to_budget(self, seat: _Seat) -> None:
-        # One that is above its budget from the start plays on, a rollout or more a start.
+        """Drains a replica with a resources server above its memory budget, then restarts such servers."""
+        # A server may be above its budget from its start. So each start plays at least one rollout.
         if seat.budget_mb is None or not seat.ready or not seat.has_played:
             return
-        over = [
+        over_budget = [
             name
             for name in seat.replica.resources
             if self._services.get(name, {}).get("rss_mb", 0) > seat.budget_mb
         ]
-        if not over:
+        if not over_budget:
             return
         seat.draining = True
         if not seat.flights:
-            log.info("restarting %s: above its memory budget of %.0f MB", ", ".join(over), seat.budget_mb)
-            for name in over:
-                asked = asyncio.create_task(self._restart(name))
-                self._asked.add(asked)
-                asked.add_done_callback(self._asked.discard)
+            names = ", ".join(over_budget)
+            log.info("restarting %s: above its memory budget of %.0f MB", names, seat.budget_mb)
+            for name in over_budget:
+                restart = asyncio.create_task(self._restart(name))
+                self._restarts.add(restart)
+                restart.add_done_callback(self._restarts.discard)
 
     async def _restart(self, name: str) -> None:
-        """Ask the controller for it. One that does not answer is gone, which the stream of states tells."""
+        """Asks the controller to restart a service. If the controller is gone, `_watch` notices it."""
         with contextlib.suppress(aiohttp.ClientError):
             async with self._http.post(f"{self._control_url}/restart/{name}", headers=header_of(RUN)):
                 pass
 
     async def _collect(self, tasks: Sequence[Task], samplings: Sequence[Sampling]) -> list[Outcome]:
         progress = Progress(total=len(tasks), began=time.monotonic())
-        ticking = asyncio.create_task(self._tick(progress))
-        plays = [
-            asyncio.create_task(self._one(t, s, progress)) for t, s in zip(tasks, samplings, strict=True)
+        reporting = asyncio.create_task(self._report_regularly(progress))
+        rollouts = [
+            asyncio.create_task(self._play_task(task, sampling, progress))
+            for task, sampling in zip(tasks, samplings, strict=True)
         ]
         try:
-            outcomes, names = zip(*await asyncio.gather(*plays), strict=True) if plays else ((), ())
-            return await self._with_versions(outcomes, names)
+            outcomes, plays = zip(*await asyncio.gather(*rollouts), strict=True) if rollouts else ((), ())
+            return await self._with_versions(outcomes, plays)
         finally:
-            for one in plays:
-                one.cancel()
-            await asyncio.gather(*plays, return_exceptions=True)
-            ticking.cancel()
+            for rollout in rollouts:
+                rollout.cancel()
+            await asyncio.gather(*rollouts, return_exceptions=True)
+            reporting.cancel()
             self._report(progress)
 
-    async def _with_versions(self, outcomes: Sequence[Outcome], names: Sequence[str]) -> list[Outcome]:
-        """The same with the version of the weights that sampled each. names: of their last playings."""
+    async def _with_versions(self, outcomes: Sequence[Outcome], plays: Sequence[str]) -> list[Outcome]:
+        """Returns the outcomes with the version of the weights that sampled each, which the gateway knows.
+        plays: the name of each outcome's last attempt. Raises ServiceError.
+        """
         if self._gateway_url is None:
             return list(outcomes)
         try:
             async with (
                 asyncio.timeout(_GATEWAY_TIMEOUT_S),
                 self._http.post(
-                    f"{self._gateway_url}/versions", json={"plays": names}, headers=header_of(RUN)
+                    f"{self._gateway_url}/versions", json={"plays": plays}, headers=header_of(RUN)
                 ) as response,
             ):
                 versions = orjson.loads(await response.read())["versions"]
@@ -245,14 +260,15 @@ class Collector:
             raise ServiceError(f"the gateway did not say which weights sampled: {error!r}") from None
         return [_with_version(outcome, version) for outcome, version in pairs]
 
-    async def _tick(self, progress: Progress) -> None:
+    async def _report_regularly(self, progress: Progress) -> None:
         while True:
             self._report(progress)
             await asyncio.sleep(_PROGRESS_S)
 
-    async def _one(self, task: Task, sampling: Sampling, progress: Progress) -> tuple[Outcome, str]:
-        """Play one task to its outcome, again where an attempt failed or its server was restarted under it.
-        Returns the name of the last playing, too."""
+    async def _play_task(self, task: Task, sampling: Sampling, progress: Progress) -> tuple[Outcome, str]:
+        """Plays one task, again if an attempt failed or its server was restarted during it. Returns (outcome,
+        name of the last attempt).
+        """
         env = self._envs[task.env]
         failures: list[RolloutFailure] = []
         async with self._limits[task.env]:
@@ -260,15 +276,15 @@ class Collector:
                 seat = await self._seat_for(task)
                 seed = attempt_seed(sampling.seed, len(failures))
                 attempt = replace(sampling, seed=seed, play=secrets.token_hex(8))
-                agent = seat.replica
+                replica = seat.replica
                 playing = play(
                     self._http,
-                    agent.url,
+                    replica.url,
                     task,
                     attempt,
                     env.timeout_s,
                     self._vocab_size,
-                    agent.max_steps,
+                    replica.max_steps,
                     env.refused_reward,
                 )
                 flight = asyncio.create_task(playing)
@@ -276,7 +292,7 @@ class Collector:
                 seat.has_played = True
                 progress.in_flight += 1
                 try:
-                    outcome = await self._landed(flight)
+                    outcome = await self._outcome_of(flight)
                 except RolloutFailure as failure:
                     failures.append(failure)
                     log.debug("%s: %s: %s", task.key, failure.cause, failure.detail)
@@ -291,7 +307,7 @@ class Collector:
                     progress.tokens += sum(len(turn.completion_ids) for turn in outcome.rollout.turns)
                     played = replace(outcome, failures=[failure.cause for failure in failures])
                     return played, attempt.play
-                is_final = failures and failures[-1].cause == "prompt_too_long"  # it would be again
+                is_final = failures and failures[-1].cause == "prompt_too_long"  # a retry would fail too
                 if is_final or len(failures) > self._rollout.max_retries:
                     progress.done += 1
                     progress.failed += 1
@@ -302,9 +318,11 @@ class Collector:
                 progress.retried += 1
                 await asyncio.sleep(_AFTER_FAILURE_S)
 
-    async def _landed(self, flight: asyncio.Task[Played]) -> Played | None:
-        """The flight's outcome; None if it was cancelled because its server was restarted."""
-        stopping = asyncio.create_task(self._stopping())
+    async def _outcome_of(self, flight: asyncio.Task[Played]) -> Played | None:
+        """Returns the attempt's outcome; None if it was cancelled because its server was restarted. Raises
+        RolloutFailure if it failed, Stopped or ControllerGone if the collection must end.
+        """
+        stopping = asyncio.create_task(self._raise_when_stopped())
         try:
             await asyncio.wait({flight, stopping}, return_when=asyncio.FIRST_COMPLETED)
             if stopping.done():
@@ -317,34 +335,39 @@ class Collector:
                 with contextlib.suppress(asyncio.CancelledError, RolloutFailure):
                     await flight
 
-    async def _stopping(self) -> None:
-        """Returns never; raises when the run is to end or the controller is gone."""
+    async def _raise_when_stopped(self) -> None:
+        """Never returns. Raises Stopped once the run must end, ControllerGone once the controller is gone."""
         while True:
-            self._check()
+            self._raise_if_stopped()
             await self._changed.wait()
 
-    def _check(self) -> None:
+    def _raise_if_stopped(self) -> None:
         if self._stop:
             raise Stopped
         if self._lost_control is not None:
             raise ControllerGone(f"the controller is gone: {self._lost_control}")
 
     async def _seat_for(self, task: Task) -> _Seat:
-        """The replica with the fewest rollouts in flight, once one is ready; the controller bounds the
-        wait."""
+        """Returns the environment's ready replica with the fewest rollouts in flight, once there is one. The
+        controller bounds the wait: it ends the run if a service does not become ready.
+        """
         while True:
-            self._check()
+            self._raise_if_stopped()
             seats = [s for s in self._seats[task.env] if s.ready and not s.draining]
             if seats:
                 return min(seats, key=lambda seat: len(seat.flights))
             await self._changed.wait()
 
     def _log_for(self, seat: _Seat, failure: RolloutFailure) -> str:
+        """Returns the log file of the service that failed; "" if the controller does not know the service."""
         name = "gateway" if failure.cause == "engine" else failure.server or seat.replica.name
         return self._services.get(name, {}).get("log", "")
 
 
 def _with_version(outcome: Outcome, versions: Sequence[int] | None) -> Outcome:
+    """Returns the outcome with the version of its weights. versions: the oldest and the newest; None if they
+    are unknown. Raises ServiceError if they differ.
+    """
     if versions is None or isinstance(outcome, Failed):
         return outcome
     oldest, newest = versions
@@ -356,8 +379,9 @@ def _with_version(outcome: Outcome, versions: Sequence[int] | None) -> Outcome:
 
 
 def check_failed_share(outcomes: Sequence[Outcome], max_share: float) -> None:
-    """Raises RolloutError when more than `max_share` of the outcomes are failures; names the commonest and
-    its log. Prompts that are too long count only where nothing else was played."""
+    """Raises RolloutError if more than `max_share` of the outcomes are failures. The message names the
+    commonest cause and a log. Prompts that are too long count only if every outcome is a failure.
+    """
     failed = [o for o in outcomes if isinstance(o, Failed)]
     if len(failed) < len(outcomes):
         failed = [o for o in failed if o.cause != "prompt_too_long"]

@@ -1,9 +1,9 @@
-"""Seeds of the policy's draws: one for each sampling call, reproducible, shared with no other call.
+"""Derives the seeds of the policy's draws: reproducible, and a different one for each sampling call.
 
-An engine starts a generator anew from the seed of each request. NeMo Gym repeats a rollout's seed with every
-turn. Two turns with one seed would take their tokens at the same places of the cumulative distribution: later
-turns would repeat earlier draws, and their log-probabilities would look right. So the gateway derives each
-call's seed from the rollout's and from what the call continues.
+An engine starts a new generator from the seed of each request, and NeMo Gym sends a rollout's seed with every
+turn. Two turns with the same seed would take their tokens at the same places of the cumulative distribution:
+later turns would repeat the draws of earlier ones, though their log-probabilities would look right. So the
+gateway derives each call's seed from the rollout's seed and from the ids that the call continues.
 """
 
 from __future__ import annotations
@@ -18,41 +18,43 @@ REMEMBERED_PROMPTS = 65536
 
 
 def attempt_seed(rollout_seed: int, num_failures: int) -> int:
-    """The seed of a rollout's attempt after `num_failures` failed ones; the first has the rollout's own.
+    """Returns the seed of a rollout's attempt that follows `num_failures` failed attempts. The first attempt
+    has the rollout's own seed.
 
-    An attempt whose server was restarted under it has not failed: it is played again with the same seed, and
+    An attempt whose server was restarted during it has not failed. It is played again with the same seed, and
     so with the same draws. Other draws would favour the rollouts that end before a server does.
     """
     return rollout_seed if num_failures == 0 else _hash(f"attempt/{rollout_seed}/{num_failures}".encode())
 
 
 def call_seed(rollout_seed: int, prompt_ids: Sequence[int], repeat: int = 0) -> int:
-    """The seed of one sampling call, in [0, 2**31), which every engine takes.
+    """Returns the seed of one sampling call, in [0, 2**31), a range that every engine takes.
 
-    prompt_ids: what the call continues. A later turn's prompt is longer, so each turn of a rollout has a seed
-    of its own. repeat: how many calls of the rollout have continued these very ids before.
+    prompt_ids: the ids that the call continues. A later turn's prompt is longer, so each turn of a rollout
+    has a seed of its own. repeat: how many earlier calls of the rollout have continued the same ids.
     """
     return _hash(f"call/{rollout_seed}/{repeat}/".encode() + array("q", prompt_ids).tobytes())
 
 
 class CallSeeds:
-    """Seeds for the calls of many rollouts at once.
+    """Hands out seeds for the sampling calls of many rollouts at once.
 
-    An agent may ask for several replies to one prompt (a vote, a second try): each gets a seed of its own.
-    What is remembered for that is bounded, and lost with the process: so are the rollouts in flight.
+    An agent may request several replies to one prompt (a vote, a second try), and each reply gets a seed of
+    its own. For that, the object remembers the calls of at most `capacity` prompts. They are lost with the
+    process, as the rollouts in flight are.
     """
 
-    def __init__(self, remembered: int = REMEMBERED_PROMPTS) -> None:
-        self._remembered = remembered
+    def __init__(self, capacity: int = REMEMBERED_PROMPTS) -> None:
+        self._capacity = capacity
         self._taken: OrderedDict[tuple[str, int], set[int]] = OrderedDict()
 
     @contextmanager
     def take(self, play: str | None, rollout_seed: int, prompt_ids: Sequence[int]) -> Iterator[int]:
-        """The seed of a call that is made within the block. A call that fails gives its seed back: made
-        again, it draws the same.
+        """Gives the seed of a call that is made within the block. If the call raises, its seed is free again,
+        so that a repeated call draws the same.
 
-        play: names one playing of a rollout; None for a client that names none, to whom the same seed and
-        prompt give the same reply.
+        play: the name of one attempt at a rollout; None for a client that gives no name. To such a client the
+        same seed and prompt give the same reply.
         """
         if play is None:
             yield call_seed(rollout_seed, prompt_ids)
@@ -61,7 +63,7 @@ class CallSeeds:
         taken = self._taken.setdefault(key, set())
         repeat = next(number for number in range(len(taken) + 1) if number not in taken)
         taken.add(repeat)
-        if len(self._taken) > self._remembered:
+        if len(self._taken) > self._capacity:
             self._taken.popitem(last=False)
         try:
             yield call_seed(rollout_seed, prompt_ids, repeat)

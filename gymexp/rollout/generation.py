@@ -1,6 +1,7 @@
-"""One generation of an engine, and how an engine answers with it over HTTP.
+"""One generation of an engine, and the JSON with which an engine answers it over HTTP.
 
-The answer is that of vLLM's `POST /inference/v1/generate`; the hf engine adds its weights' version:
+The answer has the format of vLLM's `POST /inference/v1/generate`. The hf engine adds the version of its
+weights:
 
     {"choices": [{"token_ids", "logprobs": {"content": [{"logprob"}, ...]}, "finish_reason"}],
      "weights_version", "first_weights_version"}
@@ -17,15 +18,17 @@ FinishReason = Literal["stop", "length"]
 
 
 class EngineError(RuntimeError):
-    """An engine is away or closed, failed, or gave an answer that breaks the protocol."""
+    """An engine is unreachable or closed, or it failed, or its answer breaks the protocol."""
 
 
 @dataclass(frozen=True)
 class Generation:
-    """token_ids as sampled, a sampled end token included; logprobs of equal length.
+    """The tokens that an engine sampled for one request.
 
-    weights_versions: of the weights that sampled the first and the last token, in optimizer steps done; they
-    differ where the weights were updated between the two. None: the engine's answer does not say.
+    token_ids: as sampled, including a sampled end token. logprobs: nats, as many as token_ids.
+    weights_versions: the versions of the weights that sampled the first and the last token, in optimizer
+    steps done; they differ if the weights were updated between the two tokens. None if the engine's answer
+    does not have them.
     """
 
     token_ids: list[int]
@@ -35,7 +38,7 @@ class Generation:
 
 
 def answer_of(generation: Generation) -> dict[str, Any]:
-    """The JSON object with which an engine answers."""
+    """Returns the JSON object with which an engine answers."""
     choice = {
         "index": 0,
         "token_ids": generation.token_ids,
@@ -49,10 +52,10 @@ def answer_of(generation: Generation) -> dict[str, Any]:
 
 
 def read_answer(body: bytes) -> Generation:
-    """The generation in an engine's answer. Raises EngineError if the answer breaks the protocol.
+    """Returns the generation in an engine's answer. Raises EngineError if the answer breaks the protocol.
 
-    A generation that the engine cut off itself breaks it too: vLLM answers finish_reason "abort" when it is
-    paused, or its weights are replaced.
+    A generation that the engine itself cut off breaks the protocol too: vLLM answers with finish_reason
+    "abort" when it is paused or its weights are replaced.
     """
     try:
         answer = orjson.loads(body)
@@ -73,5 +76,5 @@ def read_answer(body: bytes) -> Generation:
 
 
 def start_of(body: bytes) -> str:
-    """The first 500 bytes of an answer, for an error message."""
+    """Returns the first 500 bytes of an answer as text, for an error message."""
     return body[:500].decode(errors="replace")

@@ -1,6 +1,6 @@
-"""The nouns of a rollout: what passes between data, collection, batching, training and the rollout files.
+"""The types of a rollout, which data, collection, batching, training and the rollout files have in common.
 
-Everything here is a frozen dataclass with plain values, so that any process may write, read or send it.
+Every type is a frozen dataclass with plain values, so that any process may write, read or send it.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ class Task:
 
 @dataclass(frozen=True)
 class Turn:
-    """What one sampling saw and gave.
+    """One sampling call of a rollout.
 
-    prompt_ids: token ids the engine was given. completion_ids and logprobs: the sampled ids and their
+    prompt_ids: the token ids that the engine got. completion_ids and logprobs: the sampled ids and their
     log-probabilities under the sampling distribution (nats), of equal length.
     """
 
@@ -39,13 +39,12 @@ class Turn:
 
 @dataclass(frozen=True)
 class Rollout:
-    """One episode of one task: its turns, its reward, and what was said and done (`items`, NeMo Gym's
-    output).
+    """One episode of one task: its turns and its reward.
 
-    weights_version: optimizer steps behind the weights that sampled it, as the engine says; None where the
-    gateway was restarted and nobody knows any more.
-    refused: what the environment said where it refused the policy's words (400 or 422) in place of scoring
-    them; the reward is `env.<name>.refused_reward` then.
+    items: messages and tool calls of the episode, as NeMo Gym's output has them. weights_version: optimizer
+    steps behind the weights that sampled the rollout, as the engine reports; None if it is unknown, as after
+    a restart of the gateway. refused: the environment's message if it refused the policy's reply (400 or 422)
+    instead of scoring it, else ""; the reward is then `env.<name>.refused_reward`.
     """
 
     task: Task
@@ -59,7 +58,7 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Completed:
-    """The episode ended by itself and was scored. failures: why earlier attempts at it failed."""
+    """The episode ended by itself and has a reward. failures: the causes of earlier failed attempts."""
 
     rollout: Rollout
     failures: list[Cause] = field(default_factory=list)
@@ -67,7 +66,7 @@ class Completed:
 
 @dataclass(frozen=True)
 class Truncated:
-    """A length or turn limit cut the episode; the reward is the environment's score of what there was."""
+    """A length or turn limit ended the episode. The reward is the environment's score of the cut episode."""
 
     rollout: Rollout
     limit: Limit
@@ -76,9 +75,12 @@ class Truncated:
 
 @dataclass(frozen=True)
 class Failed:
-    """No reward: after the allowed retries the episode could not be played. cause and detail: of the last
-    attempt, failures: of all. `log` is where to look. A prompt_too_long is no server's failure: it is not
-    retried, and no failure in the share that ends a run."""
+    """The episode could not be played within the allowed retries, and has no reward.
+
+    cause, detail: of the last attempt. failures: the causes of all attempts. log: the log file that may
+    explain the failure, or "". The cause prompt_too_long is no failure of a server: gymexp does not retry the
+    rollout, and does not count it in the share of failures that ends a run.
+    """
 
     task: Task
     cause: Cause
@@ -92,14 +94,14 @@ Outcome = Played | Failed
 
 
 def task_of(outcome: Outcome) -> Task:
-    """The task that was played, or failed to be."""
+    """Returns the task that the outcome is of."""
     return outcome.task if isinstance(outcome, Failed) else outcome.rollout.task
 
 
 def outcome_to_json(outcome: Outcome) -> dict[str, Any]:
-    """One line of `rollouts/step-N.jsonl.zst`; the task's row is left out (it stands in `data/`).
+    """Returns one line of `rollouts/step-N.jsonl.zst`, without the task's row, which is in `data/`.
 
-    Shallow: orjson writes the turns, dataclasses themselves, without copies of their token lists.
+    The turns stay dataclasses: orjson writes them without a copy of their token lists.
     """
     task = {k: v for k, v in vars(task_of(outcome)).items() if k != "row"}
     record = dict(vars(outcome))

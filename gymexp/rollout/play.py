@@ -1,7 +1,7 @@
-"""Playing one task: POST /run to an agent, with a deadline, and what came back as a typed outcome.
+"""Plays one task: sends POST /run to an agent, with a deadline, and reads the answer as a typed outcome.
 
-NeMo Gym's `/run` does a whole episode. The reply's output items carry the token ids and log-probabilities of
-every model turn (on the last item of the turn), as the gateway put them there.
+NeMo Gym's `/run` plays a whole episode. The last output item of each model turn carries the turn's token ids
+and log-probabilities, which the gateway had added to its reply.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ from gymexp.rollout.tokens import verify_turns
 
 @dataclass(frozen=True, kw_only=True)
 class Distribution:
-    """What tokens are drawn from: the policy's softmax at a temperature (0: the likeliest token), and what
-    vLLM's sampling parameters of these names make of it. Training is at their defaults, as the trainer
-    computes log-probabilities of nothing else."""
+    """The distribution of the sampled tokens: the policy's softmax at a temperature (0: the likeliest token),
+    changed by vLLM's sampling parameters of the same names. Training uses the defaults of these parameters,
+    as the trainer computes log-probabilities of no other distribution.
+    """
 
     temperature: float
     top_p: float = 1.0
@@ -37,8 +38,11 @@ class Distribution:
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling(Distribution):
-    """How the policy samples in a rollout. seed: of this rollout; the gateway derives the seed of each of its
-    sampling calls from it. play: names one playing of the rollout; the gateway knows its calls by that."""
+    """How the policy samples in a rollout.
+
+    seed: of this rollout; the gateway derives the seed of each sampling call from it. play: the name of one
+    attempt at the rollout, by which the gateway recognizes the attempt's calls.
+    """
 
     max_output_tokens: int
     seed: int
@@ -46,8 +50,9 @@ class Sampling(Distribution):
 
 
 class RolloutFailure(Exception):
-    """One attempt at a rollout failed; `cause` as in `outcome.Failed`. server: the one that failed, where
-    that is known."""
+    """One attempt at a rollout failed. cause: as in `outcome.Failed`. server: the name of the server that
+    failed; "" if it is unknown.
+    """
 
     def __init__(self, cause: Cause, detail: str, server: str = "") -> None:
         super().__init__(detail)
@@ -66,8 +71,11 @@ async def play(
     max_steps: int | None,
     refused_reward: float,
 ) -> Played:
-    """One attempt at `task` with the agent at `url`, whose limit of turns is max_steps. refused_reward: where
-    the environment refuses what the policy said. Raises RolloutFailure."""
+    """Plays one attempt at `task` with the agent at `url`, and returns its outcome. Raises RolloutFailure.
+
+    max_steps: the agent's limit of turns; None if it has none. refused_reward: the reward if the environment
+    refuses the policy's reply.
+    """
     began = time.monotonic()
     try:
         async with asyncio.timeout(timeout_s):
@@ -83,11 +91,11 @@ async def play(
     refused = _refusal(body, refused_reward) if response.status == 400 else None
     if response.status != 200 and refused is None:
         cause, text = _cause_in(body), body.decode(errors="replace")[:2000]
-        server, said = _origin(response.headers.get("x-gymexp-failed", ""))
+        server, reason = _read_failed_header(response.headers.get("x-gymexp-failed", ""))
         if cause == "environment" and server:
-            raise RolloutFailure(cause, f"{server}: {said}", server)
-        who = f"agent {task.agent}: " if cause == "token_mismatch" else ""
-        raise RolloutFailure(cause, f"{who}{url}/run answered {response.status}: {text}")
+            raise RolloutFailure(cause, f"{server}: {reason}", server)
+        prefix = f"agent {task.agent}: " if cause == "token_mismatch" else ""
+        raise RolloutFailure(cause, f"{prefix}{url}/run answered {response.status}: {text}")
     try:
         reply = refused or _parse(body)
         return read_reply(task, reply, vocab_size, time.monotonic() - began, max_steps)
@@ -97,24 +105,30 @@ async def play(
         raise RolloutFailure("environment", f"{url}/run answered what is not a rollout: {error!r}") from None
 
 
-def _origin(told: str) -> tuple[str, str]:
-    """The server that failed first and why, as `gym/host.py` lets an agent tell it; empty where it did
-    not."""
+def _read_failed_header(header: str) -> tuple[str, str]:
+    """Returns the server that failed first and its error, from the header that `gym/host.py` adds to an
+    agent's answer. Returns ("", "") if the header is absent or is not of this form.
+    """
     try:
-        said = orjson.loads(told)
-        return str(said["server"]), str(said["said"])
+        failure = orjson.loads(header)
+        return str(failure["server"]), str(failure["said"])
     except (ValueError, KeyError, TypeError):
         return "", ""
 
 
 def _refusal(body: bytes, reward: float) -> dict[str, Any] | None:
-    """The reply that `gym/host.py` lets an agent give where a server refused the policy's words, as one with
-    a reward; None if it is another."""
+    """Returns a reply with `reward` if the body is the answer that `gym/host.py` lets an agent give when a
+    server refused the policy's reply; None if it is any other.
+    """
     try:
-        said = orjson.loads(body)
-        responses = said["responses"]
+        refusal = orjson.loads(body)
+        responses = refusal["responses"]
         output = [item for response in responses for item in response["output"]]
-        return {"reward": reward, "response": responses[-1] | {"output": output}, "refused": said["refused"]}
+        return {
+            "reward": reward,
+            "response": responses[-1] | {"output": output},
+            "refused": refusal["refused"],
+        }
     except (ValueError, KeyError, TypeError, IndexError):
         return None
 
@@ -123,20 +137,23 @@ def _parse(body: bytes) -> Any:
     try:
         return orjson.loads(body)
     except orjson.JSONDecodeError:
-        return json.loads(body)  # takes NaN and Infinity, as Python writes them: a reward is refused by name
+        # It takes NaN and Infinity, as Python writes them: `_read_reward` refuses them with a clear message.
+        return json.loads(body)
 
 
 def _cause_in(body: bytes) -> Cause:
-    """The gateway's word for what failed, which agents pass on."""
+    """Returns the cause of a failure from the gateway's error type, which agents pass on in their answers."""
     if b"token_mismatch" in body:
         return "token_mismatch"
     return "engine" if b"engine_error" in body else "environment"
 
 
 def request_body(task: Task, sampling: Sampling) -> bytes:
-    """The row as it is, with sampling parameters where NeMo Gym has them. `extra_body` goes to the policy
-    with every turn: through it the gateway gets what OpenAI's responses have no field for, the rollout's seed
-    and the name of this playing."""
+    """Returns the body of `/run`: the task's row with sampling parameters in NeMo Gym's fields for them.
+
+    NeMo Gym sends `extra_body` to the policy with every turn. It gives the gateway the values for which
+    OpenAI's responses have no field, such as the rollout's seed and the name of this attempt.
+    """
     row = dict(task.row)
     params = copy.copy(row["responses_create_params"])
     params["temperature"] = sampling.temperature
@@ -154,10 +171,11 @@ def request_body(task: Task, sampling: Sampling) -> bytes:
 def read_reply(
     task: Task, reply: dict[str, Any], vocab_size: int, seconds: float, max_steps: int | None = None
 ) -> Played:
-    """A verified outcome from `/run`'s reply. Raises TokenMismatch, RolloutFailure; on another shape
-    ValueError, KeyError …
+    """Returns the verified outcome in `/run`'s reply.
 
-    max_steps: the agent's limit of model turns, None where it has none.
+    seconds: how long the attempt took. max_steps: the agent's limit of model turns; None if it has none.
+    Raises TokenMismatch, RolloutFailure; if the reply has another form, ValueError, KeyError, TypeError or
+    AttributeError.
     """
     response = reply["response"]
     items = response["output"]
@@ -179,20 +197,27 @@ def read_reply(
     if limit is None and _ran_out_of_turns(reply, items, len(turns), max_steps):
         limit = "turns"
     reward = _read_reward(task, reply["reward"])
-    kept = [{k: v for k, v in item.items() if k not in _TOKEN_FIELDS} for item in items]
+    items_without_tokens = [{k: v for k, v in item.items() if k not in _TOKEN_FIELDS} for item in items]
     refused = reply.get("refused") if isinstance(reply.get("refused"), str) else ""
-    rollout = Rollout(task, turns, reward, kept, seconds={"total": round(seconds, 4)}, refused=refused or "")
+    rollout = Rollout(
+        task,
+        turns,
+        reward,
+        items_without_tokens,
+        seconds={"total": round(seconds, 4)},
+        refused=refused or "",
+    )
     return Truncated(rollout, limit) if limit else Completed(rollout)
 
 
 def _ran_out_of_turns(
     reply: dict[str, Any], items: list[dict[str, Any]], num_turns: int, max_steps: int | None
 ) -> bool:
-    """Whether a limit ended the episode, not policy or environment.
+    """Returns whether a limit of turns ended the episode, and not the policy or the environment.
 
-    An agent may say it (`truncated`, `terminated`: NeMo Gym's gymnasium_agent). Otherwise one that has
-    reached its limit was ended by it, unless the policy's last act was to say something, or to call a tool
-    that its agent does not run.
+    The agent's reply may have `truncated` and `terminated` (NeMo Gym's gymnasium_agent), which then decide.
+    Otherwise an episode of max_steps turns was ended by the limit, unless its last item is a message of the
+    policy, or a call of a tool that the agent does not run.
     """
     if reply.get("truncated") or reply.get("terminated"):
         return bool(reply.get("truncated"))
@@ -201,23 +226,24 @@ def _ran_out_of_turns(
     return items[-1].get("type") not in ("message", "function_call")
 
 
-# TRL computes a group's mean and deviation in float32: with rewards of 1e19 the deviation is infinite and
-# each advantage 0. Squares of 1e16 can be added up over 1e6 rollouts.
+# TRL computes a group's mean and deviation in float32. With rewards of 1e19 the deviation would be infinite
+# and each advantage 0. The squares of 1e16 can be added up over 1e6 rollouts.
 MAX_REWARD = 1e16
 _TOKEN_FIELDS = frozenset(("prompt_token_ids", "generation_token_ids", "generation_log_probs"))
 
 
 def _read_reward(task: Task, value: Any) -> float:
-    """A number, as NeMo Gym's `BaseVerifyResponse.reward` is. Raises RolloutFailure for anything else: to
-    turn it into a number unasked would hide a mistake in the server."""
-    said = f"the reward that {task.agent} (env.{task.env}) gave must be"
+    """Returns the reward as a float. Raises RolloutFailure unless it is a number, as in NeMo Gym's
+    `BaseVerifyResponse`, and within MAX_REWARD: a silent conversion would hide a mistake in the server.
+    """
+    rule = f"the reward that {task.agent} (env.{task.env}) gave must be"
     if isinstance(value, bool) or not isinstance(value, int | float):
         shown = "null, as NeMo Gym writes NaN and infinities" if value is None else json.dumps(value)[:80]
-        raise RolloutFailure("environment", f"{said} a number, got {shown}")
+        raise RolloutFailure("environment", f"{rule} a number, got {shown}")
     if not abs(value) <= MAX_REWARD:
         raise RolloutFailure(
             "environment",
-            f"{said} finite and within ±{MAX_REWARD:g}, as float32 does not hold the squares of larger ones, "
-            f"which a group's deviation takes, got {str(value)[:40]}: scale it in the resources server",
+            f"{rule} finite and within ±{MAX_REWARD:g}, as TRL adds up the squares of a group's rewards in "
+            f"float32, got {str(value)[:40]}: scale it in the resources server",
         )
     return float(value)

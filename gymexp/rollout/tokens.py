@@ -1,5 +1,4 @@
-"""Token ids of a rollout: how the next prompt is built, and the proof that what is trained on is what was
-sampled.
+"""Token ids of a rollout: builds the next turn's prompt, and verifies that training sees the sampled tokens.
 
 Pure: no I/O and no torch. A tokenizer is anything with transformers' `apply_chat_template`,
 `get_chat_template`, `encode` and `decode`.
@@ -19,22 +18,22 @@ from gymexp.rollout.outcome import Turn
 
 Message = dict[str, Any]
 
-# Stands for the sampled text while the template renders what comes after it. Random, so that no conversation
-# has it.
+# Stands for the sampled text while the template renders the messages after it. It is random, so that no
+# conversation contains it.
 SENTINEL = f"sampled{uuid4().hex}"
 
-# A 32-bit log-softmax of logits near 100 rounds by up to 1e-5, so a certain token may come out above 0 by
-# that much. More than that is not a log-probability (a probability, a logit, another sign).
+# A 32-bit log-softmax of logits near 100 rounds by up to 1e-5, so the log-probability of a certain token may
+# come out above 0 by that much. A larger number is no log-probability (a probability, a logit, another sign).
 LOGPROB_ROUNDING = 1e-5
 
 
 def is_sampled(message: Message) -> bool:
-    """Whether it is an assistant's and carries the ids of what the policy said."""
+    """Returns whether the message is an assistant's and carries the ids that the policy sampled."""
     return message.get("role") == "assistant" and bool(message.get("generation_token_ids"))
 
 
 def last_sampled(messages: Sequence[Message]) -> int | None:
-    """Index of the last assistant message that carries its token ids, or None."""
+    """Returns the index of the last assistant message that carries its token ids, or None."""
     return next((i for i in reversed(range(len(messages))) if is_sampled(messages[i])), None)
 
 
@@ -45,12 +44,12 @@ def render(
     template_kwargs: dict[str, Any] | None = None,
     add_generation_prompt: bool = True,
 ) -> str:
-    """The conversation as the chat template writes it.
+    """Returns the conversation's text as the chat template writes it.
 
-    Content lists of text parts are joined with newlines (as vLLM does), null content is "", arguments given
-    as JSON text become objects (templates want those; text that is no JSON object stays text), and
-    "developer" becomes "system" where the template has no such role, because templates drop roles that they
-    do not know. Raises ValueError if a message has a part that is not text, or if the template refuses the
+    Before that, text parts of a content list are joined with newlines (as vLLM does), and null content
+    becomes "". Arguments in JSON text become objects, which templates want; text that is no JSON object stays
+    text. The role "developer" becomes "system" if the template does not know it, because templates drop
+    unknown roles. Raises ValueError if a message has a part that is not text, or if the template refuses the
     conversation.
     """
     knows_developer = "developer" in tokenizer.get_chat_template(tools=tools or None)
@@ -70,7 +69,7 @@ def render(
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
-    """Ids of rendered text; the template has already written every special token."""
+    """Returns the ids of rendered text. Adds no special tokens, as the template has written them already."""
     return tokenizer.encode(text, add_special_tokens=False)
 
 
@@ -80,22 +79,23 @@ def splice(
     tools: list[dict[str, Any]] | None = None,
     template_kwargs: dict[str, Any] | None = None,
 ) -> list[int]:
-    """Prompt ids of the next turn: what was sampled stays as sampled, only what came after is new.
+    """Returns the prompt ids of the next turn: the previous turn's ids exactly as sampled, then the ids of
+    the messages after it.
 
     messages: the last assistant message that carries `prompt_token_ids` and `generation_token_ids` is the
-    previous turn; what follows it (tool results, a user message, assistant messages without ids) is the
-    environment's. tools and template_kwargs: those of the first turn. The result starts with that message's
-    prompt + generation.
+    previous turn; the messages after it (tool results, a user message, assistant messages without ids) are
+    the environment's. tools and template_kwargs: those of the first turn. The result starts with the previous
+    turn's prompt + generation.
 
-    The template renders the conversation with a sentinel in place of the sampled message; the text after the
-    sentinel is what comes after. It starts with the template's end of turn, which is left out where it was
-    sampled and stays where the generation was cut by length or a stop string. So separators behind the end of
-    turn are kept, and what the template does to earlier turns (dropping reasoning, trimming, reordering
-    arguments) does not matter. Templates that show a tool's result only behind its call (gpt-oss) get the
-    sentinel inside the call's arguments.
+    The template renders the conversation with a sentinel in place of the sampled message. The text after the
+    sentinel gives the new ids. It starts with the template's end of turn, which is left out if the policy
+    sampled it, and is kept if a length limit or a stop string cut the generation. So separators behind the
+    end of turn are kept, and the template's changes to earlier turns (dropped reasoning, trimmed text,
+    reordered arguments) do not matter. Templates that show a tool's result only behind its call (gpt-oss) get
+    the sentinel inside the call's arguments.
 
-    Raises ValueError if no message carries ids or the template refuses the conversation; TokenMismatch if the
-    template leaves out the sampled message or one that came after, for the prompt would silently lack it.
+    Raises ValueError if no message carries ids or the template refuses the conversation. Raises TokenMismatch
+    if the template leaves out the sampled message or one after it, as the prompt would silently lack it.
     """
     index = last_sampled(messages)
     if index is None:
@@ -107,10 +107,10 @@ def splice(
         raise ValueError(f"messages[{index}] has generation_token_ids but no prompt_token_ids")
 
     def tail_ids(stand_in: Message) -> list[int]:
-        spoken = [*messages[:index], stand_in, *messages[index + 1 :]]
-        return encode(
-            tokenizer, _text_after_sentinel(render(tokenizer, spoken, tools, template_kwargs), spoken, index)
-        )
+        """Returns the ids of the text after the sentinel. stand_in: a message that contains the sentinel."""
+        conversation = [*messages[:index], stand_in, *messages[index + 1 :]]
+        text = render(tokenizer, conversation, tools, template_kwargs)
+        return encode(tokenizer, _text_after_sentinel(text, conversation, index))
 
     last_id = generation_ids[-1]
     try:
@@ -133,10 +133,10 @@ def splice(
 
 
 def end_of_turn_ids(tokenizer: Any) -> list[int]:
-    """Ids at which sampling stops: the tokenizer's EOS, and the special token that ends the template's turns;
-    of both templates where there is one for tools.
+    """Returns the ids at which sampling stops: the tokenizer's EOS, and the special token that ends a turn of
+    the chat template. If the tokenizer has another template for tools, its end of turn is included.
 
-    These differ for base models with a chat template, and for Gemma.
+    EOS and end of turn differ for base models with a chat template, and for Gemma.
     """
     ids = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
     conversation = [{"role": "user", "content": "x"}, {"role": "assistant", "content": SENTINEL}]
@@ -150,11 +150,11 @@ def end_of_turn_ids(tokenizer: Any) -> list[int]:
 
 
 def verify_turns(turns: Sequence[Turn], vocab_size: int) -> None:
-    """Raises TokenMismatch unless the turns of one rollout may be trained on.
+    """Raises TokenMismatch unless the turns of one rollout are fit for training.
 
-    Each prompt starts with the previous prompt + completion; completion_ids and logprobs have equal, non-zero
-    length; log-probabilities are finite and at most 0 (LOGPROB_ROUNDING is tolerated); ids are ints in [0,
-    vocab_size).
+    The rules: each prompt starts with the previous turn's prompt + completion; completion_ids and logprobs
+    have equal, non-zero length; log-probabilities are finite and at most 0 (LOGPROB_ROUNDING is tolerated);
+    ids are ints in [0, vocab_size).
     """
     if not turns:
         raise TokenMismatch("a rollout must have at least one turn, got none")
@@ -186,25 +186,28 @@ def verify_turns(turns: Sequence[Turn], vocab_size: int) -> None:
 
 
 def flatten(turns: Sequence[Turn]) -> tuple[list[int], list[int], list[int], list[float]]:
-    """(prompt_ids, completion_ids, env_mask, logprobs): verified turns as the trainer's one sequence.
+    """Returns (prompt_ids, completion_ids, env_mask, logprobs): verified turns as one sequence to train on.
 
-    prompt_ids is the first turn's. The other three have one length: generations (mask 1) with their
-    log-probabilities, and between them what the environment put there (mask 0, logprob 0.0). prompt_ids +
-    completion_ids is the last turn's prompt + completion.
+    prompt_ids is the first turn's prompt. The other three lists have equal length: they have the generations
+    (mask 1) with their log-probabilities and, between these, the environment's tokens (mask 0, logprob 0.0).
+    prompt_ids + completion_ids equals the last turn's prompt + completion.
     """
     prompt_ids = list(turns[0].prompt_ids)
     completion_ids: list[int] = []
     env_mask: list[int] = []
     logprobs: list[float] = []
     for turn in turns:
-        put = turn.prompt_ids[len(prompt_ids) + len(completion_ids) :]
-        completion_ids += put + turn.completion_ids
-        env_mask += [0] * len(put) + [1] * len(turn.completion_ids)
-        logprobs += [0.0] * len(put) + turn.logprobs
+        env_ids = turn.prompt_ids[len(prompt_ids) + len(completion_ids) :]
+        completion_ids += env_ids + turn.completion_ids
+        env_mask += [0] * len(env_ids) + [1] * len(turn.completion_ids)
+        logprobs += [0.0] * len(env_ids) + turn.logprobs
     return prompt_ids, completion_ids, env_mask, logprobs
 
 
 def _plain(message: Message, knows_developer: bool) -> Message:
+    """Returns the message in the form that `render` gives to the template. knows_developer: whether the
+    template has the role "developer". Raises ValueError if a part is not text.
+    """
     plain = {key: value for key, value in message.items() if key in _TEMPLATE_KEYS}
     plain["content"] = content_text(message)
     if message.get("role") == "developer" and not knows_developer:
@@ -221,7 +224,7 @@ def _plain(message: Message, knows_developer: bool) -> Message:
 
 
 def content_text(message: Message) -> str:
-    """Raises ValueError for parts that are not text."""
+    """Returns the message's content as one text. Raises ValueError if a part is not text."""
     content = message.get("content") or ""
     if isinstance(content, list):
         kinds = [part.get("type") for part in content if part.get("type") != "text"]
@@ -233,12 +236,12 @@ def content_text(message: Message) -> str:
     return content
 
 
-# The token lists are left out: a template has no use for them, and copying them costs more than the rest.
+# A template does not need the token lists, and to copy them costs more than all other fields.
 _TEMPLATE_KEYS = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content", "reasoning")
 
 
 def as_object(arguments: Any) -> Any:
-    """A tool call's arguments as a dict; what is no JSON object stays as it is."""
+    """Returns a tool call's arguments as a dict. Arguments that are no JSON object are returned unchanged."""
     if not isinstance(arguments, str):
         return arguments
     try:
@@ -249,9 +252,11 @@ def as_object(arguments: Any) -> Any:
 
 
 def _text_after_sentinel(text: str, messages: Sequence[Message], index: int) -> str:
-    """Raises TokenMismatch unless the text shows the sentinel once and, behind it, all that came after.
+    """Returns the text after the sentinel. Raises TokenMismatch unless the text shows the sentinel once and,
+    behind it, the messages after messages[index].
 
-    A message counts as shown if its content is there without outer white space, or escaped as in JSON.
+    A message counts as shown if the text has its content without outer white space, or escaped as in JSON.
+    Assistant messages need not be shown.
     """
     parts = text.split(SENTINEL)
     if len(parts) != 2:
@@ -271,7 +276,9 @@ def _text_after_sentinel(text: str, messages: Sequence[Message], index: int) -> 
 
 
 def _without_sampled_end(tokenizer: Any, tail_ids: list[int], last_id: int) -> list[int]:
-    """tail_ids from behind the end of turn, if that was sampled last; only white space may precede it."""
+    """Returns tail_ids without the end of turn if the policy sampled it last. Only white space may precede
+    the end of turn in tail_ids; else, or if last_id is no special token, they are returned whole.
+    """
     if last_id not in tail_ids:
         return tail_ids
     end = tail_ids.index(last_id)
@@ -279,16 +286,18 @@ def _without_sampled_end(tokenizer: Any, tail_ids: list[int], last_id: int) -> l
     return tail_ids[end + 1 :] if is_special and not tokenizer.decode(tail_ids[:end]).strip() else tail_ids
 
 
-def _verify_ids(ids: list[int], vocab_size: int, what: str) -> None:
+def _verify_ids(ids: list[int], vocab_size: int, name: str) -> None:
+    """Raises TokenMismatch unless `ids` are ints in [0, vocab_size), at least one. name: for the message."""
     if not ids:
-        raise TokenMismatch(f"{what} must not be empty")
+        raise TokenMismatch(f"{name} must not be empty")
     if set(map(type, ids)) == {int} and min(ids) >= 0 and max(ids) < vocab_size:
         return
     position = next(p for p, i in enumerate(ids) if type(i) is not int or not 0 <= i < vocab_size)
-    raise TokenMismatch(f"{what}[{position}] must be an int in [0, {vocab_size}), got {ids[position]!r}")
+    raise TokenMismatch(f"{name}[{position}] must be an int in [0, {vocab_size}), got {ids[position]!r}")
 
 
 def _first_difference(expected: list[int], got: list[int]) -> int:
+    """Returns the first position at which the lists differ; the shorter length if there is none."""
     return next(
         (p for p, (a, b) in enumerate(zip(expected, got, strict=False)) if a != b),
         min(len(expected), len(got)),

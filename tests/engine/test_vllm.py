@@ -84,7 +84,7 @@ def test_further_flags_go_through_and_win():
             "OSError: nobody/none is not a local folder and is not a valid model identifier",
             "model.path was not",
         ),
-        ("vllm: error: unrecognized arguments: --no-such-flag", "engine.args holds a flag"),
+        ("vllm: error: unrecognized arguments: --no-such-flag", "engine.args has a flag"),
         ("ImportError: cannot import name 'NamespaceTool' from 'openai.types'", "engine.python"),
     ],
 )

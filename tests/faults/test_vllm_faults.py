@@ -51,5 +51,5 @@ def test_a_vllm_that_cannot_start_ends_the_run_with_what_to_do_about_it(started,
     assert run.ended_cleanly() == 1
     blow.over()
     assert "vllm-0 exited with code" in run.said
-    assert "engine.args holds a flag that this `vllm serve` does not know" in run.said
+    assert "engine.args has a flag that this `vllm serve` does not know" in run.said
     assert "--no-such-flag" in run.said

@@ -47,7 +47,7 @@ def test_what_changes_nothing_passes(name, value):
 
 @pytest.mark.parametrize(("name", "value"), CHANGING)
 def test_what_would_change_the_distribution_and_is_not_carried_out_is_refused_by_name(name, value):
-    with pytest.raises(chat.BadRequest, match=rf"^{name} must be .* here, got "):
+    with pytest.raises(chat.BadRequest, match=rf"^{name} must be .* for this gateway, got "):
         chat.check_neutral({name: value})
 
 

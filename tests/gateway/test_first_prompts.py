@@ -74,7 +74,10 @@ def test_tools_and_variables_of_the_chat_template_count(tmp_path):
     ("request_", "reason"),
     [
         (asks([{"type": "image_url", "image_url": {"url": "data:"}}]), "must be text, got a part of type"),
-        (asks("x", tool_choice="required"), "tool_choice must be 'auto' or 'none' here, got 'required'"),
+        (
+            asks("x", tool_choice="required"),
+            "tool_choice must be 'auto' or 'none' for this gateway, got 'required'",
+        ),
     ],
 )
 def test_what_the_gateway_refuses_is_refused_before_it_starts(tmp_path, request_, reason):
@@ -93,6 +96,6 @@ def test_many_are_counted_by_several_processes_as_by_one(tmp_path, monkeypatch):
     tasks = prepared(tmp_path, *(asks("x " * number) for number in range(40)))
     assert tasks.requests
     alone = first_prompts.count(TINY, tasks.requests)
-    monkeypatch.setattr(first_prompts, "_MANY", 10)
+    monkeypatch.setattr(first_prompts, "_MIN_FOR_POOL", 10)
     assert first_prompts.count(TINY, tasks.requests) == alone
     assert alone["sums/train/000039"] == length("x " * 39)

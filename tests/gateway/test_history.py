@@ -271,7 +271,7 @@ def test_a_conversations_prompt_ends_where_the_reply_begins_unless_it_is_told_no
 
 def test_what_is_remembered_is_bounded_and_the_newest():
     tokenizer = build_tokenizer("qwen3")
-    history = History(tokenizer, remembered=2)
+    history = History(tokenizer, capacity=2)
     kept = [
         answer(history, tokenizer, Conversation([{"role": "user", "content": text}]), [70], Reply(text))
         for text in ("a", "b", "a", "c")

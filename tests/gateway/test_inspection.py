@@ -81,7 +81,7 @@ def test_of_a_models_chat_templates_the_one_that_transformers_takes_for_tools_co
         (directory / "additional_chat_templates").mkdir()
         (directory / "additional_chat_templates" / "tool_use.jinja").write_text(other)
     check(tmp_path / "a", tmp_path, prepared(TOOL))
-    with pytest.raises(ConfigError, match="nothing here reads"):
+    with pytest.raises(ConfigError, match="gymexp cannot read"):
         check(tmp_path / "b", tmp_path, prepared(TOOL))
 
 
@@ -120,7 +120,7 @@ def begin(tmp_path, monkeypatch):
 
 
 def test_a_run_is_refused_before_its_directory_is_taken(begin, mistral_like, tmp_path):
-    with pytest.raises(ConfigError, match="nothing here reads the tool calls"):
+    with pytest.raises(ConfigError, match="gymexp cannot read the tool calls"):
         begin(ModelConfig("tiny", str(mistral_like)), prepared(TOOL))
     assert not (tmp_path / "run").exists()
 

@@ -178,7 +178,7 @@ def test_a_malformed_call_is_content(call):
 @pytest.mark.parametrize(
     ("fields", "text"),
     [
-        ({"n": 2}, "n must be 1 here, got 2"),
+        ({"n": 2}, "n must be 1 for this gateway, got 2"),
         ({"stream": True}, "stream must be False"),
         ({"top_k": -2}, "top_k must be an integer >= 1, or 0 or -1 for all tokens, got -2"),
         ({"top_k": 2.5}, "top_k must be an integer"),

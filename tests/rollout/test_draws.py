@@ -80,7 +80,7 @@ def test_a_client_that_names_no_rollout_gets_the_same_seed_for_the_same_request(
 
 
 def test_what_is_remembered_of_prompts_is_bounded():
-    seeds = CallSeeds(remembered=3)
+    seeds = CallSeeds(capacity=3)
     for number in range(10):
         with seeds.take("a", 5, [number]):
             pass

@@ -1,7 +1,7 @@
-"""The running batch of the hf engine: rows join by prefill, take one token a step, and leave.
+"""The running batch of the hf engine: rows join by a prefill, get one token a step, and leave.
 
-The last token of a prompt is not prefilled; it is the row's first token step, so that all sampling happens in
-one place and rows with the same prompt need one prefill only.
+The prefill leaves out the last token of a prompt, which is the input of the row's first token step. So all
+sampling happens in one place, and rows with the same prompt need only one prefill.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from gymexp.engine.hf.prefix import PrefixStore, Row
 from gymexp.engine.hf.sampling import sample_tokens
 from gymexp.rollout.generation import FinishReason
 
-PREFILL_TOKENS = 4096  # padded tokens of one prefill forward: bounds its memory
+PREFILL_TOKENS = 4096  # tokens of one prefill forward, padding included; bounds its memory
 
 
 class Batch:
-    """Rows with their keys and values; row i lies in slot i. Only the engine's thread touches it."""
+    """The running rows, and their keys and values; row i has slot i. Only the engine's thread may use it."""
 
     def __init__(
         self,
@@ -41,7 +41,7 @@ class Batch:
         self.rows: list[Row] = []
         self.max_rows = max_rows
         self.tokens = self.prompt_tokens = self.reused_prompt_tokens = 0
-        self._taken: list[Row] = []  # out of the queue and not yet in `rows`
+        self._joining: list[Row] = []  # taken out of the queue, but not yet in `rows`
         self._model = model
         self._dtype = dtype
         self._pad_token_id = pad_token_id
@@ -50,14 +50,15 @@ class Batch:
         self._prefixes = PrefixStore(kept_tokens)
 
     def step(self, waiting: deque[Row], version: int) -> list[tuple[Row, FinishReason]]:
-        """Let waiting rows in, give every row one token, and let go of those that ended, which are returned.
+        """Prefills waiting rows, samples a token for every row, and removes and returns the rows that ended.
 
-        Rows whose future was cancelled leave unmentioned. Raises FloatingPointError where logits are not
-        finite, and whatever the model raises; the batch must then be cleared.
+        version: of the model's weights. Rows whose future was cancelled are removed and not returned. Raises
+        FloatingPointError if logits are not finite, and whatever the model raises; the caller must then clear
+        the batch.
         """
         self._leave([row for row in self.rows if row.future.cancelled()])
         self._prefixes.use_version(version)
-        # no_grad, not inference_mode: a tensor that is made here may end up in one of the model's buffers.
+        # no_grad, not inference_mode: the model may keep a tensor of this block in one of its buffers.
         with torch.no_grad(), self._arithmetic(), _sampling_mode(self._model):
             while wave := self._take_wave(waiting):
                 self._prefill(wave, version)
@@ -81,38 +82,44 @@ class Batch:
         return ended
 
     def _arithmetic(self) -> torch.autocast:
+        """Returns autocast to `dtype`, switched off for float32."""
         enabled = self._dtype is not torch.float32
         return torch.autocast(self._model.device.type, self._dtype if enabled else None, enabled)
 
     def clear(self) -> list[Row]:
-        """Drop and return all rows, and drop what was computed: after an error it may be half written."""
-        rows = self.rows + [row for row in self._taken if row not in self.rows]
+        """Removes and returns all rows. Drops keys and values, which may be half written after an error."""
+        rows = self.rows + [row for row in self._joining if row not in self.rows]
         self.rows = []
-        self._taken = []
+        self._joining = []
         self.free_memory()
         return rows
 
     def free_memory(self) -> None:
+        """Drops the prefixes of finished rows and, if no row is running, the cache of the batch."""
         self._prefixes.clear()
         if not self.rows:
             self._cache.clear()
 
     def _take_wave(self, waiting: deque[Row]) -> list[Row]:
-        """Waiting rows to prefill together. One that would repeat one of these stays for the next."""
+        """Takes rows out of `waiting` to prefill together. A row that can copy a long prefix from another row
+        of the wave stays in `waiting` for the next wave.
+        """
         wave: list[Row] = []
-        put_off: list[Row] = []
-        while waiting and len(self.rows) + len(self._taken) < self.max_rows:
+        postponed: list[Row] = []
+        while waiting and len(self.rows) + len(self._joining) < self.max_rows:
             row = waiting.popleft()
             if row.future.cancelled():
                 continue
-            self._taken.append(row)
-            (wave if self._prefixes.find(row, self.rows, wave) else put_off).append(row)
-        waiting.extendleft(reversed(put_off))
-        self._taken = []
+            self._joining.append(row)
+            (wave if self._prefixes.find(row, self.rows, wave) else postponed).append(row)
+        waiting.extendleft(reversed(postponed))
+        self._joining = []
         return wave
 
     def _prefill(self, wave: list[Row], version: int) -> None:
-        """Compute keys and values of these prompts but for their last token, in batches of similar length."""
+        """Adds the wave to `rows`, and computes the keys and values of its prompts without their last tokens,
+        in batches of similar length.
+        """
         wave.sort(key=lambda row: (row.reused > 0, row.num_new), reverse=True)
         first = len(self.rows)
         self.rows.extend(wave)
@@ -134,7 +141,10 @@ class Batch:
             done += len(group)
 
     def _forward(self, first_slot: int, ids: np.ndarray, starts: np.ndarray) -> torch.Tensor:
-        """Logits [rows, V] of the last column, after writing keys and values of all columns."""
+        """Writes the keys and values of all columns, and returns the logits [rows, V] of the last column.
+
+        ids: [rows, width], for the slots from first_slot on. starts: [rows], the position of each first id.
+        """
         device = self._model.device
         width = ids.shape[1]
         mask = self._cache.aim(first_slot, starts, width, device)
@@ -149,7 +159,7 @@ class Batch:
         return output.logits[:, -1]
 
     def _leave(self, rows: Sequence[Row]) -> None:
-        """Take rows out; the last row moves into each hole, so that slots stay without gaps."""
+        """Removes rows. The last row moves into each freed slot, so that the used slots have no gaps."""
         for row in rows:
             slot = self.rows.index(row)
             self._prefixes.keep(self._cache, slot, row)
@@ -160,7 +170,10 @@ class Batch:
 
 
 def compute_prefill_size(rows: Sequence[Row]) -> int:
-    """How many of these rows, longest first, to prefill at once: at most a fifth of it is padding."""
+    """Returns how many of the first rows to prefill at once: at most about a fifth of the tokens is padding.
+
+    rows: those that reuse a prefix, then the others, each longest first. One prefill has rows of one kind.
+    """
     longest = rows[0]
     size = 1
     while (
@@ -175,12 +188,12 @@ def compute_prefill_size(rows: Sequence[Row]) -> int:
 
 @contextmanager
 def _sampling_mode(model: PreTrainedModel) -> Iterator[None]:
-    """Dropout off and slot attention on; afterwards every module is as it was."""
+    """Switches dropout off and slot attention on within the block, and restores every module after it."""
     config = model.config.get_text_config()
     attention = config._attn_implementation
     training = [module for module in model.modules() if module.training]
     for module in training:
-        module.__dict__["training"] = False  # what eval() sets, without a call for each module
+        module.__dict__["training"] = False  # as eval() does, without a slow call for each module
     config._attn_implementation = SLOT_ATTENTION
     try:
         yield

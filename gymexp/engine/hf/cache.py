@@ -1,10 +1,10 @@
-"""Keys and values of a running batch, one slot a row, and the attention that reads them where they lie.
+"""The keys and values of a running batch, a slot for each row, and the attention that reads them in place.
 
-A row's tokens start at position 0 of its slot, so a batch of unequal lengths needs no left padding, a row
-joins or leaves without touching the others, and a new token is written in place. Query heads that share a key
-head are laid beside each other as if they were query positions: keys are read once and never repeated in
-memory, which on a CPU makes the attention of a token step five times faster than with transformers' own
-masked path.
+A row's tokens start at position 0 of its slot. So a batch of unequal lengths needs no left padding, a row
+joins or leaves without a change to the others, and a new token is written in place. The attention treats
+query heads that share a key head as further query positions, so that keys are read once and never repeated in
+memory. On a CPU this makes the attention of a token step five times faster than with transformers' own masked
+path.
 """
 
 from __future__ import annotations
@@ -21,13 +21,12 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 SLOT_ATTENTION = "gymexp_slots"
 GRAIN = 64  # capacity grows in multiples of this many tokens
 
-LayerRows = list[
-    tuple[torch.Tensor, torch.Tensor]
-]  # one row's keys and values, [tokens, kv_heads, head_dim] a layer
+# One row's keys and values of each layer, [tokens, kv_heads, head_dim].
+LayerRows = list[tuple[torch.Tensor, torch.Tensor]]
 
 
 class SlotLayer(CacheLayerMixin):
-    """One layer's keys and values: [slots, capacity, kv_heads, head_dim], allocated at the first write."""
+    """One layer's keys and values: [slots, capacity, kv_heads, head_dim] each. The first write allocates."""
 
     is_sliding = False
 
@@ -37,7 +36,7 @@ class SlotLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         slots, capacity = self.owner.num_slots, self.owner.capacity
-        # Zeros, not empty: a masked position still takes part in 0 * value, and garbage may be NaN.
+        # Zeros, not empty: attention multiplies masked positions by 0, and garbage may be NaN.
         self.keys = key_states.new_zeros(slots, capacity, key_states.shape[1], key_states.shape[3])
         self.values = value_states.new_zeros(slots, capacity, value_states.shape[1], value_states.shape[3])
         self.is_initialized = True
@@ -45,7 +44,9 @@ class SlotLayer(CacheLayerMixin):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write [rows, kv_heads, new, head_dim] at the owner's targets; return what these rows may attend."""
+        """Writes states of shape [rows, kv_heads, new, head_dim] to the owner's targets. Returns the keys and
+        values that these rows may attend to.
+        """
         if self.keys is None or self.values is None:
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None and self.values is not None
@@ -63,6 +64,7 @@ class SlotLayer(CacheLayerMixin):
         )
 
     def resize(self, slots: int, capacity: int) -> None:
+        """Grows keys and values to these sizes, and keeps their content."""
         if self.keys is None or self.values is None:
             return
         for name in ("keys", "values"):
@@ -75,14 +77,14 @@ class SlotLayer(CacheLayerMixin):
         return (query_length if self.owner.fresh else self.owner.visible), 0
 
     def get_seq_length(self) -> int:
-        return 0  # positions are always given; a batch of slots has no single length
+        return 0  # a batch of slots has no single length, and every forward gets its positions
 
     def get_max_length(self) -> int:
         return -1
 
 
 class SlotCache(Cache):
-    """What `model.forward` takes as `past_key_values`. `aim` it before each forward."""
+    """The `past_key_values` of `model.forward`. Call `aim` before each forward."""
 
     def __init__(self, num_layers: int, max_slots: int):
         super().__init__(layers=[SlotLayer(self) for _ in range(num_layers)])
@@ -103,19 +105,21 @@ class SlotCache(Cache):
         return [layer for layer in self.layers if isinstance(layer, SlotLayer)]
 
     def reserve(self, slots: int, capacity: int) -> None:
-        """Make room for so many rows and positions. Grows by a quarter at least, as growing copies all."""
+        """Makes room for this many rows, and positions a row. Capacity grows by at least a quarter, and slots
+        double, as growing copies everything.
+        """
         if slots <= self.num_slots and capacity <= self.capacity:
             return
         if slots > self.num_slots:
             self.num_slots = min(self.max_slots, max(slots, 2 * self.num_slots))
         if capacity > self.capacity:
-            wanted = max(capacity, self.capacity + self.capacity // 4)
-            self.capacity = -(-wanted // GRAIN) * GRAIN
+            minimum = max(capacity, self.capacity + self.capacity // 4)
+            self.capacity = -(-minimum // GRAIN) * GRAIN
         for layer in self.slot_layers:
             layer.resize(self.num_slots, self.capacity)
 
     def clear(self) -> None:
-        """Give the memory back."""
+        """Frees the memory of all layers."""
         for layer in self.slot_layers:
             layer.keys = layer.values = None
             layer.is_initialized = False
@@ -124,11 +128,11 @@ class SlotCache(Cache):
     def aim(
         self, first_slot: int, starts: np.ndarray, width: int, device: torch.device
     ) -> torch.Tensor | None:
-        """The next forward writes `width` tokens a row: row i at position starts[i] of slot first_slot + i.
+        """Prepares a forward that writes `width` tokens a row: row i at starts[i] of slot first_slot + i.
 
-        Returns the additive mask [rows, 1, width, visible], or None where every row starts at 0: there,
-        causal attention among the new tokens is all there is. Padding goes to the right of a row: what it
-        writes is never visible and is overwritten by the row's next tokens.
+        Returns the additive mask [rows, 1, width, visible]. Returns None if width > 1 and every row starts at
+        0, as causal attention among the new tokens then suffices. Padding goes to the right of a row: the
+        keys and values that it writes are never visible, and the row's next tokens overwrite them.
         """
         rows = len(starts)
         self.reserve(first_slot + rows, int(starts.max()) + width)
@@ -139,7 +143,8 @@ class SlotCache(Cache):
         self.fresh = width > 1 and not starts.any()
         if self.fresh:
             return None
-        # A GPU's attention plans anew for each length: let it change rarely. A CPU would only do more work.
+        # On a GPU, attention plans anew for each length, so the length changes rarely. On a CPU, a coarse
+        # grain would only mean more work.
         grain = 8 if device.type == "cpu" else GRAIN
         self.visible = min(-(-(int(starts.max()) + width) // grain) * grain, self.capacity)
         hidden = np.arange(self.visible) > positions[:, :, None]
@@ -147,13 +152,14 @@ class SlotCache(Cache):
         return torch.from_numpy(mask).unsqueeze(1).to(device, self.dtype)
 
     def copy_row(self, source: int, target: int, length: int) -> None:
+        """Copies the first `length` positions of slot `source` to slot `target`."""
         for layer in self.slot_layers:
             if layer.keys is not None and layer.values is not None:
                 layer.keys[target, :length] = layer.keys[source, :length]
                 layer.values[target, :length] = layer.values[source, :length]
 
     def read_row(self, slot: int, length: int) -> LayerRows:
-        """A copy of one row, to keep after the row has left."""
+        """Returns a copy of the first `length` positions of a slot, to keep after its row has left."""
         return [
             (layer.keys[slot, :length].clone(), layer.values[slot, :length].clone())
             for layer in self.slot_layers
@@ -161,6 +167,7 @@ class SlotCache(Cache):
         ]
 
     def write_row(self, slot: int, row: LayerRows, length: int) -> None:
+        """Writes the first `length` positions of a kept row into a slot."""
         for layer, (keys, values) in zip(self.slot_layers, row, strict=True):
             if layer.keys is None or layer.values is None:
                 slots, capacity = self.num_slots, self.capacity
@@ -181,7 +188,11 @@ def slot_attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of [B, heads, new, dim] over [B, kv_heads, seen, dim]; the mask is `SlotCache.aim`'s."""
+    """Attention of queries [B, heads, new, dim] over keys and values [B, kv_heads, seen, dim].
+
+    attention_mask: from `SlotCache.aim`. Returns ([B, new, heads, dim], None). Raises NotImplementedError if
+    the model needs an attention that slots do not have, such as capped logits.
+    """
     for name in ("sliding_window", "softcap", "s_aux", "position_bias"):
         if kwargs.get(name) is not None:
             raise NotImplementedError(
@@ -195,7 +206,7 @@ def slot_attention(
         )
     else:
         folded = query.reshape(batch, key.shape[1], groups * new, dim)
-        mask = attention_mask.to(query.dtype)  # it is already, but for the first forward and under autocast
+        mask = attention_mask.to(query.dtype)  # differs only in the first forward and under autocast
         if new > 1:
             mask = mask.repeat(1, 1, groups, 1)
         output = scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
@@ -207,7 +218,9 @@ AttentionInterface.register(SLOT_ATTENTION, slot_attention)
 
 
 def check_supported(config: PreTrainedConfig, model_name: str) -> None:
-    """Raises NotImplementedError for what a slot cannot hold: sliding windows, recurrent layers."""
+    """Raises NotImplementedError if the model has layers that slots do not support, such as sliding windows
+    or recurrent layers, or is an encoder-decoder.
+    """
     others = set(getattr(config, "layer_types", None) or ["full_attention"]) - {"full_attention"}
     window = getattr(config, "sliding_window", None)
     if not getattr(config, "layer_types", None) and window and getattr(config, "use_sliding_window", True):

@@ -1,13 +1,14 @@
 """The hf engine: samples from the live weights of a transformers model, in the trainer's own process.
 
-One worker thread runs a token step at a time over all running requests (continuous batching): new requests
-are prefilled and join, every row gets one token, finished and cancelled rows leave. Whatever prefix a new
-prompt has in common with a running row, or with one that finished lately, is copied and not computed again,
-as long as the weights are the same. That covers the rollouts of a group and the next turn of each.
+One worker thread runs token steps over all running requests (continuous batching). In a step, new requests
+are prefilled and join, every row gets one token, and finished and cancelled rows leave. If a new prompt
+shares a prefix with a running row, or with a row that finished lately under the same weights, the prefix's
+keys and values are copied instead of computed. This covers the rollouts of a group, and the next turn of
+each.
 
-The model is the object in training. While a token step runs, it is in eval mode, without gradients, and its
-attention is `slot_attention`; between steps it is exactly as the trainer left it. The trainer must not run or
-change the model during a token step: it does so inside `with engine.paused():`, or when no request is in
+The model is the trainer's own object. During a token step the model is in eval mode, without gradients, and
+its attention is `slot_attention`; between steps it is exactly as the trainer left it. The trainer must not
+run or change the model during a token step, but only inside `with engine.paused():` or while no request is in
 flight.
 """
 
@@ -36,18 +37,18 @@ log = logging.getLogger(__name__)
 
 
 class HFEngine:
-    """Samples token ids for token ids; see the module's docstring for what it shares with the trainer.
+    """Samples token ids for prompts of token ids, from a model that the trainer changes in the same process.
 
-    model: a causal LM with full attention, not wrapped (no DDP, FSDP or ZeRO-3); LoRA's layers may be inside
-    it. eos_token_ids end every request. max_batch_size: rows of a token step; further requests wait.
-    max_model_len: prompt and generation together; None is the model's own. kept_tokens: how many tokens of
-    finished rows to keep keys and values of, 0 for none. tokenizer: only for requests with `stop`. dtype: of
-    the arithmetic, where it is not that of the weights.
+    model: a causal LM with full attention, not wrapped (no DDP, FSDP or ZeRO-3); it may contain LoRA's
+    layers. eos_token_ids: each ends a request. max_batch_size: number of rows of a token step; further
+    requests wait. max_model_len: tokens of prompt and generation together; None for the model's own limit.
+    kept_tokens: how many tokens of finished rows keep their keys and values, 0 for none. tokenizer: needed
+    only for requests with `stop`. dtype: of the arithmetic, by autocast unless it is float32.
     weights_version: the trainer sets it, inside `paused()`, whenever it changed the weights.
 
-    An error in a token step fails the requests of the batch, with the cause, and drops everything computed;
-    the engine then goes on with the requests that wait. So a passing fault costs one batch, and with a
-    lasting one every request fails at once: none hangs.
+    An error in a token step fails the requests of the batch, with the cause, and drops all keys and values.
+    The engine then goes on with the waiting requests. So a passing fault costs one batch, a lasting fault
+    fails every request at once, and no request hangs.
     """
 
     def __init__(
@@ -83,10 +84,12 @@ class HFEngine:
         self._thread.start()
 
     def submit(self, token_ids: Sequence[int], params: SamplingParams) -> Future[Generation]:
-        """Queue a prompt; from any thread. Cancelling the future takes the row out at the next token.
+        """Queues a prompt and returns the future of its generation. Any thread may call it. Cancelling the
+        future removes the request from the batch at the next token.
 
-        Raises ValueError for a prompt that is empty, too long or outside the vocabulary; EngineError when
-        closed. The future's callbacks run in the engine's thread: keep them short.
+        Raises ValueError if the prompt is empty, too long or outside the vocabulary, or if `params` has
+        `stop` and the engine no tokenizer; EngineError if the engine is closed. The future's callbacks run in
+        the engine's thread, and must be short.
         """
         ids = np.asarray(token_ids, dtype=np.int64)
         if ids.ndim != 1 or not len(ids):
@@ -113,18 +116,22 @@ class HFEngine:
         return row.future
 
     def pause(self) -> None:
-        """Returns when no token step runs; none starts until `resume`. Pauses nest; requests stay."""
+        """Waits for the running token step to end, and starts no other until `resume`. Pauses nest. Requests
+        stay in the batch and in the queue.
+        """
         with self._changed:
             self._pauses += 1
             self._changed.wait_for(lambda: not self._stepping)
 
     def resume(self) -> None:
+        """Ends one `pause`; token steps go on once all pauses have ended."""
         with self._changed:
             self._pauses -= 1
             self._changed.notify_all()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
+        """Pauses the engine within the block."""
         self.pause()
         try:
             yield
@@ -132,12 +139,12 @@ class HFEngine:
             self.resume()
 
     def free_memory(self) -> None:
-        """Drop what is kept of finished rows and, if no row is running, the batch's keys and values too."""
+        """Drops the keys and values of finished rows and, if no row is running, those of the batch too."""
         with self.paused():
             self._batch.free_memory()
 
     def stats(self) -> dict[str, float]:
-        """Counts since the start, tokens_per_s while at work, and how many requests run and wait now."""
+        """Returns counts since the start, tokens per second of work, and how many requests run and wait."""
         with self._changed:
             return {
                 **self._counts,
@@ -155,7 +162,7 @@ class HFEngine:
         return self._thread.is_alive() and not self._closed
 
     def close(self) -> None:
-        """End the worker after the running token step; what is in flight fails with EngineError."""
+        """Ends the worker thread after the running token step. Requests in flight fail with EngineError."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -169,17 +176,19 @@ class HFEngine:
             torch.cuda.set_device(self._device)
         try:
             while self._await_work():
-                for tell in self._step():
-                    tell()
+                for notify in self._step():
+                    notify()
         finally:
             with self._changed:
                 self._closed = True
                 left = self._batch.clear() + list(self._waiting)
                 self._waiting.clear()
-            for tell in self._fail(left, EngineError("the hf engine was closed before the request ended")):
-                tell()
+            error = EngineError("the hf engine was closed before the request ended")
+            for notify in self._fail(left, error):
+                notify()
 
     def _await_work(self) -> bool:
+        """Waits until a token step may start, and returns True; False if the engine was closed."""
         with self._changed:
             self._changed.wait_for(
                 lambda: self._closed or (not self._pauses and (self._waiting or self._batch.rows))
@@ -188,7 +197,9 @@ class HFEngine:
             return not self._closed
 
     def _step(self) -> list[Callable[[], None]]:
-        """One token step. Returns what tells the callers; called after it, they find the model at rest."""
+        """Runs one token step. Returns functions that resolve the futures of ended rows. They are called
+        after the step, so that a future's callbacks find the model as the trainer left it.
+        """
         started = time.perf_counter()
         try:
             ended = self._batch.step(self._waiting, self.weights_version)
@@ -205,26 +216,29 @@ class HFEngine:
                 self._changed.notify_all()
 
     def _fail(self, rows: Sequence[Row], error: EngineError) -> list[Callable[[], None]]:
-        def failure_of(row: Row) -> Callable[[], None]:
-            def tell() -> None:
+        """Returns a function for each row that sets the error in its future."""
+
+        def notifier_of(row: Row) -> Callable[[], None]:
+            def notify() -> None:
                 if row.future.set_running_or_notify_cancel():
                     self._counts["failed"] += 1
                     row.future.set_exception(error)
 
-            return tell
+            return notify
 
-        return [failure_of(row) for row in rows]
+        return [notifier_of(row) for row in rows]
 
     def _succeed(self, row: Row, reason: FinishReason) -> Callable[[], None]:
+        """Returns a function that sets the row's generation in its future."""
         ids = row.ids[row.prompt_length : row.length].tolist()
         generation = Generation(ids, row.logprobs, reason, (row.first_version, row.last_version))
 
-        def tell() -> None:
+        def notify() -> None:
             if row.future.set_running_or_notify_cancel():
                 self._counts["finished"] += 1
                 row.future.set_result(generation)
 
-        return tell
+        return notify
 
     def _count_cancelled(self, future: Future[Generation]) -> None:
         if future.cancelled():

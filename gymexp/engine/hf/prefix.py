@@ -1,4 +1,4 @@
-"""Rows of the hf engine, and which of their prefixes another prompt may take over instead of computing it."""
+"""Rows of the hf engine, and the store of their prefixes, whose keys and values a new prompt can copy."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ from gymexp.engine.hf.cache import LayerRows, SlotCache
 from gymexp.engine.hf.sampling import SamplingParams
 from gymexp.rollout.generation import FinishReason
 
-WORTH = 16  # tokens; shorter common prefixes are computed, as copying would gain nothing
+WORTH = 16  # tokens; a shorter common prefix is computed, as a copy would gain nothing
 
 
 class Row:
-    """One request on its way: its ids so far, and what is known about keys and values of its prefix."""
+    """One request in the engine: its ids so far, and where the keys and values of its prefix come from.
+
+    limit: how many tokens it may generate. ends: ids that end it.
+    """
 
     def __init__(
         self,
@@ -43,16 +46,16 @@ class Row:
 
     @property
     def num_new(self) -> int:
-        """How many tokens of the prompt must be prefilled."""
+        """The number of tokens of the prompt to prefill."""
         return self.length - 1 - self.reused
 
     @property
     def computed(self) -> np.ndarray:
-        """The ids that keys and values exist for: all but the last."""
+        """The ids whose keys and values are computed: all but the last."""
         return self.ids[: self.length - 1]
 
     def append(self, token: int, logprob: float, version: int, tokenizer: Any) -> FinishReason | None:
-        """Take a sampled token; says why the row ends, if it does."""
+        """Appends a sampled token. Returns the reason if the row ends with it, else None."""
         if self.length == len(self.ids):
             self.ids = np.concatenate([self.ids, np.zeros(len(self.ids), dtype=np.int64)])
         self.ids[self.length] = token
@@ -66,7 +69,7 @@ class Row:
         return "length" if len(self.logprobs) == self.limit else None
 
     def _ends_in_stop_text(self, tokenizer: Any) -> bool:
-        # A token may be as little as one byte of a character: this many hold the longest text.
+        # A token may be a single byte of a character, so the longest stop string may take this many tokens.
         window = 4 * max(len(text) for text in self.params.stop) + 8
         start = max(self.prompt_length, self.length - window)
         text = tokenizer.decode(self.ids[start : self.length].tolist(), skip_special_tokens=False)
@@ -74,7 +77,7 @@ class Row:
 
 
 class Kept:
-    """Ids of a finished row and a copy of their keys and values."""
+    """The ids of a finished row, and a copy of their keys and values."""
 
     def __init__(self, ids: np.ndarray, layers: LayerRows):
         self.ids = ids
@@ -82,7 +85,9 @@ class Kept:
 
 
 class PrefixStore:
-    """Finished rows' keys and values, newest last, at most `capacity` tokens, for one weights version."""
+    """The keys and values of finished rows, newest last, of at most `capacity` tokens and one weights
+    version.
+    """
 
     def __init__(self, capacity: int):
         self.capacity = capacity
@@ -91,6 +96,7 @@ class PrefixStore:
         self._tokens = 0
 
     def use_version(self, version: int) -> None:
+        """Drops all prefixes if the version of the weights has changed."""
         if version != self.version:
             self.clear()
             self.version = version
@@ -100,22 +106,26 @@ class PrefixStore:
         self._tokens = 0
 
     def find(self, row: Row, running: Sequence[Row], wave: Sequence[Row]) -> bool:
-        """Note the best donor in `row`. False: a row of the wave will be a better one once it is computed."""
+        """Sets the best donor in `row`: the running or kept row that shares the longest prefix with it.
+
+        Returns False if a row of the wave will be a better donor once it is computed.
+        """
         prompt = row.ids[: row.length - 1]
         row.donor, row.reused = None, 0
         best = WORTH - 1
         sources = [(slot, r.computed) for slot, r in enumerate(running) if r.kv_version == self.version]
         for donor, ids in [*sources, *((kept, kept.ids) for kept in reversed(self._kept))]:
-            # Only a donor that agrees where it would have to win can win: most candidates end here.
+            # A better donor agrees with the prompt at position `best`. Most candidates fail this quick test.
             if best < len(ids) and best < len(prompt) and ids[best] == prompt[best]:
                 shared = common_prefix(ids, prompt)
                 if shared > best:
                     best = shared
                     row.donor, row.reused = donor, shared
-        bar = best + 2 * WORTH
-        return not any(common_prefix(other.computed, prompt) >= bar for other in wave)
+        minimum = best + 2 * WORTH
+        return not any(common_prefix(other.computed, prompt) >= minimum for other in wave)
 
     def copy_into(self, cache: SlotCache, slot: int, row: Row) -> None:
+        """Copies the reused prefix from the row's donor into its slot."""
         if isinstance(row.donor, Kept):
             cache.write_row(slot, row.donor.layers, row.reused)
         elif row.donor is not None:
@@ -123,7 +133,7 @@ class PrefixStore:
         row.donor = None
 
     def keep(self, cache: SlotCache, slot: int, row: Row) -> None:
-        """Keep what a leaving row has computed, in place of earlier turns that it contains."""
+        """Keeps the keys and values of a leaving row, in place of kept rows that are prefixes of it."""
         ids = row.computed.copy()
         if row.kv_version != self.version or len(ids) > self.capacity:
             return
@@ -140,7 +150,7 @@ class PrefixStore:
 
 
 def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
-    """How many leading ids two prompts share."""
+    """Returns how many leading ids two prompts share."""
     size = min(len(a), len(b))
     differs = a[:size] != b[:size]
     first = int(differs.argmax()) if size else 0

@@ -1,14 +1,14 @@
-"""The hf engine as a server of its own, for runs whose trainer is on another node:
+"""Runs the hf engine as a server of its own, for runs whose trainer is on another node:
 
     python -m gymexp.engine.hf.replica RUN_DIR/config.yaml --fd N
 
-Besides the routes of `server.py` it answers those of vLLM's that `gymexp.engine.weights` asks, so that the
+Besides the routes of `server.py` it has the routes of vLLM that `gymexp.engine.weights` uses, so that the
 trainer need not know which engine it is:
 
     POST /pause   POST /resume   POST /reset_prefix_cache
     POST /collective_rpc   {"method": "reload_weights", "kwargs": {"weights_path": DIRECTORY}}
 
-All of it takes GYMEXP_ENGINE_KEY, which must be in the environment (`gymexp.processes.keys`).
+Every path demands the key GYMEXP_ENGINE_KEY, which must be in the environment (`gymexp.processes.keys`).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 
 class Weights:
-    """What changes the engine's weights, on request."""
+    """Routes that pause the engine and replace its weights."""
 
     def __init__(self, model: PreTrainedModel, engine: HFEngine) -> None:
         self._model = model
@@ -54,15 +54,19 @@ class Weights:
         ]
 
     def load(self, directory: Path) -> None:
-        """Take `model.safetensors`, which must hold this model's parameters. Raises ValueError, OSError."""
-        held = dict(self._model.named_parameters())
+        """Loads the parameters in `model.safetensors`, and the version in its metadata.
+
+        Raises ValueError if the file does not have exactly this model's parameters, OSError if it is
+        unreadable.
+        """
+        parameters = dict(self._model.named_parameters())
         with safe_open(directory / "model.safetensors", "pt", device=str(self._model.device)) as file:
-            if different := sorted(held.keys() ^ set(file.keys())):
+            if different := sorted(parameters.keys() ^ set(file.keys())):
                 raise ValueError(f"{directory} and the model differ in {', '.join(different[:5])}")
             with torch.no_grad(), self._engine.paused():
-                for name, parameter in held.items():
+                for name, parameter in parameters.items():
                     parameter.copy_(file.get_tensor(name))
-                # What the file says of itself; keys and values of other weights are dropped for it.
+                # With a new version the engine drops the keys and values of the old weights.
                 self._engine.weights_version = int(file.metadata()[VERSION_KEY])
 
     async def _pause(self, _: web.Request) -> web.Response:

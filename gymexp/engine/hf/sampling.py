@@ -1,4 +1,4 @@
-"""Sampling parameters, and drawing one token for every row of a batch. Pure."""
+"""Sampling parameters, and pure functions that draw one token for every row of a batch."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import torch
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How one request is sampled; names and meanings are vLLM's.
+    """How to sample one request. Names and meanings are vLLM's.
 
-    temperature: 0 is greedy. top_p, top_k: nucleus and count that are kept (1.0 and 0: everything). min_p: a
-    token is kept if it has at least this times the likeliest one's probability (0: everything).
-    repetition_penalty: divides the positive logits of tokens of the prompt or the generation, and multiplies
-    their negative ones (1.0: as they are). max_tokens: None is as many as the model's length allows. seed:
-    the same seed, prompt and weights give the same tokens, whatever else is in the batch (up to float noise).
-    stop: texts that end the generation; their tokens stay in it. stop_token_ids: ids that end it, besides the
-    engine's eos_token_ids, which ignore_eos switches off.
+    temperature: 0 is greedy. top_p: keeps the smallest set of tokens with this probability (1.0: all). top_k:
+    keeps this many tokens (0: all). min_p: keeps the tokens with at least this share of the likeliest token's
+    probability (0: all). repetition_penalty: for tokens of the prompt or the generation, divides positive
+    logits and multiplies negative ones (1.0: no change). max_tokens: None for as many as the model's length
+    allows. seed: the same seed, prompt and weights give the same tokens, whatever else is in the batch (up to
+    float noise). stop: strings that end the generation; their tokens stay in it. stop_token_ids: ids that end
+    the generation, besides the engine's eos_token_ids, which ignore_eos switches off.
     """
 
     temperature: float = 1.0
@@ -42,15 +42,15 @@ class SamplingParams:
             ("min_p", "must be >= 0 and <= 1", 0 <= self.min_p <= 1),
             ("repetition_penalty", "must be a finite number > 0", 0 < self.repetition_penalty < math.inf),
             ("max_tokens", "must be >= 1", self.max_tokens is None or self.max_tokens >= 1),
-            ("stop", "must not hold an empty text", all(self.stop)),
+            ("stop", "must not have an empty text", all(self.stop)),
         ]
-        for name, rule, holds in rules:
-            if not holds:
+        for name, rule, is_met in rules:
+            if not is_met:
                 raise ValueError(f"{name} {rule}, got {getattr(self, name)!r}")
 
     @property
     def cuts(self) -> bool:
-        """Whether min_p, top_k or top_p take tokens away. None of them changes greedy sampling."""
+        """Whether min_p, top_k or top_p remove tokens. None of them changes greedy sampling."""
         return self.temperature > 0 and (self.top_p < 1 or self.top_k > 0 or self.min_p > 0)
 
 
@@ -59,23 +59,26 @@ def penalise_repetition(
     params: Sequence[SamplingParams],
     histories: Sequence[Sequence[int] | np.ndarray],
 ) -> torch.Tensor:
-    """Logits [n, V] after each row's repetition_penalty on the tokens of its history, prompt included.
+    """Returns logits [n, V] with each row's repetition_penalty applied to the tokens of its history.
 
-    Source: CTRL (https://arxiv.org/abs/1909.05858), section 4.1, as vLLM applies it: before the temperature.
+    histories: ids of each row's prompt and generation. Source: CTRL (https://arxiv.org/abs/1909.05858),
+    section 4.1. As in vLLM, the penalty comes before the temperature.
     """
     logits = logits.clone()
-    for row, (one, history) in enumerate(zip(params, histories, strict=True)):
-        if one.repetition_penalty != 1:
+    for row, (row_params, history) in enumerate(zip(params, histories, strict=True)):
+        penalty = row_params.repetition_penalty
+        if penalty != 1:
             seen = torch.as_tensor(history, device=logits.device).unique()
             value = logits[row, seen]
-            penalty = one.repetition_penalty
             logits[row, seen] = torch.where(value > 0, value / penalty, value * penalty)
     return logits
 
 
 def cut_tails(logits: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
-    """Logits [n, V] with -inf below min_p, then outside the top_k tokens, then outside the smallest set that
-    holds top_p of what is left: vLLM's order."""
+    """Returns logits [n, V] with -inf for the tokens that min_p, top_k and top_p remove, in this order, which
+    is vLLM's: tokens below min_p, tokens outside the top_k, tokens outside the smallest set with top_p of the
+    remaining probability.
+    """
     device, vocab = logits.device, logits.shape[-1]
     top_k = torch.tensor([p.top_k or vocab for p in params], device=device)[:, None]
     top_p = torch.tensor([p.top_p for p in params], device=device, dtype=logits.dtype)[:, None]
@@ -85,7 +88,8 @@ def cut_tails(logits: torch.Tensor, params: Sequence[SamplingParams]) -> torch.T
     ordered, order = logits.sort(dim=-1, descending=True)
     ordered = ordered.masked_fill(torch.arange(vocab, device=device) >= top_k, -math.inf)
     probs = ordered.softmax(-1)
-    before = probs.cumsum(-1) - probs  # what the likelier tokens hold already; the first is always kept
+    # The probability of all likelier tokens: 0 for the likeliest token, which is always kept.
+    before = probs.cumsum(-1) - probs
     ordered = ordered.masked_fill((before >= top_p) & (top_p < 1), -math.inf)
     return torch.empty_like(logits).scatter_(-1, order, ordered)
 
@@ -96,14 +100,15 @@ def sample_tokens(
     uniforms: Sequence[float],
     histories: Sequence[Sequence[int] | np.ndarray] = (),
 ) -> tuple[list[int], list[float]]:
-    """One token a row, and its log-probability under the distribution it was drawn from.
+    """Returns one token id a row, and its log-probability (nats) under the distribution it was drawn from.
 
-    logits: [n, V]. uniforms: one number in [0, 1) a row; the token is where the cumulative distribution
-    passes it, so a row's choice depends on its own logits and number alone. histories: the ids of each row's
-    prompt and of what it has generated, for a repetition_penalty. The log-probability is that after
-    repetition_penalty, temperature, min_p, top_k and top_p, in this order; a greedy row (temperature 0)
-    reports the one at temperature 1, uncut, as vLLM does under processed_logprobs. Where logits are not
-    finite, it is NaN.
+    logits: [n, V]. uniforms: a number in [0, 1) for each row. The row's token is the one at which the
+    cumulative distribution passes this number, so it depends only on the row's own logits and number.
+    histories: ids of each row's prompt and generation, for a repetition_penalty.
+
+    The log-probability is the one after repetition_penalty, temperature, min_p, top_k and top_p, in this
+    order. A greedy row (temperature 0) reports the one at temperature 1 without cuts, as vLLM does under
+    processed_logprobs. The log-probability is NaN if logits are not finite.
     """
     device = logits.device
     logits = logits.float()
@@ -121,14 +126,13 @@ def sample_tokens(
     if all(p.temperature == 0 for p in params):
         ids = best
     else:
-        # float64: in float32 the tail of a large vocabulary would be lost in the rounding of the sum.
+        # float64, as float32 would lose the tail of a large vocabulary in the rounding of the sum.
         wide = torch.float32 if device.type == "mps" else torch.float64
         cumulative = logprobs.exp().cumsum(-1, dtype=wide)
         marks = torch.tensor(uniforms, device=device, dtype=wide)[:, None] * cumulative[:, -1:]
         ids = torch.searchsorted(cumulative, marks, right=True)
         greedy = torch.tensor([p.temperature == 0 for p in params], device=device)[:, None]
-        ids = torch.where(
-            greedy | (ids >= logits.shape[-1]), best, ids
-        )  # rounding may carry a mark past the end
+        # Rounding may carry a mark past the end of the vocabulary.
+        ids = torch.where(greedy | (ids >= logits.shape[-1]), best, ids)
     chosen = logprobs.gather(-1, ids)
     return ids[:, 0].tolist(), chosen[:, 0].tolist()

@@ -1,12 +1,13 @@
-"""HTTP in front of the hf engine: vLLM's route and shape, so that the gateway speaks to both alike.
+"""HTTP server of the hf engine. Its route and format are vLLM's, so the gateway treats both engines alike.
 
     POST /inference/v1/generate   {"token_ids": [...], "sampling_params": {...}}
       -> {"choices": [{"token_ids", "logprobs": {"content": [{"logprob"}, ...]}, "finish_reason"}],
           "weights_version", "first_weights_version"}
     GET /health   GET /stats
 
-Runs in the trainer's process, on a thread and an event loop of its own. A client that hangs up takes its row
-out of the batch. 400: the request breaks a rule; 500: the engine failed; both with {"error": {"message"}}.
+`serve` runs it in the trainer's process, on a thread and an event loop of its own; `replica.py` runs it in a
+process of its own. When a client hangs up, its request leaves the batch. The status is 400 if the request
+breaks a rule and 500 if the engine failed, both with {"error": {"message"}}.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from gymexp.rollout.generation import EngineError, answer_of
 
 MAX_REQUEST_BYTES = 64 * 2**20
 
-# What the engine does not do is refused unless it asks for nothing; log-probabilities are always returned.
+# Parameters that the engine does not support. It refuses any value but the one that changes nothing.
 NEUTRAL_PARAMS = {
     "n": 1,
     "min_tokens": 0,
@@ -35,12 +36,13 @@ NEUTRAL_PARAMS = {
     "frequency_penalty": 0,
     "include_stop_str_in_output": True,
 }
+# Parameters that the engine ignores. It always returns the log-probabilities of the sampled tokens.
 WITHOUT_EFFECT = {"logprobs", "prompt_logprobs", "detokenize", "skip_special_tokens", "output_kind"}
 
 
 @dataclass(frozen=True)
 class ServerHandle:
-    """A running server. `close` stops it; the engine stays."""
+    """A running server. `close` stops the server but not the engine."""
 
     url: str
     _loop: asyncio.AbstractEventLoop
@@ -60,10 +62,10 @@ def serve(
     sock: socket.socket | None = None,
     key: str | None = None,
 ) -> ServerHandle:
-    """Returns when it listens. port 0: a free one, see `.url`. Raises OSError if it cannot listen.
+    """Starts a server, and returns its handle once it listens. Raises OSError if it cannot listen.
 
-    sock: a socket that listens already, instead of host and port. key: demanded on every path (None: of
-    nobody).
+    port: 0 for a free port, which is in the handle's url. sock: a listening socket to use in place of host
+    and port. key: the key that every path demands; None for no key.
     """
     started: list[ServerHandle | BaseException] = []
     ready = threading.Event()
@@ -105,7 +107,7 @@ def serve(
 
 
 def build_app(engine: HFEngine) -> web.Application:
-    """The engine's HTTP application: vLLM's route for token ids, and a health check."""
+    """Returns the engine's HTTP application: vLLM's route for token ids, a health check and counts."""
 
     async def generate(request: web.Request) -> web.Response:
         try:
@@ -116,7 +118,7 @@ def build_app(engine: HFEngine) -> web.Application:
         except EngineError as error:
             return _error(500, str(error))
         try:
-            # A hang-up cancels this handler, which cancels the future, which takes the row out of the batch.
+            # A hang-up cancels this handler, and so the future. The request then leaves the batch.
             generation = await asyncio.wrap_future(future)
         except EngineError as error:
             return _error(500, str(error))
@@ -136,23 +138,28 @@ def build_app(engine: HFEngine) -> web.Application:
 
 
 def read_request(body: bytes) -> tuple[list[int], SamplingParams]:
-    """Raises ValueError that names the key, for whatever the engine cannot do as asked."""
+    """Returns token ids and sampling parameters of a request. Raises ValueError, which names the key, if the
+    engine cannot carry out the request exactly.
+    """
     request = orjson.loads(body)
     if not isinstance(request, dict):
         raise ValueError("the request must be a JSON object")
     token_ids = request.get("token_ids")
     if not isinstance(token_ids, list) or not all(type(token) is int for token in token_ids):
         raise ValueError("token_ids must be a list of integers")
-    given = request.get("sampling_params") or {}
-    if not isinstance(given, dict):
+    fields = request.get("sampling_params") or {}
+    if not isinstance(fields, dict):
         raise ValueError("sampling_params must be a JSON object")
-    return token_ids, build_params(given)
+    return token_ids, build_params(fields)
 
 
-def build_params(given: dict[str, Any]) -> SamplingParams:
-    """SamplingParams of a request's `sampling_params`; null is the default."""
+def build_params(fields: dict[str, Any]) -> SamplingParams:
+    """Returns the SamplingParams of a request's `sampling_params`. A null stands for the default.
+
+    Raises ValueError, which names the key, if a value is not supported or has a wrong type.
+    """
     params: dict[str, Any] = {}
-    for key, value in given.items():
+    for key, value in fields.items():
         if value is None or key in WITHOUT_EFFECT or (key in NEUTRAL_PARAMS and value == NEUTRAL_PARAMS[key]):
             continue
         kinds = PARAM_KINDS.get(key)
@@ -165,12 +172,12 @@ def build_params(given: dict[str, Any]) -> SamplingParams:
             names = " or ".join(kind.__name__ for kind in kinds)
             raise ValueError(f"sampling_params.{key} must be {names}, got {value!r}")
         params[key] = tuple(value) if isinstance(value, list) else value
-    if params.get("top_k") == -1:  # vLLM's other way to say: all tokens
+    if params.get("top_k") == -1:  # stands for all tokens in vLLM, as 0 does
         params["top_k"] = 0
     item_kinds = {"stop": str, "stop_token_ids": int}
     for key, kind in item_kinds.items():
         if not all(isinstance(item, kind) for item in params.get(key, ())):
-            raise ValueError(f"sampling_params.{key} must hold {kind.__name__} only, got {given[key]!r}")
+            raise ValueError(f"sampling_params.{key} must have {kind.__name__} only, got {fields[key]!r}")
     return SamplingParams(**params)
 
 

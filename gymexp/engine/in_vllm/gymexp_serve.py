@@ -1,10 +1,11 @@
-"""`vllm serve`, with vLLM's interpreter: imports nothing of gymexp.
+"""Runs `vllm serve` on a port that the parent process keeps bound. It runs in vLLM's interpreter, so it
+imports nothing of gymexp.
 
     python -m gymexp_serve serve MODEL --port N …
 
-Whoever starts vLLM keeps port N bound with SO_REUSEPORT, so that no other user takes it before vLLM listens,
-which then would be told the engine's key. vLLM sets that option where it has several API servers; this has it
-set for one as well (0.31, `launcher.py`).
+The parent keeps port N bound with SO_REUSEPORT. Otherwise another user could take the port before vLLM
+listens on it, and would get the engine's key with the requests. vLLM sets SO_REUSEPORT only if it has several
+API servers (0.31, `launcher.py`); this module sets it for a single one too.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from typing import Any
 
 
 def share_port(port: int) -> None:
-    """From now on, what this process binds to the port shares it with other sockets of this user's."""
+    """Makes this process bind sockets to `port` with SO_REUSEPORT, which shares it with other sockets of the
+    same user.
+    """
     bind = socket.socket.bind
 
     def bind_shared(sock: socket.socket, address: Any) -> None:
