@@ -15,7 +15,7 @@ from gymexp.record.study import as_trial
 
 
 @as_trial
-@files.told()
+@files.as_gymexp_errors()
 def train(
     config: RunConfig, overrides: Sequence[str], directory: Path, allocation: Allocation | None = None
 ) -> dict[str, Any]:
