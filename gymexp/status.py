@@ -22,7 +22,7 @@ _POLL_S = 5.0
 
 
 def show_sweep(path: Path, follow: bool) -> None:
-    """Prints a table of a sweep's jobs; with `follow` also a line for each change, until all jobs have ended."""
+    """Prints a sweep's jobs as a table; with `follow` also a line for each change, until all have ended."""
     sweep = jobs.read_sweep(path)
     say(status_table(sweep))
     printed = {job.num: job_line(job) for job in sweep.jobs}
