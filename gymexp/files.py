@@ -21,12 +21,12 @@ from gymexp.printable import printable_in
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 _ADVICE = {
-    errno.ENOSPC: "make room there",
-    errno.EDQUOT: "make room there, or have your quota raised",
-    errno.EFBIG: "raise the limit on a file's size (`ulimit -f`), or make room there",
+    errno.ENOSPC: "make room on this disk",
+    errno.EDQUOT: "make room on this disk, or ask for a larger quota",
+    errno.EFBIG: "raise the limit on a file's size (`ulimit -f`)",
     errno.EROFS: "mount its file system for writing",
-    errno.EACCES: "have its owner let you write there",
-    errno.EPERM: "have its owner let you write there",
+    errno.EACCES: "ask its owner for the right to write",
+    errno.EPERM: "ask its owner for the right to write",
     errno.ENOENT: "it was deleted or moved: put it back",
     errno.ENOTDIR: "a file is where a folder must be: move the file out of the way",
     errno.EEXIST: "a file is where a folder must be: move the file out of the way",

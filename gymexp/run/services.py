@@ -291,7 +291,7 @@ async def _hold(gateway_url: str, url: str, key: str) -> None:
         ):
             response.raise_for_status()
     except (aiohttp.ClientError, TimeoutError) as error:
-        raise OSError(f"the gateway could not be told to hold {url}: {error!r}") from error
+        raise OSError(f"the gateway could not hold requests back from {url}: {error!r}") from error
 
 
 def engine_urls(config: RunConfig, endpoints: Sequence[Endpoint]) -> list[str]:
