@@ -45,7 +45,7 @@ def versions(python: str | os.PathLike[str], packages: Sequence[str]) -> dict[st
 
 
 def model(directory: Path) -> dict[str, Any]:
-    """Returns the shape of the model in a directory, with its number of parameters (a tied head counts once)."""
+    """Returns the shape of a model, with its number of parameters (a tied head counts once)."""
     config = json.loads((directory / "config.json").read_text())
     names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
     names += ("intermediate_size", "vocab_size", "tie_word_embeddings", "dtype")
@@ -65,7 +65,7 @@ def _sizes(directory: Path) -> Iterator[tuple[str, int]]:
 
 
 def write(path: Path, results: dict[str, Any]) -> None:
-    """Writes results to a JSON file, whole or not at all, so that a failure keeps the earlier measurements."""
+    """Writes results to a JSON file, whole or not at all, so that a failure keeps earlier measurements."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     part.write_text(json.dumps({"date": time.strftime("%Y-%m-%d %H:%M:%S")} | results, indent=1) + "\n")

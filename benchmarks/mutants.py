@@ -165,7 +165,7 @@ def changed_lines(diff: list[str]) -> tuple[list[str], list[str]]:
 
 
 def mutants_of(module: str) -> tuple[str, list[tuple[str, list[str]]]]:
-    """Returns the unchanged source and the mutants, each a source and its diff, without equivalent mutants."""
+    """Returns the unchanged source, and the mutants as (source, diff), without the equivalent ones."""
     tree = ast.parse((ROOT / "gymexp" / f"{module}.py").read_text())
     original = ast.unparse(tree)
     equivalent = [
@@ -222,8 +222,7 @@ def tests_fail(copy: Path, tests: str, timeout_s: float) -> bool:
 
 
 def try_module(module: str, num: int, seed: int, copy: Path) -> tuple[int, int]:
-    """Tests a sample of a module's mutants and prints those that survive. Returns how many were killed and how
-    many were tried."""
+    """Tests a sample of a module's mutants and prints the survivors. Returns (killed, tried), two counts."""
     original, mutants = mutants_of(module)
     path = copy / "gymexp" / f"{module}.py"
     path.write_text(original)

@@ -74,8 +74,8 @@ def write_row(tokenizer: Any, row: dict[str, Any], is_wrong: bool) -> dict[str, 
 
 
 def replies(row: dict[str, Any], is_wrong: bool) -> list[Any]:
-    """Returns the replies to a row, texts and calls: the correct ones, or a text that is no answer or the calls
-    without the first."""
+    """Returns the replies to a row, texts and calls: the correct ones, or with `is_wrong` a text that is no
+    answer, or the calls without the first."""
     if "ground_truth" not in row:
         return ["I do not know." if is_wrong else row["answer"]]
     truth = row["ground_truth"]
