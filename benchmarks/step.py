@@ -169,7 +169,7 @@ def run(args: argparse.Namespace, report: Report) -> str:
             if time.monotonic() > args.until:
                 return (
                     f"{len(report.steps)} of {args.warm_up + args.steps} steps within "
-                    f"{args.deadline_s:.0f} s (--deadline-s). The run said:\n{output.read_text()[-1500:]}"
+                    f"{args.deadline_s:.0f} s (--deadline-s). Its output:\n{output.read_text()[-1500:]}"
                 )
             time.sleep(POLL_S)
     finally:

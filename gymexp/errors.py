@@ -28,7 +28,8 @@ class RunDirectoryError(GymexpError):
 class TokenMismatch(GymexpError):
     """Tokens of a rollout contradict each other, so that training on the rollout would be wrong.
 
-    Such rollouts are counted as failed; their tokens are never padded to fit."""
+    Such rollouts are counted as failed; their tokens are never padded to fit.
+    """
 
 
 class RolloutError(GymexpError):
@@ -50,7 +51,8 @@ class LaunchError(GymexpError):
 class Interrupted(GymexpError):
     """A signal ended the run: SIGINT, SIGTERM or SIGHUP, or in a Slurm job SIGUSR2.
 
-    number: the signal's number. The message says whether the trainer saved a checkpoint first."""
+    number: the signal's number. The message says whether the trainer saved a checkpoint first.
+    """
 
     def __init__(self, number: int, message: str) -> None:
         super().__init__(message)

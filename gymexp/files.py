@@ -49,7 +49,8 @@ def refusal(error: BaseException) -> OSError | None:
 def in_words(error: OSError, instead: str = "") -> str:
     """Returns the message of a file system error: path, reason and what to do.
 
-    instead: an alternative to the usual advice, for a caller that could write to another place."""
+    instead: an alternative to the usual advice, for a caller that could write to another place.
+    """
     path = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else ""
     full = error.errno in FULL
     room = f" ({_free_mb(Path(path)):.0f} MB free there)" if full and path else ""
@@ -78,7 +79,8 @@ def as_gymexp_errors() -> Iterator[None]:
 def replacing(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`; the file written to it replaces `path` when the block ends.
 
-    If the block fails, `path` keeps its old content and the temporary file is removed."""
+    If the block fails, `path` keeps its old content and the temporary file is removed.
+    """
     part = path.with_name(f"{path.name}.part")
     with at(path):
         part.unlink(missing_ok=True)
@@ -110,7 +112,8 @@ def _free_mb(path: Path) -> float:
 def replace_file(path: Path, text: str, mode: int = 0o666) -> None:
     """Writes a file so that a reader sees the old text or the new text, never a part of it.
 
-    mode: the file's permissions, from which the umask is removed."""
+    mode: the file's permissions, from which the umask is removed.
+    """
     with replacing(path) as part:
         descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
         with open(descriptor, "w", encoding="utf-8") as file:
