@@ -1,4 +1,4 @@
-# The environment is .venv; `make help` lists what can be done.
+# The environment is .venv; `make help` lists the targets.
 PYTHON ?= python3
 RUN := .venv/bin/python
 
@@ -16,13 +16,13 @@ setup: .venv/ready  ## make .venv with gymexp and all it needs
 demo: setup  ## train the tiny policy in two environments, on a CPU in minutes
 	$(RUN) -m gymexp.train experiment=quickstart
 
-test: setup  ## every test that this machine can run, but those of test-more and test-faults
+test: setup  ## every test that this machine can run, except those of test-more and test-faults
 	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not ranks and not vllm and not ray and not slurm and not fault'
 
-test-more: setup  ## with the real vLLM on a CPU, several ranks, a Slurm cluster, with `gym env start`
+test-more: setup  ## tests with the real vLLM on a CPU, several ranks, a Slurm cluster or `gym env start`
 	$(RUN) -m pytest -m '(ranks or vllm or ray or slurm) and not fault'
 
-test-faults: setup  ## every fault of docs/reliability.md, in whole runs, with its seconds
+test-faults: setup  ## inject every fault of docs/reliability.md into whole runs, and print the seconds of each
 	$(RUN) -m pytest tests/faults
 
 lint: setup  ## ruff and pyright
@@ -34,7 +34,7 @@ format: setup  ## rewrite the sources in the project's format
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 
-clean:  ## remove .venv and what tests and tools leave; outputs/ stays
+clean:  ## remove .venv and the files of tests and tools; outputs/ stays
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build dist
 
 .PHONY: help setup demo test test-more test-faults lint format clean

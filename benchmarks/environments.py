@@ -1,20 +1,20 @@
-"""Rollouts a second of the environments with a policy that answers at once: gymexp beside plain NeMo Gym.
+"""Compares rollouts per second of gymexp and of plain NeMo Gym, with a policy that replies without delay.
 
     python benchmarks/environments.py                               sudoku and workplace, one replica each
     python benchmarks/environments.py --scaling --replicas 1 2      workplace alone, more replicas
     python benchmarks/environments.py --scaling --replicas 1 4 8 12 --concurrency 128 --python PYTHON
 
-"direct" is the least that a user of NeMo Gym can do: POST /run with aiohttp, the reply parsed by orjson, its
-reward read; the model server asks an OpenAI endpoint (a process of its own) that answers with the scripted
-reply, token ids filled in. "gymexp" is the whole way of a rollout: Collector, agent, model server, gateway
-(tokenizer, chat template, parser), and an engine (a process of its own) that answers with the reply's ids.
+"direct" is the least that a user of NeMo Gym must do: POST /run with aiohttp, parse the reply by orjson and
+read its reward. The model server calls an OpenAI endpoint (its own process) that returns the scripted reply
+with token ids. "gymexp" is the whole way of a rollout: Collector, agent, model server, gateway (tokenizer,
+chat template, parser), and an engine (its own process) that returns the reply's token ids.
 
-Both have NeMo Gym servers of their own, forked from one host, and are measured in turn in the same run: the
-same rows and concurrency, round after round. A ratio is the median of the rounds' ratios to "direct" (one
-replica, one model server). Each row is played `--group` times, as in GRPO. The script gives the row's answer,
-or its ground-truth calls and "Done."; every fourth row gets a wrong one (benchmarks/scripted.py). All must
-give the same rewards, rollout by rollout, and not the same for all; else the exit code is 1. CPU is
-milliseconds a rollout of each kind of process; "client" is the Collector or the plain client.
+Each has its own NeMo Gym servers, forked from one host. They are measured in turn in one run, with the same
+rows and concurrency in each round. A ratio is the median of the rounds' ratios to "direct" (one replica, one
+model server). Each row is played `--group` times, as in GRPO. The script gives the row's answer, or its
+ground-truth calls and "Done."; every fourth row gets a wrong reply (benchmarks/scripted.py). The exit code is
+1 unless all variants give the same reward for each rollout, and some rewards differ between rollouts. CPU is
+milliseconds per rollout of each kind of process; "client" is the Collector or the plain client.
 """
 
 from __future__ import annotations
@@ -63,10 +63,10 @@ from gymexp.rollout.play import Sampling
 from gymexp.run.control import Control
 
 KEYS = Keys.new()
-os.environ |= KEYS.environ()  # of this process and of all that it starts
-HERE = Path(__file__).resolve().parent
-TINY = HERE.parent / "gymexp" / "assets" / "tiny"
-WARM_UP = 8  # rollouts a replica before the first round
+os.environ |= KEYS.environ()  # for this process and for all processes that it starts
+BENCHMARKS = Path(__file__).resolve().parent
+TINY = BENCHMARKS.parent / "gymexp" / "assets" / "tiny"
+WARM_UP = 8  # rollouts per replica before the first round
 JSON = {"Content-Type": "application/json"}
 KINDS = ("client", "gateway", "model server", "agent", "resources server", "fake policy")
 Rewards = list[float | None]
@@ -74,7 +74,7 @@ Rewards = list[float | None]
 
 @dataclass
 class Variant:
-    """One way to play an environment's rows, and what was measured of it, round by round."""
+    """One way to play an environment's rows, with its measurements by round."""
 
     env: str
     name: str
@@ -92,13 +92,13 @@ def main() -> None:
     tokenizer = load_tokenizer(args.tokenizer)
     with tempfile.TemporaryDirectory() as folder:
         script = Path(folder) / "script.json"
-        write_script(script, tokenizer, [task.row for some in tasks.values() for task in some])
+        write_script(script, tokenizer, [task.row for of_env in tasks.values() for task in of_env])
         variants = asyncio.run(measure(args, config, python, tasks, len(tokenizer), script))
-    wrong = [line for env in config.env for line in complaints(env, variants)]
+    problems = [line for env in config.env for line in complaints(env, variants)]
     report(args, variants, python)
-    for line in wrong:
+    for line in problems:
         print(f"error: {line}", file=sys.stderr)
-    sys.exit(1 if wrong else 0)
+    sys.exit(1 if problems else 0)
 
 
 def parse() -> argparse.Namespace:
@@ -107,19 +107,19 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--env", nargs="+", choices=("sudoku", "workplace"), default=["sudoku", "workplace"])
     parser.add_argument("--scaling", action="store_true", help="workplace alone, with 1 and 2 replicas")
-    parser.add_argument("--replicas", type=int, nargs="+", help="measure gymexp with each of these")
-    parser.add_argument("--model-servers", type=int, help="for gymexp; otherwise one for four replicas")
-    parser.add_argument("--rollouts", type=int, default=256, help="a round of each")
-    parser.add_argument("--group", type=int, default=8, help="rollouts of one row in a round")
+    parser.add_argument("--replicas", type=int, nargs="+", help="measure gymexp with each of these numbers")
+    parser.add_argument("--model-servers", type=int, help="for gymexp; default: one per four replicas")
+    parser.add_argument("--rollouts", type=int, default=256, help="rollouts per round and variant")
+    parser.add_argument("--group", type=int, default=8, help="rollouts per row in a round")
     parser.add_argument("--concurrency", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
         "--tokenizer", default=str(TINY), help="ChatML, as Qwen's; default: the tiny policy's"
     )
-    parser.add_argument("--python", help="an interpreter that has nemo_gym; otherwise gymexp's own venv")
-    parser.add_argument("--workplace-rows", metavar="FILE", help="JSONL, in place of generated tasks")
+    parser.add_argument("--python", help="an interpreter that has nemo_gym; default: gymexp's own venv")
+    parser.add_argument("--workplace-rows", metavar="FILE", help="JSONL to use instead of generated tasks")
     parser.add_argument("--sudoku-rows", metavar="FILE")
-    parser.add_argument("--output", metavar="FILE", help="write the figures here, as JSON")
+    parser.add_argument("--output", metavar="FILE", help="the JSON file to write the results to")
     args = parser.parse_args()
     if args.scaling:
         args.env = ["workplace"]
@@ -129,15 +129,15 @@ def parse() -> argparse.Namespace:
 
 
 def read_config(args: argparse.Namespace) -> RunConfig:
-    """The quickstart's environments, as `conf/` has them."""
+    """Returns the quickstart's configuration from `conf/`, with the environments and replicas of `args`."""
     from hydra import compose, initialize_config_dir
 
     register()
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
         config = load(compose("train", overrides=["experiment=quickstart", f"env=[{','.join(args.env)}]"]))
     for name, env in config.env.items():
-        if own := getattr(args, f"{name}_rows"):
-            env.data.source, env.data.train_file, env.data.validation_file = "jsonl", own, own
+        if file := getattr(args, f"{name}_rows"):
+            env.data.source, env.data.train_file, env.data.validation_file = "jsonl", file, file
         env.max_concurrency, env.replicas = args.concurrency, max(args.replicas)
     config.gym.python, config.gym.model_servers = args.python, args.model_servers
     config.rollout.max_retries = 0
@@ -145,7 +145,8 @@ def read_config(args: argparse.Namespace) -> RunConfig:
 
 
 def read_tasks(args: argparse.Namespace, config: RunConfig, python: Path) -> dict[str, list[Task]]:
-    """Rows for all rounds, by environment; no two with the same question, for that is what replies go by."""
+    """Returns the tasks for all rounds, by environment. Each has a different question, by which the fakes
+    choose the reply."""
     tasks = {}
     for name, env in config.env.items():
         path = fetch(name, env, python, cache_dir(), print).train
@@ -158,7 +159,7 @@ def read_tasks(args: argparse.Namespace, config: RunConfig, python: Path) -> dic
 
 
 def num_rows(args: argparse.Namespace) -> int:
-    """Rows in a round."""
+    """Returns the number of rows in a round."""
     return math.ceil(args.rollouts / args.group)
 
 
@@ -170,7 +171,7 @@ async def measure(
     vocab_size: int,
     script: Path,
 ) -> list[Variant]:
-    """Start everything as a run does, play the rounds, end everything."""
+    """Starts all processes as a run does, plays the rounds and ends all processes."""
     sockets = {name: ports.listen() for name in ("chat", "engine", "gateway")}
     control = Control(ports.listen(), KEYS.run, lambda _: None)
     supervisor = control.supervisor = Supervisor(
@@ -190,8 +191,8 @@ async def measure(
                     url = layout.replicas[f"{name}-direct"][0].url
                     variants.append(Variant(name, "direct", PlainClient(url, args.concurrency).play))
                     for num in args.replicas:
-                        some = {name: layout.replicas[name][:num]}
-                        collector = Collector(some, {name: env}, config.rollout, vocab_size, control.url)
+                        replicas = {name: layout.replicas[name][:num]}
+                        collector = Collector(replicas, {name: env}, config.rollout, vocab_size, control.url)
                         stack.callback(collector.close)
                         stack.callback(collector.stop)
                         variants.append(Variant(name, f"gymexp x{num}", WholeStack(collector).play))
@@ -203,15 +204,15 @@ async def measure(
                 playing.result()
                 return variants
             finally:
-                await asyncio.to_thread(stack.close)  # the control endpoint must answer meanwhile
+                await asyncio.to_thread(stack.close)  # in a thread, as the control endpoint must still answer
                 await supervisor.close(["gateway"])
                 for sock in sockets.values():
                     sock.close()
 
 
 def start_policy(supervisor: Supervisor, tokenizer: str, sockets: dict[str, Any], script: Path) -> None:
-    """The gateway as a run starts it, and the two fakes."""
-    fake = [sys.executable, str(HERE / "scripted.py"), "--script", str(script)]
+    """Starts the gateway, as a run does, and the two fakes."""
+    fake = [sys.executable, str(BENCHMARKS / "scripted.py"), "--script", str(script)]
     gateway = [sys.executable, "-m", "gymexp.gateway.server", "--tokenizer", tokenizer]
     gateway += ["--engine-url", ports.url_of(sockets["engine"]), "--max-model-len", "32768"]
 
@@ -231,42 +232,41 @@ def start_policy(supervisor: Supervisor, tokenizer: str, sockets: dict[str, Any]
 def start_servers(
     supervisor: Supervisor, config: RunConfig, python: Path, sockets: dict[str, Any], logs: Path
 ) -> Layout:
-    """NeMo Gym's servers of a run, and a replica "<env>-direct" beside, whose model server asks the fake."""
-    own: dict[str, Any] = {}
+    """Starts NeMo Gym's servers of a run, and for each environment a replica "<env>-direct", whose model
+    server calls the fake chat endpoint. Adds their sockets to `sockets`."""
+    server_sockets: dict[str, Any] = {}
 
     def port(name: str) -> int:
-        own[name] = ports.listen()
-        return own[name].getsockname()[1]
+        server_sockets[name] = ports.listen()
+        return server_sockets[name].getsockname()[1]
 
     site = site_packages(python)
     url = ports.url_of(sockets["gateway"])
     layout = plan(config.env, config.gym, site, url, port, key=KEYS.policy)
-    alone = {f"{name}-direct": dataclasses.replace(env, replicas=1) for name, env in config.env.items()}
+    envs = {f"{name}-direct": dataclasses.replace(env, replicas=1) for name, env in config.env.items()}
     gym = dataclasses.replace(config.gym, model_servers=1)
-    other = f"{POLICY}-direct"  # both plans have a server of this name, and refer to it
-    direct = plan(
-        alone, gym, site, ports.url_of(sockets["chat"]), lambda n: port(other if n == POLICY else n)
-    )
+    other = f"{POLICY}-direct"  # both plans have a server named POLICY, so the second one is renamed
+    direct = plan(envs, gym, site, ports.url_of(sockets["chat"]), lambda n: port(other if n == POLICY else n))
     layout.config |= json.loads(json.dumps(direct.config).replace(f'"{POLICY}"', f'"{other}"'))
     layout.modules |= {other if name == POLICY else name: module for name, module in direct.modules.items()}
     layout.replicas |= direct.replicas
-    host = GymHost(python, layout, own, logs / "gym-host.log")
+    host = GymHost(python, layout, server_sockets, logs / "gym-host.log")
     supervisor.add(Service("gym-host", host.start, host.log))
 
     def add(name: str) -> None:
         log = logs / f"{name}.log"
-        url = ports.url_of(own[name])
+        url = ports.url_of(server_sockets[name])
         supervisor.add(Service(name, lambda: host.start_server(name, log), log, url))
 
-    for name in own:
+    for name in server_sockets:
         add(name)
-    sockets |= own
+    sockets |= server_sockets
     return layout
 
 
 @dataclass
 class PlainClient:
-    """What a user without gymexp would write."""
+    """A client of NeMo Gym's agent, as a user without gymexp would write it."""
 
     url: str
     concurrency: int
@@ -290,7 +290,7 @@ class PlainClient:
 
 @dataclass
 class WholeStack:
-    """What a training run does."""
+    """Plays rollouts by a Collector, as a training run does."""
 
     collector: Collector
 
@@ -320,22 +320,22 @@ async def play_rounds(
         await variant.play(tasks[variant.env][-WARM_UP * max(args.replicas) :])
     for number in range(args.rounds):
         for env, rows in tasks.items():
-            some = [rows[(number * num_rows(args) + i) % len(rows)] for i in range(num_rows(args))]
-            some = [task for task in some for _ in range(args.group)][: args.rollouts]
+            distinct = [rows[(number * num_rows(args) + i) % len(rows)] for i in range(num_rows(args))]
+            batch = [task for task in distinct for _ in range(args.group)][: args.rollouts]
             compared = [v for v in variants if v.env == env]
-            turn = number % len(compared)  # each is first once in a while
+            turn = number % len(compared)  # the rounds begin with different variants
             for variant in compared[turn:] + compared[:turn]:
                 before, began = cpu_seconds(supervisor, layout), time.perf_counter()
-                variant.rewards.append(await variant.play(some))
+                variant.rewards.append(await variant.play(batch))
                 variant.seconds.append(time.perf_counter() - began)
                 after = cpu_seconds(supervisor, layout)
-                variant.cpu_ms.append({k: 1e3 * (after[k] - before[k]) / len(some) for k in KINDS})
-                rate = len(some) / variant.seconds[-1]
+                variant.cpu_ms.append({k: 1e3 * (after[k] - before[k]) / len(batch) for k in KINDS})
+                rate = len(batch) / variant.seconds[-1]
                 print(f"round {number + 1}  {env:<10}{variant.name:<12}{rate:8.1f} rollouts/s", flush=True)
 
 
 def cpu_seconds(supervisor: Supervisor, layout: Layout) -> dict[str, float]:
-    """CPU seconds so far of each kind of process."""
+    """Returns the CPU seconds so far of each kind of process."""
     kinds = ("responses_api_models", "responses_api_agents", "resources_servers")
     servers = dict(zip(kinds, KINDS[2:5], strict=True))
     seconds: dict[str, float] = dict.fromkeys(KINDS, 0.0)
@@ -353,31 +353,32 @@ def cpu_seconds(supervisor: Supervisor, layout: Layout) -> dict[str, float]:
 
 
 def complaints(env: str, variants: list[Variant]) -> list[str]:
-    """What makes a comparison worthless: failures, other rewards than the stock's, the same for all."""
+    """Returns the problems that make an environment's comparison worthless: failures, rewards that differ
+    from those of "direct", or one reward for all rollouts."""
     direct, *others = [v for v in variants if v.env == env]
-    found = []
-    if len({reward for some in direct.rewards for reward in some}) < 2:
-        found.append(f"{env}: every reward is {direct.rewards[0][0]}")
+    problems = []
+    if len({reward for rewards in direct.rewards for reward in rewards}) < 2:
+        problems.append(f"{env}: every reward is {direct.rewards[0][0]}")
     for other in others:
         for number, (want, got) in enumerate(zip(direct.rewards, other.rewards, strict=True), 1):
             if want != got:
                 differ = [i for i, (a, b) in enumerate(zip(want, got, strict=True)) if a != b]
-                said = f"{len(differ)} rewards differ, first {got[differ[0]]} for {want[differ[0]]}"
-                found.append(f"{env}: {other.name}, round {number}: {said} at rollout {differ[0]}")
-    return found
+                text = f"{len(differ)} rewards differ, first {got[differ[0]]} for {want[differ[0]]}"
+                problems.append(f"{env}: {other.name}, round {number}: {text} at rollout {differ[0]}")
+    return problems
 
 
 def report(args: argparse.Namespace, variants: list[Variant], python: Path) -> None:
-    """A table on stdout; the same and where it was measured in --output."""
+    """Prints a table, and writes the results with facts about the machine to --output."""
     results = []
     print(f"\nCPU: ms a rollout of {', '.join(KINDS)}")
     print(f"{'':<22}{'rollouts/s':>11}{'ratio':>7}{'reward':>8}   CPU")
     for variant in variants:
-        stock = next(v for v in variants if v.env == variant.env)
+        direct = next(v for v in variants if v.env == variant.env)
         rates = [args.rollouts / s for s in variant.seconds]
-        ratios = [a / b for a, b in zip(stock.seconds, variant.seconds, strict=True)]
+        ratios = [a / b for a, b in zip(direct.seconds, variant.seconds, strict=True)]
         rate, ratio = statistics.median(rates), statistics.median(ratios)
-        reward = statistics.mean(r or 0 for some in variant.rewards for r in some)
+        reward = statistics.mean(r or 0 for rewards in variant.rewards for r in rewards)
         cpu = {kind: statistics.median(c[kind] for c in variant.cpu_ms) for kind in KINDS}
         shown = " ".join(f"{ms:7.1f}" for ms in cpu.values())
         print(f"{variant.env:<10}{variant.name:<12}{rate:>11.1f}{ratio:>7.2f}{reward:>8.3f}   {shown}")
@@ -394,7 +395,7 @@ def report(args: argparse.Namespace, variants: list[Variant], python: Path) -> N
         gym = next(site_packages(python).glob("nemo_gym-*.dist-info")).stem.split("-")[1]
         versions = {name: version(name) for name in ("aiohttp", "orjson", "transformers")}
         numbers = ("rollouts", "group", "concurrency", "rounds", "replicas", "model_servers")
-        said = {
+        record = {
             "date": time.strftime("%Y-%m-%d %H:%M:%S"),
             "machine": machine,
             "versions": {"python": platform.python_version(), "nemo_gym": gym} | versions,
@@ -402,7 +403,7 @@ def report(args: argparse.Namespace, variants: list[Variant], python: Path) -> N
             "tokenizer": Path(args.tokenizer).name,
             "results": results,
         }
-        Path(args.output).write_text(json.dumps(said, indent=1) + "\n")
+        Path(args.output).write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

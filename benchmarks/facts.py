@@ -1,4 +1,4 @@
-"""What results were measured on: the machine, the versions, the model; and how results are written."""
+"""Facts to store with benchmark results (machine, versions, model), and a function that writes results."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def machine() -> dict[str, Any]:
 
 
 def gpus() -> list[str]:
-    """The names of the machine's NVIDIA GPUs."""
+    """Returns the names of the machine's NVIDIA GPUs."""
     if not shutil.which("nvidia-smi"):
         return []
     shown = _output(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"])
@@ -32,7 +32,7 @@ def gpus() -> list[str]:
 
 
 def versions(python: str | os.PathLike[str], packages: Sequence[str]) -> dict[str, str]:
-    """Of the packages that this interpreter has."""
+    """Returns the versions of those packages that the interpreter `python` has."""
     code = (
         "import importlib.metadata as m, json, sys\n"
         "found = {}\n"
@@ -45,7 +45,7 @@ def versions(python: str | os.PathLike[str], packages: Sequence[str]) -> dict[st
 
 
 def model(directory: Path) -> dict[str, Any]:
-    """The shape of a model directory, with its number of parameters (a tied head counted once)."""
+    """Returns the shape of a model, with its number of parameters (a tied head counts once)."""
     config = json.loads((directory / "config.json").read_text())
     names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
     names += ("intermediate_size", "vocab_size", "tie_word_embeddings", "dtype")
@@ -55,7 +55,7 @@ def model(directory: Path) -> dict[str, Any]:
 
 
 def _sizes(directory: Path) -> Iterator[tuple[str, int]]:
-    """Each tensor's number of elements, from the headers of the safetensors files."""
+    """Yields each tensor's name and number of elements, from the headers of the safetensors files."""
     for path in sorted(directory.glob("*.safetensors")):
         with path.open("rb") as file:
             header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
@@ -65,7 +65,7 @@ def _sizes(directory: Path) -> Iterator[tuple[str, int]]:
 
 
 def write(path: Path, results: dict[str, Any]) -> None:
-    """Whole or not at all, so that what was measured until a failure is kept."""
+    """Writes results to a JSON file, whole or not at all, so that a failure keeps earlier measurements."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     part.write_text(json.dumps({"date": time.strftime("%Y-%m-%d %H:%M:%S")} | results, indent=1) + "\n")

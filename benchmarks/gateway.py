@@ -1,10 +1,10 @@
-"""What the gateway costs: CPU ms a request, and requests a second, in front of an engine without delay.
+"""Measures the gateway's cost in front of an engine without delay: CPU ms per request, requests per second.
 
     python benchmarks/gateway.py [--tokenizer PATH] [--rollouts 200] [--concurrency 16] [--profile FILE]
 
-Engine, gateway and load are one process each. "sudoku": one turn, 16 rollouts to a group. "workplace": three
-turns (call, call, message) with 27 tools. Without --tokenizer, a small byte-level BPE is trained on the
-conversations' own text.
+Engine, gateway and load are one process each. "sudoku": one turn, 16 rollouts per group. "workplace": three
+turns (call, call, message) with 27 tools. Without --tokenizer the script trains a small byte-level BPE on the
+text of the conversations.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from aiohttp import web
 from gymexp.processes.keys import RUN, Keys, header_of
 from gymexp.processes.ports import listen, url_of
 
-os.environ |= Keys.new().environ()  # of this process and of all that it starts
+os.environ |= Keys.new().environ()  # for this process and for all processes that it starts
 GROUP = 16
 ROOT = Path(__file__).resolve().parent.parent
 ARGUMENTS = '{"query": "Carlos", "date_min": "2026-01-01"}'
@@ -113,10 +113,10 @@ async def load(url: str, pid: int, args: argparse.Namespace) -> None:
             cpu, wall = cpu_seconds(gateway) - before, time.perf_counter() - started
             num = sum(map(len, seconds.values()))
             print(f"{kind}: {num} requests, {num / wall:.0f}/s, {1e3 * cpu / num:.2f} CPU ms a request")
-            one: dict[str, list[float]] = {}
+            alone: dict[str, list[float]] = {}  # seconds of requests without other requests in flight
             for rollout in range(20):
-                await play(http, kind, rollout, one)
-            for turn, times in one.items():
+                await play(http, kind, rollout, alone)
+            for turn, times in alone.items():
                 print(
                     f"  alone, {turn}: {1e3 * sorted(times)[len(times) // 2]:.2f} ms (median of {len(times)})"
                 )
@@ -150,7 +150,8 @@ def build_tokenizer(path: str) -> None:
 
 
 def serve_engine(fd: int, tokenizer_path: str) -> None:
-    """Calls a tool twice, then says so; without tools in the prompt, a grid."""
+    """Serves the fake engine. It replies to a prompt with tools by two tool calls and then a text, and to
+    other prompts by a text."""
     from gymexp.gateway.server import load_tokenizer
     from gymexp.processes.lifeline import die_with_parent
     from gymexp.processes.ports import adopt
@@ -169,7 +170,7 @@ def serve_engine(fd: int, tokenizer_path: str) -> None:
 
     async def generate(request: web.Request) -> web.Response:
         ids = orjson.loads(await request.read())["token_ids"]
-        calls = ids[-2000:].count(opening)  # the tools block has two more, further up
+        calls = ids[-2000:].count(opening)  # the tools block further up has two more
         is_workplace = len(ids) > 1000
         return web.Response(
             body=call if is_workplace and calls < 3 else grid, content_type="application/json"
@@ -201,7 +202,7 @@ def main() -> None:
     parser.add_argument("--tokenizer")
     parser.add_argument("--rollouts", type=int, default=200)
     parser.add_argument("--concurrency", type=int, default=16)
-    parser.add_argument("--profile", help="write a cProfile of the gateway here")
+    parser.add_argument("--profile", help="the file to write a cProfile of the gateway to")
     parser.add_argument("--serve-engine", type=int, metavar="FD", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve_engine is not None:

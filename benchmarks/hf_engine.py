@@ -1,9 +1,9 @@
-"""Tokens per second of the hf engine against `model.generate`, same model, prompts and number of new tokens.
+"""Compares the tokens per second of the hf engine and of `model.generate`.
 
     python benchmarks/hf_engine.py [--rounds 3] [--new-tokens 64]
 
-Both run in turns, so that a busy machine slows both; look at the ratio. A Qwen3-shaped model with random
-weights.
+Both have the same model (Qwen3's shape, random weights), prompts and number of new tokens. They run in turns,
+so that a busy machine slows both: compare the ratios.
 """
 
 import argparse
@@ -79,7 +79,8 @@ def time_engine(
 
 
 def time_turns(model: Qwen3ForCausalLM, new_tokens: int, turns: int, kept_tokens: int) -> float:
-    """32 rollouts of several turns; each turn's prompt is the last one, its answer and 100 new ids."""
+    """Returns the seconds of 32 rollouts of several turns. A turn's prompt is the last turn's prompt and
+    reply, and 100 new ids."""
     engine = HFEngine(model, eos_token_ids=[], pad_token_id=0, kept_tokens=kept_tokens)
     histories = build_prompts("32 x 300")
     extra = build_prompts("32 x 300")

@@ -1,12 +1,12 @@
-"""What runs of one experiment with different seeds learned, as files for docs/results.
+"""Makes the files of docs/results from runs of one experiment with different seeds.
 
     python benchmarks/learning.py docs/results/NAME RUN_DIR RUN_DIR RUN_DIR
 
-A RUN_DIR is what gymexp.train leaves: outputs/<name>/<date_time>. Written are summary.md, held_out.svg,
-training.svg and, for each run, seed_<n>/ with what these are made of: metrics.jsonl as it is, held_out.csv
-with the reward of each held-out task in the first and the last evaluation, versions.txt with the commit,
-config.yaml and overrides.yaml. In the last two an absolute path is shortened to <machine>/<its last part>, as
-the rest says nothing elsewhere.
+A RUN_DIR is the directory of a finished run: outputs/<name>/<date_time>. The script writes summary.md,
+held_out.svg and training.svg, and for each run seed_<n>/ with the data behind them: a copy of metrics.jsonl,
+held_out.csv with the reward of each held-out task in the first and the last evaluation, versions.txt with the
+commit, config.yaml and overrides.yaml. In the last two an absolute path is shortened to <machine>/<its last
+part>, as the rest means nothing on another machine.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ COUNTED = {
     "token_mismatches": "Token mismatches, of all attempts",
 }
 STYLE: Any = {
-    "svg.hashsalt": "gymexp",  # the same picture is the same file
+    "svg.hashsalt": "gymexp",  # without a salt, the same picture would give a different file each time
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
@@ -58,7 +58,10 @@ STYLE: Any = {
 
 @dataclass(frozen=True)
 class Run:
-    """lines: those of metrics.jsonl; where a step ends, with `seconds`: time/step without the evaluation."""
+    """A finished run.
+
+    lines: those of metrics.jsonl. The line of a step also has `seconds`: time/step without the evaluation.
+    """
 
     directory: Path
     seed: int
@@ -67,12 +70,12 @@ class Run:
 
     @property
     def evaluated(self) -> list[int]:
-        """The steps of its evaluations, in order."""
+        """The steps at which the run was evaluated, in order."""
         return sorted({line["step"] for line in self.lines if any(key.startswith("eval_") for key in line)})
 
 
 def read_run(directory: Path) -> Run:
-    """Raises GymexpError unless the directory holds a run that came to its end and logged each step."""
+    """Reads a run. Raises GymexpError unless the run has finished and has logged each step."""
     for name in FILES:
         if not (directory / name).exists():
             raise GymexpError(
@@ -93,7 +96,7 @@ def read_run(directory: Path) -> Run:
 
 
 def check_one_experiment(runs: Sequence[Run]) -> None:
-    """Raises GymexpError unless the runs differ by their seed, and by nothing else that matters."""
+    """Raises GymexpError unless all runs have different seeds and otherwise the same configuration."""
     first = runs[0]
     for number, run in enumerate(runs):
         for other in runs[:number]:
@@ -102,12 +105,12 @@ def check_one_experiment(runs: Sequence[Run]) -> None:
                     f"seed must be another one in each run, got {run.seed} in {other.directory} and "
                     f"{run.directory}: leave one out"
                 )
-        ours, theirs = dict(flatten(first.config)), dict(flatten(run.config))
-        for key in ours | theirs:
-            if ours.get(key) != theirs.get(key) and not MAY_DIFFER.fullmatch(key):
+        expected, config = dict(flatten(first.config)), dict(flatten(run.config))
+        for key in expected | config:
+            if expected.get(key) != config.get(key) and not MAY_DIFFER.fullmatch(key):
                 raise GymexpError(
-                    f"{key} must be the same in all runs, got {ours.get(key)} in {first.directory} and "
-                    f"{theirs.get(key)} in {run.directory}: name runs of one experiment"
+                    f"{key} must be the same in all runs, got {expected.get(key)} in {first.directory} and "
+                    f"{config.get(key)} in {run.directory}: name runs of one experiment"
                 )
     for env in first.config["env"]:
         if (num := len(series(runs, f"eval_{env}/reward")[0])) < 2:
@@ -118,7 +121,8 @@ def check_one_experiment(runs: Sequence[Run]) -> None:
 
 
 def flatten(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """("trainer.max_steps", 24) and so on. Paths are shortened: another machine may have them elsewhere."""
+    """Yields the leaves of a configuration, such as ("trainer.max_steps", 24). Absolute paths are shortened,
+    as they may differ between machines."""
     if isinstance(value, dict) and value:
         for name, inner in value.items():
             yield from flatten(inner, f"{key}.{name}" if key else name)
@@ -127,7 +131,7 @@ def flatten(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def without_paths(value: Any) -> Any:
-    """The same with the absolute paths in its strings shortened."""
+    """Returns the value with all absolute paths in its strings shortened to <machine>/<last part>."""
     if isinstance(value, dict):
         return {key: without_paths(inner) for key, inner in value.items()}
     if isinstance(value, list):
@@ -137,30 +141,31 @@ def without_paths(value: Any) -> Any:
     bare = value.strip("'\"")
     if bare.startswith(("/", "~/")) and "," not in bare:  # one path, perhaps with spaces
         return f"<machine>/{PurePosixPath(bare).name}"
-    return PATH.sub(lambda found: f"<machine>/{PurePosixPath(found.group()).name}", value)
+    return PATH.sub(lambda match: f"<machine>/{PurePosixPath(match.group()).name}", value)
 
 
 def series(runs: Sequence[Run], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """(steps_S, values_NS): the steps at which all of the N runs have this number, and a row for each run."""
-    found = [{line["step"]: line[key] for line in run.lines if line.get(key) is not None} for run in runs]
-    steps = sorted(set.intersection(*(set(values) for values in found)))
-    return np.array(steps, int), np.array([[values[step] for step in steps] for values in found], float)
+    """Returns (steps_S, values_NS): the S steps at which all N runs have the metric, and a row per run."""
+    by_run = [{line["step"]: line[key] for line in run.lines if line.get(key) is not None} for run in runs]
+    steps = sorted(set.intersection(*(set(values) for values in by_run)))
+    return np.array(steps, int), np.array([[values[step] for step in steps] for values in by_run], float)
 
 
 def deviation(values_NS: np.ndarray) -> np.ndarray:
-    """Over runs, of the sample (n - 1); 0 where there is one run."""
+    """Returns the sample standard deviation (n - 1) over runs; 0 for a single run."""
     return values_NS.std(axis=0, ddof=1 if len(values_NS) > 1 else 0)
 
 
 def smooth(values_NS: np.ndarray, width: int) -> np.ndarray:
-    """Each value becomes the mean of the `width` (odd) around it, of those that there are at the ends."""
+    """Returns the moving mean over `width` (odd) values. At both ends the mean covers fewer values."""
     half = width // 2
     means = [values_NS[:, max(0, i - half) : i + half + 1].mean(axis=1) for i in range(values_NS.shape[1])]
     return np.stack(means, axis=1)
 
 
 def read_held_out(run: Run) -> dict[str, list[float | None]]:
-    """{task key: [reward before, reward after]} of the first and the last evaluation; None for a failure."""
+    """Returns {task key: [reward before, reward after]}, from the first and the last evaluation. A reward is
+    None if the rollout failed."""
     rewards: dict[str, list[float | None]] = {}
     for place, step in enumerate((run.evaluated[0], run.evaluated[-1])):
         packed = (run.directory / "rollouts" / f"eval-{step:06d}.jsonl.zst").read_bytes()
@@ -172,22 +177,23 @@ def read_held_out(run: Run) -> dict[str, list[float | None]]:
 
 
 def paired_changes(runs: Sequence[Run], env: str) -> np.ndarray:
-    """(N, T): after less before, of each run and each held-out task that no run failed at."""
+    """Returns changes_NT: the reward after less the reward before, for each run and held-out task. Tasks of
+    which any run has a failed rollout are left out."""
     held_out = [read_held_out(run) for run in runs]
     tasks = [task for task in held_out[0] if task.startswith(f"{env}/")]
-    whole = [task for task in tasks if all(None not in rewards.get(task, [None]) for rewards in held_out)]
-    pairs: Any = [[rewards[task] for task in whole] for rewards in held_out]
+    complete = [task for task in tasks if all(None not in rewards.get(task, [None]) for rewards in held_out)]
+    pairs: Any = [[rewards[task] for task in complete] for rewards in held_out]
     return np.diff(np.array(pairs, float), axis=2)[:, :, 0]
 
 
 def margin(changes_T: np.ndarray) -> float:
-    """Half of the 95 % interval of a mean over tasks: Student's t on paired differences."""
+    """Returns half of the 95 % interval of a mean over tasks, by Student's t on paired differences."""
     num = len(changes_T)
     return student_t(0.975, num - 1) * changes_T.std(ddof=1) / math.sqrt(num)
 
 
 def student_t(probability: float, df: int) -> float:
-    """The quantile, for df >= 20 to 1e-4. Source: Abramowitz and Stegun, formula 26.7.5."""
+    """Returns the quantile of Student's t, for df >= 20 to 1e-4. Source: Abramowitz and Stegun, 26.7.5."""
     z = NormalDist().inv_cdf(probability)
     terms = (
         (z**3 + z) / 4,
@@ -198,9 +204,9 @@ def student_t(probability: float, df: int) -> float:
 
 
 def count_rollouts(runs: Sequence[Run], prefix: str) -> dict[str, float]:
-    """How many rollouts there were, and what went wrong in them; NaN for what older runs did not count.
+    """Returns the numbers of rollouts and of what went wrong in them; NaN for a number that older runs lack.
 
-    prefix: "" for those of training, "eval_" for held-out ones.
+    prefix: "" for training rollouts, "eval_" for held-out rollouts.
     """
     counts = dict.fromkeys(COUNTED, 0.0)
     for line in (line for run in runs for line in run.lines):
@@ -251,7 +257,7 @@ def build_summary(name: str, runs: Sequence[Run]) -> str:
             changed = f"{change:+.3f} ± {margin(changes_T):.3f}"
             rows.append(f"| {env} | {run.seed} | {before:.3f} | {after:.3f} | {changed} |")
         before, after, change = columns_3N.mean(axis=1)
-        spread = [f" ({one:.3f})" if len(runs) > 1 else "" for one in deviation(columns_3N.T)]
+        spread = [f" ({sd:.3f})" if len(runs) > 1 else "" for sd in deviation(columns_3N.T)]
         rows.append(
             f"| **{env}** | **mean** | **{before:.3f}{spread[0]}** | **{after:.3f}{spread[1]}** | "
             f"**{change:+.3f} ± {margin(changes_NT.mean(axis=0)):.3f}{spread[2]}** |"
@@ -318,7 +324,7 @@ def draw_held_out(runs: Sequence[Run]) -> Figure:
             axes.plot(steps_S, values_S, linewidth=1, alpha=0.8, label=f"seed {run.seed}")
         draw_mean(axes, steps_S, values_NS, "mean of seeds")
         low, high = axes.get_ylim()
-        pad = max(0.0, 0.1 - (high - low)) / 2  # or a change of nothing would look like a steep one
+        pad = max(0.0, 0.1 - (high - low)) / 2  # without padding a tiny change would look steep
         axes.set(title=f"{env}: held-out tasks", ylabel="mean reward", ylim=(low - pad, high + pad))
     panels[0].legend()
     return figure
@@ -366,9 +372,11 @@ def main() -> None:
     try:
         runs = sorted(map(read_run, args.runs), key=lambda run: run.seed)
         check_one_experiment(runs)
-        kept = {path.name for path in args.target.glob("seed_*")} - {f"seed_{run.seed}" for run in runs}
-        if kept:
-            raise GymexpError(f"{args.target} must hold these runs alone, got {min(kept)} as well: remove it")
+        others = {path.name for path in args.target.glob("seed_*")} - {f"seed_{run.seed}" for run in runs}
+        if others:
+            raise GymexpError(
+                f"{args.target} must hold only these runs, got {min(others)} as well: remove it"
+            )
     except GymexpError as error:
         raise SystemExit(f"error: {error}") from None
     import matplotlib

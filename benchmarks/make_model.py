@@ -1,14 +1,14 @@
-"""A model directory in Qwen3's shape with random weights, for measuring speed where no model is at hand.
+"""Makes a model directory in Qwen3's shape with random weights, to measure speed without a real model.
 
     python benchmarks/make_model.py outputs/model_4b --size 4b
 
-It speaks the tokens of the tiny policy's tokenizer (the other ids of its vocabulary are padding), without the
-tokens that stand for whole lines of a prompt, so that prompts are about as long as with a real one.
+The model uses the tokens of the tiny policy's tokenizer; the other ids of its vocabulary are padding. Tokens
+that stand for whole lines of a prompt are left out, so that prompts are about as long as a real model's.
 
-Its replies never end by themselves: every request gets as many tokens as it asks for, with nothing said in
-the request about that. Hidden channel 0 carries a constant of the token that was read (no layer writes
-there), and the tied output weights of ids that must not be sampled (end of turn, tags, padding) hold a large
-negative value in it. So their logits are hundreds below the others', whose distribution is hardly touched.
+The model never ends a reply: every request gets exactly its maximum number of tokens, without a parameter
+such as ignore_eos. Hidden channel 0 carries a constant of the input token, as no layer writes to it. The tied
+output weights of ids that must not be sampled (end of turn, tags, padding) have a large negative value in
+this channel. So the logits of these ids are hundreds below the others, whose distribution hardly changes.
 """
 
 from __future__ import annotations
@@ -64,8 +64,9 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 MAX_LENGTH = 40_960
 STD = 0.02
-# Channel 0: what a token that may be sampled has there, and one that may not; and the last norm's weight,
-# which brings the channel up again after it is divided by the hidden state's size (between 0.3 and 10).
+# Channel 0: the value of a token that may be sampled, the value of one that must not be, and the weight of
+# the last norm. The norm divides the channel by the hidden state's size (between 0.3 and 10); its weight
+# makes the channel large again.
 MAY, MUST_NOT, LAST_NORM = 0.01, -600.0, 20.0
 
 
@@ -89,7 +90,7 @@ def main() -> None:
 def make(
     directory: Path, size: str, dtype: str = "bfloat16", short_prompts: bool = False, seed: int = 0
 ) -> int:
-    """Write the directory; returns the number of parameters."""
+    """Writes the model directory; returns the number of parameters."""
     from safetensors.torch import save_file
 
     tensors = make_tensors(directory, size, dtype, short_prompts, seed)
@@ -106,7 +107,10 @@ def make_tensors(
     seed: int = 0,
     device: Any = None,
 ) -> dict[str, Any]:
-    """Write the directory but for the weights, which are returned; on the first GPU if there is one."""
+    """Writes the model directory without its weights, and returns the weights.
+
+    They are on `device`; by default on the first GPU, or on the CPU without GPUs.
+    """
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -135,7 +139,7 @@ def make_tensors(
     allowed = sorted(set(tokenizer.get_vocab().values()) - set(tokenizer.added_tokens_decoder))
     assert tokenizer.encode("assistant\n", add_special_tokens=False)[-1] in allowed, "a prompt's last token"
     tensors = {}
-    for name, shape in shapes.items():  # tied: the head is not among them
+    for name, shape in shapes.items():  # the output head is tied to the embedding and not listed
         tensor = torch.empty(shape, dtype=getattr(torch, dtype), device=device)
         fill(name, tensor, config.num_hidden_layers, allowed, generator)
         tensors[name] = tensor
@@ -143,8 +147,10 @@ def make_tensors(
 
 
 def fill(name: str, tensor: Any, num_layers: int, allowed: list[int], generator: Any) -> None:
-    """In place, as the module's docstring says; matrices that write to the residual stream are scaled down
-    with depth, as in GPT-2."""
+    """Fills a weight in place with random numbers, and channel 0 as the module describes.
+
+    Matrices that write to the residual stream are scaled down with depth, as in GPT-2.
+    """
     if name.endswith("norm.weight"):
         tensor.fill_(1.0)
         if name == "model.norm.weight":
@@ -168,8 +174,8 @@ def write_tokenizer(directory: Path, short_prompts: bool) -> Any:
         vocab = core["model"]["vocab"]
         core["added_tokens"] = [token for token in core["added_tokens"] if token["content"] in vocab]
     (directory / "tokenizer.json").write_text(json.dumps(core, ensure_ascii=False), encoding="utf-8")
-    said = json.loads((TINY / "tokenizer_config.json").read_text()) | {"model_max_length": MAX_LENGTH}
-    (directory / "tokenizer_config.json").write_text(json.dumps(said, indent=2) + "\n")
+    config = json.loads((TINY / "tokenizer_config.json").read_text()) | {"model_max_length": MAX_LENGTH}
+    (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
     return AutoTokenizer.from_pretrained(directory)
 
 

@@ -1,15 +1,15 @@
-"""Which small faults in what decides training do the fast tests miss?
+"""Shows which small faults the fast tests miss in the modules that decide training.
 
     python benchmarks/mutants.py                          17 mutants of each module in MODULES
     python benchmarks/mutants.py rollout/tokens --num 50 --seed 3
 
-A mutant is a module with one change. Its tests run in a copy of the repository; a mutant that they do not
-notice has survived, and is printed as a diff. Left out are what has no effect on what is computed (texts of
-errors, logging, annotations), `main` functions, which only whole runs start, and the mutants of
-`mutants_equivalent.toml`, which change nothing, with the reason.
+A mutant is a module with one change. The module's tests run in a copy of the repository. A mutant that they
+do not notice has survived, and is printed as a diff. Three kinds of mutants are left out: those of code
+without effect on results (error texts, logging, annotations), those of `main` functions, which only whole
+runs start, and those in `mutants_equivalent.toml`, which change nothing for the reason given in that file.
 
-Own code, because cosmic-ray 8.7 and mutmut 3.8 neither drop statements and keywords nor draw a sample, and
-start Python anew for each mutant: here a process that has torch imported is forked.
+This is our own code, because cosmic-ray 8.7 and mutmut 3.8 neither drop statements and keywords nor draw a
+sample, and start Python anew for each mutant. This script forks a process that has imported torch.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 EQUIVALENT = Path(__file__).with_suffix("").with_name("mutants_equivalent.toml")
-MODULES = {  # the tests that notice a fault; slow ones last, as the first failure ends a mutant
+MODULES = {  # the tests of each module, slow ones last, as the first failure ends the run of a mutant
     "rollout/tokens": "rollout/test_tokens.py gateway/test_history.py",
     "gateway/history": "gateway/test_history.py",
     "gateway/server": "gateway/test_server.py gateway/test_history.py rollout/test_draws.py",
@@ -73,7 +73,7 @@ OTHER = {
 
 
 def replacements(node: ast.AST) -> Iterator[ast.AST]:
-    """What may stand in the node's place."""
+    """Yields the nodes that may replace the node in a mutant."""
     match node:
         case ast.Compare(left, [op], [right]):
             yield ast.Compare(left, [OTHER[type(op)]()], [right])
@@ -109,7 +109,7 @@ def replacements(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def has_no_effect(node: ast.AST) -> bool:
-    """Whether nothing below the node is mutated."""
+    """Returns whether mutants leave out the node and all nodes below it."""
     match node:
         case ast.JoinedStr() | ast.Import() | ast.ImportFrom() | ast.Raise() | ast.Assert():
             return True
@@ -134,7 +134,7 @@ class Edit:
     value: ast.AST
 
     def source(self, tree: ast.Module) -> str:
-        """The whole module with the change, which is then taken back."""
+        """Returns the source of the whole module with the change. The tree itself keeps its old state."""
         old = getattr(self.node, self.field)
         new: Any = self.value
         if self.index is not None:
@@ -165,26 +165,29 @@ def changed_lines(diff: list[str]) -> tuple[list[str], list[str]]:
 
 
 def mutants_of(module: str) -> tuple[str, list[tuple[str, list[str]]]]:
-    """(source without a change, [(source, diff)]) but those that are known to change nothing."""
+    """Returns the unchanged source, and the mutants as (source, diff), without the equivalent ones."""
     tree = ast.parse((ROOT / "gymexp" / f"{module}.py").read_text())
     original = ast.unparse(tree)
-    known = [
-        (one["old"], one["new"])
-        for one in tomllib.loads(EQUIVALENT.read_text())["mutants"]
-        if one["module"] == module
+    equivalent = [
+        (entry["old"], entry["new"])
+        for entry in tomllib.loads(EQUIVALENT.read_text())["mutants"]
+        if entry["module"] == module
     ]
-    found = {}
+    mutants = {}
     for edit in edits(tree):
         source = edit.source(tree)
         diff = list(difflib.unified_diff(original.splitlines(), source.splitlines(), "", "", "", "", 1, ""))
         old, new = (" ".join(lines) for lines in changed_lines(diff))
-        if source != original and (old, new) not in known:
-            found[source] = diff
-    return original, list(found.items())
+        if source != original and (old, new) not in equivalent:
+            mutants[source] = diff
+    return original, list(mutants.items())
 
 
 def run_tests(copy: Path, tests: str) -> None:
-    """In a process and a process group of its own, which end here; what they say is in `output.txt`."""
+    """Runs the tests and exits with pytest's code. Call it in a child process: it starts a process group.
+
+    The output goes to `output.txt` in `copy`.
+    """
     os.setsid()
     os.chdir(copy)
     output = os.open("output.txt", os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
@@ -199,16 +202,19 @@ def run_tests(copy: Path, tests: str) -> None:
 
 
 def tests_fail(copy: Path, tests: str, timeout_s: float) -> bool:
-    """Run them in a fork of this process, which has what is slow to import. A timeout counts as a failure."""
+    """Returns whether the tests fail, or take longer than `timeout_s`.
+
+    They run in a fork of this process, which has already imported the slow libraries.
+    """
     if (child := os.fork()) == 0:
         try:
             run_tests(copy, tests)
         finally:
-            os._exit(1)  # whatever happens there, it must not go on with this process's work
+            os._exit(1)  # whatever happens in the child, it must not continue with the parent's work
     deadline = time.monotonic() + timeout_s
     while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < deadline:
         time.sleep(0.05)
-    with contextlib.suppress(ProcessLookupError):  # what its tests have started ends with it
+    with contextlib.suppress(ProcessLookupError):  # the processes that the tests started end as well
         os.killpg(child, signal.SIGKILL)
     if ended == (0, 0):
         os.waitpid(child, 0)
@@ -216,7 +222,7 @@ def tests_fail(copy: Path, tests: str, timeout_s: float) -> bool:
 
 
 def try_module(module: str, num: int, seed: int, copy: Path) -> tuple[int, int]:
-    """(killed, tried); prints what survived."""
+    """Tests a sample of a module's mutants and prints the survivors. Returns (killed, tried), two counts."""
     original, mutants = mutants_of(module)
     path = copy / "gymexp" / f"{module}.py"
     path.write_text(original)

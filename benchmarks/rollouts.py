@@ -1,29 +1,30 @@
-"""Generated tokens a second through the whole stack, beside the same vLLM called directly.
+"""Compares generated tokens per second through the whole stack and from the same vLLM called directly.
 
     python benchmarks/make_model.py outputs/model_4b --size 4b
     python benchmarks/rollouts.py --model outputs/model_4b --api-server-count 4 --replicas 4 --model-servers 2
 
-"stack" is the way of a rollout in training: Collector, NeMo Gym's agent (sudoku, one turn), its model server,
-gateway, vLLM; the reply is verified, scored and read. "direct" is one aiohttp client that posts the same
-prompt ids and sampling parameters (seeds and log-probabilities among them) to the same server's
-/inference/v1/generate and reads ids and log-probabilities. The prompt ids are those that the gateway made, as
-the warm-up's rollouts brought them back; every rollout of a round is compared with them.
+"stack" is the way of a rollout in training: Collector, NeMo Gym's agent (sudoku, one turn), its model
+server, gateway, vLLM; the reply is verified, scored and read. "direct" is one aiohttp client that posts the
+same prompt ids and sampling parameters (with seeds and log-probabilities) to /inference/v1/generate of the
+same server and reads ids and log-probabilities. The prompt ids come from the gateway, by the rollouts of the
+warm-up; the prompt of every later rollout is compared with them.
 
-For each concurrency a round plays `--waves` times as many rollouts as may be in flight, all handed over at
-once, in groups of `--group` with one prompt; both ways in turn, each first in every other round, with an
-empty prefix cache, as after an update of the weights. A ratio is the median of the rounds' ratios. With one
-request in flight it is how an endpoint serves that handles its requests one by one.
+For each concurrency a round plays `--waves` times as many rollouts as may be in flight, in groups of
+`--group` with one prompt. It submits all of them at once. The two ways take turns, and each is first in
+every other round. The prefix cache is empty, as after an update of the weights. A ratio is the median of the
+rounds' ratios. The ratio with one request in flight shows an endpoint that handles its requests one by one.
 
-With a model of make_model.py every reply has exactly the length that is asked for, by nothing in the request:
-`--tokens`, or drawn between (1 - spread) and (1 + spread) times as many, the same in both ways. Equal lengths
-are the hardest case: all replies end, and are to be scored, at the same moment.
+With a model of make_model.py every reply has exactly the requested length, without a parameter such as
+ignore_eos: `--tokens`, or a number drawn between (1 - spread) and (1 + spread) times `--tokens`, the same for
+both ways. Equal lengths are the hardest case: all replies end, and must be scored, at the same moment.
 
-CPU is milliseconds a rollout of each kind of process; "busiest" is the share of one core that the kind's
-busiest process used: near 1, it is the bottleneck. vLLM's are missing with --engine-url. "a step" is how many
-tokens vLLM sampled in a forward pass: fewer than directly means that requests reach it late. `--unseeded`
-measures "direct" without the requests' seeds as well, to show what these cost in vLLM.
+CPU is milliseconds per rollout of each kind of process. "busiest" is the share of one core that the busiest
+process of a kind used; near 1, this process is the bottleneck. With --engine-url, vLLM's CPU is missing. "a
+step" is the number of tokens that vLLM sampled per forward pass: fewer than with "direct" means that requests
+reach vLLM late. `--unseeded` also measures "direct" without seeds, to show what seeds cost in vLLM.
 
-Results are written after every measurement; none begins that would probably not end by --deadline-s.
+Results are written after every measurement. A measurement that would probably not end by --deadline-s is not
+begun.
 """
 
 from __future__ import annotations
@@ -79,8 +80,8 @@ from gymexp.run.control import Control
 
 ENV = "sudoku"
 TARGETS = {256: 0.95, 1024: 0.9}
-ONE_BY_ONE = 4  # rollouts a round with one in flight
-TO_END_S = 60.0  # for ending everything, after the deadline
+MIN_ROLLOUTS = 4  # per round, for a concurrency of one
+TO_END_S = 60.0  # the time to end all processes after the deadline
 
 
 def main() -> None:
@@ -92,7 +93,7 @@ def main() -> None:
         report = Report(args)
         try:
             asyncio.run(measure(args, report, logs))
-        except Exception as error:  # whatever it is: what was measured before is written
+        except Exception as error:  # any error: the measurements so far must be written
             report.error = f"{type(error).__name__}: {error}"
             if not isinstance(error, GymexpError | TimeoutError):
                 traceback.print_exc()
@@ -104,7 +105,7 @@ def main() -> None:
 
 
 def end_hard(after_s: float) -> None:
-    """Nothing here may hang. What this process started ends with it."""
+    """Ends this process after `after_s`, in case something hangs. Its child processes end with it."""
     time.sleep(after_s)
     print(f"error: not ended after {after_s:.0f} s: ending at once", file=sys.stderr, flush=True)
     os._exit(3)
@@ -114,41 +115,41 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--model", type=Path, required=True, help="a directory, as make_model.py makes it")
+    parser.add_argument("--model", type=Path, required=True, help="a model directory, e.g. of make_model.py")
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--engine-url", help="a vLLM that serves the model already; else one is started")
-    parser.add_argument("--engine-python", help="an interpreter that has vLLM; else this one")
-    parser.add_argument("--api-server-count", type=int, help="of the vLLM that is started")
+    parser.add_argument("--engine-url", help="a vLLM that serves the model already; default: start one")
+    parser.add_argument("--engine-python", help="an interpreter that has vLLM; default: this one")
+    parser.add_argument("--api-server-count", type=int, help="API servers of the vLLM that is started")
     parser.add_argument(
         "--engine-arg", action="append", default=[], metavar="NAME=VALUE", help="as engine.args.NAME=VALUE"
     )
-    parser.add_argument("--gym-python", help="an interpreter that has nemo_gym; else gymexp's own venv")
+    parser.add_argument("--gym-python", help="an interpreter that has nemo_gym; default: gymexp's own venv")
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 64, 256, 1024])
-    parser.add_argument("--tokens", type=int, default=512, help="of a reply")
-    parser.add_argument("--spread", type=float, default=0.0, help="of the replies' lengths, 0 to 1")
+    parser.add_argument("--tokens", type=int, default=512, help="tokens per reply")
+    parser.add_argument("--spread", type=float, default=0.0, help="spread of the replies' lengths, 0 to 1")
     parser.add_argument("--waves", type=int, default=1)
-    parser.add_argument("--group", type=int, default=16, help="rollouts of one prompt")
+    parser.add_argument("--group", type=int, default=16, help="rollouts per prompt")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--replicas", type=int, default=4, help="of the agent and the resources server")
+    parser.add_argument("--replicas", type=int, default=4, help="replicas of agent and resources server")
     parser.add_argument("--model-servers", type=int, default=2)
-    parser.add_argument("--gateways", type=int, default=1, help="shared by the model servers in turn")
-    parser.add_argument("--unseeded", action="store_true", help="measure 'direct' without seeds as well")
+    parser.add_argument("--gateways", type=int, default=1, help="model servers share them in turn")
+    parser.add_argument("--unseeded", action="store_true", help="also measure 'direct' without seeds")
     parser.add_argument("--max-model-len", type=int, default=4096)
     parser.add_argument("--start-timeout-s", type=float, default=300.0)
-    parser.add_argument("--deadline-s", type=float, default=540.0, help="from this script's start")
-    parser.add_argument("--logs", type=Path, help="keep the servers' logs here")
+    parser.add_argument("--deadline-s", type=float, default=540.0, help="counted from this script's start")
+    parser.add_argument("--logs", type=Path, help="the directory to keep the servers' logs in")
     parser.add_argument("--output", type=Path, default=facts.RESULTS / "rollouts.json")
     args = parser.parse_args()
     args.until = time.monotonic() + args.deadline_s
     if args.gateways > args.model_servers:
-        parser.error("--gateways must be at most --model-servers: each of these asks one gateway")
+        parser.error("--gateways must be at most --model-servers: each model server uses one gateway")
     if not 0 <= args.spread < 1:
         parser.error("--spread must be at least 0 and less than 1")
     return args
 
 
 def read_config(args: argparse.Namespace) -> RunConfig:
-    """A run's, with the model and the servers of this benchmark."""
+    """Returns the configuration of a run with the model and the servers of this benchmark."""
     from hydra import compose, initialize_config_dir
 
     register()
@@ -157,9 +158,9 @@ def read_config(args: argparse.Namespace) -> RunConfig:
     model, engine, gym, env = config.model, config.engine, config.gym, config.env[ENV]
     model.name, model.path, model.dtype = "benchmark", str(args.model.resolve()), args.dtype
     model.max_model_len = args.max_model_len
-    own: Any = OmegaConf.to_container(OmegaConf.from_dotlist(args.engine_arg))
+    engine_args: Any = OmegaConf.to_container(OmegaConf.from_dotlist(args.engine_arg))
     engine.kind, engine.python = "vllm", args.engine_python
-    engine.args = {"max_num_seqs": max(args.concurrency)} | own
+    engine.args = {"max_num_seqs": max(args.concurrency)} | engine_args
     if args.api_server_count:
         engine.args["api_server_count"] = args.api_server_count
     gym.python, gym.model_servers, gym.start_timeout_s = (
@@ -175,12 +176,12 @@ def read_config(args: argparse.Namespace) -> RunConfig:
 
 
 def num_rollouts(args: argparse.Namespace, concurrency: int) -> int:
-    """A round's."""
-    return max(concurrency * args.waves, ONE_BY_ONE)
+    """Returns the number of rollouts of a round with this concurrency."""
+    return max(concurrency * args.waves, MIN_ROLLOUTS)
 
 
 async def measure(args: argparse.Namespace, report: Report, logs: Path) -> None:
-    """Start everything as a run does, play the rounds, end everything."""
+    """Starts all processes as a run does, plays the rounds and ends all processes."""
     config = read_config(args)
     tokenizer = load_tokenizer(config.model.path)
     python = ensure_python(config.gym, [config.env[ENV].config_path], cache_dir(), say)
@@ -202,7 +203,7 @@ async def measure(args: argparse.Namespace, report: Report, logs: Path) -> None:
                     start_vllm(supervisor, config, engine_sock.getsockname()[1], logs)
                 start_gateways(supervisor, config, url, gateways, logs)
                 layout = start_servers(supervisor, config, python, gateways, sockets, logs)
-                tasks = await asyncio.to_thread(read_tasks, config, python)  # while these start
+                tasks = await asyncio.to_thread(read_tasks, config, python)  # while the servers start
                 await wait_ready(supervisor, args.start_timeout_s)
                 report.versions = await asyncio.to_thread(read_versions, args, python)
                 stack = Stack(
@@ -221,7 +222,9 @@ async def measure(args: argparse.Namespace, report: Report, logs: Path) -> None:
                 await asyncio.wait(
                     {playing, supervisor.failed}, timeout=left, return_when=asyncio.FIRST_COMPLETED
                 )
-                if playing.done() and playing.exception():  # a server's end, perhaps: that says more
+                if (
+                    playing.done() and playing.exception()
+                ):  # the cause may be a server's end: wait for that error
                     await asyncio.wait({supervisor.failed}, timeout=5.0)
                 if supervisor.failed.done():
                     playing.cancel()
@@ -231,7 +234,9 @@ async def measure(args: argparse.Namespace, report: Report, logs: Path) -> None:
                     raise TimeoutError(f"not done within {args.deadline_s:.0f} s (--deadline-s)")
                 playing.result()
             finally:
-                await asyncio.to_thread(cleanup.close)  # the control endpoint must answer meanwhile
+                await asyncio.to_thread(
+                    cleanup.close
+                )  # in a thread, as the control endpoint must still answer
                 await supervisor.close(["gateway-0"])
                 for sock in (engine_sock, *gateways, *sockets.values()):
                     sock.close()
@@ -245,9 +250,9 @@ def read_tasks(config: RunConfig, python: Path) -> list[Task]:
 
 
 def read_versions(args: argparse.Namespace, gym_python: Path) -> dict[str, str]:
-    ours = facts.versions(sys.executable, ("aiohttp", "orjson", "transformers"))
+    own = facts.versions(sys.executable, ("aiohttp", "orjson", "transformers"))
     engine = facts.versions(args.engine_python or sys.executable, ("vllm", "torch"))
-    return ours | engine | facts.versions(gym_python, ("nemo_gym",))
+    return own | engine | facts.versions(gym_python, ("nemo_gym",))
 
 
 async def play_rounds(args: argparse.Namespace, stack: Stack, tasks: list[Task], report: Report) -> None:
@@ -260,9 +265,9 @@ async def play_rounds(args: argparse.Namespace, stack: Stack, tasks: list[Task],
     for number in range(args.rounds):
         for concurrency in args.concurrency:
             batch = build_batch(args, concurrency, number, tasks, prompts)
-            turn = number % len(ways)  # each is first once in a while
-            needed = sum(took.get((concurrency, way), 0.0) for way in ways)
-            if needed * 1.2 + 5.0 > args.until - time.monotonic():
+            turn = number % len(ways)  # the rounds begin with different ways
+            needed_s = sum(took.get((concurrency, way), 0.0) for way in ways)
+            if needed_s * 1.2 + 5.0 > args.until - time.monotonic():
                 report.left_out.append(f"round {number + 1} with {concurrency} in flight")
                 continue
             for way in ways[turn:] + ways[:turn]:
@@ -282,7 +287,7 @@ async def play_rounds(args: argparse.Namespace, stack: Stack, tasks: list[Task],
 
 
 async def warm_up(args: argparse.Namespace, stack: Stack, tasks: list[Task]) -> list[list[int]]:
-    """Both ways once with as much in flight as later, and short replies; returns each task's prompt ids."""
+    """Plays both ways once, with short replies and the highest concurrency; returns the tasks' prompt ids."""
     most = max(args.concurrency)
     samplings = [Sampling(temperature=1.0, max_output_tokens=16, seed=seed) for seed in range(len(tasks))]
     outcomes = await asyncio.to_thread(stack.collectors[most].collect, tasks, samplings)
@@ -290,13 +295,13 @@ async def warm_up(args: argparse.Namespace, stack: Stack, tasks: list[Task]) -> 
     if failed:
         raise GymexpError(f"{len(failed)} of {len(outcomes)} rollouts failed: {failed[0].detail[:1000]}")
     prompts = [o.rollout.turns[0].prompt_ids for o in outcomes if not isinstance(o, Failed)]
-    everything = range(most)
+    indices = range(most)
     batch = Batch(
-        [tasks[i % len(tasks)] for i in everything],
-        [prompts[i % len(tasks)] for i in everything],
-        [Sampling(temperature=1.0, max_output_tokens=16, seed=seed) for seed in everything],
+        [tasks[i % len(tasks)] for i in indices],
+        [prompts[i % len(tasks)] for i in indices],
+        [Sampling(temperature=1.0, max_output_tokens=16, seed=seed) for seed in indices],
     )
-    for play in (stack.ask, stack.play):
+    for play in (stack.play_directly, stack.play):
         count = await play(batch, most)
         if count.failed:
             raise GymexpError(f"{count.failed} of {most} requests failed in the warm-up")
@@ -324,10 +329,10 @@ async def measure_one(stack: Stack, batch: Batch, concurrency: int, way: str) ->
     if way == "stack":
         count = await stack.play(batch, concurrency)
     else:
-        count = await stack.ask(batch, concurrency, seeded=way == "direct")
+        count = await stack.play_directly(batch, concurrency, seeded=way == "direct")
     seconds = time.perf_counter() - began
     steps_after = await stack.engine_steps()
-    taken = steps_after - steps if steps is not None and steps_after is not None else 0
+    num_steps = steps_after - steps if steps is not None and steps_after is not None else 0
     cpu_ms, busiest = dict.fromkeys(KINDS, 0.0), dict.fromkeys(KINDS, 0.0)
     for (kind, process), start in zip(processes, before, strict=True):
         used = max(0.0, cpu_seconds(process) - start)
@@ -337,7 +342,7 @@ async def measure_one(stack: Stack, batch: Batch, concurrency: int, way: str) ->
         "rollouts": len(batch.tasks),
         "seconds": seconds,
         "tokens_per_s": count.tokens / seconds,
-        "tokens_per_engine_step": count.tokens / taken if taken else None,
+        "tokens_per_engine_step": count.tokens / num_steps if num_steps else None,
         **dataclasses.asdict(count),
         "cpu_ms_per_rollout": cpu_ms,
         "busiest": busiest,
@@ -349,7 +354,7 @@ def median_length(prompts: list[list[int]]) -> float:
 
 
 class Report:
-    """What was measured so far, as JSON and as a table."""
+    """The measurements so far, as JSON and as a table."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
@@ -362,46 +367,46 @@ class Report:
         self.left_out: list[str] = []  # for lack of time
 
     def of(self, concurrency: int, way: str) -> dict[int, dict[str, Any]]:
-        """By round."""
+        """Returns the measurements of one concurrency and way, by round."""
         key = (concurrency, way)
         return {e["round"]: e for e in self.entries if (e["concurrency"], e["way"]) == key}
 
     def summary(self) -> list[dict[str, Any]]:
-        """A line for each concurrency and way; the ratio is to "direct" of the same round."""
+        """Returns medians for each concurrency and way. Ratios are to "direct" of the same round."""
         lines = []
         for concurrency in self.args.concurrency:
             direct = self.of(concurrency, "direct")
             for way in ("direct", "stack", "direct, unseeded"):
-                some = self.of(concurrency, way)
-                if not some:
+                rounds = self.of(concurrency, way)
+                if not rounds:
                     continue
-                both = [n for n in some if n in direct]
-                ratios = [some[n]["tokens_per_s"] / direct[n]["tokens_per_s"] for n in both]
+                both = [n for n in rounds if n in direct]
+                ratios = [rounds[n]["tokens_per_s"] / direct[n]["tokens_per_s"] for n in both]
                 lines.append(
                     {
                         "concurrency": concurrency,
                         "way": way,
-                        "tokens_per_s": statistics.median(e["tokens_per_s"] for e in some.values()),
+                        "tokens_per_s": statistics.median(e["tokens_per_s"] for e in rounds.values()),
                         "ratio": statistics.median(ratios) if ratios else None,
                         "round_ratios": ratios,
-                        "cpu_ms_per_rollout": self._medians(some, "cpu_ms_per_rollout"),
-                        "busiest": self._medians(some, "busiest"),
+                        "cpu_ms_per_rollout": self._medians(rounds, "cpu_ms_per_rollout"),
+                        "busiest": self._medians(rounds, "busiest"),
                     }
                 )
         return lines
 
-    def _medians(self, some: dict[int, dict[str, Any]], name: str) -> dict[str, float]:
-        return {kind: round(statistics.median(e[name][kind] for e in some.values()), 3) for kind in KINDS}
+    def _medians(self, rounds: dict[int, dict[str, Any]], name: str) -> dict[str, float]:
+        return {kind: round(statistics.median(e[name][kind] for e in rounds.values()), 3) for kind in KINDS}
 
     def write(self) -> None:
         args = self.args
         left_out = ("until", "model", "output", "logs", "gym_python", "engine_python", "engine_url")
-        said = {name: value for name, value in vars(args).items() if name not in left_out}
+        arguments = {name: value for name, value in vars(args).items() if name not in left_out}
         results = {
             "machine": self.machine,
             "versions": self.versions,
             "model": self.model,
-            "arguments": said,
+            "arguments": arguments,
             "prompt_tokens": self.prompt_tokens,
             "error": self.error or None,
             "left_out": self.left_out,
@@ -411,13 +416,13 @@ class Report:
         facts.write(args.output, results)
 
     def complaints(self) -> list[str]:
-        """What makes the comparison worthless."""
-        found = [self.error] if self.error else []
+        """Returns the problems that make the comparison worthless."""
+        problems = [self.error] if self.error else []
         for e in self.entries:
             where = f"round {e['round']}, {e['concurrency']} in flight, {e['way']}"
             if e["failed"] or e["other_prompts"]:
-                found.append(f"{where}: {e['failed']} failed, {e['other_prompts']} had another prompt")
-        return found
+                problems.append(f"{where}: {e['failed']} failed, {e['other_prompts']} had another prompt")
+        return problems
 
     def show(self) -> None:
         print(f"\nCPU: ms a rollout / share of a core of the busiest, of {', '.join(KINDS)}")
@@ -436,7 +441,7 @@ class Report:
             print(f"left out for lack of time (--deadline-s): {', '.join(self.left_out)}")
         short = sum(e["short"] for e in self.entries)
         if short:
-            print(f"{short} replies did not have the length asked for: the ways did not do the same work")
+            print(f"{short} replies did not have the requested length: the ways did not do the same work")
         print(
             f"{self.machine['cores']} cores, {' '.join(self.machine['gpus']) or 'no GPU'}: {self.args.output}"
         )

@@ -1,9 +1,10 @@
-"""What the one lead and the first rank do for each rollout and rank: constants of docs/scaling.md.
+"""Measures the constants of docs/scaling.md: the work of lead and rank 0 per rollout, rank and checkpoint.
 
     python benchmarks/scaling.py [--ranks 2 64] [--write-mb 512] [--directory DIR]
 
-On CPUs alone, in seconds. Rollouts are made up: random ids of 151,936 and logarithms of random numbers,
- which pack worse than what a policy samples. --directory: the file system that is written to.
+It needs CPUs only, and takes seconds. Rollouts are made up of random ids below 151,936 and of logarithms of
+random numbers, which compress worse than the samples of a policy. --directory names the file system to write
+to.
 """
 
 from __future__ import annotations
@@ -34,13 +35,13 @@ from gymexp.rollout.outcome import Task, outcome_to_json
 from gymexp.rollout.play import read_reply
 
 VOCABULARY = 151_936
-# name: tokens of the first prompt, turns, tokens sampled a turn, tokens added between turns
+# name: tokens of the first prompt, turns, tokens sampled per turn, tokens added between turns
 SHAPES = {"one turn": (200, 1, 1024, 0), "three turns": (3000, 3, 340, 100)}
 ROUNDS = 5
 
 
 def reply_of(shape: tuple[int, int, int, int], draw: random.Random) -> bytes:
-    """What an agent's /run answers: each turn with its whole prompt, as NeMo Gym carries it."""
+    """Returns the reply of an agent's /run. As in NeMo Gym's replies, each turn has its whole prompt."""
     first, turns, sampled, added = shape
     prompt, items = [draw.randrange(VOCABULARY) for _ in range(first)], []
     for _ in range(turns):
@@ -54,7 +55,7 @@ def reply_of(shape: tuple[int, int, int, int], draw: random.Random) -> bytes:
 
 
 def seconds_of(work: Callable[[], Any]) -> float:
-    """CPU seconds of this process, the median of some rounds."""
+    """Returns the CPU seconds that `work` takes in this process: the median of ROUNDS rounds."""
     spent = []
     for _ in range(ROUNDS):
         began = time.process_time()
@@ -64,7 +65,8 @@ def seconds_of(work: Callable[[], Any]) -> float:
 
 
 def rollouts(count: int = 64) -> dict[str, Any]:
-    found = {}
+    """Returns the bytes and CPU milliseconds per rollout, for each shape."""
+    results = {}
     for name, shape in SHAPES.items():
         draw = random.Random(0)
         replies = [reply_of(shape, draw) for _ in range(count)]
@@ -81,7 +83,7 @@ def rollouts(count: int = 64) -> dict[str, Any]:
         def through_pickle(outcomes: list[Any] = outcomes) -> int:
             return len(pickle.loads(pickle.dumps(outcomes)))
 
-        found[name] = {
+        results[name] = {
             "shape": dict(zip(("prompt", "turns", "sampled", "added"), shape, strict=True)),
             "reply_bytes": sum(map(len, replies)) / count,
             "file_bytes": len(pack()) / count,
@@ -90,7 +92,7 @@ def rollouts(count: int = 64) -> dict[str, Any]:
             "file_ms": seconds_of(pack) / count * 1e3,
             "pickle_and_back_ms": seconds_of(through_pickle) / count * 1e3,
         }
-    return found
+    return results
 
 
 def _join(port: int, ranks: int) -> None:
@@ -98,7 +100,10 @@ def _join(port: int, ranks: int) -> None:
 
 
 def rendezvous(ranks: int) -> float:
-    """Seconds until all ranks have met at a TCP store; processes of this machine, torch imported already."""
+    """Returns the seconds until all ranks have met at a TCP store.
+
+    The ranks are processes of this machine, forked after the import of torch.
+    """
     with listen() as free:
         port = free.getsockname()[1]
     fork = multiprocessing.get_context("fork")
@@ -114,7 +119,7 @@ def rendezvous(ranks: int) -> float:
 
 
 def written(directory: Path, megabytes: int) -> float:
-    """Bytes a second of a file that is on disk afterwards."""
+    """Returns the bytes per second of a file write, fsync included."""
     block = os.urandom(2**20)
     with tempfile.NamedTemporaryFile(dir=directory) as file:
         began = time.monotonic()

@@ -1,9 +1,9 @@
-"""A policy that knows every answer, for benchmarks/environments.py: its script, and two fakes that speak it.
+"""A scripted policy for benchmarks/environments.py: a script of replies, and two fake servers that send them.
 
     python benchmarks/scripted.py chat|engine --fd FD --script FILE
 
-`write_script` says for each row what the policy replies, turn by turn. "chat" is an OpenAI endpoint as NeMo
-Gym's model server wants it; "engine" takes and gives token ids as vLLM does. Both answer at once.
+`write_script` writes the policy's replies for each row, turn by turn. "chat" is an OpenAI endpoint for NeMo
+Gym's model server; "engine" takes and returns token ids like vLLM. Both reply without delay.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ LOGPROB = -0.12345678
 
 
 def messages_of(row: dict[str, Any]) -> list[dict[str, Any]]:
-    asked = row["responses_create_params"]["input"]
-    return [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
+    prompt = row["responses_create_params"]["input"]
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
 
 def question(row: dict[str, Any]) -> str:
@@ -37,13 +37,16 @@ def text_of(message: dict[str, Any]) -> str:
 
 
 def write_script(path: Path, tokenizer: Any, rows: Sequence[dict[str, Any]], wrong_every: int = 4) -> None:
-    """rows: no two with the same question. tokenizer: ChatML with <tool_call>, as Qwen's."""
+    """Writes the script of `rows` to `path`. Every `wrong_every`-th row gets a wrong reply.
+
+    rows: each with a different question. tokenizer: one with ChatML and <tool_call>, as Qwen's.
+    """
     written = [write_row(tokenizer, row, number % wrong_every == 3) for number, row in enumerate(rows)]
     path.write_bytes(orjson.dumps({"start": tokenizer.convert_tokens_to_ids(START), "rows": written}))
 
 
 def write_row(tokenizer: Any, row: dict[str, Any], is_wrong: bool) -> dict[str, Any]:
-    """What the fakes know of a row: how to recognise it, its first prompt, and the replies turn by turn."""
+    """Returns a row's script: keys to recognise its prompts, its first prompt, and its replies by turn."""
     from gymexp.rollout.tokens import encode, render
 
     tools = row["responses_create_params"].get("tools") or []
@@ -51,14 +54,15 @@ def write_row(tokenizer: Any, row: dict[str, Any], is_wrong: bool) -> dict[str, 
     ids = encode(tokenizer, render(tokenizer, messages_of(row)))
     marks = positions(ids, tokenizer.convert_tokens_to_ids(START))
     turns = []
-    for number, said in enumerate(replies(row, is_wrong)):
-        message: dict[str, Any] = {"role": "assistant", "content": said}
-        if isinstance(said, dict):
-            call = {"id": f"call_{number}", "type": "function", "function": said}
+    for number, reply in enumerate(replies(row, is_wrong)):
+        message: dict[str, Any] = {"role": "assistant", "content": reply}
+        text = reply
+        if isinstance(reply, dict):
+            call = {"id": f"call_{number}", "type": "function", "function": reply}
             message |= {"content": None, "tool_calls": [call]}
-            said = f'{{"name": {json.dumps(said["name"])}, "arguments": {said["arguments"]}}}'
-            said = f"<tool_call>\n{said}\n</tool_call>"
-        turns.append({"ids": encode(tokenizer, said + END), "message": message})
+            text = f'{{"name": {json.dumps(reply["name"])}, "arguments": {reply["arguments"]}}}'
+            text = f"<tool_call>\n{text}\n</tool_call>"
+        turns.append({"ids": encode(tokenizer, text + END), "message": message})
     sample = json.dumps(row.get("ground_truth") or row["answer"])
     return {
         "question": question(row),
@@ -70,7 +74,8 @@ def write_row(tokenizer: Any, row: dict[str, Any], is_wrong: bool) -> dict[str, 
 
 
 def replies(row: dict[str, Any], is_wrong: bool) -> list[Any]:
-    """The right ones by the row itself: texts and calls. Wrong: not an answer, or the first call left out."""
+    """Returns the replies to a row, texts and calls: the correct ones, or with `is_wrong` a text that is no
+    answer, or the calls without the first."""
     if "ground_truth" not in row:
         return ["I do not know." if is_wrong else row["answer"]]
     truth = row["ground_truth"]
@@ -78,16 +83,20 @@ def replies(row: dict[str, Any], is_wrong: bool) -> list[Any]:
     return [*calls[int(is_wrong) :], "Done."]
 
 
-def positions(ids: list[int], wanted: int) -> list[int]:
-    found, at = [], -1
-    for _ in range(ids.count(wanted)):
-        at = ids.index(wanted, at + 1)
-        found.append(at)
-    return found
+def positions(ids: list[int], token_id: int) -> list[int]:
+    """Returns the indices of `token_id` in `ids`."""
+    indices, index = [], -1
+    for _ in range(ids.count(token_id)):
+        index = ids.index(token_id, index + 1)
+        indices.append(index)
+    return indices
 
 
 def build_engine(script: dict[str, Any]) -> Callable[[bytes], bytes]:
-    """The row is found by the ids of its question, the turn by how many messages the prompt has."""
+    """Returns the fake engine: a function from request body to reply body.
+
+    It finds the row by the token ids of its question, and the turn by the number of messages in the prompt.
+    """
 
     def body(ids: list[int]) -> bytes:
         content = [{"logprob": LOGPROB}] * len(ids)
@@ -99,7 +108,7 @@ def build_engine(script: dict[str, Any]) -> Callable[[bytes], bytes]:
     def answer(request: bytes) -> bytes:
         ids = orjson.loads(request)["token_ids"]
         marks = positions(ids, script["start"])
-        for first in (0, 1):  # the question is the first message, or follows the system message
+        for first in (0, 1):  # the question is the first message, or the second after a system message
             turns = bodies.get(tuple(ids[marks[first] : marks[first + 1]]))
             if turns:
                 return turns[min((len(marks) - first - 2) // 2, len(turns) - 1)]
@@ -109,9 +118,10 @@ def build_engine(script: dict[str, Any]) -> Callable[[bytes], bytes]:
 
 
 def build_chat(script: dict[str, Any]) -> Callable[[bytes], bytes]:
-    """The row is found by its question's text, the turn by how many tool results there are.
+    """Returns the fake chat endpoint: a function from request body to reply body.
 
-    The next turn's prompt ids are the last turn's prompt and generation and about as many as the result has.
+    It finds the row by the text of its question, and the turn by the number of tool results. The prompt ids
+    of a later turn are the last turn's prompt and generation, and about as many ids as the tool result has.
     """
     rows = {row["question"]: row for row in script["rows"]}
 

@@ -1,4 +1,4 @@
-"""What benchmarks/rollouts.py measures: the whole stack as a training run has it, and two ways through it."""
+"""The stack that benchmarks/rollouts.py measures: the servers of a training run, and two ways to use them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from gymexp.rollout.play import Sampling
 
 JSON = {"Content-Type": "application/json"}
 KEYS = Keys.new()
-os.environ |= KEYS.environ()  # of this process and of all that it starts
+os.environ |= KEYS.environ()  # for this process and for all processes that it starts
 SERVERS = {
     "responses_api_models": "model server",
     "responses_api_agents": "agent",
@@ -45,7 +45,7 @@ KINDS = ("client", "gateway", *SERVERS.values(), "vLLM API server", "vLLM engine
 
 @dataclass
 class Batch:
-    """What a round plays: rollout i asks prompt_ids[i] for samplings[i].max_output_tokens tokens."""
+    """The rollouts of a round: rollout i has prompt_ids[i] and gets samplings[i].max_output_tokens tokens."""
 
     tasks: list[Task]
     prompt_ids: list[list[int]]
@@ -54,7 +54,11 @@ class Batch:
 
 @dataclass
 class Count:
-    """Of one batch, played one way. short: replies with another number of tokens than was asked for."""
+    """Counts of one batch, played one way.
+
+    short: replies without the requested number of tokens. other_prompts: rollouts with other prompt ids than
+    those of the batch.
+    """
 
     tokens: int = 0
     short: int = 0
@@ -64,7 +68,7 @@ class Count:
 
 @dataclass
 class Stack:
-    """Everything that runs, and the two ways through it."""
+    """The running servers, and the two ways to play a batch on them: `play` and `play_directly`."""
 
     supervisor: Supervisor
     layout: Layout
@@ -74,7 +78,7 @@ class Stack:
     collectors: dict[int, Collector] = field(default_factory=dict)
 
     async def play(self, batch: Batch, concurrency: int) -> Count:
-        """As a training run does."""
+        """Plays a batch through the whole stack, as a training run does."""
         count = Count()
         outcomes = await asyncio.to_thread(self.collectors[concurrency].collect, batch.tasks, batch.samplings)
         for index, outcome in enumerate(outcomes):
@@ -90,8 +94,8 @@ class Stack:
             count.other_prompts += turns[0].prompt_ids != batch.prompt_ids[index]
         return count
 
-    async def ask(self, batch: Batch, concurrency: int, seeded: bool = True) -> Count:
-        """vLLM itself, with one client."""
+    async def play_directly(self, batch: Batch, concurrency: int, seeded: bool = True) -> Count:
+        """Plays a batch on vLLM itself, with one client."""
         count = Count()
         todo = iter(range(len(batch.prompt_ids)))
         bodies = [self.body(p, s, seeded) for p, s in zip(batch.prompt_ids, batch.samplings, strict=True)]
@@ -121,19 +125,19 @@ class Stack:
         return count
 
     def body(self, prompt_ids: list[int], sampling: Sampling, seeded: bool) -> bytes:
-        """The gateway's own request for this rollout."""
-        asked = {
+        """Returns the request body that the gateway would send for this rollout."""
+        fields = {
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "max_tokens": sampling.max_output_tokens,
             "seed": sampling.seed if seeded else None,
         }
-        params = chat.sampling_params(asked, len(prompt_ids), self.max_model_len)
+        params = chat.sampling_params(fields, len(prompt_ids), self.max_model_len)
         params["stop_token_ids"] = self.stop_token_ids
         return orjson.dumps({"token_ids": prompt_ids, "sampling_params": params})
 
     async def empty_cache(self) -> None:
-        """Needs a server in development mode; the one that is started here is."""
+        """Empties vLLM's prefix cache. The server must run in development mode, as `start_vllm` starts it."""
         timeout = aiohttp.ClientTimeout(total=60)
         async with (
             aiohttp.ClientSession(timeout=timeout, headers=header(KEYS.engine)) as http,
@@ -143,17 +147,18 @@ class Stack:
                 raise GymexpError(f"{self.engine_url}/reset_prefix_cache answered {response.status}")
 
     async def engine_steps(self) -> float | None:
-        """Forward passes of vLLM so far; None where its /metrics do not say."""
+        """Returns the number of vLLM's forward passes so far; None if /metrics does not have it."""
         timeout = aiohttp.ClientTimeout(total=60)
         async with (
             aiohttp.ClientSession(timeout=timeout, headers=header(KEYS.engine)) as http,
             http.get(f"{self.engine_url}/metrics") as response,
         ):
             text = await response.text()
-        found = re.findall(r"^vllm:iteration_tokens_total_count\S* (\S+)$", text, re.MULTILINE)
-        return sum(map(float, found)) if found else None
+        counts = re.findall(r"^vllm:iteration_tokens_total_count\S* (\S+)$", text, re.MULTILINE)
+        return sum(map(float, counts)) if counts else None
 
     def processes(self) -> list[tuple[str, psutil.Process]]:
+        """Returns the client's and the servers' processes, each with its kind."""
         found = [("client", psutil.Process(os.getpid()))]
         for name, service in self.supervisor.services.items():
             if not service.pid or name == "gym-host":
@@ -225,7 +230,7 @@ def start_servers(
     sockets: dict[str, Any],
     logs: Path,
 ) -> Layout:
-    """NeMo Gym's servers of a run; their sockets are put into `sockets`."""
+    """Starts NeMo Gym's servers of a run, and adds their sockets to `sockets`."""
 
     def port(name: str) -> int:
         sockets[name] = ports.listen()

@@ -1,27 +1,28 @@
-"""Where a training step's seconds go: a short run of gymexp as it is, its steps split into their parts.
+"""Measures the parts of a training step, in seconds, in a short run of gymexp.
 
     python benchmarks/make_model.py outputs/model_4b --size 4b
     python benchmarks/step.py --model outputs/model_4b [--train-gpus 1] [-- engine.args.max_num_seqs=256 …]
 
-Runs `python -m gymexp.train engine=vllm` with this model, reads metrics.jsonl (`time/*`) and the rollouts,
-and ends the run after the last step that is wanted, without a checkpoint. The first `--warm-up` steps are
-left out: vLLM and the trainer meet every shape for the first time there, and weights are first sent before
-the second step. What stands behind `--` are overrides of the run, after this script's own.
+The script runs `python -m gymexp.train engine=vllm` with this model, reads metrics.jsonl (`time/*`) and the
+rollouts, and ends the run after the last step to measure, without a checkpoint. It leaves out the first
+`--warm-up` steps: in the first step vLLM and the trainer see every shape for the first time, and the first
+transfer of weights comes before the second step. Arguments after `--` are overrides of the run; they come
+after this script's own.
 
-With a model of make_model.py every reply has `--tokens` tokens and calls no tool; rewards are all alike, so
-that the gradient is nothing, but the work is the same.
+With a model of make_model.py every reply has `--tokens` tokens and calls no tool. All rewards are equal, so
+that the gradient is zero, but the work is the same.
 
-MFU, model FLOP/s utilization (PaLM, https://arxiv.org/abs/2204.02311, appendix B), is the floating-point
-operations that the update needs, a second, over what the training GPUs can do:
+MFU, model FLOP/s utilization (PaLM, https://arxiv.org/abs/2204.02311, appendix B), is the FLOPs per second
+that the update needs, divided by the peak FLOP/s of the training GPUs. The update needs these FLOPs:
 
     6 * N * tokens                                  the weights, forward and backward
     12 * layers * heads * head_dim * sum(length^2)  attention: 12 * layers * heads * head_dim * length a token
 
 N: parameters, with the embedding only as the output head. heads * head_dim is the hidden size in most models,
-not in Qwen3-4B. length: prompt and generation of a rollout; tokens: sum(length), without padding. What
-gradient checkpointing computes again is not counted, and causality is not deducted. `mfu` divides by
-time/update and time/other: work on a GPU is asynchronous, and the end of the last backward pass, the clipping
-and the optimizer's step are waited for in `other`. `mfu_update` divides by time/update alone.
+not in Qwen3-4B. length: prompt and generation of a rollout; tokens: sum(length), without padding. The count
+leaves out what gradient checkpointing computes again, and does not deduct the causal mask. `mfu` divides by
+time/update and time/other: work on a GPU is asynchronous, and `other` contains the wait for the end of the
+last backward pass, for clipping and for the optimizer's step. `mfu_update` divides by time/update alone.
 """
 
 from __future__ import annotations
@@ -70,23 +71,25 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--model", type=Path, required=True, help="a directory, as make_model.py makes it")
+    parser.add_argument("--model", type=Path, required=True, help="a model directory, e.g. of make_model.py")
     parser.add_argument("--env", nargs="+", default=["sudoku", "workplace"])
-    parser.add_argument("--steps", type=int, default=3, help="that are measured")
-    parser.add_argument("--warm-up", type=int, default=1, help="steps before these")
-    parser.add_argument("--rollouts", type=int, default=64, help="a step")
-    parser.add_argument("--group", type=int, default=16, help="rollouts of one task")
-    parser.add_argument("--micro-batch", type=int, default=4, help="rollouts on a GPU in one pass")
-    parser.add_argument("--tokens", type=int, default=1024, help="of a reply")
+    parser.add_argument("--steps", type=int, default=3, help="number of steps to measure")
+    parser.add_argument("--warm-up", type=int, default=1, help="number of steps before the measured ones")
+    parser.add_argument("--rollouts", type=int, default=64, help="rollouts per step")
+    parser.add_argument("--group", type=int, default=16, help="rollouts per task")
+    parser.add_argument("--micro-batch", type=int, default=4, help="rollouts per GPU in one pass")
+    parser.add_argument("--tokens", type=int, default=1024, help="tokens per reply")
     parser.add_argument("--max-model-len", type=int, default=16_384)
     parser.add_argument("--train-gpus", type=int, default=1)
-    parser.add_argument("--gym-python", help="an interpreter that has nemo_gym; else gymexp's own venv")
-    parser.add_argument("--engine-python", help="an interpreter that has vLLM; else this one")
-    parser.add_argument("--peak-flops", type=float, help=f"of a GPU, a second; with GPUs {PEAK_FLOPS:g}")
+    parser.add_argument("--gym-python", help="an interpreter that has nemo_gym; default: gymexp's own venv")
+    parser.add_argument("--engine-python", help="an interpreter that has vLLM; default: this one")
+    parser.add_argument("--peak-flops", type=float, help=f"of a GPU per second; with GPUs {PEAK_FLOPS:g}")
     parser.add_argument("--deadline-s", type=float, default=540.0)
-    parser.add_argument("--run-dir", type=Path, help="keep the run here; else it is thrown away")
+    parser.add_argument(
+        "--run-dir", type=Path, help="the directory to keep the run in; default: a temporary one"
+    )
     parser.add_argument("--output", type=Path, default=facts.RESULTS / "step.json")
-    parser.add_argument("overrides", nargs="*", help="of the run, behind --")
+    parser.add_argument("overrides", nargs="*", help="overrides of the run, after --")
     args = parser.parse_args()
     if args.rollouts % (args.micro_batch * args.train_gpus) or args.rollouts % args.group:
         parser.error("--rollouts must be a multiple of --group, and of --micro-batch times --train-gpus")
@@ -97,7 +100,7 @@ def parse() -> argparse.Namespace:
 
 
 def overrides(args: argparse.Namespace) -> list[str]:
-    said = [
+    words = [
         f"env=[{','.join(args.env)}]",
         "engine=vllm",
         "model=qwen3_4b",
@@ -107,7 +110,7 @@ def overrides(args: argparse.Namespace) -> list[str]:
         f"hydra.run.dir='{args.run_dir.resolve()}'",
         "evaluation.before=false",
         "evaluation.after=false",
-        "rollout.max_drift=1.0",  # random weights of many layers round to other logits than a trained model's
+        "rollout.max_drift=1.0",  # random weights of many layers cause more rounding error than trained ones
         "trainer.learning_rate=1e-6",
         f"trainer.max_steps={args.warm_up + args.steps}",
         f"trainer.num_generations={args.group}",
@@ -118,23 +121,23 @@ def overrides(args: argparse.Namespace) -> list[str]:
     ]
     num_tasks = args.rollouts // args.group * (args.warm_up + args.steps)
     for name in args.env:
-        said += [
+        words += [
             f"env.{name}.max_output_tokens={args.tokens}",
             f"env.{name}.max_concurrency={args.rollouts}",
             f"env.{name}.data.source=generate",
             f"env.{name}.data.train_size={max(num_tasks, 8)}",
             f"env.{name}.data.validation_size=1",
         ]
-    if len(visible_gpus()) > args.train_gpus:  # with no more than these, they sample as well
-        said.append(f"placement.train_gpus={args.train_gpus}")
+    if len(visible_gpus()) > args.train_gpus:  # without further GPUs, the training GPUs sample as well
+        words.append(f"placement.train_gpus={args.train_gpus}")
     for key, python in (("gym.python", args.gym_python), ("engine.python", args.engine_python)):
         if python:
-            said.append(f"{key}='{python}'")
-    return said + args.overrides
+            words.append(f"{key}='{python}'")
+    return words + args.overrides
 
 
 def run(args: argparse.Namespace, report: Report) -> str:
-    """Train until the last wanted step is logged; returns what went wrong, or nothing."""
+    """Trains until the last step to measure is logged; returns an error message, or "" if all went well."""
     args.run_dir.parent.mkdir(parents=True, exist_ok=True)
     output = args.run_dir.with_name(args.run_dir.name + ".txt")
     command = [sys.executable, "-m", "gymexp.train", *overrides(args)]
@@ -166,7 +169,7 @@ def run(args: argparse.Namespace, report: Report) -> str:
             if time.monotonic() > args.until:
                 return (
                     f"{len(report.steps)} of {args.warm_up + args.steps} steps within "
-                    f"{args.deadline_s:.0f} s (--deadline-s). The run said:\n{output.read_text()[-1500:]}"
+                    f"{args.deadline_s:.0f} s (--deadline-s). Its output:\n{output.read_text()[-1500:]}"
                 )
             time.sleep(POLL_S)
     finally:
@@ -174,7 +177,7 @@ def run(args: argparse.Namespace, report: Report) -> str:
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """At once and without a checkpoint: the second signal says so. What the run started ends with it."""
+    """Ends the run and all its processes, at once and without a checkpoint: two signals ask for that."""
     for _ in range(2):
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
@@ -188,15 +191,15 @@ def end(process: subprocess.Popen[bytes]) -> None:
 
 def phase_of(run_dir: Path) -> str:
     try:
-        said = json.loads((run_dir / "status.json").read_text())
+        status = json.loads((run_dir / "status.json").read_text())
     except (OSError, ValueError):
         return "prepare"
-    starting = [n for n, state in said.get("services", {}).items() if state == "starting"]
-    return f"{said.get('phase')}" + (f" (starting: {' '.join(starting)})" if starting else "")
+    starting = [n for n, state in status.get("services", {}).items() if state == "starting"]
+    return f"{status.get('phase')}" + (f" (starting: {' '.join(starting)})" if starting else "")
 
 
 class Report:
-    """What the steps said so far, as JSON and as a table."""
+    """The measurements of the steps so far, as JSON and as a table."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
@@ -210,7 +213,7 @@ class Report:
             self.versions |= facts.versions(args.engine_python, ("vllm",))
 
     def read(self, run_dir: Path) -> None:
-        """The steps that were logged since the last time."""
+        """Reads the steps that the run has logged since the last call, prints them and writes the results."""
         path = run_dir / "metrics.jsonl"
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         logged = [json.loads(line) for line in lines if line.endswith("\n")]
@@ -227,7 +230,11 @@ class Report:
             self.write()
 
     def split(self, entry: dict[str, Any], lengths: list[int], sampled: int) -> dict[str, Any]:
-        """entry: of metrics.jsonl. lengths: of the step's rollouts. sampled: the policy's tokens in them."""
+        """Returns the measurements of one step.
+
+        entry: the step's line of metrics.jsonl. lengths: tokens of each rollout. sampled: how many tokens the
+        policy sampled in all rollouts.
+        """
         seconds = {part: entry[f"time/{part}"] for part in ("step", *PARTS)}
         flops = self.update_flops(lengths)
         peak = (self.args.peak_flops or 0.0) * self.args.train_gpus
@@ -249,7 +256,7 @@ class Report:
         }
 
     def update_flops(self, lengths: list[int]) -> float:
-        """As the module's docstring says."""
+        """Returns the FLOPs of the update on rollouts of these lengths, by the MFU formula of the module."""
         m = self.model
         num = m["parameters"]
         if not m.get("tie_word_embeddings"):
@@ -260,7 +267,7 @@ class Report:
         return 6.0 * num * sum(lengths) + 12.0 * m["num_hidden_layers"] * width * squares
 
     def summary(self) -> dict[str, Any]:
-        """Medians over the steps that are measured."""
+        """Returns medians over the measured steps, warm-up excluded; {} if there is none."""
         steps = [step for step in self.steps if not step["warm_up"]]
         if not steps:
             return {}
@@ -276,12 +283,12 @@ class Report:
 
     def write(self) -> None:
         left_out = ("until", "model", "output", "run_dir", "gym_python", "engine_python", "overrides")
-        said = {name: value for name, value in vars(self.args).items() if name not in left_out}
+        arguments = {name: value for name, value in vars(self.args).items() if name not in left_out}
         results = {
             "machine": self.machine,
             "versions": self.versions,
             "model": self.model,
-            "arguments": said,
+            "arguments": arguments,
             "overrides": self.overrides,
             "error": self.error or None,
             "results": self.summary(),
@@ -290,17 +297,19 @@ class Report:
         facts.write(self.args.output, results)
 
     def show(self) -> None:
-        if found := self.summary():
-            print(f"\nmedian of {found['steps']} steps, {found['trained_tokens']:.0f} tokens trained in each")
-            whole = found["seconds"]["step"]
+        if medians := self.summary():
+            steps, tokens = medians["steps"], medians["trained_tokens"]
+            print(f"\nmedian of {steps} steps, {tokens:.0f} tokens trained in each")
+            whole = medians["seconds"]["step"]
             for part in PARTS:
-                seconds = found["seconds"][part]
+                seconds = medians["seconds"][part]
                 print(f"  {part:<10}{seconds:>8.2f} s {seconds / whole:>6.1%}")
             print(f"  {'step':<10}{whole:>8.2f} s")
-            print(f"rollouts: {found['rollout_tokens_per_s']:.0f} tokens/s sampled")
-            print(f"update: {found['update_tokens_per_s']:.0f} tokens/s", end="")
-            if found["mfu"]:
-                print(f", MFU {found['mfu']:.3f} ({found['mfu_update']:.3f} of time/update alone)", end="")
+            print(f"rollouts: {medians['rollout_tokens_per_s']:.0f} tokens/s sampled")
+            print(f"update: {medians['update_tokens_per_s']:.0f} tokens/s", end="")
+            if medians["mfu"]:
+                mfu, alone = medians["mfu"], medians["mfu_update"]
+                print(f", MFU {mfu:.3f} ({alone:.3f} of time/update alone)", end="")
             print()
         if self.error:
             print(f"error: {self.error}", file=sys.stderr)
@@ -308,7 +317,7 @@ class Report:
 
 
 def read_lengths(path: Path) -> tuple[list[int], int]:
-    """Tokens of prompt and generation of each rollout that did not fail; and what was sampled in all."""
+    """Returns the tokens (prompt and generation) of each rollout that did not fail, and the total sampled."""
     lengths, sampled = [], 0
     for line in zstandard.decompress(path.read_bytes()).splitlines():
         if turns := (orjson.loads(line).get("rollout") or {}).get("turns"):

@@ -1,15 +1,15 @@
-"""Seconds and GB/s of a weight update, trainer to vLLM: gymexp's way beside TRL's own client, in one run.
+"""Compares weight updates from trainer to vLLM by gymexp and by TRL's client, in seconds and GB/s.
 
     python benchmarks/weights.py                    one vLLM on the first GPU, the trainer on the second
     python benchmarks/weights.py --replicas 2       two vLLM, on the first two GPUs, the trainer on the third
     python benchmarks/weights.py --way ipc          both on one GPU
 
-vLLM serves a model of that shape (benchmarks/make_model.py) with dummy weights, and is sent random ones from
-the trainer's GPU as the trainer sends them: `WeightSync.update`, from the request to pause to the one to
-resume. "phases" are the HTTP requests within; "pause" is what a client sees that samples token after token:
-the longest of its requests meanwhile, less a usual one. TRL's client (`VLLMClient.update_model_params`)
-then sends the same tensors to the same server, which it does not pause. The first update of each joins NCCL's
-group and is left out; figures are medians of the others.
+vLLM serves a model of benchmarks/make_model.py with dummy weights. The script sends it random weights from
+the trainer's GPU as the trainer does, by `WeightSync.update`, and measures from the pause request to the
+resume request. "phases" are the HTTP requests of an update. "pause" is the delay for a client that samples
+token after token: its longest request during the update, less the median one. TRL's client
+(`VLLMClient.update_model_params`) then sends the same tensors to the same server, without a pause. The first
+update of each joins NCCL's group and is left out; the figures are medians of the other updates.
 """
 
 from __future__ import annotations
@@ -69,13 +69,13 @@ def main() -> None:
         "sizes": {},
     }
     for size in args.sizes:
-        found = results["sizes"][size] = {}
-        measure(size, args, found, lambda: facts.write(args.output, results))
+        result = results["sizes"][size] = {}
+        measure(size, args, result, lambda: facts.write(args.output, results))
     print(f"written to {args.output}")
 
 
-def measure(size: str, args: argparse.Namespace, found: dict[str, Any], write: Callable[[], None]) -> None:
-    """Fills `found`, and writes what there is after each way."""
+def measure(size: str, args: argparse.Namespace, result: dict[str, Any], write: Callable[[], None]) -> None:
+    """Adds the measurements of one size to `result`, and calls `write` after gymexp and after TRL."""
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", args.replicas if args.way == "nccl" else 0)
@@ -83,14 +83,14 @@ def measure(size: str, args: argparse.Namespace, found: dict[str, Any], write: C
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         if args.way == "disk":
-            make(directory / "model", size)  # vLLM reloads only what it has loaded
+            make(directory / "model", size)  # vLLM reloads only weights that it has loaded from files
         named = make_tensors(directory / "model", size, device=device)
         num_bytes = sum(tensor.nbytes for tensor in named.values())
         print(f"{size}: {len(named)} tensors, {num_bytes / 1e9:.2f} GB", flush=True)
         urls = [serve(directory, index, args, stack) for index in range(args.replicas)]
         replicas = Timed(urls)
         replicas.wait_healthy(START_S, threading.Event())
-        gateway_url = stack.enter_context(pretended_gateway())
+        gateway_url = stack.enter_context(fake_gateway())
         transfer = open_transfer(args.way, device, directory)
         sync = WeightSync(replicas, transfer, Admission(gateway_url, None, START_S), directory / "again")
         specs = [(name, tensor.dtype, list(tensor.shape)) for name, tensor in named.items()]
@@ -104,15 +104,15 @@ def measure(size: str, args: argparse.Namespace, found: dict[str, Any], write: C
             pauses.append(pause())
             phases = {name: round(sum(took), 4) for name, took in replicas.phases.items()}
             print(f"  gymexp {rate(num_bytes, seconds[-1])}, pause {pauses[-1]:.3f} s, {phases}", flush=True)
-        found |= {"bytes": num_bytes, "gymexp_s": seconds[1:], "pause_s": pauses[1:]}
-        found |= {"phases_s": phases, "gymexp_GB_per_s": num_bytes / statistics.median(seconds[1:]) / 1e9}
+        result |= {"bytes": num_bytes, "gymexp_s": seconds[1:], "pause_s": pauses[1:]}
+        result |= {"phases_s": phases, "gymexp_GB_per_s": num_bytes / statistics.median(seconds[1:]) / 1e9}
         write()
         transfer.close()
         if args.way == "nccl" and args.replicas == 1:
             trl = time_trl(urls[0], device, named, args.rounds)
-            found |= {"trl_s": trl, "trl_GB_per_s": num_bytes / statistics.median(trl) / 1e9}
-            found["times_trl"] = statistics.median(trl) / statistics.median(seconds[1:])
-            print(f"  {found['times_trl']:.2f} times as fast as TRL's client")
+            result |= {"trl_s": trl, "trl_GB_per_s": num_bytes / statistics.median(trl) / 1e9}
+            result["times_trl"] = statistics.median(trl) / statistics.median(seconds[1:])
+            print(f"  {result['times_trl']:.2f} times as fast as TRL's client")
             write()
 
 
@@ -121,16 +121,16 @@ def rate(num_bytes: int, seconds: float) -> str:
 
 
 class Timed(Replicas):
-    """Says how long each kind of request took."""
+    """Replicas that record the seconds of each request by path, in `phases`."""
 
     def __init__(self, urls: Any, timeout_s: float = 120.0) -> None:
         super().__init__(urls, timeout_s)
         self.phases: dict[str, list[float]] = defaultdict(list)
 
     def only(self, urls: Any) -> Replicas:
-        some = Timed(urls, self.timeout_s)
-        some.phases = self.phases
-        return some
+        replicas = Timed(urls, self.timeout_s)
+        replicas.phases = self.phases
+        return replicas
 
     def _request(self, url: str, path: str, body: bytes | None) -> Any:
         began = time.monotonic()
@@ -141,7 +141,7 @@ class Timed(Replicas):
 
 
 def serve(directory: Path, index: int, args: argparse.Namespace, stack: ExitStack) -> str:
-    """A replica with dummy weights, on its own GPU."""
+    """Starts a vLLM replica with dummy weights on its own GPU; returns its URL. `stack` ends it."""
     sock = stack.enter_context(ports.reserve())
     shared = args.way == "ipc"
     model = ModelConfig(name="dummy", path=str(directory / "model"), max_model_len=4096)
@@ -151,8 +151,10 @@ def serve(directory: Path, index: int, args: argparse.Namespace, stack: ExitStac
     engine = EngineConfig(python=args.engine_python, args=flags)
     version = vllm.read_version(engine)
     command = vllm.serve_command(model, engine, sock.getsockname()[1], version, args.way, shared)
-    at = command.index("--middleware")
-    del command[at : at + 2]  # it demands a key, and TRL's client says none
+    index_of_flag = command.index("--middleware")
+    del command[
+        index_of_flag : index_of_flag + 2
+    ]  # the middleware requires a key, and TRL's client sends none
     log = directory / f"vllm-{index}.log"
     reaper = [sys.executable, "-S", lifeline.__file__, str(os.getpid()), "--reap"]
     env = os.environ | vllm.environment(args.way)
@@ -172,7 +174,7 @@ def serve(directory: Path, index: int, args: argparse.Namespace, stack: ExitStac
 
 def open_transfer(way: str, device: torch.device, directory: Path) -> Any:
     def give_up(error: ServiceError) -> None:
-        print(f"given up: {error}", flush=True)
+        print(f"error: {error}", flush=True)
         os._exit(1)
 
     if way == "nccl":
@@ -183,8 +185,8 @@ def open_transfer(way: str, device: torch.device, directory: Path) -> Any:
 
 
 @contextmanager
-def pretended_gateway() -> Iterator[str]:
-    """All that an update asks of the gateway: whether a replica is held."""
+def fake_gateway() -> Iterator[str]:
+    """Serves the gateway's routes that an update uses, and yields the URL. No replica is held back."""
 
     async def stats(_: web.Request) -> web.Response:
         return web.json_response({"on_hold": []})
@@ -205,7 +207,8 @@ def pretended_gateway() -> Iterator[str]:
 
 @contextmanager
 def longest_wait(url: str) -> Iterator[Callable[[], float]]:
-    """Samples a token at a time within the block; then says the longest wait for one, less a usual one."""
+    """Samples one token per request during the block. Yields a function that returns the longest request's
+    seconds less the median."""
     params = {"max_tokens": 1, "temperature": 1.0, "logprobs": 0}
     body = json.dumps({"token_ids": [5, 6, 7], "sampling_params": params}).encode()
     waits: list[float] = []
@@ -236,7 +239,7 @@ def time_trl(url: str, device: torch.device, named: dict[str, torch.Tensor], rou
         def named_parameters(self, *_: Any, **__: Any) -> Iterator[tuple[str, Any]]:
             return iter(named.items())
 
-    with ports.listen() as free:  # not its default: the last size's group may still hold that one
+    with ports.listen() as free:  # the NCCL group of the last size may still use TRL's default port
         port = free.getsockname()[1]
     client = VLLMClient(base_url=url, group_port=port, connection_timeout=60.0)
     client.init_communicator(device)

@@ -29,15 +29,15 @@ def main() -> None:
 
 
 def listing() -> str:
-    """Every command, with the first sentence of its module's docstring."""
+    """Returns the list of commands, each with the first line of its module's docstring."""
     lines = [f"  {command:<10} {_about(command)}" for command in COMMANDS]
     return "\n".join(
-        ["gymexp COMMAND …, or python -m gymexp.COMMAND …", *lines, "Each of them explains itself by --help."]
+        ["gymexp COMMAND …, or python -m gymexp.COMMAND …", *lines, "COMMAND --help explains a command."]
     )
 
 
 def _about(command: str) -> str:
-    """Without importing the module, which takes a second."""
+    """Returns the first line of the command's docstring. It parses the source: an import takes a second."""
     package = Path(gymexp.__file__).parent
     module = package / f"{command}.py"
     path = module if module.exists() else package / command / "__main__.py"

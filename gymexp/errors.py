@@ -1,8 +1,8 @@
-"""The few exceptions that end a run. Each message names key, rule, value and fix."""
+"""The exceptions that end a run. Each message names key, rule, value and fix."""
 
 
 class GymexpError(Exception):
-    """A run cannot start or go on, for a reason that the user can act on; printed without a traceback."""
+    """A run cannot start or continue, for a reason that the user can act on; printed without a traceback."""
 
 
 class ConfigError(GymexpError):
@@ -14,24 +14,26 @@ class DataError(GymexpError):
 
 
 class ServiceError(GymexpError):
-    """A process of the run (server, gateway, trainer) could not start, died too often, or hangs."""
+    """A process of the run (server, gateway, trainer) could not start, died too often or hangs."""
 
 
 class NodeLost(ServiceError):
-    """A node of the run is gone, with all that ran there."""
+    """A node of the run is lost, with every process that ran on it."""
 
 
 class RunDirectoryError(GymexpError):
-    """The run directory is taken, or does not hold what a resumed run needs."""
+    """The run directory is in use, or lacks files that a resumed run needs."""
 
 
 class TokenMismatch(GymexpError):
-    """Tokens of a rollout contradict each other: training on it would be wrong. Counted, never padded
-    over."""
+    """Tokens of a rollout contradict each other, so that training on the rollout would be wrong.
+
+    Such rollouts are counted as failed; their tokens are never padded to fit.
+    """
 
 
 class RolloutError(GymexpError):
-    """Too many rollouts failed for training to go on; names the server that failed and its log."""
+    """Too many rollouts failed for training to continue. The message names the failed server and its log."""
 
 
 class DriftError(GymexpError):
@@ -39,16 +41,18 @@ class DriftError(GymexpError):
 
 
 class DrawError(GymexpError):
-    """Sampled tokens depend on each other in a way that independent draws from the policy do not."""
+    """Sampled tokens depend on each other, as independent draws from the policy would not."""
 
 
 class LaunchError(GymexpError):
-    """Slurm did not take a job, or jobs that it took have failed; each is named with its log."""
+    """Slurm rejected a job, or submitted jobs failed. The message names each failed job and its log."""
 
 
 class Interrupted(GymexpError):
-    """SIGINT or SIGTERM, or in a Slurm job SIGUSR2, ended the run, with what was done saved. `number`: the
-    signal's."""
+    """A signal ended the run: SIGINT, SIGTERM or SIGHUP, or in a Slurm job SIGUSR2.
+
+    number: the signal's number. The message says whether the trainer saved a checkpoint first.
+    """
 
     def __init__(self, number: int, message: str) -> None:
         super().__init__(message)

@@ -1,7 +1,7 @@
-"""What a file system refuses, in words of the user's world.
+"""Files that are written whole or not at all, and file system errors as messages that say what to do.
 
-A full disk, a directory that was deleted, a folder that is read-only: whoever writes gets an OSError for it,
-and its number decides what there is to do.
+A full disk, a deleted directory or a read-only folder raises an OSError in the code that writes; its errno
+decides which advice the message gives.
 """
 
 from __future__ import annotations
@@ -21,33 +21,36 @@ from gymexp.printable import printable_in
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 _ADVICE = {
-    errno.ENOSPC: "make room there",
-    errno.EDQUOT: "make room there, or have your quota raised",
-    errno.EFBIG: "raise the limit on a file's size (`ulimit -f`), or make room there",
-    errno.EROFS: "have it mounted for writing",
-    errno.EACCES: "have its owner let you write there",
-    errno.EPERM: "have its owner let you write there",
-    errno.ENOENT: "it was deleted, or moved, and has to be there",
-    errno.ENOTDIR: "a file is where a folder has to be: move it out of the way",
-    errno.EEXIST: "a file is where a folder has to be: move it out of the way",
-    errno.EIO: "the disk, or the way to it, fails",
-    errno.ESTALE: "the disk, or the way to it, fails",
-    errno.EMFILE: "more files are open than a process may have: raise the limit (`ulimit -n`)",
-    errno.ENFILE: "more files are open than this machine allows",
+    errno.ENOSPC: "make room on this disk",
+    errno.EDQUOT: "make room on this disk, or ask for a larger quota",
+    errno.EFBIG: "raise the limit on a file's size (`ulimit -f`)",
+    errno.EROFS: "mount its file system for writing",
+    errno.EACCES: "ask its owner for the right to write",
+    errno.EPERM: "ask its owner for the right to write",
+    errno.ENOENT: "it was deleted or moved: put it back",
+    errno.ENOTDIR: "a file is where a folder must be: move the file out of the way",
+    errno.EEXIST: "a file is where a folder must be: move the file out of the way",
+    errno.EIO: "the disk, or the connection to it, fails",
+    errno.ESTALE: "the disk, or the connection to it, fails",
+    errno.EMFILE: "the process has as many open files as it may have: raise the limit (`ulimit -n`)",
+    errno.ENFILE: "this machine has as many open files as it allows",
 }
 
 
 def refusal(error: BaseException) -> OSError | None:
-    """What the file system refused, where this is what an exception tells of; None of any other."""
+    """Returns the file system error behind an exception, its causes included; None if there is none."""
     if isinstance(error, OSError) and error.errno in _ADVICE and not isinstance(error, ConnectionError):
         return error
-    if found := re.search(r"\(os error (\d+)\)", str(error)):  # as Rust's libraries say it: safetensors
-        return OSError(int(found[1]), os.strerror(int(found[1])))
+    if match := re.search(r"\(os error (\d+)\)", str(error)):  # the format of Rust libraries: safetensors
+        return OSError(int(match[1]), os.strerror(int(match[1])))
     return refusal(error.__cause__) if error.__cause__ else None
 
 
 def in_words(error: OSError, instead: str = "") -> str:
-    """Path, reason, and what to do. instead: what else there is to do, where another place would serve."""
+    """Returns the message of a file system error: path, reason and what to do.
+
+    instead: an alternative to the usual advice, for a caller that could write to another place.
+    """
     path = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else ""
     full = error.errno in FULL
     room = f" ({_free_mb(Path(path)):.0f} MB free there)" if full and path else ""
@@ -60,22 +63,24 @@ def in_words(error: OSError, instead: str = "") -> str:
 
 
 @contextlib.contextmanager
-def told() -> Iterator[None]:
-    """Raises GymexpError in place of what the file system refuses in this block."""
+def as_gymexp_errors() -> Iterator[None]:
+    """Raises GymexpError, with advice, in place of a file system error of the block or decorated function."""
     try:
         yield
     except GymexpError:
         raise
     except Exception as error:
-        if (found := refusal(error)) is None:
+        if (os_error := refusal(error)) is None:
             raise
-        raise GymexpError(in_words(found)) from error
+        raise GymexpError(in_words(os_error)) from error
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A name beside `path` for what is to take its place, whole or not at all: nothing of it is left after
-    a failure."""
+    """Yields a temporary path beside `path`; the file written to it replaces `path` when the block ends.
+
+    If the block fails, `path` keeps its old content and the temporary file is removed.
+    """
     part = path.with_name(f"{path.name}.part")
     with at(path):
         part.unlink(missing_ok=True)
@@ -90,8 +95,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def at(path: Path) -> Iterator[None]:
-    """What is refused in this block is refused at `path`, where the system does not say: it names no file
-    where a write fails."""
+    """Sets `path` as the file name of an OSError of the block that names no file: a failed write does not."""
     try:
         yield
     except OSError as error:
@@ -101,12 +105,15 @@ def at(path: Path) -> Iterator[None]:
 
 
 def _free_mb(path: Path) -> float:
-    there = next((p for p in (path, *path.parents) if p.exists()), Path("/"))
-    return shutil.disk_usage(there).free / 2**20
+    existing = next((p for p in (path, *path.parents) if p.exists()), Path("/"))
+    return shutil.disk_usage(existing).free / 2**20
 
 
 def replace_file(path: Path, text: str, mode: int = 0o666) -> None:
-    """Write so that a reader sees the old text or the new one, never a part. mode: less the umask."""
+    """Writes a file so that a reader sees the old text or the new text, never a part of it.
+
+    mode: the file's permissions, from which the umask is removed.
+    """
     with replacing(path) as part:
         descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
         with open(descriptor, "w", encoding="utf-8") as file:
@@ -114,7 +121,7 @@ def replace_file(path: Path, text: str, mode: int = 0o666) -> None:
 
 
 def append_line(path: Path, record: dict[str, Any]) -> None:
-    """Add an object to a file of one a line; on a line of its own, also after one that was cut short."""
+    """Appends a JSON object to a JSONL file. If the last line was cut short, the object starts a new line."""
     with at(path), path.open("a+b") as file:
         if file.tell() and file.seek(-1, os.SEEK_END) and file.read() != b"\n":
             file.write(b"\n")
@@ -122,24 +129,23 @@ def append_line(path: Path, record: dict[str, Any]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object that a file holds; an empty one where there is no file, or a damaged one (a full disk, a
-    machine that lost power)."""
+    """Returns the JSON object in a file; {} if the file is missing or damaged (full disk, power loss)."""
     try:
-        found = json.loads(path.read_bytes())
+        value = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return value if isinstance(value, dict) else {}
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file of one a line, without lines that are damaged or still being written."""
+    """Returns the objects of a JSONL file, without lines that are damaged or still being written."""
     try:
         lines = path.read_bytes().splitlines(keepends=True)
     except (FileNotFoundError, NotADirectoryError):
         return []
-    found = []
+    records = []
     for line in lines:
         if line.endswith(b"\n"):
             with contextlib.suppress(ValueError):
-                found.append(json.loads(line))
-    return [record for record in found if isinstance(record, dict)]
+                records.append(json.loads(line))
+    return [record for record in records if isinstance(record, dict)]

@@ -1,8 +1,8 @@
-"""Make and check the tasks of the selected environments, as a run would; nothing is left but the cache.
+"""Make and check the tasks of the selected environments, as a run would. Only the cache is written.
 
 python -m gymexp.prepare 'env=[sudoku,workplace]'
 
-Words are the overrides of gymexp.train.
+The arguments are the overrides of gymexp.train.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from gymexp.gym.install import ensure_python
 from gymexp.printable import say
 from gymexp.record.places import cache_dir
 
-# Hydra's own run directory and log file; a command line that says otherwise comes later and wins.
-_NOTHING_LEFT = [
+# Hydra makes no run directory and no log file; an override on the command line comes later and wins.
+_NO_HYDRA_OUTPUT = [
     "hydra.run.dir=.",
     "hydra.output_subdir=null",
     "hydra/job_logging=none",
@@ -36,14 +36,12 @@ def main(cfg: DictConfig) -> None:
     python = ensure_python(config.gym, [env.config_path for env in config.env.values()], cache, say)
     prepared = prepare(config, python, cache, say)
     mix = prepared.summary
-    for name, made in mix["envs"].items():
-        say(f"{name} ({made['source']}, weight {made['weight']:g})")
-        for split, rows in {"train": made["available"], "validation": made["validation_tasks"]}.items():
-            sha256, file = made[f"{split}_sha256"][:12], made[f"{split}_file"]
+    for name, env in mix["envs"].items():
+        say(f"{name} ({env['source']}, weight {env['weight']:g})")
+        for split, rows in {"train": env["available"], "validation": env["validation_tasks"]}.items():
+            sha256, file = env[f"{split}_sha256"][:12], env[f"{split}_file"]
             say(f"  {split:<10} {rows:>6} rows  sha256 {sha256}  {file}")
-    parts = ", ".join(
-        f"{name} {made['in_epoch']} ({made['share']:.0%})" for name, made in mix["envs"].items()
-    )
+    parts = ", ".join(f"{name} {env['in_epoch']} ({env['share']:.0%})" for name, env in mix["envs"].items())
     say(f"training set: {mix['size']} tasks an epoch: {parts}")
     say(f"order: {mix['order']}, seed {mix['seed']}, sha256 {mix['sha256'][:12]}")
     say(f"prepared in {time.perf_counter() - start:.1f} s")
@@ -51,5 +49,5 @@ def main(cfg: DictConfig) -> None:
 
 if __name__ == "__main__":
     if not {"-sc", "--shell-completion"} & set(sys.argv):
-        sys.argv[1:1] = _NOTHING_LEFT
+        sys.argv[1:1] = _NO_HYDRA_OUTPUT
     main()

@@ -1,7 +1,7 @@
-"""Text of others (an environment, a policy, a server's log, whoever reached a port) made fit for a terminal.
+"""Makes text from outside gymexp (an environment, a policy, a server's log, a network client) safe to print.
 
-Escape sequences move the cursor, change the window's title and the clipboard, and make links; a direction
-mark lets a line read as another one than it is (Trojan Source, CVE-2021-42574).
+Escape sequences move the cursor, change the window's title and the clipboard, and make links. A direction
+mark makes a line look like another line (Trojan Source, CVE-2021-42574).
 """
 
 from __future__ import annotations
@@ -11,39 +11,40 @@ import re
 import sys
 from typing import Any
 
-# C0 and C1 controls but tab and newline; marks of direction; separators that some take for a new line;
-# halves of a pair, which no encoding has; what has no width, and hides a difference.
-_UNFIT = re.compile(
+# C0 and C1 controls except tab and newline; direction marks; separators that some programs read as a new
+# line; lone surrogates, which no encoding can write; and characters without width, which hide a difference
+# between two texts.
+_UNSAFE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff\ufff9-\ufffb]"
 )
 
 
 def printable(text: str) -> str:
-    """The text with what is unfit written as Python writes it (`\\x1b`); a line's end is one newline."""
-    return _UNFIT.sub(lambda found: ascii(found[0])[1:-1], text.replace("\r\n", "\n"))
+    """Returns the text with each unsafe character as a Python escape (`\\x1b`), and CRLF as a newline."""
+    return _UNSAFE.sub(lambda match: ascii(match[0])[1:-1], text.replace("\r\n", "\n"))
 
 
 def printable_in(value: Any) -> Any:
-    """A JSON value with every text in it printable."""
+    """Returns a JSON value with every string in it, keys included, made printable."""
     if isinstance(value, str):
         return printable(value)
     if isinstance(value, dict):
-        return {printable_in(key): printable_in(one) for key, one in value.items()}
-    return [printable_in(one) for one in value] if isinstance(value, list) else value
+        return {printable_in(key): printable_in(item) for key, item in value.items()}
+    return [printable_in(item) for item in value] if isinstance(value, list) else value
 
 
 def say(text: object) -> None:
-    """Print it."""
+    """Prints a text to standard output, made printable."""
     print(printable(str(text)), flush=True)
 
 
 def say_error(error: object) -> None:
-    """Print it to standard error, as what ends the program."""
+    """Prints `error: …` to standard error, made printable. The caller then ends the program."""
     print(f"error: {printable(str(error))}", file=sys.stderr, flush=True)
 
 
 def log_to_stderr(format_: str = "%(asctime)s %(name)s %(levelname)s %(message)s") -> None:
-    """Python's log from INFO on, printable."""
+    """Sends log records of level INFO and above to standard error, made printable."""
     handler = logging.StreamHandler()
     handler.setFormatter(_Formatter(format_))
     logging.basicConfig(level=logging.INFO, handlers=[handler])

@@ -1,4 +1,4 @@
-"""How a run stands, or each run of a sweep.
+"""Show the state of a run, or of each run of a sweep.
 
 python -m gymexp.status outputs/<name>/<date_time> [--follow]
 """
@@ -22,23 +22,23 @@ _POLL_S = 5.0
 
 
 def show_sweep(path: Path, follow: bool) -> None:
-    """The table; then a line for each job that has come further, until all have ended."""
+    """Prints a sweep's jobs as a table; with `follow` also a line for each change, until all have ended."""
     sweep = jobs.read_sweep(path)
     say(status_table(sweep))
-    said = {job.num: job_line(job) for job in sweep.jobs}
+    printed = {job.num: job_line(job) for job in sweep.jobs}
     while follow and not all(job.run.ended for job in sweep.jobs):
         time.sleep(_POLL_S)
         sweep = jobs.read_sweep(path)
         for job in sweep.jobs:
-            if said.get(job.num) != job_line(job):
-                said[job.num] = job_line(job)
-                say(said[job.num])
+            if printed.get(job.num) != job_line(job):
+                printed[job.num] = job_line(job)
+                say(printed[job.num])
     if follow:
         say(counted(sweep))
 
 
 def show_run(path: Path, follow: bool) -> None:
-    """Where a run is; with `follow` its logs and steps until it ends."""
+    """Prints the state of a run; with `follow` also its logs and steps until it ends."""
     run = run_text.look(path)
     say(run_text.run_text(run))
     if follow and not run.ended:
@@ -48,17 +48,19 @@ def show_run(path: Path, follow: bool) -> None:
 
 def main() -> None:
     parser = parser_of("status", __doc__ or "")
-    parser.add_argument("dir", type=Path, metavar="DIR", help="of a run, or of a sweep")
-    parser.add_argument("--follow", action="store_true", help="go on with its logs and steps until it ends")
-    said = parser.parse_args()
-    path = said.dir.resolve()
+    parser.add_argument("dir", type=Path, metavar="DIR", help="the directory of a run or of a sweep")
+    parser.add_argument("--follow", action="store_true", help="also print logs and steps until it ends")
+    args = parser.parse_args()
+    path = args.dir.resolve()
     try:
         if jobs.is_sweep(path):
-            show_sweep(path, said.follow)
+            show_sweep(path, args.follow)
         elif any((path / name).exists() for name in ("config.yaml", "job.yaml", "status.json")):
-            show_run(path, said.follow)
+            show_run(path, args.follow)
         else:
-            raise RunDirectoryError(f"{path} must be a run directory or a sweep's, but holds neither's files")
+            raise RunDirectoryError(
+                f"{path} must be the directory of a run or of a sweep, but has the files of neither"
+            )
     except KeyboardInterrupt:
         sys.exit(130)
 

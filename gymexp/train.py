@@ -3,10 +3,11 @@
 python -m gymexp.train 'env=[sudoku,workplace]' model=qwen3_4b
 python -m gymexp.train -m trainer.learning_rate=1e-6,1e-5        a sweep
 python -m gymexp.train resume=outputs/<name>/<date_time>         a run that ended early
-python -m gymexp.train launcher=slurm launcher.gpus=8            as a job of Slurm's
+python -m gymexp.train launcher=slurm launcher.gpus=8            as a Slurm job
 
-Words are Hydra's overrides: group=option takes a file of conf/, key=value sets a key. --cfg job prints the
-whole configuration. docs/reference.md says what each key means. A run leaves outputs/<name>/<date_time>/.
+The arguments are Hydra overrides: group=option selects a file of conf/, key=value sets a key. --cfg job
+prints the whole configuration. docs/reference.md says what each key means. A run writes to
+outputs/<name>/<date_time>/.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from gymexp.sweep.launchers import LAUNCHERS
 @hydra_main(config_name="train", launchers=LAUNCHERS)
 def main(cfg: DictConfig) -> Any:
     config = load(cfg)
-    # Late: a mistake in the configuration is answered before these are imported.
+    # These imports come late, so that a mistake in the configuration is reported before they cost time.
     from gymexp.run.train import train
     from gymexp.sweep.check import refuse_dry_run
 

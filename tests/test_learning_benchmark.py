@@ -203,4 +203,4 @@ def test_what_is_not_a_set_of_finished_runs_of_one_experiment_is_refused(tmp_pat
 
 def test_a_page_with_runs_that_are_not_named_is_refused(tmp_path, runs):
     (tmp_path / "small" / "seed_7").mkdir(parents=True)
-    assert "must hold these runs alone, got seed_7 as well" in learn(tmp_path / "small", runs).stderr
+    assert "must hold only these runs, got seed_7 as well" in learn(tmp_path / "small", runs).stderr

@@ -1,4 +1,4 @@
-"""Cold start a policy: supervised training on the selected environments' demonstrations.
+"""Cold start a policy by supervised training on demonstrations of the selected environments.
 
 python -m gymexp.coldstart 'env=[workplace]' env.workplace.data.source=generate output=outputs/cold
 """
@@ -29,7 +29,7 @@ def main(cfg: DictConfig) -> None:
     config = sft.load(cfg)
     for remark in remarks():
         log.info("%s", remark)
-    forget_launchers()  # it trains in this process
+    forget_launchers()  # this process trains alone, whatever a launcher's variables say
     start = time.perf_counter()
     conversations = gather(config)
     sha256 = hashlib.sha256(b"\n".join(orjson.dumps(c) for c in conversations)).hexdigest()
@@ -47,13 +47,13 @@ def main(cfg: DictConfig) -> None:
         tokenizer, model = load_tokenizer(pinned), load_model(pinned)
     examples = sft.tokenize(conversations, tokenizer, config.sft.max_length)
     losses = sft.train(model, tokenizer, examples, config.sft, Path(config.output))
-    if losses:  # fewer steps than sft.logging_steps leave none
+    if losses:  # empty if the training has fewer steps than sft.logging_steps
         log.info("loss %.3f -> %.3f", losses[0]["loss"], losses[-1]["loss"])
     log.info("%s written in %.0f s", config.output, time.perf_counter() - start)
 
 
 def gather(config: sft.ColdstartConfig) -> list[Any]:
-    """The environments' demonstrations, mixed by weight."""
+    """Returns the demonstrations of all environments, mixed by `env.<name>.weight`."""
     from gymexp.coldstart.demonstrations import demonstrations
     from gymexp.data.mix import mix
     from gymexp.data.prepare import needs_gym_python

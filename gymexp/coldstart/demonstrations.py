@@ -1,4 +1,4 @@
-"""Tasks with their solution as a conversation: what supervised fine-tuning starts a policy from."""
+"""Demonstrations: tasks with their solutions as conversations, on which supervised fine-tuning trains."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from gymexp.errors import DataError
 
 
 def demonstrations(name: str, env: EnvConfig, files: Files) -> Iterable[dict[str, Any]]:
-    """{"messages": […], "tools": […] or None} for each train task of the environment, in the file's order.
+    """Returns {"messages": […], "tools": […] or None} for each train task of the environment, in file order.
 
-    Raises DataError if the environment has none, before the first is asked for.
+    Raises DataError, before the first demonstration is read, if the environment has none.
     """
     if files.demonstrations is not None:
         return _written(files.demonstrations, env.data.train_size)
@@ -26,7 +26,7 @@ def demonstrations(name: str, env: EnvConfig, files: Files) -> Iterable[dict[str
         rows = load_rows(files.train, name, env.agent, server="reasoning_gym", limit=env.data.train_size)
         return (_with_answer(row) for row in rows if row["answer"] is not None)
     hint = f": env.{name}.data.source=generate makes them" if env.data.generator == "workplace" else ""
-    raise DataError(f"env.{name} has no demonstrations to start from (data.source={env.data.source}){hint}")
+    raise DataError(f"env.{name} has no demonstrations to train on (data.source={env.data.source}){hint}")
 
 
 def _written(path: Path, limit: int | None) -> Iterator[dict[str, Any]]:
@@ -37,7 +37,10 @@ def _written(path: Path, limit: int | None) -> Iterator[dict[str, Any]]:
 
 
 def _with_answer(row: dict[str, Any]) -> dict[str, Any]:
-    """reasoning_gym's own answer, alone: its scorers give that text 1.0 (a longer reply loses some of it)."""
-    asked = row["responses_create_params"]["input"]
-    messages = [{"role": "user", "content": asked}] if isinstance(asked, str) else list(asked)
+    """Returns the row as a conversation whose reply is the task's answer alone.
+
+    reasoning_gym's scorers give this text 1.0, and a longer reply less.
+    """
+    prompt = row["responses_create_params"]["input"]
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     return {"messages": [*messages, {"role": "assistant", "content": row["answer"]}], "tools": None}

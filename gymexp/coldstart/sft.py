@@ -1,8 +1,8 @@
 """Cold start: supervised training on demonstrations, so that a policy earns some reward before reinforcement
 learning.
 
-TRL's SFTTrainer does the training. Only what the assistant wrote is in the loss; the rest of a conversation
-is context.
+TRL's SFTTrainer does the training. The loss covers only the assistant's tokens; the rest of a conversation is
+context.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ IGNORED = -100  # the label of a token that is not in the loss
 
 @dataclass
 class SFTOptions:
-    """How the supervised training runs. Defaults suit a pretrained model; a model from scratch wants a higher
-    rate."""
+    """Options of the supervised training. The defaults suit a pretrained model; a model from scratch needs a
+    higher learning rate."""
 
     max_steps: int = 200
     per_device_train_batch_size: int = 16
@@ -46,52 +46,53 @@ class SFTOptions:
     warmup_steps: int = 20
     weight_decay: float = 0.01
     lr_scheduler_type: str = "cosine"
-    label_smoothing: float = 0.0  # above 0, the policy stays less sure of itself and explores more afterwards
+    label_smoothing: float = 0.0  # above 0, the policy stays less certain and explores more in later training
     max_length: int = 4096  # tokens; longer demonstrations are left out
-    save_steps: int | None = None  # keep a policy every so many steps; None: only the last
+    save_steps: int | None = None  # save a policy every this many steps; None: save only the last
     logging_steps: int = 10
     seed: int = 0
 
 
 @dataclass
 class ColdstartConfig:
-    """One cold start. `model` and `env` are the groups of `gymexp.train`; `env.<name>.weight` is the share
-    here too."""
+    """Configuration of one cold start. `model` and `env` are the groups of `gymexp.train`, and
+    `env.<name>.weight` is an environment's share of the demonstrations."""
 
-    output: str = MISSING  # directory of the trained policy; steps saved on the way are <output>-step<N>
-    from_scratch: bool = False  # build tokenizer and weights anew, from the demonstrations
-    shape: Shape = field(default_factory=Shape)  # of the model from scratch; the tiny policy's, if left
-    num_demonstrations: int | None = None  # in all; None: as many as the weights allow without repeating one
+    output: str = MISSING  # directory of the trained policy; policies of `save_steps` are <output>-step<N>
+    from_scratch: bool = False  # make a new tokenizer and new weights, from the demonstrations
+    shape: Shape = field(default_factory=Shape)  # of a model from scratch; default: the tiny policy's shape
+    num_demonstrations: int | None = None  # in total; None: as many as the weights allow without repetition
     sft: SFTOptions = field(default_factory=SFTOptions)
     model: ModelConfig = field(default_factory=ModelConfig)
     env: dict[str, EnvConfig] = field(default_factory=dict)
     gym: GymConfig = field(default_factory=GymConfig)
-    trainer: dict[str, Any] = field(default_factory=dict)  # what a model's file says for GRPO: not used here
+    trainer: dict[str, Any] = field(default_factory=dict)  # GRPO's options from a model's file; not used
 
 
 class Example(TypedDict):
-    """A tokenized demonstration: equal lengths; `labels` is IGNORED where the assistant did not speak."""
+    """A tokenized demonstration, with one label per token: IGNORED unless the assistant wrote the token."""
 
     input_ids: list[int]
     labels: list[int]
 
 
 def register() -> None:
-    """Make the schema known to Hydra, under the name that `conf/coldstart.yaml` puts first."""
+    """Registers the schema with Hydra, under the name that comes first in `conf/coldstart.yaml`."""
     ConfigStore.instance().store(name="coldstart_schema", node=ColdstartConfig)
 
 
 def load(cfg: DictConfig) -> ColdstartConfig:
-    """A checked ColdstartConfig. Raises ConfigError; what it shares with a run is checked as a run's is."""
+    """Returns a checked ColdstartConfig. `model`, `env` and `gym` are checked as those of a run.
+
+    Raises ConfigError with all problems found.
+    """
     plain = OmegaConf.create(OmegaConf.to_container(cfg, resolve=False))
     assert isinstance(plain, DictConfig)
     shared = OmegaConf.create({key: plain[key] for key in ("model", "env", "gym") if key in plain})
     assert isinstance(shared, DictConfig)
     run = loading.load(shared)
     if OmegaConf.is_missing(plain, "output"):
-        raise ConfigError(
-            "output has no value: say output=… with the directory that the policy shall be written to"
-        )
+        raise ConfigError("output has no value: say output=… with the directory to write the policy to")
     try:
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ColdstartConfig), plain))
     except OmegaConfBaseException as error:
@@ -116,7 +117,7 @@ def load(cfg: DictConfig) -> ColdstartConfig:
     sizes = dataclasses.asdict(config.shape)
     problems += [f"shape.{key} must be >= 1, got {value}" for key, value in sizes.items() if value < 1]
     if config.shape != Shape() and not config.from_scratch:
-        problems.append("shape.* is for from_scratch=true: a model that is there has its own")
+        problems.append("shape.* needs from_scratch=true: an existing model has its own shape")
     problems += rules.not_finite("sft", dataclasses.asdict(config.sft))
     if not 0 <= config.sft.seed < 2**32:
         problems.append(f"sft.seed must be between 0 and 2**32 - 1, got {config.sft.seed}")
@@ -130,10 +131,10 @@ def load(cfg: DictConfig) -> ColdstartConfig:
 def tokenize(
     demonstrations: Iterable[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> list[Example]:
-    """Demonstrations ({messages, tools}) as examples; those longer than max_length tokens are left out, and
-    counted.
+    """Returns demonstrations ({messages, tools}) as examples, without those longer than max_length tokens.
 
-    Raises ConfigError if the chat template does not mark what the assistant writes.
+    Raises ConfigError if the chat template does not mark what the assistant writes, and DataError if no
+    example is left. A warning says how many demonstrations were left out.
     """
     templates: dict[str, str] = {}
     examples: list[Example] = []
@@ -154,7 +155,7 @@ def tokenize(
         if len(ids) > max_length:
             left_out += 1
             continue
-        labels = [token if said else IGNORED for token, said in zip(ids, mask, strict=True)]
+        labels = [token if in_loss else IGNORED for token, in_loss in zip(ids, mask, strict=True)]
         examples.append({"input_ids": ids, "labels": labels})
     if left_out:
         log.warning("left out %d demonstrations of more than %d tokens", left_out, max_length)
@@ -166,19 +167,19 @@ def tokenize(
 
 
 def _training_template(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
-    """`template`, one of the tokenizer's, with marks around what the assistant writes."""
+    """Returns `template`, one of the tokenizer's chat templates, with marks around the assistant's text."""
     from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
     if has_generation_markers(template):
         return template
-    alone = copy.copy(tokenizer)
-    alone.chat_template = template
+    single = copy.copy(tokenizer)
+    single.chat_template = template
     try:
-        patched = get_training_chat_template(alone)
+        patched = get_training_chat_template(single)
     except ValueError as error:
         raise ConfigError(
             "model.path: the chat template does not mark what the assistant writes, and TRL has no version "
-            "of it that does: put {% generation %} … {% endgeneration %} round the assistant's words in it"
+            "of it that does: put {% generation %} … {% endgeneration %} around the assistant's text in it"
         ) from error
     return patched or template
 
@@ -191,9 +192,9 @@ def train(
     output: Path,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> list[dict[str, float]]:
-    """Train `model` in place and save it to `output`; returns TRL's log, one entry every `logging_steps`.
+    """Trains `model` in place and saves it to `output`; returns TRL's log, one entry per `logging_steps`.
 
-    The weights stay float32; on a GPU the arithmetic is bfloat16. Policies on the way go to
+    The weights stay float32; on a GPU the arithmetic is bfloat16. Every `save_steps` the policy is saved to
     `<output>-step<N>`.
     """
     import torch
@@ -251,8 +252,10 @@ def _saving(every: int | None, output: Path, tokenizer: PreTrainedTokenizerBase)
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, output: Path) -> None:
-    """Weights in float16 (half the bytes; three more bits of precision than bfloat16), tokenizer and chat
-    template."""
+    """Saves weights, tokenizer and chat template to `output`.
+
+    The weights are float16: half the bytes of float32, and three more bits of precision than bfloat16.
+    """
     import torch
 
     from gymexp.policy.model import save_policy

@@ -1,12 +1,12 @@
-"""The tiny policy: a Qwen3 of a few million parameters, with a tokenizer made for it, that trains on two CPU
-cores.
+"""The tiny policy: a Qwen3 of a few million parameters with its own tokenizer, which trains on two CPU cores.
 
-What costs time in a small model is the number of tokens. Two things keep it low. Lines that the environments
-repeat in every prompt (instructions, tool schemas, common tool answers) are one token each, so that 15 KB of
-schemas become 27 tokens. Everything else is byte-level BPE whose pieces take one following space or newline
-with them, so that a word is the same token after a quote as after a space (what is copied from a mail into a
-call stays the same tokens), a sudoku cell is the same token wherever it stands, and text after a line break
-never depends on what came before it.
+The time of a small model depends on the number of tokens. Two rules keep the number low:
+
+* A line that the environments repeat in every prompt (instructions, tool schemas, common tool answers) is one
+  token, so that 15 KB of schemas become 27 tokens.
+* The rest is byte-level BPE whose pieces include one following space or newline. So a word is the same token
+  after a quote as after a space (text copied from a mail into a call keeps its tokens), a sudoku cell is the
+  same token in every position, and the tokens after a line break never depend on the text before it.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 ASSETS = Path(__file__).resolve().parent.parent / "assets" / "tiny"
 
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
-# In Qwen3 these are tokens of their own but not special: they survive decoding with skip_special_tokens=True.
+# In Qwen3 each tag is one token but not a special one: tags survive decoding with skip_special_tokens=True.
 TAGS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>")
 
-# How text is cut before BPE merges within the pieces. In order: the constant head of an eight-digit id, a
-# year, other digits one by one, a word, a mail domain, escaped newlines in JSON, punctuation (`": "` is one
-# piece), whitespace.
+# Text is cut into these pieces, and BPE merges only within a piece. In order: the constant zeros of an
+# eight-digit id, a year, other digits one by one, a word, a mail domain, escaped newlines in JSON, a
+# backslash, punctuation (`": "` is one piece), whitespace.
 PIECES = "|".join(
     (
         r"0{5}(?=[0-9]{3}(?![0-9]))",
@@ -46,7 +46,7 @@ PIECES = "|".join(
     )
 )
 
-# Qwen3's calls, as transformers' `parse_response` wants them described.
+# The format of Qwen3's replies and tool calls, as a response template of transformers' `parse_response`.
 RESPONSE_TEMPLATE: dict[str, Any] = {
     "defaults": {"role": "assistant"},
     "start_anchor": f"{START}assistant\n",
@@ -63,47 +63,48 @@ RESPONSE_TEMPLATE: dict[str, Any] = {
     },
 }
 
-# Merged whatever the texts are: a cell of a puzzle with what follows it.
+# This training text makes a puzzle's cell and the space or newline after it one token, whatever the other
+# texts are.
 CELLS = " ".join("0123456789_") + " \n" + "\n".join("0123456789_") + "\n"
 
-# What every call has in common; not lines, so not found by `boilerplate`.
+# The text that every tool call shares. `boilerplate` does not find it, as it is not a whole line.
 CALL_PHRASES = ('{"name": "', '", "arguments": {"')
 
 
 def chat_template() -> str:
-    """The tiny policy's chat template, as Jinja's source."""
+    """Returns the tiny policy's chat template, as Jinja source."""
     return (ASSETS / "chat_template.jinja").read_text(encoding="utf-8")
 
 
 def boilerplate(
     texts: Sequence[str], min_share: float = 0.01, min_count: int = 8, min_chars: int = 16
 ) -> list[str]:
-    """Lines (with their newline) that stand in many of the texts, longest first.
+    """Returns the lines (with their newline) that many of the texts contain, longest first.
 
-    texts: rendered conversations. What assistants and tools said is left out: that is what the policy writes
-    and copies, piece by piece. ASCII only, since the byte-level decoder reads other characters of an added
-    token as bytes.
+    texts: rendered conversations. Lines of assistants and tools do not count: the policy writes and copies
+    these piece by piece. Only ASCII lines are returned, as the byte-level decoder reads other characters of
+    an added token as bytes.
     """
-    said = re.compile(
+    replies = re.compile(
         rf"{re.escape(START)}assistant\n.*?{re.escape(END)}|<tool_response>.*?</tool_response>", re.DOTALL
     )
     tags = re.compile("|".join(map(re.escape, (PAD, START, END, *TAGS))))
     counts: Counter[str] = Counter()
     for text in texts:
-        # Cut at the tags: an added token must not swallow one.
+        # The text is cut at the tags, as an added token must not contain one.
         counts.update(
-            {line for part in tags.split(said.sub("", text)) for line in part.splitlines(keepends=True)}
+            {line for part in tags.split(replies.sub("", text)) for line in part.splitlines(keepends=True)}
         )
     least = max(min_count, min_share * len(texts))
-    found = [line for line, n in counts.items() if n >= least and len(line) >= min_chars and line.isascii()]
-    return sorted(found, key=lambda line: (-len(line), line))
+    lines = [line for line, n in counts.items() if n >= least and len(line) >= min_chars and line.isascii()]
+    return sorted(lines, key=lambda line: (-len(line), line))
 
 
 def build_tokenizer(texts: Iterable[str], vocab_size: int = 2048) -> PreTrainedTokenizerFast:
-    """The tiny policy's tokenizer, its merges and boilerplate learned from rendered conversations (see
-    `render`).
+    """Returns the tiny policy's tokenizer, with merges and boilerplate learned from conversations.
 
-    vocab_size: upper limit, special tokens and boilerplate included. Any text is encoded and decoded exactly.
+    texts: conversations rendered by `render`. vocab_size: the upper limit, special tokens and boilerplate
+    included. The tokenizer encodes and decodes any text exactly.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -129,7 +130,7 @@ def build_tokenizer(texts: Iterable[str], vocab_size: int = 2048) -> PreTrainedT
         special_tokens=tokens,
         show_progress=False,
     )
-    # The boilerplate is a token already: merges are for the rest.
+    # Each line of boilerplate is a token already, so BPE learns from the rest.
     cut = re.compile("|".join(map(re.escape, (*phrases, PAD, START, END, *TAGS))))
     learned = (part for text in texts for part in cut.split(text) if part)
     core.train_from_iterator(chain(repeat(CELLS, 1000), learned), trainer)
@@ -147,7 +148,7 @@ def build_tokenizer(texts: Iterable[str], vocab_size: int = 2048) -> PreTrainedT
 
 
 def render(messages: list[dict[str, Any]], tools: list[Any] | None = None) -> str:
-    """A conversation as the tiny policy's chat template writes it; needs no tokenizer."""
+    """Returns a conversation as text, by the tiny policy's chat template; needs no tokenizer."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
     rendered, _ = render_jinja_template([messages], tools=tools, chat_template=chat_template())
@@ -156,7 +157,7 @@ def render(messages: list[dict[str, Any]], tools: list[Any] | None = None) -> st
 
 @dataclass
 class Shape:
-    """Qwen3Config's own fields; the defaults are the tiny policy's."""
+    """The shape of a Qwen3 model, in fields of Qwen3Config. The defaults are the tiny policy's."""
 
     hidden_size: int = 192
     intermediate_size: int = 512
@@ -169,7 +170,7 @@ class Shape:
 def build_model(
     tokenizer: PreTrainedTokenizerBase, seed: int = 0, shape: Shape | None = None
 ) -> Qwen3ForCausalLM:
-    """The tiny policy untrained, in float32, or a larger one of its kind."""
+    """Returns an untrained Qwen3 model in float32: the tiny policy, or a larger one if `shape` says so."""
     import torch
     from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 

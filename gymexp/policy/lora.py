@@ -1,7 +1,7 @@
-"""LoRA: the policy's own weights stay as they are, and an adapter beside them is trained (peft).
+"""LoRA by peft: training changes an adapter and leaves the policy's own weights as they are.
 
-peft puts the adapter's layers into the model that it is given, in place: whoever holds the model, as the hf
-engine does, samples with the adapter from then on.
+peft puts the adapter's layers into the model in place, so that every user of the model object, such as the hf
+engine, samples with the adapter from then on.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
 
 def build_peft_config(config: LoraConfig, model: PreTrainedModel) -> peft.LoraConfig:
-    """peft's own configuration, of a `config` with a rank.
+    """Returns peft's configuration for a `config` whose rank `r` is set.
 
-    Raises ConfigError for a name in `target_modules` that the model does not have: peft says so only where it
-    has none of them.
+    Raises ConfigError for a name in `target_modules` that the model does not have: peft refuses such a name
+    only if the model has none of the names.
     """
     import peft
 
@@ -45,10 +45,10 @@ def build_peft_config(config: LoraConfig, model: PreTrainedModel) -> peft.LoraCo
 
 
 def name_base(directory: Path, model: ModelConfig) -> None:
-    """Say in a saved adapter which model it belongs to: a hub id and a commit, which others have as well, in
-    place of where this machine's cache has them.
+    """Writes the base model of a saved adapter into adapter_config.json: its hub id and commit, which are
+    valid on every machine, in place of the directory in this machine's cache.
 
-    On the file: peft would ask the hub about a model of that name when it saves.
+    The function edits the file because peft, given a hub id, would send a request to the hub when it saves.
     """
     if model.revision is not None:
         path = directory / "adapter_config.json"
@@ -71,8 +71,8 @@ def _check_targets(targets: str | list[str], model: PreTrainedModel) -> None:
 
 
 def _linear_modules(model: PreTrainedModel) -> list[str]:
-    """Names of the layers that an adapter may go to. Not the output head: TRL computes log-probabilities from
-    its weight alone."""
+    """Returns the names of the layers that may get an adapter: all linear layers except the output head, from
+    whose weight alone TRL computes log-probabilities."""
     from transformers.pytorch_utils import Conv1D
 
     head = model.get_output_embeddings()
@@ -86,12 +86,13 @@ def _linear_modules(model: PreTrainedModel) -> list[str]:
 def merged_parameters(
     model: peft.PeftModel, gathered: Callable[[list[torch.nn.Parameter]], AbstractContextManager[Any]]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """The parameters as a checkpoint of the merged model has them: name and tensor.
+    """Yields name and tensor of each parameter as a checkpoint of the merged model has them.
 
-    gathered: a block in which parameters that are sharded are whole.
+    gathered: returns a context in which sharded parameters are whole.
 
-    The model itself is not touched. Merging into it and taking the adapter out again, as peft and TRL do,
-    would round frozen bfloat16 weights a little at every step, and what was kept of them would change back.
+    The model itself does not change. peft and TRL merge the adapter into the model and take it out again,
+    which would round frozen bfloat16 weights a little at every step; a resumed run, which loads these weights
+    anew, would lose the rounding.
     """
     base: Any = model.get_base_model()
     for name, parameter in base.named_parameters():

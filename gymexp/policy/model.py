@@ -1,4 +1,4 @@
-"""Loading a policy: its tokenizer and its weights, from a directory or from the Hugging Face hub."""
+"""Loads and saves a policy: its tokenizer and its weights, from a directory or from the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -20,20 +20,25 @@ if TYPE_CHECKING:
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
-    """The policy's tokenizer, with a chat template and a pad token. Raises ConfigError if it has none or is
-    not there."""
+    """Returns the policy's tokenizer, with a pad token.
+
+    Raises ConfigError if there is no tokenizer, or if it has no chat template or no end token.
+    """
     from transformers import AutoTokenizer
 
     tokenizer = _from_pretrained(AutoTokenizer, config, "tokenizer")
     check_tokenizer(tokenizer, config.path)
     if tokenizer.pad_token_id is None:
-        # Never sampled and never in the loss: any token serves.
+        # A pad token is never sampled and never in the loss, so any token will do.
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
 def check_tokenizer(tokenizer: Any, path: str | Path) -> None:
-    """Raises ConfigError unless it has an end token and a chat template. path: what to call its model."""
+    """Raises ConfigError unless the tokenizer has an end token and a chat template.
+
+    path: the model's name in the message.
+    """
     templates = tokenizer.chat_template
     if not templates:
         raise ConfigError(
@@ -50,11 +55,12 @@ def check_tokenizer(tokenizer: Any, path: str | Path) -> None:
 
 
 def load_model(config: ModelConfig) -> PreTrainedModel:
-    """The policy to train, on the CPU. Weights that an optimizer steps are float32, whatever `model.dtype`
-    says of the arithmetic; those that an adapter leaves as they are, in `model.dtype`.
+    """Returns the policy to train, on the CPU.
 
-    A step of 1e-6 is lost on a bfloat16 weight of 0.02, whose neighbours are 6e-5 or more away. Raises
-    ConfigError if it is not there, or could not be saved later.
+    Weights that the optimizer updates are float32, although the arithmetic is in `model.dtype`: a step of
+    1e-6 is lost on a bfloat16 weight of 0.02, whose neighbours are 6e-5 or more away. With an adapter the
+    weights stay fixed and are in `model.dtype`. Raises ConfigError if the model cannot be loaded, or if
+    transformers could not save it later.
     """
     from transformers import AutoModelForCausalLM
 
@@ -70,8 +76,11 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
 
 
 def _make_savable(generation: Any, path: str) -> None:
-    """transformers loads some generation_config.json that it will not save: most have a temperature or a
-    top_p beside do_sample=false. The engine samples as the run says, so that do_sample is free to be true.
+    """Corrects a generation config that transformers loads but refuses to save.
+
+    Most such configs have a temperature or a top_p beside do_sample=false. The function sets do_sample=true,
+    which changes no rollout: the engine takes its sampling parameters from the run. Raises ConfigError if
+    transformers still refuses.
     """
     if generation is None:
         return
@@ -86,7 +95,7 @@ def _make_savable(generation: Any, path: str) -> None:
                 f"model.path={path!r}: its generation_config.json must be one that transformers saves, as "
                 f"the trained policy keeps it: correct it in a copy of the model. transformers says: {error}"
             ) from None
-        log.info("generation_config.json: do_sample is true now, without which transformers saves no model")
+        log.info("generation_config.json: set do_sample=true, without which transformers refuses to save it")
 
 
 def save_policy(
@@ -95,38 +104,41 @@ def save_policy(
     tokenizer: PreTrainedTokenizerBase,
     directory: Path,
 ) -> None:
-    """A directory that transformers and vLLM load: `weights` (on the CPU, all of one dtype) and whatever else
-    `model` keeps, under its configuration, with the tokenizer and its chat template."""
+    """Saves a policy to a directory that transformers and vLLM can load.
+
+    weights: the parameters, on the CPU and all of one dtype. The buffers and the configuration come from
+    `model`. The tokenizer is saved with its chat template.
+    """
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     buffers = {name: value.cpu() for name, value in model.state_dict().items() if name not in parameters}
     model.save_pretrained(directory, state_dict=buffers | weights)
     tokenizer.save_pretrained(directory)
-    # save_pretrained describes the model in training: its dtype, and no cache.
+    # save_pretrained writes the dtype and use_cache=false of the model in training.
     path = directory / "config.json"
     dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
-    described = json.loads(path.read_text()) | {"dtype": dtype, "use_cache": True}
-    path.write_text(json.dumps(described, indent=2) + "\n")
+    config = json.loads(path.read_text()) | {"dtype": dtype, "use_cache": True}
+    path.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def end_token_ids(tokenizer: PreTrainedTokenizerBase, directory: str | Path) -> list[int]:
-    """The ids that end a generation, in the engine as for the loss: the tokenizer's end token, those of the
-    model's generation_config.json, and the special token that ends a turn of the chat template.
+    """Returns the ids that end a generation, for the engine and for the loss: the tokenizer's end token, the
+    end tokens in the model's generation_config.json, and the special token that ends a turn of the template.
 
-    directory: the model's. Needs no torch: the gateway, which has none, stops at the same ids.
+    directory: the model's directory. Needs no torch, as the gateway, which imports none, needs the same ids.
     """
-    file = Path(directory) / "generation_config.json"  # a model may come without
-    more = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
-    more = more if isinstance(more, list) else [] if more is None else [more]
-    return sorted({*end_of_turn_ids(tokenizer), *more})
+    file = Path(directory) / "generation_config.json"  # optional in a model
+    ids = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
+    ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    return sorted({*end_of_turn_ids(tokenizer), *ids})
 
 
-def _from_pretrained(auto: Any, config: ModelConfig, what: str, **options: Any) -> Any:
+def _from_pretrained(auto: Any, config: ModelConfig, part: str, **options: Any) -> Any:
     directory = directory_of(config)
     try:
         return auto.from_pretrained(directory, **options)
     except (OSError, ValueError, ImportError) as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ConfigError(
-            f"model.path={config.path!r}: its {what} cannot be loaded from {directory} ({reason.strip()}). "
+            f"model.path={config.path!r}: its {part} cannot be loaded from {directory} ({reason.strip()}). "
             "Say model.path=… with another directory or hub id"
         ) from error

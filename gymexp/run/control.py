@@ -1,10 +1,14 @@
-"""What the controller tells the trainer, and the other way round: a small HTTP endpoint, on loopback
-unless the run has several nodes. Every path takes the run's key (`gymexp.processes.keys`).
+"""The control endpoint: a small HTTP server through which the controller and the trainer exchange messages.
 
-GET /watch streams a JSON line at every change of a service, and one a second: {"services": {name: {state,
-epoch, rss_mb, log}}}. POST /restart/{name} ends a service, which comes back. POST /progress takes what the
-live view shows. POST /alive/{name} says that a trainer lives. GET /node is for the agents of other nodes
-(`gymexp.cluster.lead`).
+It listens on loopback, or on the node's address if the run has several nodes. Every path requires the run's
+key (`gymexp.processes.keys`).
+
+    GET /watch            streams a JSON line at every change of a service, and at least one a second:
+                          {"services": {name: {state, epoch, rss_mb, log}}}
+    POST /restart/{name}  restarts a service
+    POST /progress        takes the facts that the live view shows, as JSON
+    POST /alive/{name}    records a sign of life of a trainer
+    GET /node             is the websocket of the agents of other nodes (`gymexp.cluster.lead`)
 """
 
 from __future__ import annotations
@@ -27,7 +31,10 @@ _BEAT_S = 1.0
 
 
 class Control:
-    """Serve on `sock` whoever has the key. `on_progress` is called with what the trainer reports."""
+    """The control endpoint, served on `sock` to clients with the run's key.
+
+    on_progress: called with each progress report of the trainer.
+    """
 
     def __init__(self, sock: socket.socket, key: str, on_progress: Callable[[dict[str, Any]], None]) -> None:
         self._sock = sock
@@ -42,7 +49,7 @@ class Control:
         return ports.url_of(self._sock)
 
     def changed(self) -> None:
-        """Wake every watcher."""
+        """Sends the services' state to every client of /watch."""
         self._changed.set()
         self._changed = asyncio.Event()
 

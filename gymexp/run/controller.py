@@ -1,4 +1,4 @@
-"""One run from claimed directory to result: services started, the trainer watched, everything ended.
+"""The controller of one run: it starts the services, watches the trainer and ends every process.
 
     controller
      ├─ gym host ── NeMo Gym's servers (forked)
@@ -6,9 +6,10 @@
      ├─ vLLM
      └─ trainer (with the hf engine inside)
 
-The controller holds every listening socket and hands it down, so that addresses are known before anything
-starts and survive restarts. With several nodes it is the lead's: trainers and engines start through the other
-nodes' agents (`gymexp.cluster.lead`). It imports no torch.
+The controller opens every listening socket and passes it to the process that serves on it. So addresses are
+known before any process starts, and a restarted process keeps its address. With several nodes the controller
+runs on the lead node and starts trainers and engines through the agents of the other nodes
+(`gymexp.cluster.lead`). The controller imports no torch.
 """
 
 from __future__ import annotations
@@ -47,10 +48,10 @@ from gymexp.view.progress import View
 
 log = logging.getLogger(__name__)
 _STATUS_S = 1.0
-_BEFORE_TRAINING = ("start", "load model", "load engine")  # phases in which there is nothing to save
-_SAVING_S = 120.0  # for a trainer's last checkpoint, once a service has failed
-_SAME_SIGNAL_S = 2.0  # for a signal to come here, when Slurm sends it to every process of a job
-_LAST_WORDS_S = 5.0  # for the first rank to say why it ends, once another one has failed
+_BEFORE_TRAINING = ("start", "load model", "load engine")  # phases without anything to save
+_SAVING_S = 120.0  # the time that a trainer has to save a last checkpoint after a service failed
+_SAME_SIGNAL_S = 2.0  # how long a signal may take to arrive here, as Slurm sends it to each process of a job
+_LAST_WORDS_S = 5.0  # the time that rank 0 has to report why it ends, after another rank failed
 
 
 def run(
@@ -63,18 +64,18 @@ def run(
     allocation: Allocation | None = None,
     checkpoint: Path | None = None,
 ) -> dict[str, Any]:
-    """Train; returns what the trainer's result.json says. Raises GymexpError; no process is left either
-    way.
+    """Trains, and returns the content of the trainer's result.json. Leaves no process behind.
 
-    allocation: the Slurm job that this is all of: then its signals are obeyed as Slurm sends them.
-    checkpoint: where to go on from.
+    allocation: the Slurm job, if this run is all that the job does; SIGUSR2 then ends the run too, and a
+    repeated signal changes nothing. checkpoint: the one to resume from. Raises GymexpError if the run fails
+    or a signal ends it.
     """
     controller = Controller(config, directory, placement, view, allocation, checkpoint)
     return asyncio.run(controller.run(gym_python, site))
 
 
 class Controller:
-    """One run's processes: started, watched, asked to end, and ended. Used once."""
+    """Starts, watches and ends the processes of one run. An instance runs once."""
 
     def __init__(
         self,
@@ -93,22 +94,22 @@ class Controller:
         self._view = view
         self._facts: dict[str, Any] = {"phase": "start"}
         self._process = clock.this_process()
-        self._asked: int | None = None
+        self._end_signal: int | None = None  # the last signal that asked the run to end
         self._stopping = False
-        self._handlers: dict[int, Any] = {}  # those from before the run
+        self._old_handlers: dict[int, Any] = {}  # the signal handlers from before the run
         self._ended: Ended | None = None
-        self._outcome: str | None = None  # how it ended, in words
+        self._outcome: str | None = None  # how the run ended, in words
         self._ranks: list[Service] = []  # the trainer's processes
-        self._played = False
-        self._num_told = 0  # of the trainer's log entries
+        self._has_played = False
+        self._num_entries = 0  # the trainer's log entries shown so far
 
     async def run(self, gym_python: Path, site: Path) -> dict[str, Any]:
         gym = self._config.gym
-        here, task = this_node(num_nodes(self._config.placement))
+        local, task = this_node(num_nodes(self._config.placement))
         keys = Keys.new()
-        if self._config.engine.urls:  # servers with a key of their own, or without
+        if self._config.engine.urls:  # the user's servers have a key of their own, or none
             keys = dataclasses.replace(keys, engine=os.environ.get("VLLM_API_KEY", ""))
-        control = Control(ports.listen(here.address), keys.run, self._on_progress)
+        control = Control(ports.listen(local.address), keys.run, self._on_progress)
         supervisor = control.supervisor = Supervisor(
             health_interval_s=gym.health_interval_s,
             health_timeout_s=gym.health_timeout_s,
@@ -116,40 +117,40 @@ class Controller:
             on_change=control.changed,
         )
         sockets: dict[str, socket.socket] = {}
-        gateway_sock = ports.listen(here.address, gym.policy_port or 0, key="gym.policy_port")
+        gateway_sock = ports.listen(local.address, gym.policy_port or 0, key="gym.policy_port")
         others: Nodes | None = None
         if task:
-            others = control.nodes = Nodes(here, task, self._directory.path, keys.run, supervisor.fail)
+            others = control.nodes = Nodes(local, task, self._directory.path, keys.run, supervisor.fail)
         writing = asyncio.create_task(self._keep_status(supervisor))
         async with control:
             try:
                 self._note(event="start")
                 self._catch_signals(supervisor)
-                nodes: list[Node] = [here]
+                nodes: list[Node] = [local]
                 if others:
                     self._directory.result.unlink(missing_ok=True)
                     nodes = await others.join(control.url)
                     self._placement = place(self._config, [node.gpus for node in nodes])
-                at = await self._open_engines(nodes)
+                endpoints = await self._open_engines(nodes)
                 gateway_url = ports.url_of(gateway_sock)
-                where = gym_python, site, gateway_url, sockets, here.address, keys
-                layout = await services.gym_layout(self._config, self._directory, supervisor, *where)
+                gym_args = gym_python, site, gateway_url, sockets, local.address, keys
+                layout = await services.gym_layout(self._config, self._directory, supervisor, *gym_args)
                 keys = dataclasses.replace(keys, policy=layout.policy_key or keys.policy)
                 first = nodes[self._placement.training[0].node]
                 urls = control.url, gateway_url
-                services.told(
-                    self._config, self._placement, layout, urls, at, first.address, self._checkpoint
+                services.build_services(
+                    self._config, self._placement, layout, urls, endpoints, first.address, self._checkpoint
                 ).write(self._directory.path)
                 self._directory.result.unlink(missing_ok=True)
                 host_log = self._directory.logs / "gym-host.log"
                 host = GymHost(gym_python, layout, sockets, host_log, keys.policy)
                 master = await first.reserve(exclusive=False)
-                self._start(supervisor, host, sockets, gateway_sock, nodes, at, master, keys)
+                self._start(supervisor, host, sockets, gateway_sock, nodes, endpoints, master, keys)
                 result = await self._until_trained(supervisor)
                 self._ended, self._outcome = Ended.FINISHED, "finished"
                 return result
             except asyncio.CancelledError:
-                if self._asked is None:
+                if self._end_signal is None:
                     raise
                 error = self._interrupted("at once")
                 self._ended, self._outcome = Ended.STOPPED, str(error)
@@ -165,21 +166,21 @@ class Controller:
                 writing.cancel()
                 self._write_status(supervisor)
                 self._note(event="end")
-                if self._asked is None:
-                    for number, handler in self._handlers.items():
+                if self._end_signal is None:
+                    for number, handler in self._old_handlers.items():
                         signal.signal(number, handler)
-                here.close()
+                local.close()
                 for sock in (gateway_sock, *sockets.values()):
                     sock.close()
 
     async def _end_of(self, failure: Exception, gym_python: Path) -> Exception:
-        """What ends the run, noted for status.json and result.json."""
+        """Returns the error that ends the run, and keeps it for status.json and result.json."""
         error = self._deeper_cause(failure, gym_python)
-        # A trainer that died of our SIGTERM got it before it could handle it, and saved nothing.
-        unheard = self._allocation or any(
+        # A trainer that SIGTERM killed received it before it had installed its handler, and saved nothing.
+        unsaved = self._allocation or any(
             rank.exit_code == -signal.SIGTERM or rank.ended_for for rank in self._ranks
         )
-        if unheard and not isinstance(error, Interrupted) and await self._ending(error):
+        if unsaved and not isinstance(error, Interrupted) and await self._is_ending(error):
             log.warning("the run did not save at its end: %s", error)
             error = self._interrupted("before it could save")
         self._ended = Ended.STOPPED if isinstance(error, Interrupted) else Ended.FAILED
@@ -189,25 +190,27 @@ class Controller:
         return error
 
     def _deeper_cause(self, failure: Exception, gym_python: Path) -> Exception:
-        """What was taken away from under the run, where that is why it fails; else the failure itself."""
+        """Returns an error that names what the run lost (its directory, disk space, NeMo Gym's venv), if that
+        is why it failed; else `failure`."""
         if isinstance(failure, Interrupted):
             return failure
         if wrong := self._directory.what_is_wrong():
             return RunDirectoryError(wrong)
         if lost := install.lost(gym_python, cache_dir()):
             resume = shlex.quote(f"resume={self._directory.path}")
-            made_anew = f"{lost}; make it anew and go on with: python -m gymexp.train {resume}"
-            self._directory.write_result({"error": f"{failure}\n{made_anew}"})
-            return ServiceError(f"{failure}\n{made_anew}")
+            advice = f"{lost}; make it anew and go on with: python -m gymexp.train {resume}"
+            self._directory.write_result({"error": f"{failure}\n{advice}"})
+            return ServiceError(f"{failure}\n{advice}")
         return failure
 
     async def _open_engines(self, nodes: Sequence[Node]) -> list[Endpoint]:
-        """Where the engines are to be. vLLM opens its socket itself, on a port kept for it."""
-        held = self._placement
-        if held.in_trainer:
-            return [await nodes[held.training[0].node].listen()]
-        there = [nodes[share.node] for share in held.replicas]
-        return [await (node.listen() if held.engine == "hf" else node.reserve()) for node in there]
+        """Returns each engine's endpoint: a socket for the hf engine; a reserved port for vLLM, which opens
+        its socket itself."""
+        placement = self._placement
+        if placement.in_trainer:
+            return [await nodes[placement.training[0].node].listen()]
+        engine_nodes, is_hf = [nodes[share.node] for share in placement.replicas], placement.engine == "hf"
+        return [await (node.listen() if is_hf else node.reserve()) for node in engine_nodes]
 
     def _start(
         self,
@@ -216,36 +219,37 @@ class Controller:
         sockets: dict[str, socket.socket],
         gateway_sock: socket.socket,
         nodes: Sequence[Node],
-        at: Sequence[Endpoint],
+        endpoints: Sequence[Endpoint],
         master: Endpoint,
         keys: Keys,
     ) -> None:
-        config, held, directory = self._config, self._placement, self._directory
+        config, placement, directory = self._config, self._placement, self._directory
         if config.gym.runtime == "managed":
-            heard = lambda: supervisor.heard("gym-host")  # noqa: E731
-            for service in services.gym_servers(config, directory, host, sockets, keys, heard):
+            on_alive = lambda: supervisor.heard("gym-host")  # noqa: E731
+            for service in services.gym_servers(config, directory, host, sockets, keys, on_alive):
                 supervisor.add(service)
         url = ports.url_of(gateway_sock)
-        for service in services.engines(config, held, directory, nodes, at, url, keys):
+        for service in services.engines(config, placement, directory, nodes, endpoints, url, keys):
             supervisor.add(service)
-        fds = [endpoint.fd for endpoint in at] if held.in_trainer else []
-        self._ranks = services.trainers(held, directory, nodes, fds, master, keys)
+        fds = [endpoint.fd for endpoint in endpoints] if placement.in_trainer else []
+        self._ranks = services.trainers(placement, directory, nodes, fds, master, keys)
         for service in self._ranks:
             supervisor.add(service)
-        urls = services.engine_urls(config, at)
-        supervisor.add(services.gateway(config, held, directory, gateway_sock, urls, keys))
-        names, patience = [*sockets, "gateway"], config.gym.start_timeout_s
-        self._ready = asyncio.create_task(supervisor.wait_ready(names, patience))
+        urls = services.engine_urls(config, endpoints)
+        supervisor.add(services.gateway(config, placement, directory, gateway_sock, urls, keys))
+        names, timeout_s = [*sockets, "gateway"], config.gym.start_timeout_s
+        self._ready = asyncio.create_task(supervisor.wait_ready(names, timeout_s))
 
     async def _until_trained(self, supervisor: Supervisor) -> dict[str, Any]:
-        """Wait for the trainer's end, a failure, or a failed start, whichever is first."""
+        """Waits for the trainer and returns its result. Raises the first failure of a service or of a start,
+        or Interrupted if a signal stopped the trainer."""
         trained = asyncio.create_task(self._trained())
         try:
             waiting: set[asyncio.Future[Any]] = {trained, supervisor.failed, self._ready}
             while not trained.done():
                 done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-                for one in done:
-                    if one is not trained and (error := one.exception()) and not await self._ending(error):
+                for future in done - {trained}:
+                    if (error := future.exception()) and not await self._is_ending(error):
                         raise await self._cause(error)
             trained.result()
         finally:
@@ -259,7 +263,7 @@ class Controller:
         return result
 
     def _interrupted(self, when: str) -> Interrupted:
-        number = self._asked or signal.SIGTERM
+        number = self._end_signal or signal.SIGTERM
         return Interrupted(
             number,
             f"ended by {signal.Signals(number).name} {when}; "
@@ -267,9 +271,9 @@ class Controller:
         )
 
     async def _trained(self) -> None:
-        """Wait for the first rank's end, or another one's failure, which the first would wait for in vain.
+        """Waits until rank 0 ends or another rank fails: rank 0 would wait for a failed rank in vain.
 
-        Raises ServiceError for the rank that failed first, unless the first rank has said what was wrong.
+        Raises ServiceError for the rank that failed first, unless rank 0 has written a result.json.
         """
         ranks = self._ranks
         await _until(lambda: ranks[0].epoch or any(rank.exit_code for rank in ranks))
@@ -281,81 +285,87 @@ class Controller:
             code = 0 if rank.ended_for else rank.exit_code or 0
             raise ServiceError(f"{rank.name} {rank.how_it_ended}. {reason(rank.log, code)}")
 
-    async def _ending(self, error: BaseException) -> bool:
-        """Whether the run is to end anyway, when a service has failed. Slurm's SIGTERM goes to every process
-        of a job, and may have reached the service first. A lost node is no such failure: SIGTERM is then what
-        Slurm does about it."""
+    async def _is_ending(self, error: BaseException) -> bool:
+        """Returns whether a signal has asked the run to end, which then explains the failure of a service.
+
+        Slurm sends SIGTERM to every process of a job, and it may reach the service before the controller. A
+        lost node is always the failure itself: Slurm then sends SIGTERM because the node is lost.
+        """
         if isinstance(error, NodeLost):
             return False
         if self._allocation:
-            await _until(lambda: self._asked is not None, _SAME_SIGNAL_S)
-        return self._asked is not None
+            await _until(lambda: self._end_signal is not None, _SAME_SIGNAL_S)
+        return self._end_signal is not None
 
     async def _cause(self, error: BaseException) -> BaseException:
-        """A trainer that still runs gets to save a checkpoint; one that failed may have said why."""
-        if self._directory.loss():  # a checkpoint would be written to where the directory was
+        """Returns the error to raise for a failed service: the trainer's own error if result.json has one.
+
+        If all ranks still run, they save a checkpoint first.
+        """
+        if self._directory.loss():  # a checkpoint would be written to the directory's old place
             return error
-        if self._ranks and all(rank.running for rank in self._ranks):  # one that is gone would be waited for
+        if self._ranks and all(rank.running for rank in self._ranks):  # ranks would wait for one that is gone
             self._view.say("a service failed: saving a checkpoint before the end")
             self._ranks[0].signal(signal.SIGTERM)
             await _until(lambda: not all(rank.running for rank in self._ranks), _SAVING_S)
             return error
-        said = self._directory.read_result().get("error")
-        return ServiceError(said) if said else error
+        reported = self._directory.read_result().get("error")
+        return ServiceError(reported) if reported else error
 
     def _catch_signals(self, supervisor: Supervisor) -> None:
-        """The first signal asks the trainer to save and end; a second one ends everything at once, but for
-        Slurm's, which repeats its own and knows SIGKILL."""
+        """Installs the run's signal handlers: the first signal makes the trainer save a checkpoint and end, a
+        second one ends every process at once. In a Slurm job further signals are ignored: Slurm repeats its
+        signals, and ends the job by SIGKILL if it must."""
         loop = asyncio.get_running_loop()
-        me = asyncio.current_task()
-        assert me is not None
+        run = asyncio.current_task()
+        assert run is not None
 
-        def asked(number: int) -> None:
+        def end(number: int) -> None:
             if self._stopping:
                 supervisor.hurry()
                 return
-            if self._allocation and self._asked is not None:
+            if self._allocation and self._end_signal is not None:
                 return
-            again, self._asked = self._asked is not None, number
+            is_repeated, self._end_signal = self._end_signal is not None, number
             supervisor.let_go()
             nothing_done = self._facts.get("phase") in _BEFORE_TRAINING
-            if again or nothing_done or not self._ranks or not self._ranks[0].running:
+            if is_repeated or nothing_done or not self._ranks or not self._ranks[0].running:
                 supervisor.hurry()
-                me.cancel()
+                run.cancel()
                 return
-            again = "" if self._allocation else " (once more to end at once)"
-            self._view.say(f"ending: saving a checkpoint{again}")
+            hint = "" if self._allocation else " (once more to end at once)"
+            self._view.say(f"ending: saving a checkpoint{hint}")
             self._ranks[0].signal(signal.SIGTERM)
 
-        def received(number: int, _: object) -> None:
-            # After the end of an interrupted run it is still the handler: one signal more changes nothing.
+        def handle(number: int, _: object) -> None:
+            # The handler stays installed after an interrupted run, when the loop is closed: do nothing then.
             with contextlib.suppress(RuntimeError):
-                loop.call_soon_threadsafe(asked, number)
+                loop.call_soon_threadsafe(end, number)
 
         numbers = [signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR2] if self._allocation else [])]
-        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup has it
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup ignores it
             numbers.append(signal.SIGHUP)
         for number in numbers:
-            self._handlers[number] = signal.signal(number, received)
+            self._old_handlers[number] = signal.signal(number, handle)
 
-    def _note(self, **what: Any) -> None:
-        """A line of timeline.jsonl; `seconds` since this process started, which is when the command was
-        given."""
+    def _note(self, **fields: Any) -> None:
+        """Appends a line to timeline.jsonl. `seconds` counts from this process's start, which is when the
+        user gave the command."""
         since = round(clock.since_start(), 2)
-        self._directory.note({"time": round(time.time(), 3), "seconds": since, **what})
+        self._directory.note({"time": round(time.time(), 3), "seconds": since, **fields})
 
     def _on_progress(self, facts: dict[str, Any]) -> None:
         if facts.get("phase") != self._facts.get("phase"):
             self._note(phase=facts.get("phase"))
-        if facts.get("done") and not self._played:
-            self._played = True
+        if facts.get("done") and not self._has_played:
+            self._has_played = True
             self._note(event="first rollout")
         entries = facts.pop("entries", [])
         self._facts = facts
         self._view.update(facts)
         for entry in entries:
-            if entry["number"] > self._num_told:  # told again where the answer did not arrive
-                self._num_told = entry["number"]
+            if entry["number"] > self._num_entries:  # the trainer sends entries again if our reply was lost
+                self._num_entries = entry["number"]
                 self._view.log(entry["step"], entry["logs"])
 
     def _write_status(self, supervisor: Supervisor) -> None:
@@ -376,12 +386,12 @@ class Controller:
         while True:
             self._write_status(supervisor)
             if lost := self._directory.loss():
-                supervisor.hurry()  # asked to end, the trainer would save, and make the directory anew
+                supervisor.hurry()  # with time to save, the trainer would make the directory anew
                 supervisor.fail(RunDirectoryError(lost))
             await asyncio.sleep(_STATUS_S)
 
 
-async def _until(holds: Callable[[], object], timeout_s: float = math.inf) -> None:
-    until = time.monotonic() + timeout_s
-    while not holds() and time.monotonic() < until:
+async def _until(condition: Callable[[], object], timeout_s: float = math.inf) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition() and time.monotonic() < deadline:
         await asyncio.sleep(0.05)

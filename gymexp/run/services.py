@@ -1,5 +1,4 @@
-"""The processes of a run as the supervisor is told of them: what they are called, how they start, when they
-are well."""
+"""Builds the supervisor's `Service` for each process of a run: its name, its start and its health check."""
 
 from __future__ import annotations
 
@@ -29,9 +28,9 @@ from gymexp.processes.supervisor import Service, Supervisor
 from gymexp.record.directory import RunDirectory
 from gymexp.record.services import Services
 
-_GATEWAY_PATIENCE_S = 30.0
-# A trainer says each few seconds that it lives, from a thread that Python may keep waiting: while a library
-# writes or loads a large file, say.
+_GATEWAY_TIMEOUT_S = 30.0
+# A thread of the trainer sends a sign of life every few seconds, but Python may delay the thread, for example
+# while a library writes or loads a large file.
 _TRAINER_SILENCE_S = 900.0
 
 
@@ -43,7 +42,10 @@ def gateway(
     urls: Sequence[str],
     keys: Keys,
 ) -> Service:
-    """urls: the engines'. The trainer opens each that is a server, once it has the policy's weights."""
+    """Returns the service of the gateway in front of the engines.
+
+    urls: the engines' URLs. An engine server gets requests once the trainer has sent it the policy's weights.
+    """
     command = [sys.executable, "-m", "gymexp.gateway.server", "--fd", str(sock.fileno())]
     for url in urls:
         command += ["--engine-url", url]
@@ -71,9 +73,12 @@ def trainers(
     master: Endpoint,
     keys: Keys,
 ) -> list[Service]:
-    """One process a training GPU, or a training node that has none. The first is named `trainer`, plays for
-    all, and alone is asked to end. fds: of the socket that the hf engine inside it serves on. master: where
-    torch's ranks meet, on the first one's node."""
+    """Returns the trainer's processes: one per training GPU, or one per training node without GPUs.
+
+    Rank 0 is named `trainer`, plays the rollouts of all ranks, and is the only one that the controller
+    signals to end. fds: the socket on which the hf engine inside rank 0 serves. master: the endpoint at which
+    torch's ranks meet, on rank 0's node.
+    """
     num_ranks = placement.num_ranks
 
     def rank(number: int, local: int, share: Share) -> Service:
@@ -84,10 +89,10 @@ def trainers(
         if share.gpus:
             env["CUDA_VISIBLE_DEVICES"] = ",".join(share.gpus)
         if num_ranks > 1:
-            here = max(1, len(share.gpus))
-            env |= {"WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(here)}
+            local_size = max(1, len(share.gpus))
+            env |= {"WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(local_size)}
             env |= {"MASTER_ADDR": master.host, "MASTER_PORT": str(master.port)}
-            env |= {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // here))}
+            env |= {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // local_size))}
             env |= {"RANK": str(number), "LOCAL_RANK": str(local)}
         node = nodes[share.node]
         return Service(
@@ -107,20 +112,20 @@ def engines(
     placement: Placement,
     directory: RunDirectory,
     nodes: Sequence[Node],
-    at: Sequence[Endpoint],
+    endpoints: Sequence[Endpoint],
     gateway_url: str,
     keys: Keys,
 ) -> list[Service]:
-    """The servers that are to be started, each on its endpoint: a port kept free for vLLM, a socket for the
-    hf engine.
+    """Returns the engine servers that gymexp starts, each on its endpoint: a reserved port for vLLM, a socket
+    for the hf engine.
 
-    One that ends comes back with the weights that the run began with: the gateway is told first, and gives it
-    requests once the trainer has sent it the policy's. On a GPU that trains there may be no room to come back
-    to: the run ends with it.
+    A restarted engine has the weights that the run began with. So the gateway holds requests back from it
+    before the restart, until the trainer has sent it the policy's weights. An engine that shares its GPU with
+    training is never restarted, as the GPU may lack the memory: its end is the run's end.
     """
     if not placement.replicas:
         return []
-    admission = Admission(gateway_url, keys.run, _GATEWAY_PATIENCE_S)
+    admission = Admission(gateway_url, keys.run, _GATEWAY_TIMEOUT_S)
     command_of = _vllm_command(config, placement) if placement.engine == "vllm" else _hf_command(directory)
 
     def replica(index: int, endpoint: Endpoint, share: Share) -> Service:
@@ -152,21 +157,31 @@ def engines(
         )
         return service
 
-    return [replica(i, *pair) for i, pair in enumerate(zip(at, placement.replicas, strict=True))]
+    return [replica(i, *pair) for i, pair in enumerate(zip(endpoints, placement.replicas, strict=True))]
 
 
-_Command = Callable[[Endpoint], tuple[list[str], list[int]]]  # and the sockets that it takes over
+_Command = Callable[
+    [Endpoint], tuple[list[str], list[int]]
+]  # returns the command and the sockets it inherits
 
 
 def _vllm_command(config: RunConfig, placement: Placement) -> _Command:
     version = vllm.read_version(config.engine)
     transfer = transfer_of(config, placement)
-    most = max(sum(other.node == share.node for other in placement.replicas) for share in placement.replicas)
-    num_api_servers = vllm.count_api_servers(os.cpu_count() or 1, most)
+    replicas = placement.replicas
+    max_per_node = max(sum(other.node == share.node for other in replicas) for share in replicas)
+    num_api_servers = vllm.count_api_servers(os.cpu_count() or 1, max_per_node)
     shared = placement.shared
-    return lambda at: (
+    return lambda endpoint: (
         vllm.serve_command(
-            config.model, config.engine, at.port, version, transfer, shared, num_api_servers, at.host
+            config.model,
+            config.engine,
+            endpoint.port,
+            version,
+            transfer,
+            shared,
+            num_api_servers,
+            endpoint.host,
         ),
         [],
     )
@@ -174,7 +189,7 @@ def _vllm_command(config: RunConfig, placement: Placement) -> _Command:
 
 def _hf_command(directory: RunDirectory) -> _Command:
     command = [sys.executable, "-m", "gymexp.engine.hf.replica", str(directory.config), "--fd"]
-    return lambda at: ([*command, str(at.fd)], [at.fd])
+    return lambda endpoint: ([*command, str(endpoint.fd)], [endpoint.fd])
 
 
 def gym_servers(
@@ -183,9 +198,12 @@ def gym_servers(
     host: GymHost,
     socks: Mapping[str, socket.socket],
     keys: Keys,
-    heard: Callable[[], None],
+    on_alive: Callable[[], None],
 ) -> list[Service]:
-    """The host and the servers that it forks, by name. heard: called at each sign of life of the host."""
+    """Returns the services of the gym host and of the servers that it forks.
+
+    socks: the servers' sockets by name. on_alive: called at each sign of life of the host.
+    """
 
     def server(name: str, sock: socket.socket) -> Service:
         log: Path = directory.logs / f"{name}.log"
@@ -197,14 +215,15 @@ def gym_servers(
         return missing_package(last_exception(log.read_text(errors="replace")), host.python)
 
     silence_s = config.gym.health_timeout_s
-    gym_host = Service("gym-host", lambda: host.start(heard), host.log, silence_s=silence_s, explain=explain)
+    start = lambda: host.start(on_alive)  # noqa: E731
+    gym_host = Service("gym-host", start, host.log, silence_s=silence_s, explain=explain)
     return [gym_host, *(server(*item) for item in socks.items())]
 
 
 def gym_command(
     config: RunConfig, directory: RunDirectory, gym_python: Path, head_port: int, policy_url: str, keys: Keys
 ) -> Service:
-    """`gym env start` in the user's own checkout, with all that it starts."""
+    """Returns the service of `gym env start` in the user's own checkout, whose servers end with it."""
     log = directory.logs / "gym.log"
     command = attached.start_command(gym_python, config.env, head_port, policy_url)
     env = attached.start_environment(gym_python) | {POLICY: keys.policy}
@@ -223,16 +242,21 @@ async def gym_layout(
     address: str,
     keys: Keys,
 ) -> Layout:
-    """Where the environments' servers are to be, or are. sockets: gets one a server that gymexp starts, by
-    name. address: this node's."""
+    """Returns the layout of the environments' servers: planned ones, or those that run already.
+
+    With gym.runtime=cli this adds `gym env start` to the supervisor and waits until its agents answer.
+    sockets: receives a socket by name for each server that gymexp starts. address: this node's address.
+    """
     gym = config.gym
     if gym.runtime == "attach":
         head = attached.read_head(gym.head_host, gym.head_port)
         key = attached.check_policy(head, gym.policy_port or 0)
-        attached.replicas_of(head, config.env)  # what it does not have, it will not have later either
-        at = gym.head_host, gym.head_port
-        found = await attached.wait_for_agents(*at, config.env, gym.start_timeout_s)
-        return Layout(replicas=found, policy_key=key)
+        attached.replicas_of(
+            head, config.env
+        )  # fails now if an agent is missing, as it would be missing later
+        head_address = gym.head_host, gym.head_port
+        replicas = await attached.wait_for_agents(*head_address, config.env, gym.start_timeout_s)
+        return Layout(replicas=replicas, policy_key=key)
     if gym.runtime == "cli":
         with ports.listen() as free:
             head_port = free.getsockname()[1]
@@ -256,27 +280,30 @@ async def gym_layout(
     return plan(config.env, gym, site, policy_url, port, kwargs, address, keys.policy)
 
 
-def engine_urls(config: RunConfig, at: Sequence[Endpoint]) -> list[str]:
-    """Of the servers that sample. at: where those that gymexp starts listen."""
-    return config.engine.urls or [endpoint.url for endpoint in at]
+def engine_urls(config: RunConfig, endpoints: Sequence[Endpoint]) -> list[str]:
+    """Returns the URLs of the engine servers. endpoints: those of the servers that gymexp starts."""
+    return config.engine.urls or [endpoint.url for endpoint in endpoints]
 
 
-def told(
+def build_services(
     config: RunConfig,
     placement: Placement,
     layout: Layout,
     urls: tuple[str, str],
-    at: Sequence[Endpoint],
+    endpoints: Sequence[Endpoint],
     trainer_address: str,
     checkpoint: Path | None,
 ) -> Services:
-    """What the trainer's processes are told. urls: of the control endpoint and of the gateway."""
+    """Returns the content of services.json, which every rank of the trainer reads.
+
+    urls: those of the control endpoint and of the gateway. trainer_address: the address of rank 0's node.
+    """
     common = Services(*urls, layout.replicas, placement.engine, checkpoint and checkpoint.name)
     if placement.in_trainer:
-        return dataclasses.replace(common, engine_fd=at[0].fd)
+        return dataclasses.replace(common, engine_fd=endpoints[0].fd)
     return dataclasses.replace(
         common,
-        engine_urls=engine_urls(config, at),
+        engine_urls=engine_urls(config, endpoints),
         transfer=transfer_of(config, placement),
         shared=placement.shared,
         trainer_address=trainer_address,

@@ -1,4 +1,4 @@
-"""One run, from its configuration to its result: first all checks, then the controller."""
+"""The life of one run, from its configuration to its result: first all checks, then the controller."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from gymexp.record.study import as_trial
 
 
 @as_trial
-@files.told()
+@files.as_gymexp_errors()
 def train(
     config: RunConfig, overrides: Sequence[str], directory: Path, allocation: Allocation | None = None
 ) -> dict[str, Any]:
-    """One run in `directory`: a new one, or with `config.resume` on with the one that it holds.
+    """Starts a new run in `directory`, or with `config.resume` continues the run in `directory`.
 
-    overrides: what was said on the command line. allocation: the Slurm job that the run is all of.
-    Returns what the run's result.json says.
+    overrides: those of the command line. allocation: the Slurm job, if this run is all that the job does.
+    Returns the content of the run's result.json. Raises GymexpError if the run cannot start or fails.
     """
     from gymexp.cluster.placement import num_nodes, place, visible_gpus
     from gymexp.data.prepare import load_prepared, prepare, write_prepared
@@ -42,26 +42,27 @@ def train(
     view = View()
     for remark in environment.remarks():
         view.say(remark)
-    held = RunDirectory.reopen(directory) if config.resume else None
+    run = RunDirectory.reopen(directory) if config.resume else None
     checkpoint = None
-    if held:
-        config = resumed(held.config, str(held.path), overrides)
-        if held.is_finished(config.trainer.get("max_steps")):
-            view.say(f"{held.path} is finished; to train on: resume={held.path} trainer.max_steps=…")
-            return held.read_result()
-        checkpoint = checkpoints.latest(held.checkpoints, view.say)
-    trained = len(load_prepared(held.data).train) if held else None
+    if run:
+        config = resumed(run.config, str(run.path), overrides)
+        if run.is_finished(config.trainer.get("max_steps")):
+            view.say(f"{run.path} is finished; to train on: resume={run.path} trainer.max_steps=…")
+            return run.read_result()
+        checkpoint = checkpoints.latest(run.checkpoints, view.say)
+    num_tasks = len(load_prepared(run.data).train) if run else None
     open_files.concurrency(config.env)
     arguments.check(config, cache_dir())
-    # With several nodes, as if all had what this one has; what they do have is known once they are there.
+    # With several nodes, the checks assume that every node has the same GPUs as this one; the controller
+    # places the processes again once the other nodes have joined and reported their GPUs.
     placement = place(config, [visible_gpus()] * num_nodes(config.placement))
     sharding.check(config, placement)
-    schedule.check(config, placement.num_ranks, trained)
+    schedule.check(config, placement.num_ranks, num_tasks)
     if placement.engine == "vllm" and not config.engine.urls:
         vllm.read_version(config.engine)
     python = ensure_python(config.gym, [e.config_path for e in config.env.values()], cache_dir(), view.say)
     site = site_packages(python)
-    if held is None:
+    if run is None:
         prepared = prepare(config, python, cache_dir(), view.say)
         planned = schedule.plan(config, placement.num_ranks, prepared.train)
         view.say(schedule.told(planned, len(prepared.train)))
@@ -69,15 +70,15 @@ def train(
         config = dataclasses.replace(config, model=snapshot.pin(config.model, view.say))
         inspection.check(config.model, prepared, cache_dir())
         first_prompts.check(config.model, prepared, cache_dir())
-        held = RunDirectory.claim(directory)
-        write_prepared(prepared, held.data)
-        held.describe(config, overrides)
+        run = RunDirectory.claim(directory)
+        write_prepared(prepared, run.data)
+        run.describe(config, overrides)
     else:
         snapshot.directory_of(config.model, view.say)
-        held.go_on_with(config, overrides)
+        run.go_on_with(config, overrides)
     with view:
-        result = controller.run(config, held, python, site, placement, view, allocation, checkpoint)
+        result = controller.run(config, run, python, site, placement, view, allocation, checkpoint)
     if result["held_out"]:
         view.say(held_out_table(result))
-    view.say(f"run directory: {held.path}")
+    view.say(f"run directory: {run.path}")
     return result

@@ -85,7 +85,7 @@ def test_the_configuration_composes_and_its_mistakes_are_named():
         load("output=o", "sft.max_steps=0")
     with pytest.raises(ConfigError, match=r"model\.lora\.r must be null, got 4"):
         load("output=o", "model.lora.r=4")
-    with pytest.raises(ConfigError, match=r"shape\.\* is for from_scratch=true"):
+    with pytest.raises(ConfigError, match=r"shape\.\* needs from_scratch=true"):
         load("output=o", "shape.hidden_size=64")
     with pytest.raises(ConfigError, match=r"shape\.head_dim must be >= 1, got 0"):
         load("output=o", "from_scratch=true", "shape.head_dim=0")
