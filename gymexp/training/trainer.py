@@ -195,7 +195,7 @@ class PolicyTrainer(GRPOTrainer):
         first_step = checkpoints.step_of(checkpoint) if checkpoint else 0
         if checkpoint:
             self._schedule = self._schedule.going_on(first_step, batches.read_epoch(checkpoint))
-            batches.go_on_in_generation(self, checkpoint, first_step)
+            batches.resume_generation(self, checkpoint, first_step)
         if self.args.max_steps < 0:
             self.args.max_steps = self._schedule.num_steps(self.args.num_train_epochs)
         self._step_began = time.monotonic()

@@ -257,10 +257,10 @@ def test_trl_itself_takes_the_good_and_every_experiment_and_refuses_the_bad(tmp_
         {"trainer": {}} | same | {"attn_implementation": name, "here": here} for name, here, _ in ATTENTION
     ]
     asked.append({"trainer": {"tf32": True}} | same | {"here": False})
-    told = arguments._ask_verdicts(asked)
+    told = arguments._request_verdicts(asked)
     assert told[: len(GOOD) + len(configs)] == [""] * (len(GOOD) + len(configs))
     expected = [said for said, _ in BAD] + [said for *_, said in ATTENTION] + [""]
     for line, said in zip(told[len(GOOD) + len(configs) :], expected, strict=True):
         assert said in line and bool(said) == bool(line)
-    monkeypatch.setattr(arguments, "_ask_verdicts", lambda some: [""] * len(some))
+    monkeypatch.setattr(arguments, "_request_verdicts", lambda some: [""] * len(some))
     assert arguments.problems(configs, tmp_path) == [""] * len(configs), "names, and whole groups"
