@@ -111,7 +111,7 @@ def save_generation(checkpoint: Path, rank: int, buffered: Any) -> None:
     torch.save(buffered, checkpoint / f"generation-{rank}.pt")
 
 
-def go_on_in_generation(trainer: Any, checkpoint: Path, step: int) -> None:
+def resume_generation(trainer: Any, checkpoint: Path, step: int) -> None:
     """Puts TRL's trainer into the state that it had after `step` steps: its count of micro-batches, which
     decides when it generates, and the generation batch that it trains on until then."""
     args = trainer.args
