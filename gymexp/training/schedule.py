@@ -55,7 +55,7 @@ class Schedule:
         """Where training is after `step` steps."""
         return float((self.offset + step / self.steps_per_batch * self.batch_tasks) / self.num_tasks)
 
-    def going_on(self, step: int, epoch: float) -> Schedule:
+    def resumed_at(self, step: int, epoch: float) -> Schedule:
         """The same from a checkpoint on, which was written after `step` steps and at `epoch`."""
         offset = round(epoch * self.num_tasks - step / self.steps_per_batch * self.batch_tasks)
         return Schedule(self.num_tasks, self.batch_tasks, self.steps_per_batch, offset)

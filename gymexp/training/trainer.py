@@ -187,14 +187,14 @@ class PolicyTrainer(GRPOTrainer):
 
     def check_samples(self, outcomes: Sequence[Outcome]) -> None:
         """outcomes: this rank's part of the batch. Raises DriftError, DrawError, on every rank alike."""
-        self._checks.look(self, outcomes)
+        self._checks.check(self, outcomes)
 
-    def go_on_from(self, checkpoint: Path | None) -> None:
+    def train_from(self, checkpoint: Path | None) -> None:
         """Train to the end, from a checkpoint or from the start."""
         know_cpu_ranks()
         first_step = checkpoints.step_of(checkpoint) if checkpoint else 0
         if checkpoint:
-            self._schedule = self._schedule.going_on(first_step, batches.read_epoch(checkpoint))
+            self._schedule = self._schedule.resumed_at(first_step, batches.read_epoch(checkpoint))
             batches.resume_generation(self, checkpoint, first_step)
         if self.args.max_steps < 0:
             self.args.max_steps = self._schedule.num_steps(self.args.num_train_epochs)

@@ -107,7 +107,7 @@ def main() -> None:
     resume = checkpoints.latest(saved)
     if resume is None:
         send()  # as the evaluation before training does
-    trainer.go_on_from(resume)
+    trainer.train_from(resume)
     send()
     trainer.save_now()
     trainer.save_policy(directory)

@@ -118,7 +118,7 @@ def train(directory: Path, until: int | None = None, tasks: list[Task] = TASKS, 
     )
     stop = StopAfter(until)
     made.add_callback(stop)
-    made.go_on_from(checkpoints.latest(directory))
+    made.train_from(checkpoints.latest(directory))
     made.save_now()
     made.asked, made.epochs = rollouts.asked, stop.epochs
     return made
@@ -227,7 +227,7 @@ def test_the_order_of_tasks_does_not_depend_on_the_number_of_ranks(ranks):
 def test_a_run_that_goes_on_with_other_ranks_goes_on_in_the_order():
     one: Any = SimpleNamespace(max_steps=9, num_generations=1, steps_per_generation=1, num_iterations=1)
     on_two, step = Schedule(len(TASKS), 4, Fraction(1)), 5
-    on_one = Schedule(len(TASKS), 2, Fraction(1)).going_on(step, on_two.epoch(step))
+    on_one = Schedule(len(TASKS), 2, Fraction(1)).resumed_at(step, on_two.epoch(step))
     before = list(TaskSampler(TASKS, DatasetConfig(), on_two, one))[: 4 * step]
     after = list(TaskSampler(TASKS, DatasetConfig(), on_one, one))[2 * step :]  # transformers skips so many
     assert before + after == [i for n in range(4) for i in epoch_order(TASKS, n, "interleave", 0)]
@@ -276,12 +276,12 @@ def test_a_shared_engine_is_awake_with_the_steps_weights_in_every_collection_of_
             return play(self, prompts, trainer)
 
     monkeypatch.setattr(MadeUp, "__call__", awake)
-    go_on = PolicyTrainer.go_on_from
+    go_on = PolicyTrainer.train_from
 
     def with_servers(self: PolicyTrainer, checkpoint: Path | None) -> None:
         self.sample_with_servers(engine, 0)
         go_on(self, checkpoint)
 
-    monkeypatch.setattr(PolicyTrainer, "go_on_from", with_servers)
+    monkeypatch.setattr(PolicyTrainer, "train_from", with_servers)
     train(tmp_path, max_steps=2, gradient_accumulation_steps=3, steps_per_generation=1)
     assert sync.versions == [0, 0, 0, 1, 1, 1]

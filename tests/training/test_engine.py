@@ -133,9 +133,9 @@ def join(tmp_path, monkeypatch):
             engine = config or EngineConfig()
             config = RunConfig(ModelConfig("m", "p"), {"e": EnvConfig("c", "a")}, engine=engine)
             device = torch.device("cpu")
-            asked = threading.Event()
+            stop_requested = threading.Event()
             directory: Any = SimpleNamespace(path=tmp_path)
-            return join_servers(config, directory, services, rank, device, asked, stack), site.told
+            return join_servers(config, directory, services, rank, device, stop_requested, stack), site.told
 
         yield run
 

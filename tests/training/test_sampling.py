@@ -67,8 +67,8 @@ def played(tmp_path: Any, evaluation: EvaluationConfig, *, held_out: bool, monke
     rollouts = Rollouts(config, collector, {TASK.key: TASK}, tmp_path, Engine())  # type: ignore[arg-type]
     trainer: Any = Trainer(temperature=0.8)
     if held_out:
-        teller: Any = SimpleNamespace(tell=lambda **_: None)
-        callback = Evaluation(config, Prepared([], {"e": [TASK]}, {}), rollouts, teller)
+        reporter: Any = SimpleNamespace(report=lambda **_: None)
+        callback = Evaluation(config, Prepared([], {"e": [TASK]}, {}), rollouts, reporter)
         callback.trainer = trainer
         callback.run(0)
     else:

@@ -100,8 +100,8 @@ def test_whole_epochs_take_as_few_steps_as_play_every_task(num_tasks, batch, use
 @given(st.integers(1, 50), USES, st.integers(0, 10**6), st.integers(1, 4))
 def test_a_run_that_goes_on_is_where_it_was_also_with_other_ranks(batch, uses, step, ranks):
     before = Schedule(10 * batch * ranks, batch * ranks, uses)
-    assert before.going_on(step, before.epoch(step)) == before
-    after = Schedule(before.num_tasks, batch, uses).going_on(step, before.epoch(step))
+    assert before.resumed_at(step, before.epoch(step)) == before
+    after = Schedule(before.num_tasks, batch, uses).resumed_at(step, before.epoch(step))
     assert after.epoch(step) == pytest.approx(before.epoch(step), abs=1 / before.num_tasks)
 
 
