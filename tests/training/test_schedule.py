@@ -81,9 +81,13 @@ def test_the_plan_says_what_is_played_and_what_is_not():
         "played": {"a": 3, "b": 3},
     }
     made.trainer |= {"max_steps": -1, "num_train_epochs": 1.5}
-    planned = schedule.plan(made, 2, mixed)
-    assert (planned["steps"], planned["tasks"], planned["played"]) == (4, 16, {"a": 5, "b": 5})
-    assert schedule.told(planned, 10) == "training: 4 steps play 16 tasks: 1.60 epochs of 10"
+    training_plan = schedule.plan(made, 2, mixed)
+    assert (training_plan["steps"], training_plan["tasks"], training_plan["played"]) == (
+        4,
+        16,
+        {"a": 5, "b": 5},
+    )
+    assert schedule.describe(training_plan, 10) == "training: 4 steps play 16 tasks: 1.60 epochs of 10"
 
 
 USES = st.fractions(Fraction(1, 8), 8, max_denominator=8)
