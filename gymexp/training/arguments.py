@@ -153,33 +153,33 @@ def _static_problems(config: RunConfig) -> str:
     """Returns the problems that need no import of TRL, one a line: unknown names, refused values, missing
     packages and files."""
     known = grpo_arguments.names()
-    found = []
+    messages = []
     searched = dict.fromkeys(config.search.params.get("trainer", {}))
     for name in searched | config.trainer:
         if name not in known:
-            found.append(
+            messages.append(
                 f"trainer.{name} is not an argument of trl.GRPOConfig{meant(name, sorted(known), 'trainer.')}"
             )
-    found.extend(fields.problems({n: None for n in searched if n in fields.OWNED} | config.trainer))
+    messages.extend(fields.problems({n: None for n in searched if n in fields.OWNED} | config.trainer))
     for name in ("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"):
         if config.trainer.get(name) is not None and config.tracker.kind != "trackio":
-            found.append(f"trainer.{name} is for tracker=trackio, got tracker.kind={config.tracker.kind}")
+            messages.append(f"trainer.{name} is for tracker=trackio, got tracker.kind={config.tracker.kind}")
     if config.trainer.get("deepspeed") and not importlib.util.find_spec("deepspeed"):
-        found.append(
+        messages.append(
             "trainer.deepspeed needs a package that is not installed: pip install 'gymexp[deepspeed]'"
         )
     if isinstance(file := config.trainer.get("deepspeed"), str) and not Path(file).is_file():
-        found.append(
+        messages.append(
             "trainer.deepspeed must be DeepSpeed's configuration, as keys "
             f"(trainer.deepspeed.zero_optimization.stage=3) or in a JSON file, got {file!r}"
         )
     if (kind := config.tracker.kind) != "none" and not importlib.util.find_spec(kind):
-        found.append(f"tracker.kind={kind} needs a package that is not installed: pip install {kind}")
+        messages.append(f"tracker.kind={kind} needs a package that is not installed: pip install {kind}")
     else:
-        found.extend(tracker.problems(config.tracker))
+        messages.extend(tracker.problems(config.tracker))
     if config.search.trial is not None and not importlib.util.find_spec("optuna"):
-        found.append("search needs a package that is not installed: pip install 'gymexp[optuna]'")
-    return "\n".join(found)
+        messages.append("search needs a package that is not installed: pip install 'gymexp[optuna]'")
+    return "\n".join(messages)
 
 
 def _request_verdicts(questions: list[dict[str, Any]]) -> list[str]:

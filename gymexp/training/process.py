@@ -194,8 +194,7 @@ def _open_collector(
 def _train(
     trainer: PolicyTrainer, evaluation: Evaluation, config: RunConfig, run: RunDirectory, resume: Path | None
 ) -> dict[str, Any]:
-    """Trains, evaluates on held-out tasks before and after as configured, and returns the held-out metrics of
-    result.json."""
+    """Trains, and plays held-out tasks before and after if configured. Returns `held_out` of result.json."""
     from gymexp.record.metric_names import before_and_after
     from gymexp.rollout.collect import ControllerGone, Stopped
 

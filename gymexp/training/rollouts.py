@@ -51,8 +51,8 @@ def check_weights(outcomes: Sequence[Outcome], version: int) -> None:
 
 
 class Rollouts:
-    """Plays tasks with the current policy. Training calls the object as TRL's `rollout_func`; evaluation
-    calls `play`."""
+    """Plays tasks with the current policy. TRL calls the object as `rollout_func`; evaluation calls
+    `play`."""
 
     def __init__(
         self,
@@ -133,8 +133,7 @@ class Rollouts:
         return self._num_played
 
     def _for_all_ranks(self, prompts: list[str], trainer: PolicyTrainer, step: int) -> list[Outcome]:
-        """Plays the prompts of all ranks on the first one, and returns the outcomes of this rank's
-        prompts."""
+        """Plays the prompts of all ranks on the first rank. Returns the outcomes of this rank's prompts."""
         from accelerate.utils import gather_object
 
         accelerator = trainer.accelerator
@@ -156,8 +155,7 @@ class Rollouts:
         return outcomes[start : start + len(prompts)]
 
     def write(self, name: str, outcomes: Sequence[Outcome], append: bool = False) -> None:
-        """Writes `rollouts/<name>.jsonl.zst` atomically, one Outcome a line. append: keep the file's
-        lines."""
+        """Writes `rollouts/<name>.jsonl.zst` atomically, an Outcome a line. append: keep earlier lines."""
         path = self._directory / f"{name}.jsonl.zst"
         # The file must stay a single frame, because zstandard's `decompress` stops after the first one.
         earlier_lines = zstandard.decompress(path.read_bytes()) if append else b""

@@ -1,4 +1,4 @@
-"""The engine as the trainer's process uses it: it samples within a `with` block, from a known version of the
+"""The engine as the trainer uses it: it samples within a `with` block, from a known version of the
 weights."""
 
 from __future__ import annotations
@@ -89,8 +89,8 @@ class ServerSampling:
 
 
 def serve_hf(config: RunConfig, model: Any, tokenizer: Any, fd: int, stack: ExitStack) -> HFSampling:
-    """Starts the hf engine, which samples from `model` itself, on the controller's socket `fd`. `stack` ends
-    it."""
+    """Starts the hf engine, which samples from `model` itself, on the controller's socket `fd`. `stack`
+    closes the engine and its server."""
     import torch
 
     from gymexp.engine.hf.engine import HFEngine
@@ -133,8 +133,8 @@ def join_servers(
     from gymexp.engine.weights import WeightSync
 
     def give_up(error: ServiceError) -> None:
-        """Ends the process with `error` as its result: NCCL waits for a failed replica in a call that cannot
-        be interrupted."""
+        """Ends the process with `error` as its result, because NCCL waits for a failed replica for ever, in a
+        call that nothing else can interrupt."""
         replace_file(run.path / "result.json", json.dumps({"error": printable(str(error))}))
         os._exit(1)
 

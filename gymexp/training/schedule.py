@@ -1,5 +1,4 @@
-"""How much of the training order a run plays: tasks per batch, steps, epochs. Known before a run starts.
-Pure."""
+"""How much of the training order a run plays: tasks per batch, steps, epochs. Pure, computed before a run."""
 
 from __future__ import annotations
 
@@ -57,15 +56,14 @@ class Schedule:
         return float((self.offset + step / self.steps_per_batch * self.batch_tasks) / self.num_tasks)
 
     def resumed_at(self, step: int, epoch: float) -> Schedule:
-        """Returns the schedule for resuming from a checkpoint that was written after `step` steps and at
+        """Returns the schedule for resuming from a checkpoint that was written after `step` steps, at
         `epoch`."""
         offset = round(epoch * self.num_tasks - step / self.steps_per_batch * self.batch_tasks)
         return Schedule(self.num_tasks, self.batch_tasks, self.steps_per_batch, offset)
 
 
 def schedule_of(trainer: Mapping[str, Any], num_ranks: int, num_tasks: int) -> Schedule:
-    """Returns the schedule that `trainer.*` gives, computed as GRPOConfig does. num_ranks: training
-    processes."""
+    """Returns the schedule of `trainer.*`, as GRPOConfig computes it. num_ranks: training processes."""
     rollouts = value_of(trainer, "generation_batch_size")
     per_step = value_of(trainer, "per_device_train_batch_size") * num_ranks
     accumulated = value_of(trainer, "gradient_accumulation_steps")

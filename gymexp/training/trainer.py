@@ -43,8 +43,7 @@ class _NoSilentFailures(logging.Filter):
 
 
 def reward(reward: list[float | None], **_: Any) -> list[float | None]:
-    """Returns the environments' rewards as `rollout_func` returned them; None for a rollout without a
-    reward."""
+    """Returns the environments' rewards, which `rollout_func` returned; None for a rollout without one."""
     return reward
 
 
@@ -70,8 +69,7 @@ def know_cpu_ranks() -> None:
 
 
 class PolicyTrainer(GRPOTrainer):
-    """Trains the policy on rollouts. Every log entry has the seconds that each phase of the step took
-    (`time/*`)."""
+    """Trains the policy on rollouts. Every log entry has the seconds of each phase of the step (`time/*`)."""
 
     def __init__(
         self,

@@ -93,8 +93,7 @@ def _check_values(trainer: dict[str, Any]) -> None:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Returns whether a value has the type of a hint, as far as GRPOConfig's constructor does not check
-    it."""
+    """Returns whether a value has the type of a hint. Accepts any value of types that GRPOConfig checks."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return any(_fits(value, member) for member in typing.get_args(hint))
     if hint in (int, float):
@@ -161,7 +160,7 @@ def _check_kernels(args: GRPOConfig) -> None:
 
 
 def _try_checkpointing(options: Any) -> None:
-    """Runs a forward and a backward pass with gradient checkpointing. Raises what torch raises."""
+    """Runs a forward and a backward pass with gradient checkpointing. Raises torch's errors."""
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -254,7 +253,7 @@ def _check_optim_args(args: GRPOConfig) -> None:
         raise ValueError(f"it does not read {', '.join(unread)} of trainer.optim_args={args.optim_args!r}")
 
 
-def _attention_problem(name: str, dtype: str, here: bool) -> str:
+def _attention_problem(name: str, dtype: str, on_this_machine: bool) -> str:
     """Tries an attention implementation with a forward and a backward pass of a one-layer model. If the run's
     GPUs are on another machine, only checks that the package is installed. Returns the problem; empty if
     there is none."""
@@ -265,7 +264,7 @@ def _attention_problem(name: str, dtype: str, here: bool) -> str:
     try:
         if name.startswith("paged|"):
             raise ValueError("it generates, and does not train")
-        if here or torch.cuda.is_available():
+        if on_this_machine or torch.cuda.is_available():
             _try_attention(name, dtype)
         else:
             _find_attention(name)
@@ -278,8 +277,7 @@ def _attention_problem(name: str, dtype: str, here: bool) -> str:
 
 
 def _try_attention(name: str, dtype: str) -> None:
-    """Runs a forward and a backward pass with an attention implementation. Raises what the libraries
-    raise."""
+    """Runs a forward and a backward pass with an attention implementation. Raises the libraries' errors."""
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
 

@@ -76,12 +76,12 @@ class Plays:
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
-        self.asked: list[tuple[Any, ...]] = []
+        self.calls: list[tuple[Any, ...]] = []
         self.written: dict[str, list[Any]] = {}
 
     def play(self, keys, step, temperature, held_out):
         self.trainer.happened.append("play")
-        self.asked.append((list(keys), step, temperature, held_out, self.trainer.engine_has))
+        self.calls.append((list(keys), step, temperature, held_out, self.trainer.engine_has))
         tasks = {task.key: task for some in HELD_OUT.values() for task in some}
         return [
             Completed(Rollout(tasks[key], [Turn([1], [2, 3], [-0.1, -0.1])], float(i % 3 == 0), []))
@@ -110,7 +110,7 @@ def test_held_out_tasks_are_played_with_the_policys_weights_of_that_step():
     one, trainer, plays, recorder = evaluation()
     metrics = one.run(4)
     assert trainer.happened == ["sync", "play", "log"]
-    [(keys, step, distribution, held_out, engine_has)] = plays.asked
+    [(keys, step, distribution, held_out, engine_has)] = plays.calls
     assert keys == [task.key for some in HELD_OUT.values() for task in some]
     assert (step, distribution.temperature, held_out, engine_has) == (4, 0.8, True, 4)
     assert plays.written.keys() == {"eval-000004"} and len(plays.written["eval-000004"]) == 6
@@ -124,7 +124,7 @@ def test_held_out_tasks_are_played_with_the_policys_weights_of_that_step():
 def test_how_many_held_out_tasks_and_how_warm_is_the_configurations_to_say():
     one, _, plays, _ = evaluation(num_tasks=1, temperature=0.0)
     one.run(0)
-    [(keys, _, distribution, _, _)] = plays.asked
+    [(keys, _, distribution, _, _)] = plays.calls
     assert keys == ["maze/validation/0", "sudoku/validation/0"] and distribution.temperature == 0.0
 
 
@@ -134,10 +134,10 @@ def test_evaluations_come_every_so_many_steps_and_not_after_the_last_which_has_i
         control = TrainerControl(should_log=step % 3 == 0)
         one.on_step_end(None, state(step, max_steps=6), control)
         assert control.should_log == (step % 3 == 0), "the step's own log entry is still due"
-    assert [step for _, step, *_ in plays.asked] == [2, 4]
+    assert [step for _, step, *_ in plays.calls] == [2, 4]
     never, _, plays, _ = evaluation(every_steps=0)
     never.on_step_end(None, state(2), TrainerControl())
-    assert plays.asked == []
+    assert plays.calls == []
 
 
 def test_a_steps_log_entry_is_still_due_where_the_evaluations_own_has_taken_it_back():

@@ -111,16 +111,16 @@ def test_a_run_that_goes_on_is_where_it_was_also_with_other_ranks(batch, uses, s
 
 def test_too_few_tasks_end_a_run_before_its_directory_is_taken(tmp_path, monkeypatch):
     """What the configuration says, before NeMo Gym is asked for; else right after the tasks are there."""
-    asked: list[str] = []
+    steps: list[str] = []
     tasks = [Task(f"e/train/{n}", "e", "x", {}) for n in range(3)]
     monkeypatch.setattr(arguments, "check", lambda *_: None)
-    monkeypatch.setattr(install, "ensure_python", lambda *_: asked.append("python"))
+    monkeypatch.setattr(install, "ensure_python", lambda *_: steps.append("python"))
     monkeypatch.setattr(install, "site_packages", lambda *_: tmp_path)
     monkeypatch.setattr(prepare, "prepare", lambda *_: Prepared(tasks, {"e": []}, {}))
     for made, known in ((config(3, **SIXTEEN), []), (config(None, {"e": None}, **SIXTEEN), ["python"])):
         with pytest.raises(ConfigError, match=r"at least 16, .*, got 3"):
             train(made, [], tmp_path / "run")
-        assert asked == known and not (tmp_path / "run").exists()
+        assert steps == known and not (tmp_path / "run").exists()
 
 
 def test_a_sweep_says_so_of_a_job_but_leaves_a_trials_batch_to_its_study():

@@ -231,13 +231,13 @@ def test_a_run_that_goes_on_from_its_last_checkpoint_trains_no_step_more(build, 
 
 
 def test_training_begins_at_the_checkpoint_and_its_clock_anew(build, monkeypatch):
-    asked = []
-    monkeypatch.setattr("trl.GRPOTrainer.train", lambda self, **options: asked.append(options))
+    calls = []
+    monkeypatch.setattr("trl.GRPOTrainer.train", lambda self, **options: calls.append(options))
     trainer = build()
     trainer._seconds["sync"] = 5.0
     trainer.train_from(None)
     assert trainer._seconds["sync"] == 0.0
-    assert asked == [{"resume_from_checkpoint": None}]
+    assert calls == [{"resume_from_checkpoint": None}]
 
 
 @pytest.mark.parametrize("training", [True, False])
