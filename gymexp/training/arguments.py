@@ -55,9 +55,8 @@ def problems(configs: Sequence[RunConfig], cache: Path, on_this_machine: bool = 
     """
     reasons = [_static_problems(config) for config in configs]
     questions: dict[Path, dict[str, Any]] = {}
-    pending: list[
-        tuple[int, str, Path]
-    ] = []  # index of the config, prefix of its message, file of the verdict
+    # Each entry has the index of the config, the prefix of its message, and the file of its verdict.
+    pending: list[tuple[int, str, Path]] = []
     machine = [on_this_machine, _installed_packages(), _gpus(), _rules_digest()]
     for index, config in enumerate(configs):
         for prefix, trainer in [] if reasons[index] else _trainers(config):

@@ -43,9 +43,8 @@ class MetricsFile(TrainerCallback):
     def __init__(self, path: Path, from_step: int) -> None:
         """from_step: the step of the checkpoint that the run resumes from, 0 without a checkpoint."""
         self._path = path
-        if (
-            path.exists()
-        ):  # A resumed run repeats the steps after its checkpoint, so their entries are dropped.
+        if path.exists():
+            # A resumed run repeats the steps after its checkpoint, so their entries are dropped.
             kept = [entry for entry in read_lines(path) if entry["step"] <= from_step]
             replace_file(path, "".join(f"{json.dumps(entry)}\n" for entry in kept))
 

@@ -1,5 +1,4 @@
-"""The engine as the trainer uses it: it samples within a `with` block, from a known version of the
-weights."""
+"""The engine as the trainer uses it: it samples within a `with` block, with a known version of weights."""
 
 from __future__ import annotations
 
@@ -157,9 +156,8 @@ def join_servers(
     own_vllm = services.engine == "vllm" and not config.engine.urls
     replicas = Replicas(services.engine_urls, on_cpu=own_vllm and device.type == "cpu")
     replicas.wait_healthy(config.engine.start_timeout_s, stop_requested)
-    first_version = (
-        None if config.engine.urls else 0
-    )  # Servers that gymexp did not start may have any weights.
+    # Servers that gymexp did not start may have any weights.
+    first_version = None if config.engine.urls else 0
     directory = run.path / "weights-again"  # for the weights of a replica that is back
     admission = Admission(services.gateway_url, keys.required(keys.RUN), PHASE_TIMEOUT_S)
     sync = WeightSync(replicas, transfer, admission, directory, services.shared, first_version)

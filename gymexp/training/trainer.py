@@ -140,8 +140,8 @@ class PolicyTrainer(GRPOTrainer):
         self._last_loaded_step = -1
 
     def sync_weights(self) -> None:
-        """Sends the current weights to the engine, unless it has them. Every rank must call this method,
-        because gathering a sharded parameter is a collective operation."""
+        """Sends the current weights to the engine, unless it still has them. Every rank must call this
+        method, because gathering a sharded parameter is a collective operation."""
         step = self.state.global_step
         if not self.use_vllm or (step == self._engine_version and not self._engine.shared):
             return
@@ -154,7 +154,7 @@ class PolicyTrainer(GRPOTrainer):
             self._engine.sync.update(step, self._tensor_specs, self.named_weights())
         else:
             for _ in self.named_weights():
-                pass
+                pass  # This rank only takes part in gathering the parameters.
         self._engine_version = step
         self._seconds["sync"] += time.monotonic() - began
 
