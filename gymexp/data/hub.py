@@ -150,13 +150,13 @@ def _failure_message(
     at, why = f"env.{name}.data", reason(error, "dataset")
     lines = [
         f"{at}.repo_id: cannot get {file} of {data.repo_id} (revision {revision}): {why}",
-        f"  requested: {url}",
+        f"  tried: {url}",
     ]
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
     if status in (401, 403) or isinstance(error, RepositoryNotFoundError):
         note = "the one given was sent" if get_token() else "none was given"
         lines.append(f"  a token is taken from HF_TOKEN; {note}")
-    lines.append("Ways on:")
+    lines.append("What you can do:")
     if data.generator:
         lines.append(f"  {at}.source=generate    makes the tasks on this machine, without network")
     lines.append(f"  {at}.source=jsonl {at}.train_file=… {at}.validation_file=…    takes your own files")

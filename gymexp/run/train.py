@@ -64,9 +64,9 @@ def train(
     site = site_packages(python)
     if run is None:
         prepared = prepare(config, python, cache_dir(), view.say)
-        planned = schedule.plan(config, placement.num_ranks, prepared.train)
-        view.say(schedule.told(planned, len(prepared.train)))
-        prepared.summary["training"] = planned
+        training_plan = schedule.plan(config, placement.num_ranks, prepared.train)
+        view.say(schedule.describe(training_plan, len(prepared.train)))
+        prepared.summary["training"] = training_plan
         config = dataclasses.replace(config, model=snapshot.pin(config.model, view.say))
         inspection.check(config.model, prepared, cache_dir())
         first_prompts.check(config.model, prepared, cache_dir())

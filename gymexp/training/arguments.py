@@ -1,8 +1,8 @@
-"""`trainer.*` and TRL's GRPOConfig: checked before anything starts, and built in the trainer.
+"""The check of `trainer.*` before anything starts, and TRL's GRPOConfig built from it in the trainer.
 
-TRL's constructor is the schema. Unknown names are found without importing TRL, by reading its source, and
-what gymexp refuses by a table (`fields`); the other values are tried out in a process of its own (`verdict`),
-whose good verdict is kept for the same values, packages and GPUs.
+TRL's constructor is the schema. Unknown names are found by reading TRL's source, without importing it. A
+table (`fields`) names the values that gymexp refuses. A separate process tries out the other values
+(`verdict`); a good verdict is cached for the same values, packages and GPUs.
 """
 
 from __future__ import annotations
@@ -33,57 +33,63 @@ from gymexp.training import fields, sharding, tracker
 if TYPE_CHECKING:
     from trl.trainer.grpo_config import GRPOConfig
 
-_CHECK_TIMEOUT_S = 600  # 15 s of work, on a machine that may be busy
+_CHECK_TIMEOUT_S = 600  # The check takes 15 s, and longer on a busy machine.
 _MOST_COMBINATIONS = 64
 
 
 def check(config: RunConfig, cache: Path) -> None:
-    """Raises ConfigError if a run on this machine could not be as `trainer.*` and `model.attn_implementation`
-    say. Under a second if these values passed before."""
-    (problem,) = problems([config], cache, here=True)
+    """Raises ConfigError if `trainer.*` or `model.attn_implementation` cannot work in a run on this machine.
+
+    Takes less than a second for values that passed before.
+    """
+    (problem,) = problems([config], cache, on_this_machine=True)
     if problem:
         raise ConfigError(problem)
 
 
-def problems(configs: Sequence[RunConfig], cache: Path, here: bool = False) -> list[str]:
-    """Why each config's `trainer.*` or `model.attn_implementation` would not do, empty where they would. TRL
-    is imported once for all, and not at all for values that passed before. here: the runs are this machine's;
-    elsewhere there may be GPUs that this one has not."""
-    told = [_named_problems(config) for config in configs]
-    asked: dict[Path, dict[str, Any]] = {}
-    verdicts: list[tuple[int, str, Path]] = []
-    machine = [here, _installed(), _gpus(), _rules_read()]
+def problems(configs: Sequence[RunConfig], cache: Path, on_this_machine: bool = False) -> list[str]:
+    """Returns, for each config, why its `trainer.*` or `model.attn_implementation` cannot work; empty if both
+    can. Imports TRL once for all configs, and not at all for values that passed before.
+
+    on_this_machine: whether the runs are to start on this machine; another one may have other GPUs.
+    """
+    reasons = [_static_problems(config) for config in configs]
+    questions: dict[Path, dict[str, Any]] = {}
+    # Each entry has the index of the config, the prefix of its message, and the file of its verdict.
+    pending: list[tuple[int, str, Path]] = []
+    machine = [on_this_machine, _installed_packages(), _gpus(), _rules_digest()]
     for index, config in enumerate(configs):
-        for tried, trainer in [] if told[index] else _trainers(config):
-            if wrong := "\n".join(fields.problems(trainer)) or _group_problem(trainer):
-                told[index] = tried + wrong
+        for prefix, trainer in [] if reasons[index] else _trainers(config):
+            if problem := "\n".join(fields.problems(trainer)) or _group_problem(trainer):
+                reasons[index] = prefix + problem
                 break
             question = {
                 "trainer": trainer,
                 "dtype": config.model.dtype,
                 "attn_implementation": config.model.attn_implementation,
-                "here": here,
+                "here": on_this_machine,
             }
-            facts = json.dumps([question, machine, _files(trainer)], sort_keys=True)
+            facts = json.dumps([question, machine, _referenced_files(trainer)], sort_keys=True)
             verdict = cache / "arguments" / hashlib.sha256(facts.encode()).hexdigest()[:24]
             if not verdict.exists():
-                verdicts.append((index, tried, verdict))
-                asked[verdict] = question
-    verdicts = [one for one in verdicts if not told[one[0]]]
-    if asked := {verdict: asked[verdict] for _, _, verdict in verdicts}:
-        answers = dict(zip(asked, _ask_verdicts(list(asked.values())), strict=True))
-        for index, tried, verdict in verdicts:
-            if wrong := answers[verdict]:
-                told[index] = told[index] or tried + wrong
+                pending.append((index, prefix, verdict))
+                questions[verdict] = question
+    pending = [entry for entry in pending if not reasons[entry[0]]]
+    if questions := {verdict: questions[verdict] for _, _, verdict in pending}:
+        answers = dict(zip(questions, _request_verdicts(list(questions.values())), strict=True))
+        for index, prefix, verdict in pending:
+            if problem := answers[verdict]:
+                reasons[index] = reasons[index] or prefix + problem
             else:
-                with contextlib.suppress(OSError):  # the next run asks again, then
+                # If the cache cannot be written, the next run requests the verdict again.
+                with contextlib.suppress(OSError):
                     verdict.parent.mkdir(parents=True, exist_ok=True)
                     verdict.touch()
-    return told
+    return reasons
 
 
-def _installed() -> list[str]:
-    """Every package that Python finds, with its version."""
+def _installed_packages() -> list[str]:
+    """Returns the metadata directory's name, which has the version, of every package on Python's path."""
     places = [Path(place) for place in dict.fromkeys(sys.path) if place]
     return sorted(
         entry.name
@@ -95,93 +101,95 @@ def _installed() -> list[str]:
 
 
 def _gpus() -> list[str | None]:
-    """This machine's GPUs as the driver describes them, and which of them may be used."""
-    found = sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
-    return [*(path.read_text() for path in found), os.environ.get("CUDA_VISIBLE_DEVICES")]
+    """Returns the driver's description of each GPU of this machine, and CUDA_VISIBLE_DEVICES last."""
+    files = sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
+    return [*(path.read_text() for path in files), os.environ.get("CUDA_VISIBLE_DEVICES")]
 
 
-def _files(trainer: dict[str, Any]) -> list[str]:
-    """What stands in the files that are named in place of keys."""
+def _referenced_files(trainer: dict[str, Any]) -> list[str]:
+    """Returns the contents of the files that `deepspeed` and `fsdp_config` name, if they name files."""
     paths = [
-        Path(named) for name in ("deepspeed", "fsdp_config") if isinstance(named := trainer.get(name), str)
+        Path(file) for name in ("deepspeed", "fsdp_config") if isinstance(file := trainer.get(name), str)
     ]
     return [path.read_text() for path in paths if path.is_file()]
 
 
-def _rules_read() -> str:
-    """A digest of what judges the values: a verdict is not kept longer than its judge."""
+def _rules_digest() -> str:
+    """Returns a digest of the modules that judge the values: if one changes, cached verdicts are void."""
     judges = (Path(__file__).with_name(name) for name in ("verdict.py", "arguments.py", "sharding.py"))
     return hashlib.sha256(b"".join(judge.read_bytes() for judge in judges)).hexdigest()
 
 
 def _trainers(config: RunConfig) -> Iterator[tuple[str, dict[str, Any]]]:
-    """`trainer.*` as it is, or as a study may make it, with what to say of each: ranges' ends and choices, in
-    every combination where they are few."""
-    tried = {
+    """Yields each `trainer.*` to check, with the prefix of its error message: the run's own, or those that a
+    study may try. A study's values are the ends of ranges and all choices, in every combination unless there
+    are more than `_MOST_COMBINATIONS`."""
+    candidates = {
         key.removeprefix("trainer."): ends(space)
         for key, space in flat(config.search.params).items()
         if key.startswith("trainer.")
     }
-    if config.search.trial is None or not tried:
+    if config.search.trial is None or not candidates:
         yield "", config.trainer
-    if not tried:
+    if not candidates:
         return
-    pairs = [[(key, value) for value in values] for key, values in tried.items()]
-    some = (
+    pairs = [[(key, value) for value in values] for key, values in candidates.items()]
+    combinations = (
         product(*pairs)
         if math.prod(map(len, pairs)) <= _MOST_COMBINATIONS
         else ([p] for ps in pairs for p in ps)
     )
-    for combination in some:
+    for combination in combinations:
         cfg = OmegaConf.create(config.trainer)
         for key, value in combination:
             OmegaConf.update(cfg, key, value)
-        said = ", ".join(f"trainer.{key}={value}" for key, value in combination)
+        values = ", ".join(f"trainer.{key}={value}" for key, value in combination)
         trainer: Any = OmegaConf.to_container(cfg)
-        yield f"search.params allow {said}: ", trainer
+        yield f"search.params allow {values}: ", trainer
 
 
-def _named_problems(config: RunConfig) -> str:
-    """What is seen without TRL's import."""
+def _static_problems(config: RunConfig) -> str:
+    """Returns the problems that need no import of TRL, one a line: unknown names, refused values, missing
+    packages and files."""
     known = grpo_arguments.names()
-    found = []
+    messages = []
     searched = dict.fromkeys(config.search.params.get("trainer", {}))
     for name in searched | config.trainer:
         if name not in known:
-            found.append(
+            messages.append(
                 f"trainer.{name} is not an argument of trl.GRPOConfig"
                 f"{suggestion(name, sorted(known), 'trainer.')}"
             )
-    found.extend(fields.problems({n: None for n in searched if n in fields.OWNED} | config.trainer))
+    messages.extend(fields.problems({n: None for n in searched if n in fields.OWNED} | config.trainer))
     for name in ("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"):
         if config.trainer.get(name) is not None and config.tracker.kind != "trackio":
-            found.append(f"trainer.{name} is for tracker=trackio, got tracker.kind={config.tracker.kind}")
+            messages.append(f"trainer.{name} is for tracker=trackio, got tracker.kind={config.tracker.kind}")
     if config.trainer.get("deepspeed") and not importlib.util.find_spec("deepspeed"):
-        found.append(
+        messages.append(
             "trainer.deepspeed needs a package that is not installed: pip install 'gymexp[deepspeed]'"
         )
     if isinstance(file := config.trainer.get("deepspeed"), str) and not Path(file).is_file():
-        found.append(
+        messages.append(
             "trainer.deepspeed must be DeepSpeed's configuration, as keys "
             f"(trainer.deepspeed.zero_optimization.stage=3) or in a JSON file, got {file!r}"
         )
     if (kind := config.tracker.kind) != "none" and not importlib.util.find_spec(kind):
-        found.append(f"tracker.kind={kind} needs a package that is not installed: pip install {kind}")
+        messages.append(f"tracker.kind={kind} needs a package that is not installed: pip install {kind}")
     else:
-        found.extend(tracker.problems(config.tracker))
+        messages.extend(tracker.problems(config.tracker))
     if config.search.trial is not None and not importlib.util.find_spec("optuna"):
-        found.append("search needs a package that is not installed: pip install 'gymexp[optuna]'")
-    return "\n".join(found)
+        messages.append("search needs a package that is not installed: pip install 'gymexp[optuna]'")
+    return "\n".join(messages)
 
 
-def _ask_verdicts(questions: list[dict[str, Any]]) -> list[str]:
-    """The answer of `verdict` to each question."""
+def _request_verdicts(questions: list[dict[str, Any]]) -> list[str]:
+    """Runs `verdict` in a process of its own and returns its answer to each question: a problem, or empty."""
     task = "trainer: trying out its values"
     return call_module(["gymexp.training.verdict"], task, _CHECK_TIMEOUT_S, stdin=questions)
 
 
 def build(config: RunConfig, output_dir: Path, run_name: str) -> GRPOConfig:
-    """TRL's arguments for this run (imports torch). run_name: what trackers call it."""
+    """Builds TRL's arguments for a run; imports torch. run_name: the run's name in trackers."""
     tracker = config.tracker
     return construct(
         config.trainer,
@@ -195,7 +203,10 @@ def build(config: RunConfig, output_dir: Path, run_name: str) -> GRPOConfig:
 
 
 def construct(trainer: dict[str, Any], dtype: str, **more: Any) -> GRPOConfig:
-    """GRPOConfig with what gymexp sets. Raises TypeError, ValueError."""
+    """Builds a GRPOConfig from `trainer.*`, `more` and the arguments that gymexp sets itself.
+
+    Raises TypeError or ValueError if GRPOConfig refuses a name or a value.
+    """
     import torch
     from trl.trainer.grpo_config import GRPOConfig
 
@@ -214,13 +225,14 @@ def construct(trainer: dict[str, Any], dtype: str, **more: Any) -> GRPOConfig:
 
 
 def _group_problem(trainer: dict[str, Any]) -> str:
-    """TRL's rule for whole groups, said with the keys to change (for one training process)."""
+    """Returns how the batch breaks TRL's rule of whole groups, with the keys to change; empty if it does not.
+    Counts the rollouts of one training process."""
     per_device = value_of(trainer, "per_device_train_batch_size")
     steps = value_of(trainer, "steps_per_generation") or value_of(trainer, "gradient_accumulation_steps")
     generations = value_of(trainer, "num_generations")
     batch = value_of(trainer, "generation_batch_size") or per_device * steps
     if not all(isinstance(n, int) and n > 0 for n in (batch, generations)):
-        return ""  # TRL's constructor says which
+        return ""  # TRL's constructor names the wrong value.
     if generations < 2:
         return f"trainer.num_generations must be >= 2 for a group to have a baseline, got {generations}"
     if batch % generations:

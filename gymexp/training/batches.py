@@ -1,5 +1,5 @@
-"""The trainer's way through the training order: its sampler, the epochs it counts, and what a checkpoint
-keeps of a generation that is trained on over several steps."""
+"""The order in which the trainer reads its tasks: the sampler, the count of epochs, and the part of a
+checkpoint that holds a generation batch on which later steps still train."""
 
 from __future__ import annotations
 
@@ -25,7 +25,11 @@ if TYPE_CHECKING:
 
 
 def build_schedule(args: GRPOConfig, num_tasks: int) -> Schedule:
-    """As `schedule.check` has found it before the run, with the training processes that there are."""
+    """Builds the schedule of a run from TRL's arguments, which know the number of training processes.
+
+    Raises ConfigError if one batch of rollouts takes more than `num_tasks` tasks. `schedule.check` finds this
+    before the run, but only for the number of processes that is known at that time.
+    """
     assert args.generation_batch_size and args.steps_per_generation and args.num_generations
     batch_tasks = args.generation_batch_size // args.num_generations
     if batch_tasks > num_tasks:
@@ -38,24 +42,26 @@ def build_schedule(args: GRPOConfig, num_tasks: int) -> Schedule:
 
 
 class TaskSampler(Sampler[int]):
-    """Indices of `tasks` for all of training. transformers takes it for one epoch, into which it skips on
-    resume: its own epochs leave out what does not fill a batch at their end.
+    """Yields the indices of `tasks` for the whole training.
 
-    A generation batch is repeated as TRL's RepeatSampler does: each task `num_generations` times in a row,
-    the whole once for every micro-batch that trains on it. Every rank reads the same indices and takes its
-    part of each batch.
+    transformers sees one epoch, and on resume it skips to the right place in that epoch. If transformers
+    counted the epochs itself, each would drop the tasks at its end that do not fill a batch.
+
+    The sampler repeats a generation batch as TRL's RepeatSampler does: each task `num_generations` times in a
+    row, and the whole batch once for every micro-batch that trains on it. Every rank reads the same indices
+    and takes its part of each batch.
     """
 
     def __init__(
         self, tasks: Sequence[Task], dataset: DatasetConfig, schedule: Schedule, args: GRPOConfig
     ) -> None:
-        """tasks: in the first epoch's order. args: of TRL, with `max_steps`."""
+        """tasks: in the order of the first epoch. args: TRL's arguments, with `max_steps` set."""
         assert args.steps_per_generation and args.num_generations
         self._schedule = schedule
         self._num_batches = max(1, schedule.num_batches(args.max_steps))
         self._num_generations = args.num_generations
         self._repeats = args.steps_per_generation * args.num_iterations
-        # A batch has no more tasks than an epoch, and so touches two at most.
+        # A batch has no more tasks than an epoch, so its tasks come from two epochs at most.
         order = partial(epoch_order, tasks, order=dataset.order, seed=dataset.seed)
         self._epoch = lru_cache(maxsize=2)(order)
 
@@ -72,12 +78,13 @@ class TaskSampler(Sampler[int]):
         return self._num_batches * self._schedule.batch_tasks * self._num_generations * self._repeats
 
     def _at(self, position: int) -> int:
-        epoch, place = divmod(position, self._schedule.num_tasks)
-        return self._epoch(epoch)[place]
+        epoch, index = divmod(position, self._schedule.num_tasks)
+        return self._epoch(epoch)[index]
 
 
 class Epochs(TrainerCallback):
-    """Counts epochs in tasks, as transformers sees one epoch only; logs and saves at their ends if asked."""
+    """Counts epochs by tasks played, because transformers sees one epoch only. Requests a log entry and a
+    checkpoint at the end of each epoch if `logging_strategy` and `save_strategy` are "epoch"."""
 
     def __init__(self, schedule: Callable[[], Schedule]) -> None:
         self._schedule = schedule
@@ -86,24 +93,27 @@ class Epochs(TrainerCallback):
         schedule = self._schedule()
         state.epoch = schedule.epoch(state.global_step)
         ended = int(state.epoch) > int(schedule.epoch(state.global_step - 1))
-        if ended and state.global_step < state.max_steps:  # transformers does so at the end of training
+        if (
+            ended and state.global_step < state.max_steps
+        ):  # At the last step transformers logs and saves itself.
             control.should_save |= args.save_strategy == "epoch"
             control.should_log |= args.logging_strategy == "epoch"
 
 
 def read_epoch(checkpoint: Path) -> float:
-    """The epoch that a checkpoint stands in, as transformers counts."""
+    """Returns the epoch, with its fraction, that a checkpoint's trainer_state.json names."""
     return json.loads((checkpoint / "trainer_state.json").read_text())["epoch"]
 
 
 def save_generation(checkpoint: Path, rank: int, buffered: Any) -> None:
-    """This rank's part of a generation that later steps still train on."""
+    """Writes this rank's part of a generation batch on which later steps still train to
+    `generation-<rank>.pt`."""
     torch.save(buffered, checkpoint / f"generation-{rank}.pt")
 
 
-def go_on_in_generation(trainer: Any, checkpoint: Path, step: int) -> None:
-    """Let TRL's trainer go on after `step` steps as if it had not ended: with its count of micro-batches,
-    which says when to generate, and with what it trains on until then."""
+def resume_generation(trainer: Any, checkpoint: Path, step: int) -> None:
+    """Puts TRL's trainer into the state that it had after `step` steps: its count of micro-batches, which
+    decides when it generates, and the generation batch that it trains on until then."""
     args = trainer.args
     trainer._step = step * args.gradient_accumulation_steps
     trainer._buffered_inputs = load_generation(
@@ -112,7 +122,10 @@ def go_on_in_generation(trainer: Any, checkpoint: Path, step: int) -> None:
 
 
 def load_generation(checkpoint: Path, rank: int, num_ranks: int, device: torch.device) -> Any:
-    """What `save_generation` wrote; None where the checkpoint ends a generation."""
+    """Returns what `save_generation` wrote for this rank; None if the checkpoint ends a generation batch.
+
+    Raises RunDirectoryError if the checkpoint was written by another number of ranks.
+    """
     parts = list(checkpoint.glob("generation-*.pt"))
     if not parts:
         return None

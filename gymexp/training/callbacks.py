@@ -1,5 +1,5 @@
-"""What happens beside the steps: metrics written, progress told, held-out tasks played, an asked-for end
-obeyed."""
+"""The trainer's callbacks: they write metrics, report progress to the controller, play held-out tasks, and
+end training when a stop is requested."""
 
 from __future__ import annotations
 
@@ -33,15 +33,18 @@ if TYPE_CHECKING:
     from gymexp.record.study import Judge
     from gymexp.training.trainer import PolicyTrainer
 
-_UNTOLD_ENTRIES = 1000
+_MAX_UNSENT_ENTRIES = 1000
 
 
 class MetricsFile(TrainerCallback):
-    """`metrics.jsonl`: one object a log entry, with `step` and the wall clock. Main process only."""
+    """Writes `metrics.jsonl`: one object a log entry, with `step` and the wall-clock `time` in seconds. Only
+    the main process has this callback."""
 
     def __init__(self, path: Path, from_step: int) -> None:
+        """from_step: the step of the checkpoint that the run resumes from, 0 without a checkpoint."""
         self._path = path
-        if path.exists():  # a resumed run takes back what it said after the checkpoint it goes on from
+        if path.exists():
+            # A resumed run repeats the steps after its checkpoint, so their entries are dropped.
             kept = [entry for entry in read_lines(path) if entry["step"] <= from_step]
             replace_file(path, "".join(f"{json.dumps(entry)}\n" for entry in kept))
 
@@ -51,36 +54,40 @@ class MetricsFile(TrainerCallback):
             append_line(self._path, {"step": state.global_step, "time": round(time.time(), 3)} | numbers)
 
 
-class Teller:
-    """Tells the controller what is going on: of facts the newest, of log entries each one. A controller that
-    does not answer is not waited for."""
+class ProgressReporter:
+    """Sends the run's progress to the controller from a thread of its own: the newest value of each fact, and
+    every log entry. Training never waits for a controller that does not answer."""
 
     def __init__(self, control_url: str | None) -> None:
+        """control_url: None on the other ranks, which report nothing."""
         self._url = control_url
         self._latest: dict[str, Any] = {}
-        self._entries: deque[dict[str, Any]] = deque(maxlen=_UNTOLD_ENTRIES)
+        self._entries: deque[dict[str, Any]] = deque(maxlen=_MAX_UNSENT_ENTRIES)
         self._numbers = itertools.count(1)
-        self._news = threading.Event()
+        self._has_news = threading.Event()
         if control_url:
-            threading.Thread(target=self._send, name="teller", daemon=True).start()
+            threading.Thread(target=self._send, name="progress", daemon=True).start()
 
-    def tell(self, **facts: Any) -> None:
+    def report(self, **facts: Any) -> None:
+        """Reports facts (`phase`, `step`, …), each of which replaces the earlier value of its name."""
         self._latest |= facts
-        self._news.set()
+        self._has_news.set()
 
-    def log(self, step: int, logs: Mapping[str, Any]) -> None:
+    def report_log(self, step: int, logs: Mapping[str, Any]) -> None:
+        """Reports one log entry of a step."""
         self._entries.append({"number": next(self._numbers), "step": step, "logs": dict(logs)})
-        self._news.set()
+        self._has_news.set()
 
     def close(self, timeout_s: float = 5.0) -> None:
-        """Wait until all log entries are told."""
+        """Waits until the controller has all log entries, or for `timeout_s`."""
         until = time.monotonic() + timeout_s
         while self._url and self._entries and time.monotonic() < until:
             time.sleep(0.02)
 
-    def progress(self, progress: Progress) -> None:
+    def report_collection(self, progress: Progress) -> None:
+        """Reports how far a collection of rollouts is."""
         seconds = time.monotonic() - progress.began
-        self.tell(
+        self.report(
             total=progress.total,
             done=progress.done,
             in_flight=progress.in_flight,
@@ -91,8 +98,8 @@ class Teller:
 
     def _send(self) -> None:
         while True:
-            self._news.wait()
-            self._news.clear()
+            self._has_news.wait()
+            self._has_news.clear()
             entries = list(self._entries)
             body = json.dumps(self._latest | {"entries": entries}).encode()
             try:
@@ -102,64 +109,65 @@ class Teller:
                     self._entries.popleft()
             except OSError:
                 time.sleep(1.0)
-                self._news.set()
+                self._has_news.set()
             time.sleep(0.2)
 
 
 class Steps(TrainerCallback):
-    """Tells where training is."""
+    """Reports each step of training and its log entries."""
 
-    def __init__(self, teller: Teller) -> None:
-        self._teller = teller
+    def __init__(self, reporter: ProgressReporter) -> None:
+        self._reporter = reporter
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._teller.tell(phase="train", step=state.global_step, max_steps=state.max_steps)
+        self._reporter.report(phase="train", step=state.global_step, max_steps=state.max_steps)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        shown = {k: _plain(v) for k, v in (logs or {}).items() if isinstance(v, int | float)}
-        self._teller.tell(step=state.global_step, max_steps=state.max_steps)
-        if shown:
-            self._teller.log(state.global_step, shown)
+        numbers = {k: _plain(v) for k, v in (logs or {}).items() if isinstance(v, int | float)}
+        self._reporter.report(step=state.global_step, max_steps=state.max_steps)
+        if numbers:
+            self._reporter.report_log(state.global_step, numbers)
 
 
 class Evaluation(TrainerCallback):
-    """Plays the held-out tasks with the policy as it is; `eval_<env>/reward` and so on."""
+    """Plays the held-out tasks with the current policy; its metrics are `eval_<env>/reward` and so on."""
 
     def __init__(
         self,
         config: RunConfig,
         prepared: Prepared,
         rollouts: Rollouts,
-        teller: Teller,
+        reporter: ProgressReporter,
         judge: Judge | None = None,
     ) -> None:
-        """judge: the study's, of a run that is a trial; on the first rank alone."""
+        """judge: decides whether the study prunes this run; given on the first rank of a trial only."""
         self._config = config
         self._judge = judge
         limit = config.evaluation.num_tasks
         self._keys = [task.key for tasks in prepared.validation.values() for task in tasks[:limit]]
         self._rollouts = rollouts
-        self._teller = teller
-        self.trainer: PolicyTrainer  # set when there is one: it is built with its callbacks
-        self.newest: dict[str, float] = {}  # what was measured last
-        self.pruned: str | None = None  # why the study has no more use for this trial
+        self._reporter = reporter
+        self.trainer: PolicyTrainer  # Must be set before training starts.
+        self.newest: dict[str, float] = {}  # metrics of the last evaluation
+        self.pruned: str | None = None  # the reason why the study prunes this trial
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         every = self._config.evaluation.every_steps
         if every and state.global_step % every == 0 and state.global_step < state.max_steps:
-            asked_to_log = control.should_log
+            should_log = control.should_log
             metrics = self.run(state.global_step)
-            control.should_log = asked_to_log  # its own log entry has taken this back, and the step's is due
+            # The evaluation's log entry reset the flag, but the step's own entry is still due.
+            control.should_log = should_log
             if self._judge:
                 self.pruned = self._judge.report(state.global_step, by_env(metrics, held_out=True))
 
     def run(self, step: int) -> dict[str, float]:
-        """The metrics, on every rank; the first one plays."""
+        """Plays the held-out tasks on the first rank, logs the metrics, and returns them on every rank."""
         trainer = self.trainer
         trainer.sync_weights()
 
         def play() -> dict[str, float]:
-            self._teller.tell(phase="evaluate", step=step)
+            self._reporter.report(phase="evaluate", step=step)
             began = time.monotonic()
             distribution = held_out_distribution(self._config.evaluation, trainer.grpo.temperature)
             outcomes = self._rollouts.play(self._keys, step, distribution, held_out=True)
@@ -174,7 +182,8 @@ class Evaluation(TrainerCallback):
 
 
 def held_out_distribution(evaluation: EvaluationConfig, temperature: float) -> Distribution:
-    """What an evaluation samples from. temperature: of training, where the evaluation names none."""
+    """Returns the sampling distribution of an evaluation. temperature: training's temperature, which is used
+    if `evaluation.temperature` is not set."""
     return Distribution(
         temperature=temperature if evaluation.temperature is None else evaluation.temperature,
         top_p=evaluation.top_p,
@@ -184,22 +193,23 @@ def held_out_distribution(evaluation: EvaluationConfig, temperature: float) -> D
     )
 
 
-class EndWhenAsked(TrainerCallback):
-    """Ends training after the step in progress once `asked` says so on any rank: all end after the same
-    step."""
+class StopOnRequest(TrainerCallback):
+    """Ends training after the step in progress if `stop_requested` returns True on any rank. All ranks end
+    after the same step."""
 
-    def __init__(self, asked: Callable[[], bool]) -> None:
-        self._asked = asked
-        self.trainer: PolicyTrainer  # as in Evaluation
+    def __init__(self, stop_requested: Callable[[], bool]) -> None:
+        self._stop_requested = stop_requested
+        self.trainer: PolicyTrainer  # Must be set before training starts.
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         accelerator = self.trainer.accelerator
-        asked = torch.tensor(float(self._asked()), device=accelerator.device)
+        requests = torch.tensor(float(self._stop_requested()), device=accelerator.device)
         if accelerator.num_processes > 1:
-            asked = accelerator.reduce(asked, reduction="sum")
-        if asked.item() > 0:  # pyright: ignore[reportAttributeAccessIssue]
+            requests = accelerator.reduce(requests, reduction="sum")
+        if requests.item() > 0:  # pyright: ignore[reportAttributeAccessIssue]
             self.trainer.stopped = control.should_training_stop = True
 
 
 def _plain(value: Any) -> Any:
+    """Returns None for NaN and infinities, which JSON does not have, and any other value unchanged."""
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,8 +1,8 @@
-"""Checkpoints that are whole or not there: a manifest is written last, and only what it vouches for is
-resumed from.
+"""Checkpoints with a manifest. The manifest is written last, and a run resumes only from a checkpoint whose
+files match it.
 
-complete.json: {file: [bytes, xxh3_128 of its content]}. Sizes are looked at where that is enough; the content
-is read before a run goes on from it. Runs made before hashes were kept have {file: bytes}.
+complete.json: {file: [bytes, xxh3_128 of its content]}. Most checks compare sizes only; the content is read
+before a run resumes from a checkpoint. Runs from before hashes were kept have {file: bytes}.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ from gymexp.record.metric_names import name_of
 log = logging.getLogger(__name__)
 _MANIFEST = "complete.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
-# Names of no checkpoint: a deletion that is cut short leaves none, and what is damaged is in nobody's way.
-_CONDEMNED, _DAMAGED = "deleting-", "damaged-"
+# A directory with one of these prefixes does not count as a checkpoint. So an interrupted deletion leaves no
+# half checkpoint, and a damaged one does not block the step that is written again.
+_DELETING, _DAMAGED = "deleting-", "damaged-"
 _CHUNK_BYTES = 1 << 22
 
 
@@ -37,19 +38,22 @@ class CheckpointError(RunDirectoryError):
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step in a checkpoint's name."""
+    """Returns the step in a checkpoint's name."""
     return int(checkpoint.name.rsplit("-", 1)[-1])
 
 
 def all_of(checkpoints: Path) -> dict[int, Path]:
-    """By step, from the oldest. What has another name than a checkpoint's is none, and left alone."""
-    found = {p: _NAME.fullmatch(p.name) for p in checkpoints.glob("checkpoint-*") if p.is_dir()}
-    return dict(sorted((int(match[1]), path) for path, match in found.items() if match))
+    """Returns the checkpoint directories by step, oldest first, whole or not. Other names are ignored."""
+    matches = {p: _NAME.fullmatch(p.name) for p in checkpoints.glob("checkpoint-*") if p.is_dir()}
+    return dict(sorted((int(match[1]), path) for path, match in matches.items() if match))
 
 
 def seal(checkpoint: Path) -> None:
-    """Vouch for a checkpoint: every file with its size and hash, on disk before the manifest is, and the
-    manifest before an older checkpoint is deleted for it."""
+    """Writes the manifest of a finished checkpoint: the size and the hash of every file.
+
+    Every file is synced to disk before the manifest, and the manifest before this function returns, so that
+    no older checkpoint is deleted in favour of one that a power cut could still destroy.
+    """
     inside = sorted(checkpoint.rglob("*"))
     files = {}
     for path in (p for p in inside if p.is_file() and p.name != _MANIFEST):
@@ -73,20 +77,23 @@ def _sync(path: Path) -> None:
 
 
 def _hash(path: Path) -> str:
-    found = xxhash.xxh3_128()
+    digest = xxhash.xxh3_128()
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK_BYTES):
-            found.update(chunk)
-    return found.hexdigest()
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def whole(checkpoint: Path) -> bool:
-    """Whether every file is there in its size."""
+    """Returns whether a checkpoint has a manifest and every file has the size in it. Reads no content."""
     return not damage(checkpoint, read=False)
 
 
 def damage(checkpoint: Path, read: bool = True) -> str:
-    """What is not as it was sealed; empty of a whole checkpoint. read: look at the content too."""
+    """Returns how a checkpoint differs from its manifest; empty if it is whole.
+
+    read: also compare the hash of every file's content.
+    """
     try:
         files = json.loads((checkpoint / _MANIFEST).read_bytes())
     except FileNotFoundError:
@@ -94,13 +101,13 @@ def damage(checkpoint: Path, read: bool = True) -> str:
     except (OSError, ValueError):
         return f"its {_MANIFEST} is damaged"
     try:
-        for name, said in files.items():
-            size, digest = said if isinstance(said, list) else (said, None)
+        for name, entry in files.items():
+            size, digest = entry if isinstance(entry, list) else (entry, None)
             path = checkpoint / name
             if not path.is_file():
                 return f"its {name} is missing"
-            if (now := path.stat().st_size) != size:
-                return f"its {name} has {now} bytes of {size}"
+            if (actual_size := path.stat().st_size) != size:
+                return f"its {name} has {actual_size} bytes of {size}"
             if read and digest is not None and _hash(path) != digest:
                 return f"its {name} is damaged"
     except OSError as error:
@@ -111,34 +118,37 @@ def damage(checkpoint: Path, read: bool = True) -> str:
 
 
 def latest(checkpoints: Path, say: Callable[[str], None] = log.warning) -> Path | None:
-    """The newest checkpoint of which every byte is as it was written. None if none was ever finished.
+    """Returns the newest checkpoint in which every byte is as it was written; None if no checkpoint was ever
+    finished.
 
-    Says of each newer one what is wrong with it, and renames it: the run is to write that step's again.
-    Raises RunDirectoryError where checkpoints are damaged and none is whole: these keep their names.
+    Newer checkpoints that are not whole are reported by `say` and renamed, because the run will write their
+    steps again. Raises RunDirectoryError if a finished checkpoint is damaged and none is whole; the damaged
+    ones keep their names.
     """
-    wrong: dict[Path, str] = {}
+    broken: dict[Path, str] = {}
     for checkpoint in reversed(all_of(checkpoints).values()):
         if not (reason := damage(checkpoint)):
-            for bad, why in wrong.items():
-                _put_aside(bad)
-                say(f"{bad.name} is not whole, {why}: going back to {checkpoint.name}")
+            for newer, newer_reason in broken.items():
+                _put_aside(newer)
+                say(f"{newer.name} is not whole, {newer_reason}: going back to {checkpoint.name}")
             return checkpoint
-        wrong[checkpoint] = reason
-    if any((path / _MANIFEST).exists() for path in wrong):
-        reasons = "; ".join(f"{path.name}: {why}" for path, why in wrong.items())
+        broken[checkpoint] = reason
+    if any((path / _MANIFEST).exists() for path in broken):
+        reasons = "; ".join(f"{path.name}: {reason}" for path, reason in broken.items())
         raise RunDirectoryError(
             f"no checkpoint in {checkpoints} is whole ({reasons}): put back a copy of one, or begin anew in "
             "another output_dir"
         )
-    for unfinished in wrong:
+    for unfinished in broken:
         _put_aside(unfinished)
         say(f"{unfinished.name} was not finished, and there is none before it: training begins anew")
     return None
 
 
 def _put_aside(checkpoint: Path) -> None:
-    """Out of the way of the one that the run will write: for the next `prune` if it was never finished."""
-    prefix = _DAMAGED if (checkpoint / _MANIFEST).exists() else _CONDEMNED
+    """Renames a broken checkpoint, so that the run can write its step again. If it was never finished, the
+    next `prune` deletes it."""
+    prefix = _DAMAGED if (checkpoint / _MANIFEST).exists() else _DELETING
     number = 1
     while (target := checkpoint.with_name(f"{prefix}{checkpoint.name}.{number}")).exists():
         number += 1
@@ -146,24 +156,28 @@ def _put_aside(checkpoint: Path) -> None:
 
 
 def newest_step(checkpoints: Path) -> int | None:
-    """The step of the newest whole checkpoint; None without one."""
-    return max(_standing(all_of(checkpoints).items()), default=None)
+    """Returns the step of the newest whole checkpoint; None if there is no whole checkpoint."""
+    return max(_whole_steps(all_of(checkpoints).items()), default=None)
 
 
-def _standing(found: Iterable[tuple[int, Path]]) -> set[int]:
-    return {step for step, path in found if whole(path)}
+def _whole_steps(paths: Iterable[tuple[int, Path]]) -> set[int]:
+    return {step for step, path in paths if whole(path)}
 
 
 @contextlib.contextmanager
 def writing(checkpoint: Path):
-    """Seal what the block writes; on any failure remove it and say what is left."""
+    """Seals the checkpoint that the block writes. On any failure, removes it and raises CheckpointError with
+    the free space and the checkpoint from which the run can be resumed.
+
+    If the run directory itself is gone, raises the original error.
+    """
     try:
         yield
         seal(checkpoint)
     except Exception as error:
         shutil.rmtree(checkpoint, ignore_errors=True)
         if not checkpoint.parent.exists():
-            raise  # there is no run directory to go on in
+            raise  # Without a run directory there is nothing to resume.
         free = shutil.disk_usage(checkpoint.parent).free / 2**20
         before = [path.name for path in all_of(checkpoint.parent).values() if whole(path)]
         raise CheckpointError(
@@ -174,10 +188,10 @@ def writing(checkpoint: Path):
 
 
 def outdated(steps: Collection[int], scores: Mapping[int, float], policy: CheckpointConfig) -> set[int]:
-    """Which of `steps`, those of all whole checkpoints, the policy keeps no longer. Pure.
+    """Returns the steps whose checkpoints the policy no longer keeps. Pure.
 
-    scores: held-out reward by step; a step without one is no candidate for the best. Of equals the
-    newer stays.
+    steps: the steps of all whole checkpoints. scores: held-out reward by step; a step without a score cannot
+    be among the best. Of two equal scores the newer step counts as better.
     """
     if policy.keep_last is None:
         return set()
@@ -190,13 +204,13 @@ def outdated(steps: Collection[int], scores: Mapping[int, float], policy: Checkp
 
 
 def best(steps: Collection[int], scores: Mapping[int, float]) -> list[int]:
-    """The steps that have a score, from the highest; of equals the newer first."""
+    """Returns the steps that have a score, highest score first; of equal scores the newer step first."""
     return sorted((step for step in steps if step in scores), key=lambda s: (scores[s], s), reverse=True)
 
 
 def read_scores(metrics: Path, envs: Collection[str]) -> dict[int, float]:
-    """Held-out reward by step, the mean over `envs`, from metrics.jsonl; without the evaluations in which an
-    environment's rollouts all failed."""
+    """Returns the held-out reward by step, as the mean over `envs`, from metrics.jsonl. Evaluations in which
+    all rollouts of an environment failed have no score."""
     scores = {}
     for entry in read_lines(metrics):
         rewards = [entry.get(name_of(env, "reward", held_out=True)) for env in envs]
@@ -207,29 +221,30 @@ def read_scores(metrics: Path, envs: Collection[str]) -> dict[int, float]:
 
 
 def prune(checkpoints: Path, policy: CheckpointConfig, scores: Mapping[int, float]) -> None:
-    """Delete what the policy keeps no longer, and what was cut short while it was written or deleted, once a
-    newer checkpoint is whole. With `keep_best`, the link `best` says which one that is.
+    """Deletes the checkpoints that the policy no longer keeps, the remains of interrupted deletions, and
+    unfinished checkpoints that are older than a whole one. With `keep_best`, points the link `best` to the
+    best checkpoint.
 
-    What cannot be deleted is warned of, and tried again the next time.
+    A checkpoint that cannot be deleted causes a warning; the next call tries it again.
     """
-    found = all_of(checkpoints)
-    standing = _standing(found.items())
-    unwanted = outdated(standing, scores, policy)
-    # One whose manifest is there but does not fit was changed after it was whole: not ours to delete.
+    paths = all_of(checkpoints)
+    whole_steps = _whole_steps(paths.items())
+    unwanted = outdated(whole_steps, scores, policy)
+    # A checkpoint that differs from its manifest was changed after it was finished: it is not ours to delete.
     unwanted.update(
         step
-        for step, path in found.items()
-        if step < max(standing, default=0) and not (path / _MANIFEST).exists()
+        for step, path in paths.items()
+        if step < max(whole_steps, default=0) and not (path / _MANIFEST).exists()
     )
-    if policy.keep_best and (ranked := best(standing - unwanted, scores)):
+    if policy.keep_best and (ranked := best(whole_steps - unwanted, scores)):
         link = checkpoints / "best.part"
         link.unlink(missing_ok=True)
-        link.symlink_to(found[ranked[0]].name)
+        link.symlink_to(paths[ranked[0]].name)
         link.replace(checkpoints / "best")
     try:
         for step in sorted(unwanted):
-            found[step].rename(checkpoints / f"{_CONDEMNED}{step}")
-        for path in checkpoints.glob(f"{_CONDEMNED}*"):
+            paths[step].rename(checkpoints / f"{_DELETING}{step}")
+        for path in checkpoints.glob(f"{_DELETING}*"):
             shutil.rmtree(path)
     except OSError as error:
         log.warning("an old checkpoint could not be deleted: %s", error)

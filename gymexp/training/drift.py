@@ -1,8 +1,9 @@
-"""What trains the policy, checked at run time on some rollouts of every environment: numbers and draws.
+"""The run-time checks of the training data, on some rollouts of every environment: drift and draws.
 
-Drift is the difference between the engine's log-probabilities of its own tokens and the trainer's. It shows
-weights, templates or distributions that differ, and cannot show how tokens were drawn. For that, tokens are
-compared with those drawn at the same place elsewhere: shared seeds make more of them equal than chance does.
+Drift is the difference between the engine's and the trainer's log-probabilities of the sampled tokens. It
+shows that weights, templates or distributions differ, but not how the tokens were drawn. To check the draws,
+each token is compared with a counterpart: a token that was drawn at the same position of another turn or
+rollout. Draws with a shared seed equal their counterparts more often than chance allows.
 """
 
 from __future__ import annotations
@@ -24,20 +25,20 @@ from gymexp.rollout.tokens import flatten
 if TYPE_CHECKING:
     from gymexp.training.trainer import PolicyTrainer
 
-NUM_ROWS = 8  # of each rank's part of a batch
-# In nats, where rollout.max_drift is None. docs/results.md ("Drift") has what was measured.
+NUM_ROWS = 8  # rollouts that are checked of each rank's part of a batch
+# Bound by model.dtype, in nats, for rollout.max_drift=None. docs/results.md ("Drift") has the measurements.
 MAX_DRIFT = {"float32": 0.001, "bfloat16": 0.02, "float16": 0.02}
-_MOST_UNLIKELY = 1e-9
-_GOLDEN = (math.sqrt(5) - 1) / 2  # its multiples, modulo 1, stay far apart
+_MIN_PROBABILITY = 1e-9  # Draws that are less probable end the run.
+_GOLDEN = (math.sqrt(5) - 1) / 2  # Its multiples, modulo 1, are spread evenly.
 
 
 @dataclass(frozen=True)
 class Row:
-    """A rollout as the trainer's one sequence, with T completion tokens.
+    """A rollout as the one sequence that the trainer sees, with T completion tokens.
 
-    sampled (T): where the policy spoke. logprobs (T): the engine's, in nats. elsewhere (T): the token that
-    was drawn at the same place of the turn before or, in a first turn, of the group's rollout before; None
-    where nothing was.
+    sampled (T): True for tokens that the policy sampled. logprobs (T): the engine's log-probabilities, in
+    nats. counterparts (T): the token that was drawn at the same position of the previous turn or, in the
+    first turn, of the previous rollout in the group; None if there is no such token.
     """
 
     env: str
@@ -45,12 +46,17 @@ class Row:
     completion_ids: list[int]
     sampled: list[bool]
     logprobs: list[float]
-    elsewhere: list[int | None]
+    counterparts: list[int | None]
 
 
 @dataclass(frozen=True)
 class Tally:
-    """Sums over sampled tokens. repeats, expected, variance: of tokens that equal the one drawn elsewhere."""
+    """Sums over sampled tokens.
+
+    difference: absolute difference of the log-probabilities, in nats. engine, trainer: log-probabilities, in
+    nats. repeats: number of tokens that equal their counterpart. expected, variance: of that number, if the
+    draws are independent.
+    """
 
     num_tokens: float = 0.0
     difference: float = 0.0
@@ -65,70 +71,77 @@ class Tally:
 
     @property
     def drift(self) -> float:
-        """Mean absolute difference of log-probabilities, in nats."""
+        """The mean absolute difference of log-probabilities, in nats."""
         return self.difference / self.num_tokens
 
 
 class Checks:
-    """Compares engine and trainer, on a process's first batch and then every rollout.drift_every steps."""
+    """Compares engine and trainer on the first batch of a process, and then at every step that is a multiple
+    of rollout.drift_every."""
 
     def __init__(self, config: RunConfig) -> None:
         self._config = config
-        self._began = False
-        self._draws = Tally()  # over all comparisons so far
+        self._has_checked = False
+        self._draws = Tally()  # over all checks of this process
 
-    def look(self, trainer: PolicyTrainer, outcomes: Sequence[Outcome]) -> None:
-        """Called on every rank. outcomes: the rank's part of the batch. Raises DriftError, DrawError, on
-        every rank alike."""
+    def check(self, trainer: PolicyTrainer, outcomes: Sequence[Outcome]) -> None:
+        """Checks some rollouts if a check is due, and adds the metrics. Every rank must call it.
+
+        outcomes: this rank's part of the batch. Raises DriftError or DrawError, on every rank alike.
+        """
         step = trainer.state.global_step
-        if self._began and step % self._config.rollout.drift_every:
+        if self._has_checked and step % self._config.rollout.drift_every:
             return
-        self._began = True
+        self._has_checked = True
         rows = choose_rows(outcomes, min(NUM_ROWS, len(outcomes)), trainer.pad_token_id)
         ids = [row.completion_ids for row in rows]
-        elsewhere = [[-100 if token is None else token for token in row.elsewhere] for row in rows]
-        found = tally(rows, score(trainer, rows, ids), score(trainer, rows, elsewhere))
-        tallies = self._over_ranks(trainer, found)
+        counterparts = [[-100 if token is None else token for token in row.counterparts] for row in rows]
+        own = tally(rows, score(trainer, rows, ids), score(trainer, rows, counterparts))
+        tallies = self._sum_over_ranks(trainer, own)
         if not tallies:
             return
-        whole = sum(tallies.values(), Tally())
-        self._draws += whole
-        trainer.add_metrics({f"{env}/drift": one.drift for env, one in tallies.items()})
+        total = sum(tallies.values(), Tally())
+        self._draws += total
+        trainer.add_metrics({f"{env}/drift": of_env.drift for env, of_env in tallies.items()})
         trainer.add_metrics(
-            {"drift": whole.drift, "repeats/seen": whole.repeats, "repeats/expected": whole.expected}
+            {"drift": total.drift, "repeats/seen": total.repeats, "repeats/expected": total.expected}
         )
         check_drift(tallies, self._config, step)
         check_draws(self._draws)
 
-    def _over_ranks(self, trainer: PolicyTrainer, found: Mapping[str, Tally]) -> dict[str, Tally]:
+    def _sum_over_ranks(self, trainer: PolicyTrainer, own: Mapping[str, Tally]) -> dict[str, Tally]:
+        """Returns the sums over all ranks by environment, without environments that have no sampled token."""
         accelerator, envs = trainer.accelerator, list(self._config.env)
-        sums = torch.tensor([astuple(found.get(env, Tally())) for env in envs], dtype=torch.float64)
-        whole: Any = accelerator.reduce(sums.to(accelerator.device), reduction="sum")
-        tallies = {env: Tally(*row) for env, row in zip(envs, whole.tolist(), strict=True)}
-        return {env: one for env, one in tallies.items() if one.num_tokens}
+        sums = torch.tensor([astuple(own.get(env, Tally())) for env in envs], dtype=torch.float64)
+        totals: Any = accelerator.reduce(sums.to(accelerator.device), reduction="sum")
+        tallies = {env: Tally(*row) for env, row in zip(envs, totals.tolist(), strict=True)}
+        return {env: of_env for env, of_env in tallies.items() if of_env.num_tokens}
 
 
 def score(trainer: PolicyTrainer, rows: Sequence[Row], labels: Sequence[Sequence[int]]) -> list[torch.Tensor]:
-    """The trainer's log-probabilities of `labels` at the places of each row's completion, on the CPU.
-    labels: one for each completion token; -100 where none is asked for."""
+    """Returns the trainer's log-probabilities of `labels` at the positions of each row's completion tokens,
+    on the CPU.
+
+    labels: a token for each completion token of each row; -100 where no log-probability is needed.
+    """
     model: Any = trainer.model
     scores = []
     with torch.no_grad(), without_dropout(model):
-        for row, wanted in zip(rows, labels, strict=True):
+        for row, row_labels in zip(rows, labels, strict=True):
             ids = torch.tensor([[*row.prompt_ids, *row.completion_ids]], device=trainer.accelerator.device)
-            asked = torch.full_like(ids, -100)
-            asked[0, len(row.prompt_ids) :] = torch.tensor(wanted)
+            all_labels = torch.full_like(ids, -100)
+            all_labels[0, len(row.prompt_ids) :] = torch.tensor(row_labels)
             with trainer.accelerator.autocast():
                 output = model(
-                    input_ids=ids, attention_mask=torch.ones_like(ids), labels=asked, fused_lm_head=True
+                    input_ids=ids, attention_mask=torch.ones_like(ids), labels=all_labels, fused_lm_head=True
                 )
-            scores.append(output.log_probs[0, -len(wanted) :].float().cpu())
+            scores.append(output.log_probs[0, -len(row_labels) :].float().cpu())
     return scores
 
 
 @contextmanager
 def without_dropout(model: torch.nn.Module) -> Iterator[None]:
-    """As the engine samples; afterwards the model trains or rests as before."""
+    """Switches dropout off within the block, as the engine samples without it, then restores the mode."""
     training = model.training
     model.eval()
     try:
@@ -138,100 +151,108 @@ def without_dropout(model: torch.nn.Module) -> Iterator[None]:
 
 
 def choose_rows(outcomes: Sequence[Outcome], num_rows: int, placeholder_id: int) -> list[Row]:
-    """`num_rows` rollouts, as many of each environment as can be, spread over its tasks.
+    """Returns `num_rows` rollouts, spread evenly over the environments and over each environment's tasks.
 
-    outcomes: in the order of the batch, groups together. Where too few were played, rows of one placeholder
-    that nobody sampled fill up: a pass through a sharded model is the work of all ranks, with as many rows on
-    each.
+    outcomes: in the order of the batch, with groups together. If there are too few rollouts, blank rows of
+    one placeholder token, which counts as not sampled, fill up: a pass through a sharded model needs all
+    ranks, and every rank must have the same number of rows.
     """
     by_env: dict[str, list[Row]] = {}
-    for before, outcome in zip([None, *outcomes], outcomes, strict=False):
+    for previous, outcome in zip([None, *outcomes], outcomes, strict=False):
         if not isinstance(outcome, Failed):
-            member = _played(before) if before and task_of(before).key == task_of(outcome).key else None
+            member = (
+                _rollout_of(previous) if previous and task_of(previous).key == task_of(outcome).key else None
+            )
             by_env.setdefault(task_of(outcome).env, []).append(_row(outcome.rollout, member))
-    spread = zip_longest(*(_spread(rows) for rows in by_env.values()))
-    rows = [row for some in spread for row in some if row is not None][:num_rows]
+    rounds = zip_longest(*(_spread(rows) for rows in by_env.values()))
+    rows = [row for one_of_each in rounds for row in one_of_each if row is not None][:num_rows]
     blank = Row("", [placeholder_id], [placeholder_id], [False], [0.0], [None])
     return rows + [blank] * (num_rows - len(rows))
 
 
 def tally(
-    rows: Sequence[Row], logprobs: Sequence[torch.Tensor], elsewhere: Sequence[torch.Tensor]
+    rows: Sequence[Row], logprobs: Sequence[torch.Tensor], counterpart_logprobs: Sequence[torch.Tensor]
 ) -> dict[str, Tally]:
-    """By environment. logprobs, elsewhere: the trainer's log-probabilities (T) of each row's tokens and, at
-    the same places, of the row's `elsewhere`."""
-    found: dict[str, Tally] = {}
-    for row, ours, others in zip(rows, logprobs, elsewhere, strict=True):
-        places = [i for i, sampled in enumerate(row.sampled) if sampled]
-        if not places:
+    """Returns the sums over the rows' sampled tokens, by environment.
+
+    logprobs: the trainer's log-probabilities (T) of each row's tokens, in nats. counterpart_logprobs: those
+    of each row's counterparts, at the same positions.
+    """
+    tallies: dict[str, Tally] = {}
+    for row, row_logprobs, row_counterparts in zip(rows, logprobs, counterpart_logprobs, strict=True):
+        positions = [i for i, sampled in enumerate(row.sampled) if sampled]
+        if not positions:
             continue
-        theirs = torch.tensor(row.logprobs, dtype=torch.float64)[places]
-        own = ours.double()[places]
-        compared = [i for i in places if row.elsewhere[i] is not None]
-        chance = others.double()[compared].exp().clamp(max=1.0)
-        seen = Tally(
-            len(places),
-            (own - theirs).abs().sum().item(),
-            theirs.sum().item(),
-            own.sum().item(),
-            sum(row.completion_ids[i] == row.elsewhere[i] for i in compared),
+        engine = torch.tensor(row.logprobs, dtype=torch.float64)[positions]
+        trainer = row_logprobs.double()[positions]
+        compared = [i for i in positions if row.counterparts[i] is not None]
+        chance = row_counterparts.double()[compared].exp().clamp(max=1.0)
+        of_row = Tally(
+            len(positions),
+            (trainer - engine).abs().sum().item(),
+            engine.sum().item(),
+            trainer.sum().item(),
+            sum(row.completion_ids[i] == row.counterparts[i] for i in compared),
             chance.sum().item(),
             (chance * (1 - chance)).sum().item(),
         )
-        found[row.env] = found.get(row.env, Tally()) + seen
-    return found
+        tallies[row.env] = tallies.get(row.env, Tally()) + of_row
+    return tallies
 
 
 def check_drift(tallies: Mapping[str, Tally], config: RunConfig, step: int) -> None:
-    """Raises DriftError with both numbers for an environment whose tokens drift above rollout.max_drift."""
+    """Raises DriftError with both mean log-probabilities for an environment whose drift is above
+    rollout.max_drift, or is NaN."""
     bound = config.rollout.max_drift or MAX_DRIFT[config.model.dtype]
-    for env, found in tallies.items():
-        if not found.drift <= bound:
-            count = int(found.num_tokens)
+    for env, of_env in tallies.items():
+        if not of_env.drift <= bound:
+            count = int(of_env.num_tokens)
             raise DriftError(
                 f"the engine's log-probabilities of its own tokens in env.{env} differ from the trainer's by "
-                f"{found.drift:.4f} nats on average (engine {found.engine / count:.4f}, trainer "
-                f"{found.trainer / count:.4f}, {count} tokens, step {step}); rollout.max_drift allows "
+                f"{of_env.drift:.4f} nats on average (engine {of_env.engine / count:.4f}, trainer "
+                f"{of_env.trainer / count:.4f}, {count} tokens, step {step}); rollout.max_drift allows "
                 f"{bound:g}. Do both hold the same weights, and is trainer.temperature the engine's?"
             )
 
 
-def check_draws(found: Tally) -> None:
-    """Raises DrawError where tokens repeat others more, or less, often than independent draws ever would.
+def check_draws(draws: Tally) -> None:
+    """Raises DrawError if tokens equal their counterparts so often, or so rarely, that the probability is
+    below `_MIN_PROBABILITY` for independent draws.
 
-    Given all that was drawn before it, an independent draw equals the token x with the probability that the
-    policy gives x. So repeats less their expectation are a martingale with steps of at most 1, whose tails
-    Freedman's inequality bounds: "On tail probabilities for martingales" (1975), theorem 1.6.
+    Given all earlier draws, an independent draw equals its counterpart x with the probability that the policy
+    gives x. So the repeats minus their expectation are a martingale with steps of at most 1. Freedman's
+    inequality bounds its tails: "On tail probabilities for martingales" (1975), theorem 1.6.
     """
-    excess = found.repeats - found.expected
-    if excess and -(excess**2) / (2 * (found.variance + abs(excess) / 3)) < math.log(_MOST_UNLIKELY):
+    excess = draws.repeats - draws.expected
+    if excess and -(excess**2) / (2 * (draws.variance + abs(excess) / 3)) < math.log(_MIN_PROBABILITY):
         raise DrawError(
-            f"{found.repeats:.0f} sampled tokens repeat the one drawn at the same place of the turn before, "
-            f"or of another rollout of their task, where {found.expected:.1f} would by chance: the engine "
+            f"{draws.repeats:.0f} sampled tokens repeat the one drawn at the same place of the turn before, "
+            f"or of another rollout of their task, where {draws.expected:.1f} would by chance: the engine "
             "does not draw each token anew, so the rollouts are not the policy's. Does each sampling call "
             "have its own seed? A server of engine.urls must take the request's `seed`"
         )
 
 
 def _row(rollout: Rollout, member: Rollout | None) -> Row:
+    """Returns a rollout as a row. member: the previous rollout of its group, if that was played."""
     prompt_ids, completion_ids, mask, logprobs = flatten(rollout.turns)
-    elsewhere: list[int | None] = [None] * len(completion_ids)
-    at = 0
-    before = member.turns[0].completion_ids if member else []
+    counterparts: list[int | None] = [None] * len(completion_ids)
+    previous = member.turns[0].completion_ids if member else []
     for turn in rollout.turns:
-        at = len(turn.prompt_ids) - len(prompt_ids)
-        for place, token in enumerate(before[: len(turn.completion_ids)]):
-            elsewhere[at + place] = token
-        before = turn.completion_ids
-    return Row(rollout.task.env, prompt_ids, completion_ids, [bool(one) for one in mask], logprobs, elsewhere)
+        start = len(turn.prompt_ids) - len(prompt_ids)
+        for position, token in enumerate(previous[: len(turn.completion_ids)]):
+            counterparts[start + position] = token
+        previous = turn.completion_ids
+    sampled = [bool(flag) for flag in mask]
+    return Row(rollout.task.env, prompt_ids, completion_ids, sampled, logprobs, counterparts)
 
 
-def _played(outcome: Outcome) -> Rollout | None:
+def _rollout_of(outcome: Outcome) -> Rollout | None:
     return None if isinstance(outcome, Failed) else outcome.rollout
 
 
 def _spread(rows: Sequence[Row]) -> list[Row]:
-    """The same rows, so ordered that any first few lie far apart. Those with nothing to compare their draws
-    with, as a group's first, come last."""
+    """Returns the rows in an order in which the first few are far apart in the batch. Rows without any
+    counterpart, such as a group's first rollout, come last."""
     far_apart = sorted(range(len(rows)), key=lambda i: i * _GOLDEN % 1)
-    return sorted((rows[i] for i in far_apart), key=lambda row: all(token is None for token in row.elsewhere))
+    return sorted((rows[i] for i in far_apart), key=lambda row: all(t is None for t in row.counterparts))

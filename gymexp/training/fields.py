@@ -1,10 +1,11 @@
-"""Every argument of trl.GRPOConfig, and what becomes of it in gymexp: each stands in one of four tables.
+"""What gymexp does with each argument of trl.GRPOConfig. Each argument is in one of four tables.
 
-CARRIED: TRL's trainer does what the argument says, inside gymexp's subclass as anywhere. OWNED: gymexp sets
-it; the table names the key to use. REFUSED: it must keep its neutral value, as no part of gymexp would do
-what it says, or not rightly. HARMLESS: nothing reads it, whatever its value, and nobody is misled.
+CARRIED: the argument has its usual effect, as TRL's trainer applies it in gymexp's subclass too. OWNED:
+gymexp sets the argument; the table names the key to use instead. REFUSED: the argument must keep its neutral
+value, because gymexp would ignore another value or apply it wrongly. HARMLESS: any value is accepted, because
+nothing reads the argument and nobody is misled.
 
-TRL is not imported: a mistake is answered at once.
+This module does not import TRL, so a mistake is reported at once.
 """
 
 from __future__ import annotations
@@ -103,7 +104,7 @@ OWNED = {
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why only `neutral` (TRL's default first) is taken, and what to do instead."""
+    """Why gymexp accepts only the `neutral` values (TRL's default first), and what to do instead."""
 
     neutral: tuple[Any, ...]
     why: str
@@ -111,7 +112,7 @@ class Refusal:
 
 
 def _sampling(*neutral: Any, key: str | None = None) -> Refusal:
-    instead = f"evaluation.{key}=… says it for held-out tasks" if key else "leave it out"
+    instead = f"evaluation.{key}=… sets it for held-out tasks" if key else "leave it out"
     return Refusal(neutral, "in training (the trainer scores the policy's whole softmax)", instead)
 
 
@@ -133,16 +134,16 @@ REFUSED: dict[str, Refusal] = {
         (None,), "as the trainer would score with noise that the engine samples without", _LEAVE
     ),
     "cast_lm_head_to_fp32": Refusal(
-        (False,), "as the engine's head stays in model.dtype", "model.dtype=float32 serves both"
+        (False,), "as the engine's head stays in model.dtype", "model.dtype=float32 sets both"
     ),
     "num_generations_eval": Refusal(
-        (None, 1), "as each held-out task is played once", "evaluation.num_tasks says how many are"
+        (None, 1), "as each held-out task is played once", "evaluation.num_tasks sets how many are"
     ),
     "reward_weights": Refusal(
-        (None, [1.0]), "as a rollout has one reward, its environment's", "env.<name>.weight says its share"
+        (None, [1.0]), "as a rollout has one reward, its environment's", "env.<name>.weight sets its share"
     ),
     "vllm_importance_sampling_cap": Refusal(
-        (None,), "as TRL gives this name up", "trainer.vllm_importance_sampling_clip_max=… is the same"
+        (None,), "as TRL has deprecated this name", "trainer.vllm_importance_sampling_clip_max=… is the same"
     ),
     "cache_implementation": Refusal((None,), _GENERATES, _LEAVE),
     "use_cache": Refusal((False,), _GENERATES, _LEAVE),
@@ -155,28 +156,32 @@ REFUSED: dict[str, Refusal] = {
     ),
     "label_smoothing_factor": Refusal((0.0,), "as no loss of TRL's GRPO has labels", _LEAVE),
     "average_tokens_across_devices": Refusal(
-        (True,), "as trainer.loss_type says over which tokens is averaged", "choose another trainer.loss_type"
+        (True,), "as trainer.loss_type decides how tokens are averaged", "choose another trainer.loss_type"
     ),
     "auto_find_batch_size": Refusal(
         (False,), "as a batch holds whole groups", "halve trainer.per_device_train_batch_size"
     ),
     "parallelism_config": Refusal(
-        (None,), "as it cannot be said in YAML", "trainer.fsdp and trainer.deepspeed spread the policy"
+        (None,), "as YAML cannot express it", "trainer.fsdp and trainer.deepspeed spread the policy"
     ),
     "full_determinism": Refusal(
-        (False,), "as how many rollouts an engine samples at once differs from run to run", "seed=… alone"
+        (False,), "as an engine samples another number of rollouts at once in each run", "set seed=… alone"
     ),
     "save_only_model": Refusal(
-        (False,), "as a run goes on from its checkpoints, with optimizer and schedule", "RUN/model is weights"
+        (False,),
+        "as a run goes on from its checkpoints, with optimizer and schedule",
+        "RUN/model has the weights alone",
     ),
-    "save_on_each_node": Refusal((False,), "as the run directory is one, seen by all nodes", _LEAVE),
+    "save_on_each_node": Refusal((False,), "as all nodes share one run directory", _LEAVE),
     "enable_jit_checkpoint": Refusal(
         (False,), "as gymexp itself saves on SIGTERM, after the step in progress", _LEAVE
     ),
     "ignore_data_skip": Refusal(
         (False,), "as a resumed run would play tasks again that it has played", _LEAVE
     ),
-    "restore_callback_states_from_checkpoint": Refusal((False,), "as no callback here keeps any", _LEAVE),
+    "restore_callback_states_from_checkpoint": Refusal(
+        (False,), "as no callback of gymexp keeps any", _LEAVE
+    ),
     "log_completions_hub_repo": Refusal((None,), _HUB, "rollouts/ has every completion"),
     "push_to_hub": Refusal((False,), _HUB, _UPLOAD),
     "hub_token": Refusal((None,), _HUB, _UPLOAD),
@@ -193,7 +198,7 @@ REFUSED: dict[str, Refusal] = {
     "batch_eval_metrics": Refusal((False,), _EVALUATES, _LEAVE),
     "label_names": Refusal((None,), _EVALUATES, _LEAVE),
     "dataloader_drop_last": Refusal(
-        (False,), "as dataset.* says which tasks an epoch plays", "choose dataset.train_size"
+        (False,), "as dataset.* decides which tasks an epoch plays", "choose dataset.train_size"
     ),
     "dataloader_num_workers": Refusal((0,), _LOADS, _LEAVE),
     "dataloader_persistent_workers": Refusal((False,), _LOADS, _LEAVE),
@@ -206,13 +211,13 @@ REFUSED: dict[str, Refusal] = {
 HARMLESS = {
     "remove_unused_columns": "the trainer's dataset has the one column that TRL always keeps",
     "dataloader_pin_memory": "the trainer's dataset is text, which is never pinned",
-    "log_multimodal": "no environment here shows images",
+    "log_multimodal": "no environment shows images",
 }
 
 
 @dataclass(frozen=True)
 class _Rule:
-    """What a number must satisfy for the run not to break, or to mean something else, minutes later."""
+    """The rule of a number. One that breaks it would end the run minutes later, or mean something else."""
 
     text: str
     holds: Callable[[Any], bool]
@@ -222,7 +227,7 @@ _AT_LEAST_1 = _Rule("must be >= 1", lambda value: value >= 1)
 _AT_LEAST_0 = _Rule("must be >= 0", lambda value: value >= 0)
 _ABOVE_0 = _Rule("must be > 0", lambda value: value > 0)
 _SHARE = _Rule("must be between 0 and 1", lambda value: 0 <= value <= 1)
-# vLLM samples at 0.01 where less is asked for, and takes no more than 2.
+# vLLM raises a lower temperature to 0.01, and refuses one above 2.
 _TEMPERATURE = _Rule("must be between 0.01 and 2 in training", lambda value: 0.01 <= value <= 2)
 _NUMBERS = {
     "temperature": _TEMPERATURE,
@@ -249,12 +254,13 @@ _NUMBERS = {
     )
     for name in names.split()
 }
-# These step within each backward pass: before micro-batches are summed, and unclipped.
+# These optimizers step within each backward pass, before gradients are summed over micro-batches and clipped.
 _STEP_IN_BACKWARD = ("lomo", "adalomo")
 
 
 def problems(trainer: Mapping[str, Any]) -> Iterator[str]:
-    """What gymexp refuses of `trainer.*`; names that TRL does not have are left to others."""
+    """Yields a message for each value of `trainer.*` that gymexp refuses. Ignores names that TRL does not
+    have; `arguments` reports these."""
     for name, value in trainer.items():
         at = f"trainer.{name}"
         if name in OWNED:
@@ -292,7 +298,7 @@ def _optimizer_problems(trainer: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _dependent_problems(trainer: Mapping[str, Any]) -> Iterator[str]:
-    """Arguments that say something only beside others."""
+    """Yields a message for each argument that does not fit another one's value."""
     if value_of(trainer, "save_strategy") not in ("steps", "epoch", "no"):
         yield (
             "trainer.save_strategy must be steps, epoch or no, "
@@ -319,18 +325,18 @@ def _dependent_problems(trainer: Mapping[str, Any]) -> Iterator[str]:
         ("log_unique_prompts", "log_completions"),
     ):
         if trainer.get(name) and not trainer.get(needed):
-            yield f"trainer.{name} says nothing without trainer.{needed}=true, got {trainer[name]!r}"
+            yield f"trainer.{name} has no effect without trainer.{needed}=true, got {trainer[name]!r}"
 
 
-def _accelerator_problems(given: Any) -> Iterator[str]:
-    """Of accelerate's settings, those that leave batches and their order alone are carried."""
-    if given is None:
+def _accelerator_problems(settings: Any) -> Iterator[str]:
+    """Yields a message for settings of accelerate that would change the batches or their order."""
+    if settings is None:
         return
-    config: dict[str, Any] = dict(given) if isinstance(given, Mapping) else {"": given}
+    config: dict[str, Any] = dict(settings) if isinstance(settings, Mapping) else {"": settings}
     gradients = config.pop("gradient_accumulation_kwargs", None) or {}
     config.pop("non_blocking", None)
     if config or not isinstance(gradients, Mapping) or set(gradients) - {"sync_each_batch"}:
         yield (
             "trainer.accelerator_config may have non_blocking and "
-            f"gradient_accumulation_kwargs.sync_each_batch alone, as TRL makes the batches, got {given!r}"
+            f"gradient_accumulation_kwargs.sync_each_batch alone, as TRL makes the batches, got {settings!r}"
         )

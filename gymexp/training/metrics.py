@@ -1,4 +1,4 @@
-"""Numbers about a batch of outcomes, per environment. Pure. Names are what the trackers show."""
+"""Metrics of a batch of outcomes, per environment, under the names that trackers show. Pure."""
 
 from __future__ import annotations
 
@@ -13,36 +13,38 @@ from gymexp.rollout.outcome import Completed, Failed, Outcome, Rollout, Truncate
 
 
 def rollout_metrics(outcomes: Sequence[Outcome], envs: Mapping[str, EnvConfig]) -> dict[str, float]:
-    """`<env>/reward` and so on. Rewards, turns, tokens and seconds are means over the rollouts that did not
-    fail.
+    """Returns `<env>/reward` and the other metrics of each environment. Rewards, turns, tokens and seconds
+    are means over the rollouts that did not fail.
 
-    tokens: sampled by the policy in a rollout. seconds: of the attempt that counted. retried: attempts that
-    failed and were made again, a rollout. token_mismatches: attempts, of all, whose tokens were not exact.
-    refused: share whose answer the environment refused, which has env.<name>.refused_reward.
-    prompts_too_long: share that has no reward as its prompt did not fit; no failure.
+    tokens: tokens that the policy sampled in a rollout. seconds: duration of the attempt that counted.
+    retried: failed attempts per rollout that were repeated. token_mismatches: number of attempts whose tokens
+    were not exact. refused: share of rollouts whose answer the environment refused; they have the reward
+    env.<name>.refused_reward. prompts_too_long: share of rollouts without a reward because their prompt did
+    not fit; these do not count as failed.
     """
     by_env: dict[str, list[Outcome]] = defaultdict(list)
     for outcome in outcomes:
         by_env[task_of(outcome).env].append(outcome)
     metrics: dict[str, float] = {}
-    for env, some in sorted(by_env.items()):
+    for env, env_outcomes in sorted(by_env.items()):
+        total = len(env_outcomes)
         of_env: dict[str, float] = {}
-        played = [o.rollout for o in some if not isinstance(o, Failed)]
-        of_env["rollouts"] = len(some)
-        too_long = sum(isinstance(o, Failed) and o.cause == "prompt_too_long" for o in some)
-        of_env["failed"] = 1 - (len(played) + too_long) / len(some)
-        of_env["prompts_too_long"] = too_long / len(some)
-        of_env["refused"] = sum(bool(r.refused) for r in played) / len(some)
-        of_env["truncated"] = sum(isinstance(o, Truncated) for o in some) / len(some)
-        of_env["retried"] = sum(len(o.failures) - isinstance(o, Failed) for o in some) / len(some)
-        of_env["token_mismatches"] = sum(o.failures.count("token_mismatch") for o in some)
+        played = [o.rollout for o in env_outcomes if not isinstance(o, Failed)]
+        of_env["rollouts"] = total
+        too_long = sum(isinstance(o, Failed) and o.cause == "prompt_too_long" for o in env_outcomes)
+        of_env["failed"] = 1 - (len(played) + too_long) / total
+        of_env["prompts_too_long"] = too_long / total
+        of_env["refused"] = sum(bool(r.refused) for r in played) / total
+        of_env["truncated"] = sum(isinstance(o, Truncated) for o in env_outcomes) / total
+        of_env["retried"] = sum(len(o.failures) - isinstance(o, Failed) for o in env_outcomes) / total
+        of_env["token_mismatches"] = sum(o.failures.count("token_mismatch") for o in env_outcomes)
         if played:
-            of_env |= _of_played(played, envs[env])
+            of_env |= _metrics_of_played(played, envs[env])
         metrics |= {name_of(env, metric): value for metric, value in of_env.items()}
     return metrics
 
 
-def _of_played(played: Sequence[Rollout], config: EnvConfig) -> dict[str, float]:
+def _metrics_of_played(played: Sequence[Rollout], config: EnvConfig) -> dict[str, float]:
     rewards = [r.reward for r in played]
     return {
         "reward": fmean(rewards),
@@ -55,14 +57,15 @@ def _of_played(played: Sequence[Rollout], config: EnvConfig) -> dict[str, float]
 
 
 def flat_groups(outcomes: Sequence[Outcome], num_generations: int) -> float:
-    """Share of groups whose rewards are all equal: they give no gradient. A group is `num_generations`
-    rollouts in a row; where an epoch ends, a batch may have two of the same task."""
+    """Returns the share of groups whose rewards are all equal, which therefore give no gradient; NaN without
+    groups. A group is `num_generations` rollouts in a row. A batch across the end of an epoch may have two
+    groups of the same task."""
     groups = [outcomes[i : i + num_generations] for i in range(0, len(outcomes), num_generations)]
     rewards = [{o.rollout.reward for o in group if not isinstance(o, Failed)} for group in groups]
-    return fmean(len(some) < 2 for some in rewards) if rewards else math.nan
+    return fmean(len(distinct) < 2 for distinct in rewards) if rewards else math.nan
 
 
 def mean_reward(outcomes: Sequence[Outcome]) -> float:
-    """Over what was scored; NaN if nothing was."""
+    """Returns the mean reward of the rollouts that did not fail; NaN if all failed."""
     rewards = [o.rollout.reward for o in outcomes if isinstance(o, Completed | Truncated)]
     return fmean(rewards) if rewards else math.nan

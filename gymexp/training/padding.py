@@ -1,7 +1,8 @@
-"""Less padding, the same numbers: rows of like length share a micro-batch, which is cut to its longest row.
+"""Less padding with unchanged results: rows of similar length share a micro-batch, which is cut to its
+longest row.
 
-A generation batch is padded to its longest rollout; with single-turn and multi-turn environments in one batch
-most of it is padding, and on a CPU, or with long contexts, most of the trainer's time goes there.
+TRL pads a generation batch to its longest rollout. If single-turn and multi-turn environments share a batch,
+most of it is padding. On a CPU, or with long contexts, the trainer then spends most of its time on padding.
 """
 
 from __future__ import annotations
@@ -24,16 +25,17 @@ _OVER_COMPLETION = (  # (B, T), right-padded
     "importance_sampling_ratio",
 )
 _OVER_PROMPT = ("prompt_ids", "prompt_mask")  # (B, P), left-padded
-# Losses that weigh a row the same in whichever micro-batch of the optimizer step it stands. `bnpo` does not.
+# Losses that give a row the same weight in any micro-batch of its optimizer step. `bnpo` does not.
 _ORDER_FREE = frozenset(("grpo", "dr_grpo", "dapo", "cispo"))
 
 
 def may_regroup(args: GRPOConfig, with_router_loss: bool) -> bool:
-    """Whether the objective of an optimizer step stays the same when its rows change micro-batches.
+    """Returns whether the objective of an optimizer step stays the same if its rows change micro-batches.
 
-    TRL takes means over a micro-batch's tokens for bnpo, for the entropy bonus and for a router's loss, and
-    the quantile of its entropies; rows of like length together would change what these are. Ratios of
-    sequences are exact only where both passes over a row see the same micro-batch.
+    TRL computes four values within a micro-batch: the mean over its tokens for bnpo, for the entropy bonus
+    and for a router's loss, and the quantile of its entropies. Regrouping rows by length would change these
+    values. Importance ratios of whole sequences are exact only if both passes over a row see the same
+    micro-batch.
     """
     return (
         args.loss_type in _ORDER_FREE
@@ -47,8 +49,8 @@ def may_regroup(args: GRPOConfig, with_router_loss: bool) -> bool:
 
 
 def trim(inputs: dict[str, Any]) -> dict[str, Any]:
-    """A micro-batch without the columns that are padding in all its rows (TRL's keys, see
-    `_compute_loss`)."""
+    """Returns a micro-batch without the columns that are padding in all of its rows. The keys are those that
+    TRL's `_compute_loss` reads."""
     prompt = max(1, int(inputs["prompt_mask"].sum(1).max()))
     completion = max(1, int(inputs["completion_mask"].sum(1).max()))
     trimmed = dict(inputs)
@@ -56,13 +58,13 @@ def trim(inputs: dict[str, Any]) -> dict[str, Any]:
         trimmed[name] = inputs[name][:, -prompt:]
     for name in _OVER_COMPLETION:
         value = inputs.get(name)
-        if value is not None and value.size(1) > 1:  # an (B, 1) ratio is a sequence's
+        if value is not None and value.size(1) > 1:  # A ratio of shape (B, 1) belongs to whole sequences.
             trimmed[name] = value[:, :completion]
     return trimmed
 
 
 def group_by_length(batches: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The same rows in as many micro-batches of the same sizes, in order of their number of tokens."""
+    """Returns the same rows, sorted by their number of tokens, in as many micro-batches of the same sizes."""
     if len(batches) < 2:
         return list(batches)
     rows = batches[0]["prompt_ids"].size(0)
@@ -84,10 +86,12 @@ def score_by_length(
     num_completion: int,
     batch_size: int,
 ) -> torch.Tensor:
-    """`score` of the last num_completion columns of every row, (B, num_completion); 0 where all is padding.
+    """Returns the scores of the last `num_completion` columns of every row, (B, num_completion). Columns that
+    are padding in all rows of a part are 0.
 
     input_ids and attention_mask: (B, P + num_completion), prompts left-padded and completions right-padded.
-    score: of at most batch_size rows at once, given their ids, their mask and how many columns to score.
+    score: takes the ids and the mask of at most `batch_size` rows and the number of columns to score, and
+    returns the scores of these columns.
     """
     num_prompt = input_ids.size(1) - num_completion
     scores: torch.Tensor | None = None
@@ -105,10 +109,10 @@ def score_by_length(
 
 
 def effective_sample(weights: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """(sum, sum of squares, number) of the importance weights of what is trained on.
+    """Returns (sum, sum of squares, number) of the importance weights that training uses.
 
     weights: (B, T) of tokens, or (B, 1) of whole rollouts. mask: (B, T), 1 for tokens that are trained on.
     """
     counted = mask.bool() if weights.size(1) > 1 or mask.size(1) == 1 else mask.bool().any(1, keepdim=True)
-    some = weights[counted].double()
-    return some.sum(), (some**2).sum(), torch.ones_like(some).sum()
+    used = weights[counted].double()
+    return used.sum(), (used**2).sum(), torch.ones_like(used).sum()

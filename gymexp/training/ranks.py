@@ -1,4 +1,4 @@
-"""What the trainer's processes do together."""
+"""Work that one of the trainer's processes does for all of them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 def on_main_rank(accelerator: Accelerator, work: Callable[[], T]) -> T:
-    """What `work` returns, or raises, on the first rank: on every rank."""
+    """Calls `work` on the first rank only. Returns its result, or raises its exception, on every rank."""
     if accelerator.num_processes == 1:
         return work()
     from accelerate.utils import broadcast_object_list

@@ -1,7 +1,8 @@
-"""TRL's `rollout_func`: prompts are task keys; what comes back are verified rollouts as token lists.
+"""The `rollout_func` that TRL calls: it takes task keys as prompts and returns verified rollouts as token
+lists.
 
-Collected on the main process for all ranks: one place that knows how many rollouts are in flight, and one
-writer.
+The main process collects the rollouts of all ranks, so that one place limits the rollouts in flight, and one
+process writes their files.
 """
 
 from __future__ import annotations
@@ -33,13 +34,14 @@ if TYPE_CHECKING:
 
 
 def seed_of(run_seed: int, step: int | None, key: str, index: int) -> int:
-    """The seed of one rollout: the same run replays the same draws. Below 2**31, which every engine takes."""
+    """Returns the seed of one rollout, below 2**31, which every engine accepts. A repeated run gets the same
+    seeds. step: None for held-out tasks."""
     digest = hashlib.blake2s(f"{run_seed}/{step}/{key}/{index}".encode(), digest_size=4).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
 def check_weights(outcomes: Sequence[Outcome], version: int) -> None:
-    """Raises ServiceError for a rollout that an engine sampled with weights of another version."""
+    """Raises ServiceError if an engine sampled a rollout with weights of another version than `version`."""
     for outcome in outcomes:
         if not isinstance(outcome, Failed) and outcome.rollout.weights_version not in (None, version):
             raise ServiceError(
@@ -49,7 +51,8 @@ def check_weights(outcomes: Sequence[Outcome], version: int) -> None:
 
 
 class Rollouts:
-    """Plays tasks with the policy as it is: for training as `rollout_func`, for evaluation as `play`."""
+    """Plays tasks with the current policy. TRL calls the object as `rollout_func`; evaluation calls
+    `play`."""
 
     def __init__(
         self,
@@ -59,18 +62,20 @@ class Rollouts:
         directory: Path,
         engine: Engine,
     ) -> None:
-        """collector: on the first rank, which plays for all."""
+        """collector: given on the first rank only, which plays for all ranks. tasks: all tasks by key.
+        directory: for the rollouts' files."""
         self._engine = engine
         self._config = config
         self._collector = collector
         self._tasks = tasks
         self._directory = directory
-        self.seconds = 0.0  # spent in the last call
-        self._step: int | None = None  # the one that is being trained, which may play several collections
-        self._count: Counter[str] = Counter()  # rollouts of each task in it
+        self.seconds = 0.0  # duration of the last call
+        self._step: int | None = None  # the current training step, which may need several collections
+        self._num_played: Counter[str] = Counter()  # rollouts of each task in the current step
 
     def __call__(self, prompts: list[str], trainer: PolicyTrainer) -> dict[str, list[Any]]:
-        """See `trl.GRPOTrainer`, `rollout_func`: this rank's prompts, each repeated num_generations times."""
+        """Plays this rank's prompts (task keys, each repeated num_generations times) and returns the batch in
+        the form that `rollout_func` of `trl.GRPOTrainer` must return."""
         began = time.monotonic()
         step = trainer.state.global_step
         outcomes = self._for_all_ranks(prompts, trainer, step)
@@ -92,19 +97,20 @@ class Rollouts:
     def play(
         self, keys: Sequence[str], weights_version: int, distribution: Distribution, held_out: bool
     ) -> list[Outcome]:
-        """Rollouts of `keys` on this process, each with a seed of its own, also where a step plays a task
-        again in a later collection. Raises RolloutError, Stopped.
+        """Plays the tasks of `keys` on this process and returns their outcomes. Every rollout has its own
+        seed, even if a step plays a task again in a later collection.
 
-        Held-out tasks are played with the same seeds every time, so that two evaluations differ by the policy
-        alone.
+        Held-out tasks get the same seeds every time, so that two evaluations differ only by the policy.
+        Raises RolloutError if too many rollouts fail, Stopped if the run must end, ServiceError if an engine
+        sampled with other weights.
         """
         assert self._collector is not None
         step = None if held_out else weights_version
-        count = Counter[str]() if held_out else self._count_in(weights_version)
+        num_played = Counter[str]() if held_out else self._played_in(weights_version)
         samplings = []
         for key in keys:
-            index = count[key]
-            count[key] += 1
+            index = num_played[key]
+            num_played[key] += 1
             env = self._config.env[self._tasks[key].env]
             samplings.append(
                 Sampling(
@@ -120,23 +126,24 @@ class Rollouts:
         check_weights(outcomes, weights_version)
         return outcomes
 
-    def _count_in(self, step: int) -> Counter[str]:
-        """Rollouts of each task that the step has played already."""
+    def _played_in(self, step: int) -> Counter[str]:
+        """Returns the number of rollouts that `step` has already played of each task."""
         if step != self._step:
-            self._step, self._count = step, Counter()
-        return self._count
+            self._step, self._num_played = step, Counter()
+        return self._num_played
 
     def _for_all_ranks(self, prompts: list[str], trainer: PolicyTrainer, step: int) -> list[Outcome]:
+        """Plays the prompts of all ranks on the first rank. Returns the outcomes of this rank's prompts."""
         from accelerate.utils import gather_object
 
         accelerator = trainer.accelerator
-        everyone: list[str] = gather_object(prompts)
+        all_prompts: list[str] = gather_object(prompts)
 
         def play() -> list[Outcome]:
-            again = step == self._step
+            is_later_collection = step == self._step
             softmax = Distribution(temperature=trainer.grpo.temperature)
-            outcomes = self.play(everyone, step, softmax, held_out=False)
-            self.write(f"step-{step + 1:06d}", outcomes, more=again)
+            outcomes = self.play(all_prompts, step, softmax, held_out=False)
+            self.write(f"step-{step + 1:06d}", outcomes, append=is_later_collection)
             trainer.add_metrics(rollout_metrics(outcomes, self._config.env))
             num_generations = trainer.grpo.num_generations
             assert num_generations
@@ -147,13 +154,12 @@ class Rollouts:
         start = accelerator.process_index * len(prompts)
         return outcomes[start : start + len(prompts)]
 
-    def write(self, name: str, outcomes: Sequence[Outcome], more: bool = False) -> None:
-        """`rollouts/<name>.jsonl.zst`, an Outcome a line; there whole or not at all. more: behind those it
-        has."""
+    def write(self, name: str, outcomes: Sequence[Outcome], append: bool = False) -> None:
+        """Writes `rollouts/<name>.jsonl.zst` atomically, an Outcome a line. append: keep earlier lines."""
         path = self._directory / f"{name}.jsonl.zst"
-        # One frame again: zstandard's `decompress` reads no further.
-        before = zstandard.decompress(path.read_bytes()) if more else b""
+        # The file must stay a single frame, because zstandard's `decompress` stops after the first one.
+        earlier_lines = zstandard.decompress(path.read_bytes()) if append else b""
         lines = b"".join(orjson.dumps(outcome_to_json(outcome)) + b"\n" for outcome in outcomes)
         path.parent.mkdir(exist_ok=True)
         with replacing(path) as part:
-            part.write_bytes(zstandard.compress(before + lines))
+            part.write_bytes(zstandard.compress(earlier_lines + lines))

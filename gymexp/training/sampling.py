@@ -1,4 +1,4 @@
-"""The engine as the trainer's process sees it: it samples within a block, from weights of a known version."""
+"""The engine as the trainer uses it: it samples within a `with` block, with a known version of weights."""
 
 from __future__ import annotations
 
@@ -27,19 +27,20 @@ if TYPE_CHECKING:
 
 
 class Engine(Protocol):
-    """What samples for the trainer, in its own process or in servers."""
+    """The sampling engine of the trainer, which runs in the trainer's process or in servers."""
 
     def sampling(self, version: int) -> AbstractContextManager[None]:
-        """Within the block it samples. version: of its weights, in optimizer steps done."""
+        """Lets the engine sample within the block. version: of its weights, in optimizer steps done."""
         ...
 
     def tend(self) -> None:
-        """Called now and then within the block."""
+        """Maintains the engine; the collector calls this about once a second within the block."""
         ...
 
 
 class HFSampling:
-    """The hf engine, in this process; it rests while the trainer works on the model that it samples from."""
+    """The hf engine in the trainer's process. It samples from the model that the trainer updates, so it
+    pauses outside the block."""
 
     def __init__(self, engine: HFEngine) -> None:
         self._engine = engine
@@ -59,15 +60,15 @@ class HFSampling:
 
 
 class ServerSampling:
-    """Servers that sample whenever they are asked: vLLM, or the hf engine on a node of its own.
-
-    sync: on the first rank and, with CUDA IPC, on the others.
-    """
+    """Servers that sample on request: vLLM, or the hf engine on a node of its own."""
 
     def __init__(self, sync: WeightSync | IpcPeer | None, shared: bool) -> None:
+        """sync: WeightSync on the first rank; on the others IpcPeer with CUDA IPC, else None. shared: whether
+        the servers share their GPUs with the trainer, and so sleep outside the block."""
         self.sync = sync
         self.shared = shared
-        self.named_weights: Callable[[], NamedTensors] | None = None  # the trainer's, once there is one
+        # The policy's current weights; set by the trainer.
+        self.named_weights: Callable[[], NamedTensors] | None = None
 
     @contextmanager
     def sampling(self, version: int) -> Iterator[None]:
@@ -87,7 +88,8 @@ class ServerSampling:
 
 
 def serve_hf(config: RunConfig, model: Any, tokenizer: Any, fd: int, stack: ExitStack) -> HFSampling:
-    """The hf engine on the socket that the controller handed down; samples from `model` itself."""
+    """Starts the hf engine, which samples from `model` itself, on the controller's socket `fd`. `stack`
+    closes the engine and its server."""
     import torch
 
     from gymexp.engine.hf.engine import HFEngine
@@ -116,17 +118,22 @@ def join_servers(
     services: Services,
     rank: int,
     device: torch.device,
-    asked: threading.Event,
+    stop_requested: threading.Event,
     stack: ExitStack,
 ) -> ServerSampling:
-    """Wait for the replicas and make the weights' way to them. The first rank's work, but for CUDA IPC."""
+    """Waits until the replicas are healthy or a stop is requested, then opens the transfer that sends them
+    the weights. `stack` closes it. Ranks other than the first only take part in a transfer by CUDA IPC.
+
+    Raises ServiceError if a replica is not healthy after engine.start_timeout_s.
+    """
     from gymexp.engine.admission import Admission
     from gymexp.engine.replicas import PHASE_TIMEOUT_S, Replicas
     from gymexp.engine.transfer import DiskTransfer, IpcPeer, IpcTransfer, NcclTransfer
     from gymexp.engine.weights import WeightSync
 
     def give_up(error: ServiceError) -> None:
-        """NCCL waits for a replica that has failed, in a call that nothing else ends."""
+        """Ends the process with `error` as its result, because NCCL waits for a failed replica for ever, in a
+        call that nothing else can interrupt."""
         replace_file(run.path / "result.json", json.dumps({"error": printable(str(error))}))
         os._exit(1)
 
@@ -145,13 +152,14 @@ def join_servers(
             if kind == "nccl"
             else DiskTransfer(run.path / "weights")
         )
-    # Where this process sees no GPU, the vLLM that gymexp starts sees none either.
-    started = services.engine == "vllm" and not config.engine.urls
-    replicas = Replicas(services.engine_urls, on_cpu=started and device.type == "cpu")
-    replicas.wait_healthy(config.engine.start_timeout_s, asked)
-    first_version = None if config.engine.urls else 0  # servers that gymexp did not start hold any weights
-    again = run.path / "weights-again"
+    # If this process sees no GPU, a vLLM that gymexp started sees none either.
+    own_vllm = services.engine == "vllm" and not config.engine.urls
+    replicas = Replicas(services.engine_urls, on_cpu=own_vllm and device.type == "cpu")
+    replicas.wait_healthy(config.engine.start_timeout_s, stop_requested)
+    # Servers that gymexp did not start may have any weights.
+    first_version = None if config.engine.urls else 0
+    directory = run.path / "weights-again"  # for the weights of a replica that is back
     admission = Admission(services.gateway_url, keys.required(keys.RUN), PHASE_TIMEOUT_S)
-    sync = WeightSync(replicas, transfer, admission, again, services.shared, first_version)
+    sync = WeightSync(replicas, transfer, admission, directory, services.shared, first_version)
     stack.callback(sync.close)
     return ServerSampling(sync, services.shared)

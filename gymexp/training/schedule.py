@@ -1,4 +1,4 @@
-"""How much of the training order a run plays: tasks a batch, steps, epochs. Known before it starts; pure."""
+"""How much of the training order a run plays: tasks per batch, steps, epochs. Pure, computed before a run."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ _COUNTS = (
 
 @dataclass(frozen=True)
 class Schedule:
-    """Training runs through epochs without a gap: a batch that an epoch's end does not fill goes on with the
-    next epoch's first tasks.
+    """How training goes through the order of tasks. Epochs follow each other without a gap: a batch at the
+    end of an epoch is filled up with the first tasks of the next one.
 
-    num_tasks: of an epoch. batch_tasks: of a generation batch, over all ranks. steps_per_batch: optimizer
-    steps that train on one generation batch; below 1 where a step trains on several. offset: where in the
-    order the first batch would begin; not 0 only in a run that went on with another number of ranks.
+    num_tasks: tasks of an epoch. batch_tasks: tasks of a generation batch, over all ranks. steps_per_batch:
+    optimizer steps that train on one generation batch; below 1 if a step trains on several. offset: the index
+    in the order at which batch 0 would begin; 0 unless the run was resumed with another number of ranks.
     """
 
     num_tasks: int
@@ -42,27 +42,28 @@ class Schedule:
     offset: int = 0
 
     def num_batches(self, steps: int) -> int:
-        """Generation batches that so many steps begin."""
+        """Returns the number of generation batches that `steps` steps use, wholly or in part."""
         return math.ceil(steps / self.steps_per_batch)
 
     def num_steps(self, epochs: float) -> int:
-        """Whole steps after which each task was played as often as `epochs` says: the last batch is filled
-        up with tasks of the epoch after."""
-        wanted = Fraction(str(epochs)) * self.num_tasks - self.offset
-        return math.ceil(math.ceil(wanted / self.batch_tasks) * self.steps_per_batch)
+        """Returns the number of whole steps after which `epochs` epochs are played. The last batch is filled
+        up with tasks of the next epoch."""
+        tasks = Fraction(str(epochs)) * self.num_tasks - self.offset
+        return math.ceil(math.ceil(tasks / self.batch_tasks) * self.steps_per_batch)
 
     def epoch(self, step: int) -> float:
-        """Where training is after `step` steps."""
+        """Returns the epoch, with its fraction, after `step` steps."""
         return float((self.offset + step / self.steps_per_batch * self.batch_tasks) / self.num_tasks)
 
-    def going_on(self, step: int, epoch: float) -> Schedule:
-        """The same from a checkpoint on, which was written after `step` steps and at `epoch`."""
+    def resumed_at(self, step: int, epoch: float) -> Schedule:
+        """Returns the schedule for resuming from a checkpoint that was written after `step` steps, at
+        `epoch`."""
         offset = round(epoch * self.num_tasks - step / self.steps_per_batch * self.batch_tasks)
         return Schedule(self.num_tasks, self.batch_tasks, self.steps_per_batch, offset)
 
 
 def schedule_of(trainer: Mapping[str, Any], num_ranks: int, num_tasks: int) -> Schedule:
-    """Of `trainer.*`, as GRPOConfig counts."""
+    """Returns the schedule of `trainer.*`, as GRPOConfig computes it. num_ranks: training processes."""
     rollouts = value_of(trainer, "generation_batch_size")
     per_step = value_of(trainer, "per_device_train_batch_size") * num_ranks
     accumulated = value_of(trainer, "gradient_accumulation_steps")
@@ -76,11 +77,12 @@ def schedule_of(trainer: Mapping[str, Any], num_ranks: int, num_tasks: int) -> S
 
 
 def check(config: RunConfig, num_ranks: int, num_tasks: int | None = None) -> Schedule:
-    """Raises ConfigError where training would come to nothing: the training set has fewer tasks than one
-    generation batch takes, or there is no step.
+    """Returns the schedule of a run. Raises ConfigError if the run would train nothing, because the training
+    set has fewer tasks than one generation batch, or because there is no step.
 
-    num_ranks: training processes; where they are not known yet, 1 lets pass what more may refuse. num_tasks:
-    of the training set; None before it is made, where the configuration says how many it can have at most.
+    num_ranks: training processes; 1 if they are not known yet, which may accept what more processes refuse.
+    num_tasks: tasks of the training set; None before the set is made, when the configuration's upper limit
+    counts.
     """
     for key in _COUNTS:
         value = config.trainer.get(key)
@@ -97,9 +99,9 @@ def check(config: RunConfig, num_ranks: int, num_tasks: int | None = None) -> Sc
             "trainer.num_train_epochs must be a number > 0 where trainer.max_steps is not set, got "
             f"{epochs!r}"
         )
-    most = _most_tasks(config) if num_tasks is None else num_tasks
-    schedule = schedule_of(config.trainer, num_ranks, most)
-    if schedule.batch_tasks <= most:
+    max_tasks = _max_tasks(config) if num_tasks is None else num_tasks
+    schedule = schedule_of(config.trainer, num_ranks, max_tasks)
+    if schedule.batch_tasks <= max_tasks:
         return schedule
     ranks = "" if num_ranks == 1 else f" on {num_ranks} training processes"
     needs = (
@@ -108,18 +110,19 @@ def check(config: RunConfig, num_ranks: int, num_tasks: int | None = None) -> Sc
         "/ trainer.num_generations)"
     )
     if config.dataset.train_size is not None:
-        problem = f"dataset.train_size must be {needs}, got {most}: raise it"
+        problem = f"dataset.train_size must be {needs}, got {max_tasks}: raise it"
     else:
         problem = (
-            f"the training set must have {needs}, got {most}: give the environments more tasks "
+            f"the training set must have {needs}, got {max_tasks}: give the environments more tasks "
             "(env.<name>.data.train_size), or let tasks come several times an epoch (dataset.train_size="
             f"{schedule.batch_tasks})"
         )
     raise ConfigError(f"{problem}, or make the batch smaller; with fewer nothing would be trained")
 
 
-def _most_tasks(config: RunConfig) -> int:
-    """An upper limit of the training set's tasks, as far as the configuration says one."""
+def _max_tasks(config: RunConfig) -> int:
+    """Returns the most tasks that the training set can have by the configuration; a huge number if the
+    configuration sets no limit."""
     if config.dataset.train_size is not None:
         return config.dataset.train_size
     available = {name: env.data.train_size or _NO_LIMIT for name, env in config.env.items()}
@@ -128,9 +131,11 @@ def _most_tasks(config: RunConfig) -> int:
 
 
 def plan(config: RunConfig, num_ranks: int, mixed: Sequence[Task]) -> dict[str, Any]:
-    """What `data/mix.json` says of the training to come. Raises ConfigError as `check` does.
+    """Returns the entry `training` of `data/mix.json`, which describes the training before it starts.
 
-    tasks: played in all, counted as often as they come. played: different ones, by environment.
+    Its `tasks` is the number of tasks played in total, with repetitions; its `played` the number of different
+    tasks played, by environment. mixed: the first epoch's tasks, in order. Raises ConfigError if the run
+    would train nothing.
     """
     schedule = check(config, num_ranks, len(mixed))
     max_steps = value_of(config.trainer, "max_steps")
@@ -148,7 +153,7 @@ def plan(config: RunConfig, num_ranks: int, mixed: Sequence[Task]) -> dict[str, 
     }
 
 
-def told(planned: Mapping[str, Any], num_tasks: int) -> str:
-    """The same in a line."""
-    steps, tasks, epochs = (planned[key] for key in ("steps", "tasks", "epochs"))
+def describe(training_plan: Mapping[str, Any], num_tasks: int) -> str:
+    """Returns the result of `plan` as one line of text. num_tasks: tasks of an epoch."""
+    steps, tasks, epochs = (training_plan[key] for key in ("steps", "tasks", "epochs"))
     return f"training: {steps} steps play {tasks} tasks: {epochs:.2f} epochs of {num_tasks}"

@@ -1,6 +1,7 @@
-"""`trainer.fsdp` and `trainer.deepspeed`: the policy, its gradients and its optimizer, spread over the GPUs.
+"""The settings of `trainer.fsdp` and `trainer.deepspeed`, which shard the policy, its gradients and its
+optimizer over the GPUs.
 
-What their users leave out is filled in here: what of DeepSpeed's configuration follows from `trainer.*`
+This module fills in what users leave out: the keys of DeepSpeed's configuration that follow from `trainer.*`
 ("auto"), and the precision of FSDP's sums.
 """
 
@@ -15,7 +16,7 @@ from gymexp.errors import ConfigError
 if TYPE_CHECKING:
     from trl.trainer.grpo_config import GRPOConfig
 
-# DeepSpeed's keys that transformers fills in, from its own arguments and the model.
+# Keys of DeepSpeed's configuration that transformers fills in from its own arguments and the model.
 _AUTO: dict[str, Any] = {
     "train_batch_size": "auto",
     "train_micro_batch_size_per_gpu": "auto",
@@ -28,7 +29,8 @@ _AUTO_ZERO = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param
 
 
 def check(config: RunConfig, placement: Placement) -> None:
-    """Raises ConfigError for what does not suit the number of ranks."""
+    """Raises ConfigError if `seed`, `trainer.ddp_backend`, `trainer.fsdp` or `trainer.deepspeed` does not
+    suit the placement's number of training processes."""
     trainer, count = config.trainer, placement.num_ranks
     if config.seed > 2**32 - count:
         raise ConfigError(
@@ -56,23 +58,24 @@ def check(config: RunConfig, placement: Placement) -> None:
 
 
 def complete(trainer: dict[str, Any]) -> dict[str, Any]:
-    """`trainer.*` with the rest of what is given as keys; a configuration in a file is the user's own.
+    """Returns `trainer.*` with the missing keys of `deepspeed` and `fsdp_config` filled in. A configuration
+    that is in a file stays as the user wrote it.
 
-    FSDP's checkpoints are shards, as DeepSpeed's are: gathering optimizer states takes time, and the first
-    rank's memory.
+    FSDP's checkpoints are shards, as DeepSpeed's are, because gathering the optimizer's state would take time
+    and the first rank's memory.
     """
-    whole = dict(trainer)
-    if isinstance(given := trainer.get("deepspeed"), dict):
-        zero = dict.fromkeys(_AUTO_ZERO, "auto") | given["zero_optimization"]
-        whole["deepspeed"] = _AUTO | given | {"zero_optimization": zero}
-    if trainer.get("fsdp") and isinstance(given := trainer.get("fsdp_config") or {}, dict):
-        whole["fsdp_config"] = {"state_dict_type": "SHARDED_STATE_DICT"} | given
-    return whole
+    completed = dict(trainer)
+    if isinstance(config := trainer.get("deepspeed"), dict):
+        zero = dict.fromkeys(_AUTO_ZERO, "auto") | config["zero_optimization"]
+        completed["deepspeed"] = _AUTO | config | {"zero_optimization": zero}
+    if trainer.get("fsdp") and isinstance(config := trainer.get("fsdp_config") or {}, dict):
+        completed["fsdp_config"] = {"state_dict_type": "SHARDED_STATE_DICT"} | config
+    return completed
 
 
 def keep_precision(args: GRPOConfig) -> None:
-    """FSDP2 computes in bfloat16 as autocast does elsewhere: gradients are added up in float32, and what the
-    model returns, log-probabilities, stays float32. accelerate's own policy rounds both."""
+    """Lets FSDP2 compute in 16 bits as autocast does without FSDP: gradients are summed in float32, and the
+    log-probabilities that the model returns stay float32. accelerate's own policy rounds both."""
     dtype = {"bf16": "bfloat16", "fp16": "float16"}.get(args.mixed_precision)
     if args.fsdp_plugin_args is None or dtype is None:
         return

@@ -1,4 +1,4 @@
-"""Whether tracker=wandb could begin a run here: asked before anything starts, without the network."""
+"""The check of whether tracker=wandb can start a run on this machine. It needs no network."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _LOG_MODEL = "WANDB_LOG_MODEL"
 
 
 def problems(tracker: TrackerConfig) -> Iterator[str]:
-    """For a tracker whose package is installed."""
+    """Yields the reasons why the tracker cannot work on this machine. Its package must be installed."""
     if tracker.kind != "wandb":
         return
-    # transformers' callback would upload what it saves itself, in the middle of a run and again at its end.
+    # With the variable set, transformers' callback would upload its own saves, during a run and at its end.
     if (log_model := os.environ.get(_LOG_MODEL, "false")).lower() not in ("", "0", "false"):
         yield (
             f"{_LOG_MODEL} must be unset or false with tracker=wandb, as gymexp uploads no weights, got "
@@ -28,21 +28,21 @@ def problems(tracker: TrackerConfig) -> Iterator[str]:
         )
 
 
-@functools.cache  # imports wandb: a second
+@functools.cache  # Importing wandb takes a second.
 def _no_login(mode: str | None) -> str:
-    """Why wandb.init would not find a login, empty where it finds or needs none. mode: of tracker.mode."""
+    """Returns why wandb.init would find no login; empty if it finds or needs none. mode: tracker.mode."""
     import wandb
     from wandb.errors import term
     from wandb.sdk import wandb_setup
     from wandb.sdk.lib.wbauth import authenticate_session
 
-    term.termsetup(wandb.Settings(silent=True), None)  # it would say where it found a key
+    term.termsetup(wandb.Settings(silent=True), None)  # Otherwise wandb prints where it found a key.
     settings = wandb_setup.singleton().settings
     if (mode or settings.mode) in ("offline", "disabled", "dryrun"):
         return ""
     try:
         host = settings.base_url
-        found = authenticate_session(host=host, source="gymexp", prompt=False, update_session=False)
+        login = authenticate_session(host=host, source="gymexp", prompt=False, update_session=False)
     except wandb.Error as error:
         return str(error).rstrip(".")
-    return "" if found else f"there is none for {host} in its environment variables, settings and netrc file"
+    return "" if login else f"there is none for {host} in its environment variables, settings and netrc file"

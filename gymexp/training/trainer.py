@@ -1,4 +1,4 @@
-"""TRL's GRPOTrainer with what gymexp adds: measured phases, the drift check, sealed checkpoints."""
+"""PolicyTrainer, which is TRL's GRPOTrainer with measured phases, the drift check and sealed checkpoints."""
 
 from __future__ import annotations
 
@@ -36,20 +36,24 @@ log = logging.getLogger(__name__)
 
 
 class _NoSilentFailures(logging.Filter):
-    """TRL warns for every rollout without a reward; gymexp counts these as `<env>/failed` instead."""
+    """Drops TRL's warning about rollouts without a reward, which gymexp counts as `<env>/failed`."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         return "reward functions returned None" not in record.getMessage()
 
 
 def reward(reward: list[float | None], **_: Any) -> list[float | None]:
-    """The environment's rewards, as `rollout_func` returned them; None where a rollout has none."""
+    """Returns the environments' rewards, which `rollout_func` returned; None for a rollout without one."""
     return reward
 
 
 def gather_head(model: Any, *_: Any) -> None:
-    """Before a pass: TRL takes the output head's weight without calling the head, which FSDP2 would gather it
-    for. Where the head is sharded by itself (beside an adapter), its gradients' turn fails without this."""
+    """Gathers the output head's weight before a forward pass.
+
+    FSDP2 gathers a module's weight when the module is called, but TRL reads the head's weight without calling
+    the head. If the head is sharded as a module of its own (beside an adapter), the backward pass fails
+    without this hook.
+    """
     head = model.get_output_embeddings()
     if isinstance(head, FSDPModule):
         head.unshard()
@@ -57,14 +61,15 @@ def gather_head(model: Any, *_: Any) -> None:
 
 @cache
 def know_cpu_ranks() -> None:
-    """Without GPUs accelerate names the ranks' devices cpu:0, cpu:1, …; torch.load knows cpu alone."""
+    """Lets torch.load accept the devices cpu:0, cpu:1, …, which accelerate gives to ranks without GPUs. By
+    itself torch.load accepts only cpu."""
     torch.serialization.register_package(
-        50, lambda _: None, lambda storage, place: storage if place.startswith("cpu:") else None
+        50, lambda _: None, lambda storage, device: storage if device.startswith("cpu:") else None
     )
 
 
 class PolicyTrainer(GRPOTrainer):
-    """Trains the policy on rollouts. Every log entry says where the step's seconds went (`time/*`)."""
+    """Trains the policy on rollouts. Every log entry has the seconds of each phase of the step (`time/*`)."""
 
     def __init__(
         self,
@@ -76,7 +81,8 @@ class PolicyTrainer(GRPOTrainer):
         rollouts: Rollouts,
         directory: Path,
     ) -> None:
-        """args: TRL's, from before the model was loaded (`arguments.build`)."""
+        """args: TRL's arguments, built by `arguments.build` before the model was loaded. directory: for the
+        checkpoints."""
         logging.getLogger("trl.trainer.grpo_trainer").addFilter(_NoSilentFailures())
         self._config = config
         self._rollouts = rollouts
@@ -88,7 +94,7 @@ class PolicyTrainer(GRPOTrainer):
         self._checks = drift.Checks(config)
         self._tasks = prepared.train  # in the first epoch's order
         self._tokenizer = tokenizer
-        self.stopped = False  # asked to end before its last step
+        self.stopped = False  # whether training ended before its last step, on request or pruned
         super().__init__(
             model=model,
             reward_funcs=reward,
@@ -98,86 +104,96 @@ class PolicyTrainer(GRPOTrainer):
             rollout_func=rollouts,  # pyright: ignore[reportArgumentType]
             peft_config=lora.build_peft_config(config.model.lora, model) if config.model.lora.r else None,
         )
-        # TRL counts a rollout as cut unless its last token is one of these.
+        # TRL counts a rollout as truncated unless its last token is one of these.
         self.eos_token_ids = end_token_ids(tokenizer, directory_of(config.model))
         if self.is_fsdp_enabled:
             self.model.register_forward_pre_hook(gather_head)  # pyright: ignore[reportOptionalMemberAccess]
         self._schedule = batches.build_schedule(args, len(prepared.train))
         self.add_callback(batches.Epochs(lambda: self._schedule))
-        self.remove_callback(PrinterCallback)  # metrics.jsonl has the numbers, and the live view shows them
+        self.remove_callback(PrinterCallback)  # The live view shows the numbers, and metrics.jsonl has them.
 
     def add_metrics(self, metrics: Mapping[str, float]) -> None:
-        """Numbers of this step's batch, averaged until the next log entry."""
+        """Adds metrics of this step's batch. TRL averages them until the next log entry."""
         for name, value in metrics.items():
             self._metrics["train"][name].append(value)
 
     def log_evaluation(self, metrics: dict[str, float], seconds: float) -> None:
-        """A log entry of its own: TRL's `log` would mix in what belongs to the step's."""
+        """Logs the metrics of an evaluation as an entry of their own. TRL's `log` would mix the metrics of
+        the training step into it. seconds: duration of the evaluation."""
         self._seconds["evaluation"] += seconds
         Trainer.log(self, metrics)
 
     def sample_with_servers(self, engine: ServerSampling, version: int | None) -> None:
-        """Keep the servers' weights up to date from now on. version: of what they hold; None: unknown."""
+        """Keeps the servers' weights up to date from now on.
+
+        version: of the servers' current weights, in optimizer steps done; None if it is unknown.
+        """
         self._engine = engine
         self._engine_version = version
-        engine.named_weights = self._weights_of_one_rank
+        engine.named_weights = self._weights_without_other_ranks
         self._tensor_specs: TensorSpecs | None = None
-        # Not TRL's own client, which knows one server. What these switch on: `sync_weights` before the
-        # rollouts of each new step, and the importance-sampling correction.
+        # The trainer stands in for TRL's own client, which supports only one server. With these settings TRL
+        # calls `sync_weights` before the rollouts of each new step, and corrects by importance sampling.
         self.use_vllm = True
         self.vllm_mode = "server"
         self.vllm_generation = self
         self._last_loaded_step = -1
 
     def sync_weights(self) -> None:
-        """Let the engine sample with the weights as they are now. Every rank must call it, as gathering a
-        sharded parameter is collective."""
+        """Sends the current weights to the engine, unless it still has them. Every rank must call this
+        method, because gathering a sharded parameter is a collective operation."""
         step = self.state.global_step
         if not self.use_vllm or (step == self._engine_version and not self._engine.shared):
             return
         began = time.monotonic()
         if self._engine.shared:
-            torch.cuda.empty_cache()  # vLLM wakes on this GPU
+            torch.cuda.empty_cache()  # vLLM is about to wake up on this GPU and needs the memory.
         if self._tensor_specs is None:
             self._tensor_specs = [(name, t.dtype, list(t.shape)) for name, t in self.named_weights()]
         if self._engine.sync is not None:
             self._engine.sync.update(step, self._tensor_specs, self.named_weights())
         else:
             for _ in self.named_weights():
-                pass
+                pass  # This rank only takes part in gathering the parameters.
         self._engine_version = step
         self._seconds["sync"] += time.monotonic() - began
 
     def named_weights(self) -> NamedTensors:
-        """The policy's parameters in `model.dtype`, under the names of its checkpoint; with LoRA, the adapter
-        is in them. Every rank must walk over them."""
+        """Yields the policy's parameters in `model.dtype`, under the names of its checkpoint. With LoRA, the
+        adapter is merged into them. Every rank must iterate over all of them."""
         dtype = getattr(torch, self._config.model.dtype)
         model: Any = self.model
-        merged = self._config.model.lora.r is not None
-        held = lora.merged_parameters(model, self._dist.gather_params) if merged else self._held_parameters()
-        for name, tensor in self._whole(held):
+        with_lora = self._config.model.lora.r is not None
+        parameters = (
+            lora.merged_parameters(model, self._dist.gather_params) if with_lora else self._model_parameters()
+        )
+        for name, tensor in self._gathered(parameters):
             yield name, tensor.to(dtype)
 
-    def _held_parameters(self) -> NamedTensors:
+    def _model_parameters(self) -> NamedTensors:
+        """Yields the model's parameters as they are; ZeRO-3's shards are gathered one after the other."""
         for name, parameter in self.model.named_parameters():  # pyright: ignore[reportOptionalMemberAccess]
             with self._dist.gather_params([parameter]):
                 yield name, parameter.data
 
-    def _whole(self, tensors: NamedTensors) -> NamedTensors:
-        """FSDP2's shards gathered, one after the other, on the accelerator."""
+    def _gathered(self, tensors: NamedTensors) -> NamedTensors:
+        """Yields the tensors on the accelerator, under the checkpoint's names. Gathers FSDP2's shards one
+        tensor after the other."""
         device = self.accelerator.device
         for module in self.model.modules():  # pyright: ignore[reportOptionalMemberAccess]
             if isinstance(module, FSDPModule):
-                module.reshard()  # a pass without gradients leaves some gathered
+                module.reshard()  # A pass without gradients leaves some modules gathered.
         for name, tensor in tensors:
-            if tensor.device.type != device.type:  # offloaded, or not yet prepared for training
+            # The tensor may be offloaded, or not yet prepared for training.
+            if tensor.device.type != device.type:
                 tensor = tensor.to(device)
             if isinstance(tensor, DTensor):
                 tensor = tensor.full_tensor()
             yield name.replace("_checkpoint_wrapped_module.", ""), tensor
 
-    def _weights_of_one_rank(self) -> NamedTensors:
-        """The same, asked for on the first rank alone. Raises ServiceError where the others have a part."""
+    def _weights_without_other_ranks(self) -> NamedTensors:
+        """Returns the policy's parameters for a caller on the first rank alone. Raises ServiceError if the
+        parameters are sharded, because the other ranks do not take part."""
         if self.accelerator.num_processes > 1 and (self._dist.is_fsdp or self._dist.is_zero3):
             raise ServiceError(
                 "an engine was lost and is back, and the policy's weights, which are sharded, cannot be "
@@ -186,16 +202,19 @@ class PolicyTrainer(GRPOTrainer):
         return self.named_weights()
 
     def check_samples(self, outcomes: Sequence[Outcome]) -> None:
-        """outcomes: this rank's part of the batch. Raises DriftError, DrawError, on every rank alike."""
-        self._checks.look(self, outcomes)
+        """Checks drift and draws on some rollouts, if a check is due.
 
-    def go_on_from(self, checkpoint: Path | None) -> None:
-        """Train to the end, from a checkpoint or from the start."""
+        outcomes: this rank's part of the batch. Raises DriftError or DrawError, on every rank alike.
+        """
+        self._checks.check(self, outcomes)
+
+    def train_from(self, checkpoint: Path | None) -> None:
+        """Trains to the end, from a checkpoint or, if that is None, from the start."""
         know_cpu_ranks()
         first_step = checkpoints.step_of(checkpoint) if checkpoint else 0
         if checkpoint:
-            self._schedule = self._schedule.going_on(first_step, batches.read_epoch(checkpoint))
-            batches.go_on_in_generation(self, checkpoint, first_step)
+            self._schedule = self._schedule.resumed_at(first_step, batches.read_epoch(checkpoint))
+            batches.resume_generation(self, checkpoint, first_step)
         if self.args.max_steps < 0:
             self.args.max_steps = self._schedule.num_steps(self.args.num_train_epochs)
         self._step_began = time.monotonic()
@@ -206,8 +225,8 @@ class PolicyTrainer(GRPOTrainer):
         return batches.TaskSampler(self._tasks, self._config.dataset, self._schedule, self.grpo)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        # transformers looks for the last step only after one more: a run that goes on from its last
-        # checkpoint, as one that ended during the last evaluation does, would train a step too many.
+        # transformers checks for the last step only after it has trained one. A run that is resumed from the
+        # checkpoint of its last step, as it ended during the last evaluation, would train a step too many.
         if self.state.global_step < self.state.max_steps:
             super()._run_epoch(*args, **kwargs)
 
@@ -223,10 +242,11 @@ class PolicyTrainer(GRPOTrainer):
         return self._buffered_inputs[self._step % len(self._buffered_inputs)]
 
     def _rescored(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """The micro-batch with old log-probabilities from a pass of its own shape, as the update's is.
+        """Returns the micro-batch with its old log-probabilities computed again, in a pass that has the same
+        shape as the update's pass.
 
-        In bfloat16 a row's log-probabilities depend on the shape of the batch around it. The mean over a
-        rollout makes that a bias of the order of trainer=gspo's clip range.
+        In bfloat16 a row's log-probabilities depend on the shape of the batch around it. In the mean over a
+        rollout, this becomes a bias of the order of trainer=gspo's clip range.
         """
         if (old := batch.get("old_per_token_logps")) is None:
             return batch
@@ -237,9 +257,9 @@ class PolicyTrainer(GRPOTrainer):
         with torch.no_grad():
             score = super()._get_per_token_logps_and_entropies
             logprobs = score(self.model, ids, mask, width)[0]
-        whole = old.clone()
-        whole[:, :width] = logprobs
-        return batch | {"old_per_token_logps": whole}
+        rescored = old.clone()
+        rescored[:, :width] = logprobs
+        return batch | {"old_per_token_logps": rescored}
 
     def _get_per_token_logps_and_entropies(
         self,
@@ -249,17 +269,17 @@ class PolicyTrainer(GRPOTrainer):
         logits_to_keep: int,
         batch_size: int | None = None,
         compute_entropy: bool = False,
-        **others: Any,
+        **options: Any,
     ) -> Any:
-        whole = super()._get_per_token_logps_and_entropies
-        with_images = any(value is not None and value is not False for value in others.values())
-        if batch_size is None or compute_entropy or torch.is_grad_enabled() or with_images:
-            return whole(
-                model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, **others
+        trl_score = super()._get_per_token_logps_and_entropies
+        has_options = any(value is not None and value is not False for value in options.values())
+        if batch_size is None or compute_entropy or torch.is_grad_enabled() or has_options:
+            return trl_score(
+                model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, **options
             )
 
         def score(ids: torch.Tensor, mask: torch.Tensor, num_completion: int) -> torch.Tensor:
-            return whole(model, ids, mask, num_completion)[0]
+            return trl_score(model, ids, mask, num_completion)[0]
 
         scores = padding.score_by_length(score, input_ids, attention_mask, logits_to_keep, batch_size)
         return scores, None, None
@@ -268,19 +288,20 @@ class PolicyTrainer(GRPOTrainer):
         return super()._compute_loss(model, padding.trim(inputs))
 
     def _generate_and_score_completions(self, inputs: Any) -> Any:
-        began, synced = time.monotonic(), self._seconds["sync"]
+        began, sync_before = time.monotonic(), self._seconds["sync"]
         output = super()._generate_and_score_completions(inputs)
         self._log_effective_sample(output)
         if self.use_vllm and self._engine.shared:
-            self._last_loaded_step = -1  # it sleeps now: a step's next collection wakes it by another sync
-        apart = self._rollouts.seconds + self._seconds["sync"] - synced
+            # The engine sleeps now. If this step collects again, another sync must wake it.
+            self._last_loaded_step = -1
+        rollouts_and_sync = self._rollouts.seconds + self._seconds["sync"] - sync_before
         self._seconds["rollout"] += self._rollouts.seconds
-        self._seconds["logprobs"] += time.monotonic() - began - apart
+        self._seconds["logprobs"] += time.monotonic() - began - rollouts_and_sync
         return output
 
     def _log_effective_sample(self, batch: Mapping[str, Any]) -> None:
-        """Kish's effective sample size, (sum w)^2 / sum w^2, of the importance weights, as a share of their
-        number: of tokens, or of rollouts with a sequence mode. Over all ranks.
+        """Logs Kish's effective sample size, (sum w)^2 / sum w^2, of the importance weights over all ranks,
+        as a share of their number. A weight belongs to a token or, with a sequence mode, to a rollout.
 
         Source: Kish, "Survey Sampling" (1965), section 11.7.
         """
@@ -316,7 +337,7 @@ class PolicyTrainer(GRPOTrainer):
         return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        # A checkpoint has the shards, saved with the optimizer's: it needs no gathered weights beside them.
+        # The checkpoint of a sharded run has the weights as shards, so it needs no gathered weights as well.
         if not self._sharded or self.args.save_only_model:
             super().save_model(output_dir, _internal_call)
 
@@ -326,7 +347,7 @@ class PolicyTrainer(GRPOTrainer):
             super()._save_checkpoint(model, trial)
             if self.state.global_step % self._schedule.steps_per_batch:
                 batches.save_generation(target, self.args.process_index, self._buffered_inputs)
-            self.accelerator.wait_for_everyone()  # every rank writes a part of what is sealed
+            self.accelerator.wait_for_everyone()  # Every rank must have written its part before the seal.
         self._prune()
 
     def _prune(self) -> None:
@@ -335,31 +356,32 @@ class PolicyTrainer(GRPOTrainer):
             checkpoints.prune(self._directory, self._config.checkpoint, scores)
 
     def save_policy(self, run: Path) -> None:
-        """The final weights, in `<run>/model`; with LoRA merged there, and the adapter in `<run>/adapter`.
-
-        Nothing may be trained or sampled after it.
+        """Writes the final weights to `<run>/model`. With LoRA, the adapter is merged into them, and written
+        to `<run>/adapter` as well. Nothing may be trained or sampled afterwards.
         """
         main = self.accelerator.is_main_process
         policy: Any = self.accelerator.unwrap_model(self.model)
         weights = {name: tensor.cpu() for name, tensor in self.named_weights() if main}
         if self._config.model.lora.r:
-            held = ((name, value) for name, value in self._held_parameters() if policy.prefix in name)
-            adapter = {name: tensor.cpu() for name, tensor in self._whole(held) if main}
+            adapter_parameters = (
+                (name, value) for name, value in self._model_parameters() if policy.prefix in name
+            )
+            adapter = {name: tensor.cpu() for name, tensor in self._gathered(adapter_parameters) if main}
             if main:
                 policy.save_pretrained(run / "adapter", state_dict=adapter)
                 lora.name_base(run / "adapter", self._config.model)
                 policy = policy.unload()
         if main:
             save_policy(policy, weights, self._tokenizer, run / "model")
-        # Gathering on a GPU is only enqueued: a rank that ended here would leave the first one waiting.
+        # Gathering on a GPU is asynchronous: if another rank ended now, the first rank would wait for ever.
         self.accelerator.wait_for_everyone()
 
     def save_now(self) -> None:
-        """A checkpoint of the last finished step, unless it is there already, and which to keep by the last
-        evaluation."""
+        """Saves a checkpoint of the last finished step unless a whole one exists, then deletes old
+        checkpoints, with the scores of the last evaluation."""
         target = self._directory / f"checkpoint-{self.state.global_step}"
-        there = on_main_rank(self.accelerator, lambda: checkpoints.whole(target))
-        if self.state.global_step and not there:
+        is_saved = on_main_rank(self.accelerator, lambda: checkpoints.whole(target))
+        if self.state.global_step and not is_saved:
             self._save_checkpoint(self.model, None)
         else:
             self._prune()

@@ -1,8 +1,8 @@
-"""Whether TRL, transformers and torch do what a configuration asks for, tried in a process of its own.
+"""The check of whether TRL, transformers and torch can do what a configuration requests, in its own process.
 
-`python -m gymexp.training.verdict` reads a JSON list of questions (`trainer`, `dtype`,
-`attn_implementation`, `here`) and prints a list of answers, each empty or what is wrong. Every check asks the
-libraries themselves: it constructs, on a model of a few weights, what the run would construct minutes later.
+`python -m gymexp.training.verdict` reads a JSON list of questions (the arguments of `judge`) and prints a
+JSON list of answers: the problem, or an empty text. The checks use the libraries themselves: on a tiny model,
+they construct what the run would construct minutes later.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from gymexp.training.arguments import construct
 if TYPE_CHECKING:
     from trl.trainer.grpo_config import GRPOConfig
 
-# Words that TRL compares only in the middle of a step; which ones it knows is read from its source.
-_WORDS = (
+# Options that TRL compares with words only in the middle of a step. The words are read from TRL's source.
+_WORD_OPTIONS = (
     "loss_type",
     "scale_rewards",
     "importance_sampling_level",
@@ -44,37 +44,40 @@ _TINY: dict[str, Any] = {
 
 
 def judge(trainer: dict[str, Any], dtype: str, attn_implementation: str, here: bool) -> str:
-    """What is wrong, or nothing. here: the run is this machine's; elsewhere there may be other GPUs."""
+    """Returns the first problem of a configuration; empty if there is none.
+
+    here: whether the run will start on this machine; another machine may have other GPUs.
+    """
     import torch
 
-    apart = {"ddp_backend"}  # it needs other ranks
+    left_out = {"ddp_backend"}  # The argument needs other ranks.
     if not (here or torch.cuda.is_available()):
-        apart.add("tf32")  # it needs a GPU
+        left_out.add("tf32")  # The argument needs a GPU.
     try:
         _check_values(trainer)
-        alone = {name: value for name, value in trainer.items() if name not in apart}
-        args = construct(alone, dtype, output_dir="unused", report_to=[])
+        testable = {name: value for name, value in trainer.items() if name not in left_out}
+        args = construct(testable, dtype, output_dir="unused", report_to=[])
         _check_objective(args)
-        _check_names(args, trainer.get("ddp_backend"))
+        _check_words(args, trainer.get("ddp_backend"))
         _check_kernels(args)
     except (TypeError, ValueError, ImportError) as error:
-        said = str(error)
-        return said if said.startswith("trainer.") else f"trainer: trl.GRPOConfig refuses it: {said}"
+        message = str(error)
+        return message if message.startswith("trainer.") else f"trainer: trl.GRPOConfig refuses it: {message}"
     return _optimizer_problem(args) or _attention_problem(attn_implementation, dtype, here)
 
 
 def _known_words() -> dict[str, set[str]]:
-    """Option -> the strings that TRL's trainer compares it with."""
-    words: dict[str, set[str]] = {name: set() for name in _WORDS}
+    """Returns, for each of `_WORD_OPTIONS`, the strings with which TRL's trainer compares it."""
+    words: dict[str, set[str]] = {name: set() for name in _WORD_OPTIONS}
     for node in ast.walk(read_source("trl", "trainer/grpo_trainer.py")):
         if isinstance(node, ast.Compare) and isinstance(node.left, ast.Attribute) and node.left.attr in words:
-            found = [c.value for c in ast.walk(node.comparators[0]) if isinstance(c, ast.Constant)]
-            words[node.left.attr].update(value for value in found if isinstance(value, str))
+            constants = [c.value for c in ast.walk(node.comparators[0]) if isinstance(c, ast.Constant)]
+            words[node.left.attr].update(value for value in constants if isinstance(value, str))
     return words
 
 
 def _check_values(trainer: dict[str, Any]) -> None:
-    """What the constructor takes and the trainer would fail on later. Raises ValueError."""
+    """Raises ValueError for a value that GRPOConfig accepts but on which the trainer would fail later."""
     from trl.trainer.grpo_config import GRPOConfig
 
     hints, words = typing.get_type_hints(GRPOConfig), _known_words()
@@ -90,19 +93,21 @@ def _check_values(trainer: dict[str, Any]) -> None:
 
 
 def _fits(value: Any, hint: Any) -> bool:
+    """Returns whether a value has the type of a hint. Accepts any value of types that GRPOConfig checks."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return any(_fits(value, one) for one in typing.get_args(hint))
+        return any(_fits(value, member) for member in typing.get_args(hint))
     if hint in (int, float):
         return isinstance(value, int if hint is int else int | float) and not isinstance(value, bool)
     if hint is str:
-        return isinstance(value, str | bool)  # TRL itself takes scale_rewards: false
+        return isinstance(value, str | bool)  # TRL accepts scale_rewards: false.
     if hint in (bool, types.NoneType):
         return isinstance(value, hint)
-    return True  # lists, dicts and enums are the constructor's to judge
+    return True  # The constructor checks lists, dicts and enums.
 
 
 def _check_objective(args: GRPOConfig) -> None:
-    """TRL's own rule, which it does not apply where use_vllm is switched on after its constructor."""
+    """Raises ValueError for a combination that TRL forbids with use_vllm. TRL does not apply its rule,
+    because gymexp switches use_vllm on after the constructor."""
     mode = args.vllm_importance_sampling_mode
     if args.loss_type == "vespo" and args.vllm_importance_sampling_correction and "token" not in mode:
         raise ValueError(
@@ -111,8 +116,8 @@ def _check_objective(args: GRPOConfig) -> None:
         )
 
 
-def _check_names(args: GRPOConfig, ddp_backend: str | None) -> None:
-    """Words that are looked up late, or compared with nothing."""
+def _check_words(args: GRPOConfig, ddp_backend: str | None) -> None:
+    """Raises ValueError for an unknown word in an option that libraries look up late, or never check."""
     import torch
     from transformers.training_args import trainer_log_levels
 
@@ -125,16 +130,18 @@ def _check_names(args: GRPOConfig, ddp_backend: str | None) -> None:
         known["torch_compile_backend"] = torch._dynamo.list_backends(exclude_tags=())
     if args.torch_compile_mode is not None:
         known["torch_compile_mode"] = list(torch._inductor.list_mode_options())
-    given = {name: getattr(args, name) for name in known}
+    values = {name: getattr(args, name) for name in known}
     if ddp_backend is not None:
-        known["ddp_backend"], given["ddp_backend"] = torch.distributed.Backend.backend_list, ddp_backend
+        known["ddp_backend"], values["ddp_backend"] = torch.distributed.Backend.backend_list, ddp_backend
     for name, words in known.items():
-        if (value := given[name]) not in words:
+        if (value := values[name]) not in words:
             near = nearest(str(value), list(words))
             raise ValueError(f"trainer.{name} must be one of {', '.join(words)}, got {value!r}{near}")
 
 
 def _check_kernels(args: GRPOConfig) -> None:
+    """Raises ValueError if liger-kernel is requested but not installed, or if torch refuses the arguments of
+    gradient checkpointing."""
     from transformers.utils.import_utils import is_liger_kernel_available
 
     if args.use_liger_kernel and not is_liger_kernel_available():
@@ -148,11 +155,12 @@ def _check_kernels(args: GRPOConfig) -> None:
         except (TypeError, ValueError) as error:
             raise ValueError(
                 "trainer.gradient_checkpointing_kwargs must be arguments of torch.utils.checkpoint, "
-                f"got {args.gradient_checkpointing_kwargs!r}: {_told(error)}"
+                f"got {args.gradient_checkpointing_kwargs!r}: {_first_line(error)}"
             ) from None
 
 
 def _try_checkpointing(options: Any) -> None:
+    """Runs a forward and a backward pass with gradient checkpointing. Raises torch's errors."""
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -164,7 +172,8 @@ def _try_checkpointing(options: Any) -> None:
 
 
 def _optimizer_problem(args: GRPOConfig) -> str:
-    """Optimizer and schedule, built as transformers builds them, for a single layer."""
+    """Builds optimizer and learning-rate schedule for a single layer, as transformers does. Returns the
+    problem; empty if there is none."""
     import torch
     from transformers import Trainer
     from transformers.optimization import get_scheduler
@@ -172,16 +181,16 @@ def _optimizer_problem(args: GRPOConfig) -> str:
     layer = torch.nn.Sequential(torch.nn.Linear(2, 2))
     args = copy.copy(args)
     if args.optim_target_modules:
-        args.optim_target_modules = "all-linear"  # the policy's own names are not this layer's
+        args.optim_target_modules = "all-linear"  # This layer does not have the policy's module names.
     try:
         _check_optim_args(args)
         cls, options = Trainer.get_optimizer_cls_and_kwargs(args, layer)  # pyright: ignore[reportArgumentType]
         parameters = options.pop("params", None) or layer.parameters()
         optimizer = cls(parameters, **options)
-    except Exception as error:  # whatever a package of its own raises
+    except Exception as error:  # The optimizer's package may raise anything.
         return (
             "trainer.optim must be an optimizer that works here, with what it is given, "
-            f"got {str(args.optim.value)!r}: {_told(error)}"  # pyright: ignore[reportAttributeAccessIssue]
+            f"got {str(args.optim.value)!r}: {_first_line(error)}"  # pyright: ignore[reportAttributeAccessIssue]
         )
     schedule_type: str = args.lr_scheduler_type.value  # pyright: ignore[reportAttributeAccessIssue]
     steps = args.max_steps if args.max_steps > 0 else 1000
@@ -200,28 +209,28 @@ def _optimizer_problem(args: GRPOConfig) -> str:
     except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
         return (
             f"trainer.lr_scheduler_kwargs must suit lr_scheduler_type={schedule_type}, "
-            f"got {args.lr_scheduler_kwargs!r}: {_told(error)}"
+            f"got {args.lr_scheduler_kwargs!r}: {_first_line(error)}"
         )
     return ""
 
 
-class _Read(dict[str, str]):
-    """Remembers which keys were asked for."""
+class _RecordingDict(dict[str, str]):
+    """A dict that records in `read_keys` which of its keys were read."""
 
-    def __init__(self, given: dict[str, str]) -> None:
-        super().__init__(given)
-        self.asked: set[str] = set()
+    def __init__(self, values: dict[str, str]) -> None:
+        super().__init__(values)
+        self.read_keys: set[str] = set()
 
     def get(self, key: str, *default: Any) -> Any:
-        self.asked.add(key)
+        self.read_keys.add(key)
         return super().get(key, *default)
 
     def pop(self, key: str, *default: Any) -> Any:
-        self.asked.add(key)
+        self.read_keys.add(key)
         return super().pop(key, *default)
 
     def __getitem__(self, key: str) -> str:
-        self.asked.add(key)
+        self.read_keys.add(key)
         return super().__getitem__(key)
 
 
@@ -234,20 +243,20 @@ def _check_optim_args(args: GRPOConfig) -> None:
         return
     trainer: Any = transformers.trainer
     parse = trainer._parse_optim_args
-    read = _Read(parse(args.optim_args))
-    trainer._parse_optim_args = lambda _: read
+    recorder = _RecordingDict(parse(args.optim_args))
+    trainer._parse_optim_args = lambda _: recorder
     try:
         trainer.Trainer.get_optimizer_cls_and_kwargs(args, torch.nn.Sequential(torch.nn.Linear(2, 2)))
     finally:
         trainer._parse_optim_args = parse
-    given = set(parse(args.optim_args))
-    if unread := sorted(given - read.asked):
+    if unread := sorted(set(parse(args.optim_args)) - recorder.read_keys):
         raise ValueError(f"it does not read {', '.join(unread)} of trainer.optim_args={args.optim_args!r}")
 
 
-def _attention_problem(name: str, dtype: str, here: bool) -> str:
-    """A pass forwards and backwards through a model of one layer; where the run's GPUs are elsewhere, whether
-    its package is installed here."""
+def _attention_problem(name: str, dtype: str, on_this_machine: bool) -> str:
+    """Tries an attention implementation with a forward and a backward pass of a one-layer model. If the run's
+    GPUs are on another machine, only checks that the package is installed. Returns the problem; empty if
+    there is none."""
     import torch
 
     if name in ("eager", "sdpa"):
@@ -255,19 +264,20 @@ def _attention_problem(name: str, dtype: str, here: bool) -> str:
     try:
         if name.startswith("paged|"):
             raise ValueError("it generates, and does not train")
-        if here or torch.cuda.is_available():
+        if on_this_machine or torch.cuda.is_available():
             _try_attention(name, dtype)
         else:
             _find_attention(name)
-    except Exception as error:  # whatever a kernel, its compiler or the hub raises
+    except Exception as error:  # A kernel, its compiler or the hub may raise anything.
         return (
-            f"model.attn_implementation must be one that trains here, got {name!r}: {_told(error)} "
+            f"model.attn_implementation must be one that trains here, got {name!r}: {_first_line(error)} "
             "(model.attn_implementation=sdpa works everywhere)"
         )
     return ""
 
 
 def _try_attention(name: str, dtype: str) -> None:
+    """Runs a forward and a backward pass with an attention implementation. Raises the libraries' errors."""
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -280,13 +290,15 @@ def _try_attention(name: str, dtype: str) -> None:
 
 
 def _find_attention(name: str) -> None:
+    """Raises ValueError if transformers does not know an attention implementation, ImportError if its package
+    is not installed."""
     from transformers.integrations.hub_kernels import is_kernel
     from transformers.modeling_flash_attention_utils import FLASH_ATTENTION_COMPATIBILITY_MATRIX
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
     from transformers.utils.import_utils import is_kernels_available
 
     flash = {
-        f"flash_attention_{version}": facts for version, facts in FLASH_ATTENTION_COMPATIBILITY_MATRIX.items()
+        f"flash_attention_{version}": entry for version, entry in FLASH_ATTENTION_COMPATIBILITY_MATRIX.items()
     }
     if name in flash:
         installed = flash[name]["pkg_availability_check"]() or is_kernels_available()
@@ -302,12 +314,12 @@ def _find_attention(name: str) -> None:
         raise ImportError("its package is not installed: pip install flash-attn, or kernels")
 
 
-def _told(error: Exception) -> str:
-    """The first line of what an exception says."""
+def _first_line(error: Exception) -> str:
+    """Returns the first line of an exception's message, or its class if it has no message."""
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
 
 
 if __name__ == "__main__":
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
-    print("\n" + json.dumps([judge(**one) for one in json.load(sys.stdin)]))
+    print("\n" + json.dumps([judge(**question) for question in json.load(sys.stdin)]))

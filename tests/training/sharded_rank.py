@@ -78,18 +78,18 @@ class StopAt(TrainerCallback):
 
 
 def main() -> None:
-    asked, directory, steps = json.loads(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+    options, directory, steps = json.loads(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
     torch.set_num_threads(1)
-    if asked["trainer"].get("fsdp"):
+    if options["trainer"].get("fsdp"):
         shard_on_cpus()
-    if asked["trainer"].get("deepspeed"):
+    if options["trainer"].get("deepspeed"):
         import deepspeed
 
         deepspeed.init_distributed("gloo", auto_mpi_discovery=False)  # accelerate's work where there are GPUs
-    lora = LoraConfig(r=asked.get("lora"))
-    path = asked.get("path", "gymexp/assets/tiny")
-    model_config = ModelConfig("tiny", path, dtype=asked.get("dtype", "float32"), lora=lora)
-    config = RunConfig(model=model_config, env={"e": EnvConfig("c", "a")}, trainer=asked["trainer"])
+    lora = LoraConfig(r=options.get("lora"))
+    path = options.get("path", "gymexp/assets/tiny")
+    model_config = ModelConfig("tiny", path, dtype=options.get("dtype", "float32"), lora=lora)
+    config = RunConfig(model=model_config, env={"e": EnvConfig("c", "a")}, trainer=options["trainer"])
     config.checkpoint.keep_last = 1
     saved = directory / "checkpoints"
     args = arguments.build(config, saved, "sharded")
@@ -107,7 +107,7 @@ def main() -> None:
     resume = checkpoints.latest(saved)
     if resume is None:
         send()  # as the evaluation before training does
-    trainer.go_on_from(resume)
+    trainer.train_from(resume)
     send()
     trainer.save_now()
     trainer.save_policy(directory)

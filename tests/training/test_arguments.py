@@ -84,43 +84,43 @@ def test_all_wrong_names_come_in_one_message(tmp_path, no_subprocess):
 @pytest.fixture
 def constructed_by(monkeypatch):
     """Stands in for the process that constructs GRPOConfigs; says what it was asked each time."""
-    asked: list[list[dict]] = []
+    requests: list[list[dict]] = []
 
     def make(code: int = 0, verdict: str = "", stderr: str = "") -> list[list[dict]]:
         def run(command, input, **_):
-            asked.append(json.loads(input))
-            stdout = "a library's own words\n" + json.dumps([verdict] * len(asked[-1]))
+            requests.append(json.loads(input))
+            stdout = "a library's own words\n" + json.dumps([verdict] * len(requests[-1]))
             return subprocess.CompletedProcess(command, code, "" if code else stdout, stderr)
 
         monkeypatch.setattr(subprocess, "run", run)
-        return asked
+        return requests
 
     return make
 
 
 def test_a_good_verdict_is_kept_for_the_same_values_and_versions(tmp_path, constructed_by):
-    asked = constructed_by()
+    requests = constructed_by()
     for _ in range(2):
         arguments.check(config(learning_rate=1e-6), tmp_path)
-    assert len(asked) == 1
+    assert len(requests) == 1
     arguments.check(config(learning_rate=2e-6), tmp_path)
-    assert len(asked) == 2
+    assert len(requests) == 2
 
 
 def test_a_bad_verdict_is_not_kept_and_says_what_trl_said(tmp_path, constructed_by):
-    asked = constructed_by(verdict="trainer: trl.GRPOConfig refuses it: The loss type is none")
+    requests = constructed_by(verdict="trainer: trl.GRPOConfig refuses it: The loss type is none")
     for _ in range(2):
         with pytest.raises(ConfigError, match=r"^trainer: trl.GRPOConfig refuses it: The loss type is none$"):
             arguments.check(config(loss_type="none"), tmp_path)
-    assert len(asked) == 2
+    assert len(requests) == 2
 
 
 def test_many_configurations_are_asked_about_at_once_and_the_same_values_once(tmp_path, constructed_by):
-    asked = constructed_by(verdict="no")
+    requests = constructed_by(verdict="no")
     rates = [config(learning_rate=rate) for rate in (1e-6, 2e-6, 1e-6)]
-    told = arguments.problems([*rates, config(seed=1)], tmp_path)
-    assert told[:3] == ["no"] * 3 and "trainer.seed is set by gymexp" in told[3]
-    assert [[one["trainer"]["learning_rate"] for one in some] for some in asked] == [[1e-6, 2e-6]]
+    reasons = arguments.problems([*rates, config(seed=1)], tmp_path)
+    assert reasons[:3] == ["no"] * 3 and "trainer.seed is set by gymexp" in reasons[3]
+    assert [[one["trainer"]["learning_rate"] for one in some] for some in requests] == [[1e-6, 2e-6]]
 
 
 def test_a_constructor_that_breaks_shows_the_end_of_what_it_said(tmp_path, constructed_by):
@@ -134,7 +134,7 @@ def test_a_constructor_that_breaks_shows_the_end_of_what_it_said(tmp_path, const
 def test_a_verdict_holds_for_the_packages_gpus_files_and_place_that_it_looked_at(
     tmp_path, constructed_by, monkeypatch
 ):
-    asked = constructed_by()
+    requests = constructed_by()
     site = tmp_path / "site"
     (site / "liger_kernel-0.6.dist-info").mkdir(parents=True)
     settings = tmp_path / "zero.json"
@@ -143,7 +143,7 @@ def test_a_verdict_holds_for_the_packages_gpus_files_and_place_that_it_looked_at
 
     def count() -> int:
         arguments.check(one, tmp_path)
-        return len(asked)
+        return len(requests)
 
     assert [count(), count()] == [1, 1]
     monkeypatch.syspath_prepend(str(site))
@@ -154,8 +154,8 @@ def test_a_verdict_holds_for_the_packages_gpus_files_and_place_that_it_looked_at
     assert [count(), count()] == [4, 4], "another file of the same name"
     one = dataclasses.replace(one, model=dataclasses.replace(one.model, attn_implementation="eager"))
     assert [count(), count()] == [5, 5]
-    assert arguments.problems([one], tmp_path) == [""] and len(asked) == 6, "not of this machine"
-    assert [some[0]["here"] for some in asked] == [True] * 5 + [False]
+    assert arguments.problems([one], tmp_path) == [""] and len(requests) == 6, "not of this machine"
+    assert [some[0]["here"] for some in requests] == [True] * 5 + [False]
 
 
 def test_a_check_that_takes_too_long_says_so(tmp_path, monkeypatch):
@@ -251,16 +251,16 @@ def test_trl_itself_takes_the_good_and_every_experiment_and_refuses_the_bad(tmp_
         composed += [compose("train", [f"trainer={name}"]) for name in options("trainer")]
     configs = [load(cfg) for cfg in composed]
     same = {"dtype": "float32", "attn_implementation": "sdpa", "here": True}
-    asked = [{"trainer": one} | same for one in (*GOOD, *(one.trainer for one in configs))]
-    asked += [{"trainer": one} | same for _, one in BAD]
-    asked += [
+    requests = [{"trainer": one} | same for one in (*GOOD, *(one.trainer for one in configs))]
+    requests += [{"trainer": one} | same for _, one in BAD]
+    requests += [
         {"trainer": {}} | same | {"attn_implementation": name, "here": here} for name, here, _ in ATTENTION
     ]
-    asked.append({"trainer": {"tf32": True}} | same | {"here": False})
-    told = arguments._ask_verdicts(asked)
-    assert told[: len(GOOD) + len(configs)] == [""] * (len(GOOD) + len(configs))
+    requests.append({"trainer": {"tf32": True}} | same | {"here": False})
+    reasons = arguments._request_verdicts(requests)
+    assert reasons[: len(GOOD) + len(configs)] == [""] * (len(GOOD) + len(configs))
     expected = [said for said, _ in BAD] + [said for *_, said in ATTENTION] + [""]
-    for line, said in zip(told[len(GOOD) + len(configs) :], expected, strict=True):
+    for line, said in zip(reasons[len(GOOD) + len(configs) :], expected, strict=True):
         assert said in line and bool(said) == bool(line)
-    monkeypatch.setattr(arguments, "_ask_verdicts", lambda some: [""] * len(some))
+    monkeypatch.setattr(arguments, "_request_verdicts", lambda some: [""] * len(some))
     assert arguments.problems(configs, tmp_path) == [""] * len(configs), "names, and whole groups"

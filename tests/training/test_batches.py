@@ -60,12 +60,12 @@ class MadeUp:
     seconds = 0.0
 
     def __init__(self) -> None:
-        self.asked: list[tuple[int, list[str]]] = []
+        self.collected: list[tuple[int, list[str]]] = []
 
     def __call__(self, prompts: list[str], trainer: PolicyTrainer) -> dict[str, list[Any]]:
         step = trainer.state.global_step
         assert all(len(set(group)) == 1 for group in batched(prompts, GENERATIONS)), "groups are whole"
-        self.asked.append((step, prompts[::GENERATIONS]))
+        self.collected.append((step, prompts[::GENERATIONS]))
         draw = random.Random(f"{step} {prompts}")
         prompt_ids = [[draw.randrange(5, 200) for _ in range(draw.randrange(2, 5))] for _ in prompts]
         completion_ids = [[draw.randrange(5, 200) for _ in range(draw.randrange(2, 7))] for _ in prompts]
@@ -91,7 +91,7 @@ class StopAfter(TrainerCallback):
 
 def train(directory: Path, until: int | None = None, tasks: list[Task] = TASKS, **trainer: Any) -> Any:
     """From the newest checkpoint in `directory` to the end, or up to step `until`. Returns the trainer; its
-    `asked` has what was played in each collection, `epochs` the epoch after each step."""
+    `collected` has what was played in each collection, `epochs` the epoch after each step."""
     config = RunConfig(
         model=ModelConfig("random", str(TINY), dtype="float32"),
         env={name: EnvConfig("c", "x") for name in ("a", "b")},
@@ -118,14 +118,14 @@ def train(directory: Path, until: int | None = None, tasks: list[Task] = TASKS, 
     )
     stop = StopAfter(until)
     made.add_callback(stop)
-    made.go_on_from(checkpoints.latest(directory))
+    made.train_from(checkpoints.latest(directory))
     made.save_now()
-    made.asked, made.epochs = rollouts.asked, stop.epochs
+    made.collected, made.epochs = rollouts.collected, stop.epochs
     return made
 
 
 def played(*trainers: Any) -> list[str]:
-    return [key for trainer in trainers for _, keys in trainer.asked for key in keys]
+    return [key for trainer in trainers for _, keys in trainer.collected for key in keys]
 
 
 def test_every_epoch_has_each_task_once_in_another_order_and_no_gap_between(tmp_path):
@@ -141,7 +141,7 @@ def test_every_epoch_has_each_task_once_in_another_order_and_no_gap_between(tmp_
 def test_a_run_that_is_resumed_plays_what_the_undisturbed_one_plays(tmp_path, stops):
     whole = train(tmp_path / "whole", max_steps=14)
     parts = [train(tmp_path / "parts", until=stop, max_steps=14) for stop in (*stops, None)]
-    assert [one for part in parts for one in part.asked] == whole.asked
+    assert [one for part in parts for one in part.collected] == whole.collected
     assert [epoch for part in parts for epoch in part.epochs] == whole.epochs
     same_weights(parts[-1], whole)
 
@@ -163,7 +163,7 @@ def same_weights(one: Any, other: Any) -> None:
 def test_a_run_that_stops_in_the_middle_of_a_generation_goes_on_in_it(tmp_path, trainer):
     whole = train(tmp_path / "whole", max_steps=8, **trainer)
     parts = [train(tmp_path / "parts", until=stop, max_steps=8, **trainer) for stop in (2, 5, None)]
-    assert [one for part in parts for one in part.asked] == whole.asked
+    assert [one for part in parts for one in part.collected] == whole.collected
     same_weights(parts[-1], whole)
 
 
@@ -227,7 +227,7 @@ def test_the_order_of_tasks_does_not_depend_on_the_number_of_ranks(ranks):
 def test_a_run_that_goes_on_with_other_ranks_goes_on_in_the_order():
     one: Any = SimpleNamespace(max_steps=9, num_generations=1, steps_per_generation=1, num_iterations=1)
     on_two, step = Schedule(len(TASKS), 4, Fraction(1)), 5
-    on_one = Schedule(len(TASKS), 2, Fraction(1)).going_on(step, on_two.epoch(step))
+    on_one = Schedule(len(TASKS), 2, Fraction(1)).resumed_at(step, on_two.epoch(step))
     before = list(TaskSampler(TASKS, DatasetConfig(), on_two, one))[: 4 * step]
     after = list(TaskSampler(TASKS, DatasetConfig(), on_one, one))[2 * step :]  # transformers skips so many
     assert before + after == [i for n in range(4) for i in epoch_order(TASKS, n, "interleave", 0)]
@@ -276,12 +276,12 @@ def test_a_shared_engine_is_awake_with_the_steps_weights_in_every_collection_of_
             return play(self, prompts, trainer)
 
     monkeypatch.setattr(MadeUp, "__call__", awake)
-    go_on = PolicyTrainer.go_on_from
+    go_on = PolicyTrainer.train_from
 
     def with_servers(self: PolicyTrainer, checkpoint: Path | None) -> None:
         self.sample_with_servers(engine, 0)
         go_on(self, checkpoint)
 
-    monkeypatch.setattr(PolicyTrainer, "go_on_from", with_servers)
+    monkeypatch.setattr(PolicyTrainer, "train_from", with_servers)
     train(tmp_path, max_steps=2, gradient_accumulation_steps=3, steps_per_generation=1)
     assert sync.versions == [0, 0, 0, 1, 1, 1]

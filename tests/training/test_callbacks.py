@@ -1,4 +1,4 @@
-"""Beside the steps: what is measured with which weights, what is written and told, when training ends."""
+"""Beside the steps: what is measured with which weights, what is written and reported, when training ends."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from gymexp.data.prepare import Prepared
 from gymexp.rollout.collect import Progress
 from gymexp.rollout.outcome import Completed, Rollout, Task, Turn
 from gymexp.training import callbacks
-from gymexp.training.callbacks import EndWhenAsked, Evaluation, MetricsFile, Steps, Teller
+from gymexp.training.callbacks import Evaluation, MetricsFile, ProgressReporter, Steps, StopOnRequest
 from gymexp.training.rollouts import Rollouts
 
 HELD_OUT = {
@@ -32,16 +32,16 @@ HELD_OUT = {
 }
 
 
-class Told:
-    """A Teller that remembers."""
+class Recorder:
+    """A ProgressReporter that remembers."""
 
     def __init__(self) -> None:
         self.facts: list[dict[str, Any]] = []
 
-    def tell(self, **facts: Any) -> None:
+    def report(self, **facts: Any) -> None:
         self.facts.append(facts)
 
-    def log(self, step: int, logs: dict[str, Any]) -> None:
+    def report_log(self, step: int, logs: dict[str, Any]) -> None:
         self.facts.append({"logged": step} | logs)
 
 
@@ -76,12 +76,12 @@ class Plays:
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
-        self.asked: list[tuple[Any, ...]] = []
+        self.calls: list[tuple[Any, ...]] = []
         self.written: dict[str, list[Any]] = {}
 
     def play(self, keys, step, temperature, held_out):
         self.trainer.happened.append("play")
-        self.asked.append((list(keys), step, temperature, held_out, self.trainer.engine_has))
+        self.calls.append((list(keys), step, temperature, held_out, self.trainer.engine_has))
         tasks = {task.key: task for some in HELD_OUT.values() for task in some}
         return [
             Completed(Rollout(tasks[key], [Turn([1], [2, 3], [-0.1, -0.1])], float(i % 3 == 0), []))
@@ -92,14 +92,14 @@ class Plays:
         self.written[name] = outcomes
 
 
-def evaluation(judge: Any = None, **changes: Any) -> tuple[Evaluation, Trainer, Plays, Told]:
+def evaluation(judge: Any = None, **changes: Any) -> tuple[Evaluation, Trainer, Plays, Recorder]:
     envs = {name: EnvConfig(config_path="c", agent="a") for name in HELD_OUT}
     config = RunConfig(model=ModelConfig("m", "p"), env=envs, evaluation=EvaluationConfig(**changes))
-    trainer, told = Trainer(), Told()
+    trainer, recorder = Trainer(), Recorder()
     plays = Plays(trainer)
-    one = Evaluation(config, Prepared([], HELD_OUT, {}), plays, told, judge)  # type: ignore[arg-type]
+    one = Evaluation(config, Prepared([], HELD_OUT, {}), plays, recorder, judge)  # type: ignore[arg-type]
     one.trainer = trainer  # type: ignore[assignment]
-    return one, trainer, plays, told
+    return one, trainer, plays, recorder
 
 
 def state(step: int, max_steps: int = 10) -> Any:
@@ -107,14 +107,14 @@ def state(step: int, max_steps: int = 10) -> Any:
 
 
 def test_held_out_tasks_are_played_with_the_policys_weights_of_that_step():
-    one, trainer, plays, told = evaluation()
+    one, trainer, plays, recorder = evaluation()
     metrics = one.run(4)
     assert trainer.happened == ["sync", "play", "log"]
-    [(keys, step, distribution, held_out, engine_has)] = plays.asked
+    [(keys, step, distribution, held_out, engine_has)] = plays.calls
     assert keys == [task.key for some in HELD_OUT.values() for task in some]
     assert (step, distribution.temperature, held_out, engine_has) == (4, 0.8, True, 4)
     assert plays.written.keys() == {"eval-000004"} and len(plays.written["eval-000004"]) == 6
-    assert told.facts == [{"phase": "evaluate", "step": 4}]
+    assert recorder.facts == [{"phase": "evaluate", "step": 4}]
     assert metrics["eval_maze/reward"] == pytest.approx(1 / 3) and metrics["eval_sudoku/rollouts"] == 3
     assert one.newest == metrics
     [(logged, seconds)] = trainer.logged
@@ -124,7 +124,7 @@ def test_held_out_tasks_are_played_with_the_policys_weights_of_that_step():
 def test_how_many_held_out_tasks_and_how_warm_is_the_configurations_to_say():
     one, _, plays, _ = evaluation(num_tasks=1, temperature=0.0)
     one.run(0)
-    [(keys, _, distribution, _, _)] = plays.asked
+    [(keys, _, distribution, _, _)] = plays.calls
     assert keys == ["maze/validation/0", "sudoku/validation/0"] and distribution.temperature == 0.0
 
 
@@ -134,10 +134,10 @@ def test_evaluations_come_every_so_many_steps_and_not_after_the_last_which_has_i
         control = TrainerControl(should_log=step % 3 == 0)
         one.on_step_end(None, state(step, max_steps=6), control)
         assert control.should_log == (step % 3 == 0), "the step's own log entry is still due"
-    assert [step for _, step, *_ in plays.asked] == [2, 4]
+    assert [step for _, step, *_ in plays.calls] == [2, 4]
     never, _, plays, _ = evaluation(every_steps=0)
     never.on_step_end(None, state(2), TrainerControl())
-    assert plays.asked == []
+    assert plays.calls == []
 
 
 def test_a_steps_log_entry_is_still_due_where_the_evaluations_own_has_taken_it_back():
@@ -165,12 +165,12 @@ def test_a_trial_is_judged_by_every_evaluation_between_and_keeps_why_it_is_given
 
 
 @pytest.mark.parametrize(
-    ("asked", "num_processes", "others", "ends"),
+    ("requested", "num_processes", "others", "ends"),
     [(False, 1, 0.0, False), (True, 1, 0.0, True), (False, 1, 1.0, False), (False, 2, 1.0, True)],
 )
-def test_training_ends_after_the_step_in_which_any_rank_was_asked(asked, num_processes, others, ends):
+def test_training_ends_after_the_step_in_which_any_rank_was_asked(requested, num_processes, others, ends):
     trainer, control = Trainer(num_processes, others), TrainerControl()
-    ending = EndWhenAsked(lambda: asked)
+    ending = StopOnRequest(lambda: requested)
     ending.trainer = trainer  # type: ignore[assignment]
     ending.on_step_end(None, state(1), control)
     assert (control.should_training_stop, trainer.stopped) == (ends, ends)
@@ -208,12 +208,12 @@ def test_a_line_that_a_full_disk_cut_short_hinders_no_resume(tmp_path):
 
 
 def test_the_controller_is_told_of_each_step_and_its_numbers():
-    told = Told()
-    steps = Steps(told)  # type: ignore[arg-type]
+    recorder = Recorder()
+    steps = Steps(recorder)  # type: ignore[arg-type]
     steps.on_step_begin(None, state(3), None)
     steps.on_log(None, state(4), None, {"loss": 0.5, "norm": math.inf, "note": "text"})
     steps.on_log(None, state(4), None)
-    assert told.facts == [
+    assert recorder.facts == [
         {"phase": "train", "step": 3, "max_steps": 10},
         {"step": 4, "max_steps": 10},
         {"logged": 4, "loss": 0.5, "norm": None},
@@ -234,10 +234,12 @@ def test_what_is_told_reaches_the_controller_all_together_and_the_newest_of_each
     app = web.Application()
     app.add_routes([web.post("/progress", progress)])
     with serving(app) as url:
-        teller = Teller(url)
-        teller.tell(phase="train", step=1)
+        reporter = ProgressReporter(url)
+        reporter.report(phase="train", step=1)
         began = time.monotonic() - 2.0
-        teller.progress(Progress(total=8, done=3, in_flight=5, failed=1, retried=2, tokens=100, began=began))
+        reporter.report_collection(
+            Progress(total=8, done=3, in_flight=5, failed=1, retried=2, tokens=100, began=began)
+        )
         assert there.wait(10)
     rate = got[-1].pop("tokens_per_s")
     assert rate == pytest.approx(50, rel=0.1)
@@ -262,11 +264,11 @@ def test_each_log_entry_reaches_the_controller_once_with_its_own_step_however_qu
     app = web.Application()
     app.add_routes([web.post("/progress", progress)])
     with serving(app) as url:
-        teller = Teller(url)
+        reporter = ProgressReporter(url)
         for step in range(1, 6):
-            teller.log(step, {"eval_a/reward": step / 10})
-            teller.log(step, {"a/reward": step / 5})
-            teller.tell(step=step)
+            reporter.report_log(step, {"eval_a/reward": step / 10})
+            reporter.report_log(step, {"a/reward": step / 5})
+            reporter.report(step=step)
             time.sleep(0.05)
         assert all_there.wait(20)
     assert [(entry["step"], *entry["logs"].items()) for entry in got] == [
@@ -297,13 +299,13 @@ def wait_until(holds: Callable[[], bool]) -> None:
 
 def test_a_controller_that_is_away_costs_the_trainer_nothing():
     threads = set(threading.enumerate())
-    Teller(None).tell(phase="train")
+    ProgressReporter(None).report(phase="train")
     assert set(threading.enumerate()) == threads, "other ranks have nobody to tell"
     began = time.monotonic()
-    Teller("http://127.0.0.1:9").tell(phase="train")
+    ProgressReporter("http://127.0.0.1:9").report(phase="train")
     assert time.monotonic() - began < 1
-    [teller] = set(threading.enumerate()) - threads
-    assert teller.daemon, "the trainer does not wait for it in the end"
+    [reporter] = set(threading.enumerate()) - threads
+    assert reporter.daemon, "the trainer does not wait for it in the end"
 
 
 def test_a_controller_that_answers_an_error_is_given_a_second_and_told_again(monkeypatch):
@@ -318,11 +320,11 @@ def test_a_controller_that_answers_an_error_is_given_a_second_and_told_again(mon
     app.add_routes([web.post("/progress", progress)])
     with serving(app) as url:
         threads = set(threading.enumerate())
-        teller = Teller(url)
+        reporter = ProgressReporter(url)
         [thread] = set(threading.enumerate()) - threads
-        teller.tell(step=1)
+        reporter.report(step=1)
         wait_until(lambda: len(clock.pauses[thread]) == 3)
-        teller.tell(step=2)
+        reporter.report(step=2)
         wait_until(lambda: len(clock.pauses[thread]) == 4)
     assert [facts["step"] for facts in got] == [1, 1, 2], "no more than that"
     assert clock.pauses[thread] == [1.0, 0.2, 0.2, 0.2], "and five times a second at most"
@@ -333,10 +335,10 @@ def test_tokens_a_second_are_those_since_the_collection_began_and_none_where_no_
     monkeypatch, seconds, rate
 ):
     monkeypatch.setattr(callbacks, "time", Clock(now=50.0))
-    told, teller = Told(), Teller(None)
-    teller.tell = told.tell  # type: ignore[method-assign]
-    teller.progress(Progress(total=1, began=50.0 - seconds, tokens=100))
-    assert told.facts[0]["tokens_per_s"] == rate
+    recorder, reporter = Recorder(), ProgressReporter(None)
+    reporter.report = recorder.report  # type: ignore[method-assign]
+    reporter.report_collection(Progress(total=1, began=50.0 - seconds, tokens=100))
+    assert recorder.facts[0]["tokens_per_s"] == rate
 
 
 def test_an_evaluation_through_rollouts_itself_has_the_same_seeds_at_every_step(tmp_path):

@@ -69,9 +69,9 @@ def test_a_token_is_compared_with_the_turn_before_and_in_a_first_turn_with_the_g
     [row] = [row for row in rows if 21 in row.completion_ids]
     assert row.completion_ids == [21, 22, 50, 51, 31, 32, 33, 52, 41]
     assert row.sampled == [True, True, False, False, True, True, True, False, True]
-    assert row.elsewhere == [11, 12, None, None, 21, 22, None, None, 31]
+    assert row.counterparts == [11, 12, None, None, 21, 22, None, None, 31]
     assert rows[0] is row, "rows with nothing to compare come last"
-    assert sum(token is not None for other in rows[1:] for token in other.elsewhere) == 0
+    assert sum(token is not None for other in rows[1:] for token in other.counterparts) == 0
 
 
 def test_tallies_are_sums_over_what_was_sampled():
@@ -192,7 +192,7 @@ def sudoku() -> list[Outcome]:
 
 def test_numbers_are_those_of_all_ranks_and_the_model_is_asked_without_dropout():
     trainer = rank(-0.5, Tally(num_tokens=6, difference=0.1, repeats=3, expected=1.25, variance=1))
-    Checks(config(max_drift=0.5)).look(trainer, sudoku())
+    Checks(config(max_drift=0.5)).check(trainer, sudoku())
     # Here: four tokens, differences of 0, 0.25, 0 and 0.25; two may repeat, each with probability e^-0.5.
     assert trainer.metrics["drift"] == trainer.metrics["sudoku/drift"] == pytest.approx((0.5 + 0.1) / 10)
     assert trainer.metrics["repeats/seen"] == 3
@@ -203,10 +203,10 @@ def test_numbers_are_those_of_all_ranks_and_the_model_is_asked_without_dropout()
 def test_another_ranks_drift_and_draws_end_the_run_here_too():
     drifting = rank(-0.5, Tally(num_tokens=100, difference=30.0))
     with pytest.raises(DriftError, match=r"env\.sudoku"):
-        Checks(config()).look(drifting, sudoku())
+        Checks(config()).check(drifting, sudoku())
     repeating = rank(-0.5, Tally(num_tokens=200, repeats=200, expected=20, variance=18))
     with pytest.raises(DrawError):
-        Checks(config(max_drift=1.0)).look(repeating, sudoku())
+        Checks(config(max_drift=1.0)).check(repeating, sudoku())
 
 
 def test_batches_are_compared_at_the_start_wherever_it_is_and_then_every_so_many_steps():
@@ -214,7 +214,7 @@ def test_batches_are_compared_at_the_start_wherever_it_is_and_then_every_so_many
     compared = []
     for step in (7, 8, 19, 20, 21, 40):
         trainer = rank(-0.5, Tally(), step)
-        checks.look(trainer, sudoku())
+        checks.check(trainer, sudoku())
         if trainer.metrics:
             compared.append(step)
     assert compared == [7, 20, 40]

@@ -85,7 +85,7 @@ class Site:
     """An engine that is healthy, and the gateway in front of it, in one app."""
 
     def __init__(self) -> None:
-        self.told: list[dict] = []
+        self.changes: list[dict] = []
 
     def app(self) -> web.Application:
         app = web.Application()
@@ -96,7 +96,7 @@ class Site:
         return web.Response()
 
     async def engine(self, request: web.Request) -> web.Response:
-        self.told.append(await request.json())
+        self.changes.append(await request.json())
         return web.json_response({})
 
 
@@ -119,7 +119,7 @@ def join(tmp_path, monkeypatch):
         url = stack.enter_context(serving(site.app()))
 
         def run(kind: str, rank: int = 0, shared: bool = False, config: Any = None, **more: Any):
-            told: dict[str, Any] = {"engine": "vllm", "engine_urls": [url]} | more
+            engine_facts: dict[str, Any] = {"engine": "vllm", "engine_urls": [url]} | more
             services = Services(
                 control_url="nowhere",
                 gateway_url=url,
@@ -128,14 +128,16 @@ def join(tmp_path, monkeypatch):
                 transfer=kind,
                 shared=shared,
                 trainer_address="10.0.0.7",
-                **told,
+                **engine_facts,
             )
             engine = config or EngineConfig()
             config = RunConfig(ModelConfig("m", "p"), {"e": EnvConfig("c", "a")}, engine=engine)
             device = torch.device("cpu")
-            asked = threading.Event()
+            stop_requested = threading.Event()
             directory: Any = SimpleNamespace(path=tmp_path)
-            return join_servers(config, directory, services, rank, device, asked, stack), site.told
+            return join_servers(
+                config, directory, services, rank, device, stop_requested, stack
+            ), site.changes
 
         yield run
 
@@ -145,10 +147,10 @@ def join(tmp_path, monkeypatch):
     [("disk", transfer.DiskTransfer), ("nccl", Nccl), ("ipc", transfer.IpcTransfer)],
 )
 def test_weights_go_the_way_that_the_placement_says(join, kind, kind_of_transfer):
-    made, told = join(kind, shared=kind == "ipc")
+    made, changes = join(kind, shared=kind == "ipc")
     assert type(made.sync._transfer) is kind_of_transfer
     assert (made.shared, made.sync._sleeps) == (kind == "ipc", kind == "ipc")
-    [opened] = told
+    [opened] = changes
     assert opened["state"] == "open" and opened["weights_version"] == 0, "what the run begins with"
     if kind == "nccl":
         device, _, address = made.sync._transfer.made_with
@@ -156,16 +158,16 @@ def test_weights_go_the_way_that_the_placement_says(join, kind, kind_of_transfer
 
 
 def test_other_ranks_have_a_part_in_cuda_ipc_alone(join):
-    made, told = join("ipc", rank=1, shared=True)
+    made, changes = join("ipc", rank=1, shared=True)
     assert isinstance(made.sync, transfer.IpcPeer) and made.shared
-    made, told = join("disk", rank=1)
+    made, changes = join("disk", rank=1)
     assert made.sync is None and not made.shared
-    assert told == [], "the first rank alone speaks to the gateway"
+    assert changes == [], "the first rank alone speaks to the gateway"
 
 
 def test_of_servers_of_the_users_own_nobody_knows_the_weights_or_where_they_run(join):
-    made, told = join("disk", config=EngineConfig(urls=["http://elsewhere"]))
-    assert told[0]["weights_version"] is None and not made.sync._replicas.on_cpu
+    made, changes = join("disk", config=EngineConfig(urls=["http://elsewhere"]))
+    assert changes[0]["weights_version"] is None and not made.sync._replicas.on_cpu
     made, _ = join("disk")
     assert made.sync._replicas.on_cpu, "where this process sees no GPU, a vLLM that gymexp starts sees none"
     made, _ = join("disk", engine="hf")

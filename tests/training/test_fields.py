@@ -116,7 +116,7 @@ def test_what_gymexp_sets_is_refused_with_the_key_to_use(name, defaults):
             {"optim_target_modules": "all-linear"},
             r"optim_target_modules is for .*got trainer\.optim='adamw_torch",
         ),
-        ({"liger_kernel_config": {"rope": True}}, r"liger_kernel_config says nothing without"),
+        ({"liger_kernel_config": {"rope": True}}, r"liger_kernel_config has no effect without"),
         ({"accelerator_config": {"split_batches": True}}, r"accelerator_config may have .*split_batches"),
         ({"accelerator_config": "config.json"}, r"accelerator_config may have"),
     ],

@@ -75,7 +75,7 @@ class Trainer:
         self.began_from: list[Path | None] = []
         self._stops, self._last, self._fails = stops, last, fails
 
-    def go_on_from(self, resume: Path | None) -> None:
+    def train_from(self, resume: Path | None) -> None:
         self.began_from.append(resume)
         self.state.global_step = self._last
         self.stopped = self._stops
@@ -198,15 +198,15 @@ def test_the_collector_stops_when_the_run_is_asked_to_end_and_is_closed_with_it(
     replica: dict[str, Any] = {"name": "maze-0", "agent": "a", "url": "http://x", "max_steps": 3}
     replica |= {"services": ["s"], "resources": ["r"]}
     services = Services("http://c", "http://g", {"maze": [Replica(**replica)]}, "hf", None)
-    teller: Any = SimpleNamespace(progress=lambda progress: None)
-    asked = threading.Event()
+    reporter: Any = SimpleNamespace(report_collection=lambda progress: None)
+    stop_requested = threading.Event()
     with ExitStack() as stack:
-        collector: Any = process._open_collector(config, services, 77, teller, asked, stack)
+        collector: Any = process._open_collector(config, services, 77, reporter, stop_requested, stack)
         assert made == [collector] and not collector.stopped.is_set()
         replicas, *facts = collector.facts
         assert replicas == {"maze": [Replica(**replica)]}
-        assert facts == [config.env, config.rollout, 77, "http://c", "http://g", teller.progress]
-        asked.set()
+        assert facts == [config.env, config.rollout, 77, "http://c", "http://g", reporter.report_collection]
+        stop_requested.set()
         assert collector.stopped.wait(5) and not collector.closed
     assert collector.closed
 

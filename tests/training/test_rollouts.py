@@ -113,9 +113,9 @@ def test_each_of_a_group_has_its_own_seed_and_another_step_has_others(tmp_path):
 def test_held_out_tasks_are_played_with_the_same_seeds_every_time(tmp_path):
     collector = Collector()
     plays = rollouts(collector, tmp_path)
-    asked = Distribution(temperature=1.0, top_p=0.9, top_k=5, min_p=0.1, repetition_penalty=1.2)
+    distribution = Distribution(temperature=1.0, top_p=0.9, top_k=5, min_p=0.1, repetition_penalty=1.2)
     for version in (0, 30):
-        plays.play(["e/train/0", "e/train/1"], version, asked, held_out=True)
+        plays.play(["e/train/0", "e/train/1"], version, distribution, held_out=True)
     first, second = collector.samplings
     assert [one.seed for one in first] == [one.seed for one in second]
     [one, *_] = first

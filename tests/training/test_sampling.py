@@ -21,10 +21,10 @@ ASKED = {"temperature": 0.7, "top_p": 0.9, "top_k": 7, "min_p": 0.05, "repetitio
 
 class Collector:
     def __init__(self) -> None:
-        self.asked: list[Sampling] = []
+        self.samplings: list[Sampling] = []
 
     def collect(self, tasks: Any, samplings: Any, meanwhile: Any) -> list[Any]:
-        self.asked = samplings
+        self.samplings = samplings
         return [Completed(Rollout(task, [Turn([1], [2], [-0.5])], 1.0, [])) for task in tasks]
 
 
@@ -67,14 +67,14 @@ def played(tmp_path: Any, evaluation: EvaluationConfig, *, held_out: bool, monke
     rollouts = Rollouts(config, collector, {TASK.key: TASK}, tmp_path, Engine())  # type: ignore[arg-type]
     trainer: Any = Trainer(temperature=0.8)
     if held_out:
-        teller: Any = SimpleNamespace(tell=lambda **_: None)
-        callback = Evaluation(config, Prepared([], {"e": [TASK]}, {}), rollouts, teller)
+        reporter: Any = SimpleNamespace(report=lambda **_: None)
+        callback = Evaluation(config, Prepared([], {"e": [TASK]}, {}), rollouts, reporter)
         callback.trainer = trainer
         callback.run(0)
     else:
         monkeypatch.setattr("accelerate.utils.gather_object", lambda some: some)
         rollouts([TASK.key], trainer)
-    [sampling] = collector.asked
+    [sampling] = collector.samplings
     return sampling
 
 

@@ -81,9 +81,13 @@ def test_the_plan_says_what_is_played_and_what_is_not():
         "played": {"a": 3, "b": 3},
     }
     made.trainer |= {"max_steps": -1, "num_train_epochs": 1.5}
-    planned = schedule.plan(made, 2, mixed)
-    assert (planned["steps"], planned["tasks"], planned["played"]) == (4, 16, {"a": 5, "b": 5})
-    assert schedule.told(planned, 10) == "training: 4 steps play 16 tasks: 1.60 epochs of 10"
+    training_plan = schedule.plan(made, 2, mixed)
+    assert (training_plan["steps"], training_plan["tasks"], training_plan["played"]) == (
+        4,
+        16,
+        {"a": 5, "b": 5},
+    )
+    assert schedule.describe(training_plan, 10) == "training: 4 steps play 16 tasks: 1.60 epochs of 10"
 
 
 USES = st.fractions(Fraction(1, 8), 8, max_denominator=8)
@@ -100,23 +104,23 @@ def test_whole_epochs_take_as_few_steps_as_play_every_task(num_tasks, batch, use
 @given(st.integers(1, 50), USES, st.integers(0, 10**6), st.integers(1, 4))
 def test_a_run_that_goes_on_is_where_it_was_also_with_other_ranks(batch, uses, step, ranks):
     before = Schedule(10 * batch * ranks, batch * ranks, uses)
-    assert before.going_on(step, before.epoch(step)) == before
-    after = Schedule(before.num_tasks, batch, uses).going_on(step, before.epoch(step))
+    assert before.resumed_at(step, before.epoch(step)) == before
+    after = Schedule(before.num_tasks, batch, uses).resumed_at(step, before.epoch(step))
     assert after.epoch(step) == pytest.approx(before.epoch(step), abs=1 / before.num_tasks)
 
 
 def test_too_few_tasks_end_a_run_before_its_directory_is_taken(tmp_path, monkeypatch):
     """What the configuration says, before NeMo Gym is asked for; else right after the tasks are there."""
-    asked: list[str] = []
+    steps: list[str] = []
     tasks = [Task(f"e/train/{n}", "e", "x", {}) for n in range(3)]
     monkeypatch.setattr(arguments, "check", lambda *_: None)
-    monkeypatch.setattr(install, "ensure_python", lambda *_: asked.append("python"))
+    monkeypatch.setattr(install, "ensure_python", lambda *_: steps.append("python"))
     monkeypatch.setattr(install, "site_packages", lambda *_: tmp_path)
     monkeypatch.setattr(prepare, "prepare", lambda *_: Prepared(tasks, {"e": []}, {}))
     for made, known in ((config(3, **SIXTEEN), []), (config(None, {"e": None}, **SIXTEEN), ["python"])):
         with pytest.raises(ConfigError, match=r"at least 16, .*, got 3"):
             train(made, [], tmp_path / "run")
-        assert asked == known and not (tmp_path / "run").exists()
+        assert steps == known and not (tmp_path / "run").exists()
 
 
 def test_a_sweep_says_so_of_a_job_but_leaves_a_trials_batch_to_its_study():

@@ -44,7 +44,7 @@ def train(directory: Path, until: int, trainer: dict, **more: object) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    asked = json.dumps({"trainer": TRAINER | trainer} | more)
+    options = json.dumps({"trainer": TRAINER | trainer} | more)
     common = {
         "WORLD_SIZE": "2",
         "LOCAL_WORLD_SIZE": "2",
@@ -58,7 +58,7 @@ def train(directory: Path, until: int, trainer: dict, **more: object) -> None:
         command = [
             sys.executable,
             ROOT / "tests" / "training" / "sharded_rank.py",
-            asked,
+            options,
             directory,
             str(until),
         ]

@@ -152,7 +152,7 @@ def test_the_parts_of_a_step_are_measured_and_do_not_overlap(policy, tmp_path):
     trainer = build_trainer(policy, tmp_path, Slow(), learning_rate=1e-3, max_steps=2)
     entries: list[dict] = []
     trainer.log = lambda logs, start=None: (type(trainer).log(trainer, logs, start), entries.append(logs))  # type: ignore[method-assign]
-    trainer.go_on_from(None)
+    trainer.train_from(None)
     for entry in [entry for entry in entries if "loss" in entry]:
         parts = {name: value for name, value in entry.items() if name.startswith("time/")}
         assert parts["time/rollout"] == 1.0
@@ -231,13 +231,13 @@ def test_a_run_that_goes_on_from_its_last_checkpoint_trains_no_step_more(build, 
 
 
 def test_training_begins_at_the_checkpoint_and_its_clock_anew(build, monkeypatch):
-    asked = []
-    monkeypatch.setattr("trl.GRPOTrainer.train", lambda self, **options: asked.append(options))
+    calls = []
+    monkeypatch.setattr("trl.GRPOTrainer.train", lambda self, **options: calls.append(options))
     trainer = build()
     trainer._seconds["sync"] = 5.0
-    trainer.go_on_from(None)
+    trainer.train_from(None)
     assert trainer._seconds["sync"] == 0.0
-    assert asked == [{"resume_from_checkpoint": None}]
+    assert calls == [{"resume_from_checkpoint": None}]
 
 
 @pytest.mark.parametrize("training", [True, False])
