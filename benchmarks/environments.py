@@ -42,25 +42,25 @@ import orjson
 import psutil
 from scripted import question, write_script
 
+from gymexp.config.group_options import CONF_DIR
 from gymexp.config.hydra_schema import register
 from gymexp.config.load import load
-from gymexp.config.options import CONF_DIR
 from gymexp.config.schema import RunConfig
 from gymexp.data.rows import load_rows, server_of
 from gymexp.data.sources import fetch
 from gymexp.gateway.server import load_tokenizer
-from gymexp.gym.hosted import GymHost
+from gymexp.gym.host_client import GymHost
 from gymexp.gym.install import ensure_python, site_packages
-from gymexp.gym.plan import POLICY, Layout, plan
+from gymexp.gym.server_plan import POLICY, Layout, plan
 from gymexp.processes import ports
-from gymexp.processes.keys import Keys
+from gymexp.processes.access_keys import Keys
 from gymexp.processes.process import spawn
 from gymexp.processes.supervisor import Service, Supervisor
 from gymexp.record.places import cache_dir
 from gymexp.rollout.collect import Collector
 from gymexp.rollout.outcome import Failed, Task
 from gymexp.rollout.play import Sampling
-from gymexp.run.control import Control
+from gymexp.run.control_endpoint import Control
 
 KEYS = Keys.new()
 os.environ |= KEYS.environ()  # for this process and for all processes that it starts

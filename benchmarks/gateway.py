@@ -25,7 +25,7 @@ import orjson
 import psutil
 from aiohttp import web
 
-from gymexp.processes.keys import RUN, Keys, header_of
+from gymexp.processes.access_keys import RUN, Keys, header_of
 from gymexp.processes.ports import listen, url_of
 
 os.environ |= Keys.new().environ()  # for this process and for all processes that it starts
@@ -153,7 +153,7 @@ def serve_engine(fd: int, tokenizer_path: str) -> None:
     """Serves the fake engine. It replies to a prompt with tools by two tool calls and then a text, and to
     other prompts by a text."""
     from gymexp.gateway.server import load_tokenizer
-    from gymexp.processes.lifeline import die_with_parent
+    from gymexp.processes.parent_watch import die_with_parent
     from gymexp.processes.ports import adopt
 
     die_with_parent()

@@ -39,8 +39,8 @@ MODULES = {  # the tests of each module, slow ones last, as the first failure en
     "gateway/history": "gateway/test_history.py",
     "gateway/server": "gateway/test_server.py gateway/test_history.py rollout/test_draws.py",
     "gateway/chat": "gateway/test_chat.py gateway/test_server.py",
-    "engine/weights": "engine/test_weights.py",
-    "training/rollouts": "training/test_rollouts.py",
+    "engine/weight_sync": "engine/test_weight_sync.py",
+    "training/rollout_func": "training/test_rollout_func.py",
     "training/padding": "training/test_padding.py training/test_objective.py",
     "training/callbacks": "training/test_callbacks.py",
     "rollout/batch": "rollout/test_batch.py",
@@ -48,9 +48,9 @@ MODULES = {  # the tests of each module, slow ones last, as the first failure en
     "rollout/play": "rollout/test_play.py rollout/test_collect.py",
     "sweep/watch": "sweep/test_watch.py",
     "sweep/job": "sweep/test_job.py sweep/test_job_lead.py",
-    "record/study": "record/test_study_rules.py record/test_study.py",
-    "cluster/slurm": "cluster/test_slurm_states.py sweep/test_watch.py",
-    "cluster/job": "cluster/test_allocation.py",
+    "record/optuna_study": "record/test_study_rules.py record/test_optuna_study.py",
+    "cluster/slurm_states": "cluster/test_slurm_states.py sweep/test_watch.py",
+    "cluster/slurm_job": "cluster/test_slurm_job.py",
 }
 SLOW = "gym or e2e or ranks or vllm or ray or gpu or slurm"
 PRELOADED = (

@@ -60,9 +60,9 @@ from stack import (
     wait_ready,
 )
 
+from gymexp.config.group_options import CONF_DIR
 from gymexp.config.hydra_schema import register
 from gymexp.config.load import load
-from gymexp.config.options import CONF_DIR
 from gymexp.config.schema import RunConfig
 from gymexp.data.rows import load_rows, server_of
 from gymexp.data.sources import fetch
@@ -76,7 +76,7 @@ from gymexp.rollout.collect import Collector
 from gymexp.rollout.outcome import Failed, Task
 from gymexp.rollout.play import Sampling
 from gymexp.rollout.tokens import end_of_turn_ids
-from gymexp.run.control import Control
+from gymexp.run.control_endpoint import Control
 
 ENV = "sudoku"
 TARGETS = {256: 0.95, 1024: 0.9}

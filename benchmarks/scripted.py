@@ -151,7 +151,7 @@ def build_chat(script: dict[str, Any]) -> Callable[[bytes], bytes]:
 
 
 def main() -> None:
-    from gymexp.processes.lifeline import die_with_parent
+    from gymexp.processes.parent_watch import die_with_parent
     from gymexp.processes.ports import adopt
 
     die_with_parent()

@@ -20,12 +20,12 @@ from gymexp.config.schema import RunConfig
 from gymexp.engine import vllm
 from gymexp.errors import GymexpError
 from gymexp.gateway import chat
-from gymexp.gym.hosted import GymHost
+from gymexp.gym.host_client import GymHost
 from gymexp.gym.install import site_packages
-from gymexp.gym.plan import Layout, plan
-from gymexp.policy.snapshot import directory_of
+from gymexp.gym.server_plan import Layout, plan
+from gymexp.policy.hub_snapshot import directory_of
 from gymexp.processes import ports
-from gymexp.processes.keys import Keys, header
+from gymexp.processes.access_keys import Keys, header
 from gymexp.processes.process import spawn
 from gymexp.processes.supervisor import Service, Supervisor
 from gymexp.rollout.collect import Collector

@@ -40,10 +40,10 @@ from gymexp.config.schema import EngineConfig, ModelConfig
 from gymexp.engine import vllm
 from gymexp.engine.admission import Admission
 from gymexp.engine.replicas import Replicas
-from gymexp.engine.transfer import DiskTransfer, IpcTransfer, NcclTransfer
-from gymexp.engine.weights import WeightSync
+from gymexp.engine.weight_sync import WeightSync
+from gymexp.engine.weight_transfer import DiskTransfer, IpcTransfer, NcclTransfer
 from gymexp.errors import ServiceError
-from gymexp.processes import lifeline, ports
+from gymexp.processes import parent_watch, ports
 
 START_S = 600
 
@@ -156,7 +156,7 @@ def serve(directory: Path, index: int, args: argparse.Namespace, stack: ExitStac
         index_of_flag : index_of_flag + 2
     ]  # the middleware requires a key, and TRL's client sends none
     log = directory / f"vllm-{index}.log"
-    reaper = [sys.executable, "-S", lifeline.__file__, str(os.getpid()), "--reap"]
+    reaper = [sys.executable, "-S", parent_watch.__file__, str(os.getpid()), "--reap"]
     env = os.environ | vllm.environment(args.way)
     if torch.cuda.is_available():
         env |= {"CUDA_VISIBLE_DEVICES": str(index)}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import gymexp
 from gymexp.cli.completion import COMMANDS
-from gymexp.config.names import nearest
+from gymexp.config.suggestions import nearest
 from gymexp.printable import say, say_error
 
 

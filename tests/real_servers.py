@@ -8,8 +8,8 @@ from pathlib import Path
 
 from aiohttp import web
 
-from gymexp.gym.hosted import GymHost
-from gymexp.gym.plan import Layout
+from gymexp.gym.host_client import GymHost
+from gymexp.gym.server_plan import Layout
 from gymexp.processes import ports
 from gymexp.processes.supervisor import Service, Supervisor
 

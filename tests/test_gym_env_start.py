@@ -14,7 +14,7 @@ import pytest
 from gymexp.config.schema import EnvConfig
 from gymexp.gym import attached
 from gymexp.processes import ports
-from gymexp.processes.lifeline import __file__ as lifeline
+from gymexp.processes.parent_watch import __file__ as parent_watch
 
 pytestmark = [
     pytest.mark.e2e,
@@ -79,7 +79,7 @@ def test_a_run_attaches_to_servers_that_are_still_starting(started, checkout):
     python = checkout / ".venv" / "bin" / "python"
     command = attached.start_command(python, ENVS, head_port, f"http://127.0.0.1:{policy_port}")
     # Its Ray outlives it otherwise.
-    reaper = [sys.executable, "-S", lifeline, str(os.getpid()), "--reap"]
+    reaper = [sys.executable, "-S", parent_watch, str(os.getpid()), "--reap"]
     with (checkout / "log").open("w") as log:
         env = os.environ | attached.start_environment(python)
         gym = subprocess.Popen([*reaper, *command], stdout=log, stderr=log, cwd=checkout, env=env)

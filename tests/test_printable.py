@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from gymexp import printable as module
 from gymexp.files import append_line, read_lines
 from gymexp.printable import printable, printable_in
-from gymexp.processes.last_words import reason
+from gymexp.processes.failure_reason import reason
 from gymexp.record.directory import RunDirectory
 from gymexp.view.progress import View
 from gymexp.view.run_text import Tail
@@ -105,9 +105,9 @@ def test_the_log_is_printable(monkeypatch):
 OWN = {
     "gymexp/printable.py",
     "gymexp/cli/entry.py",
-    "gymexp/training/verdict.py",
-    "gymexp/gateway/first_prompts.py",
-    "gymexp/gateway/inspection.py",
+    "gymexp/training/argument_trial.py",
+    "gymexp/gateway/prompt_lengths.py",
+    "gymexp/gateway/tokenizer_check.py",
     "gymexp/cli/reference.py",
     "gymexp/doctor/disk_probe.py",
     "gymexp/doctor/__main__.py",

@@ -19,9 +19,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import ConfigCompositionException
 
 from gymexp.cli import hydra_keys
+from gymexp.config.group_options import CONF_DIR
 from gymexp.config.hydra_schema import register
 from gymexp.config.load import load
-from gymexp.config.options import CONF_DIR
 from gymexp.config.schema import RunConfig
 
 ROOT = Path(__file__).parent.parent

@@ -13,7 +13,7 @@ import pytest
 from vllm_cpu import SAMPLED, check
 from whole_run import BATCH, STEPS
 
-from gymexp.processes.keys import header
+from gymexp.processes.access_keys import header
 
 pytestmark = [
     pytest.mark.e2e,

@@ -17,7 +17,7 @@ import psutil
 import pytest
 import zstandard
 
-from gymexp.processes.keys import ENGINE, POLICY, RUN, Keys
+from gymexp.processes.access_keys import ENGINE, POLICY, RUN, Keys
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "gymexp" / "assets" / "tiny"

@@ -20,8 +20,8 @@ from omegaconf import DictConfig
 
 from gymexp.cli import completion, hydra_keys
 from gymexp.cli.terminal import end_with, guarded, log_to_terminal, outlive_readers
+from gymexp.config.group_options import CONF_DIR
 from gymexp.config.hydra_schema import register
-from gymexp.config.options import CONF_DIR
 from gymexp.config.redaction import in_override
 from gymexp.config.schema import RunConfig
 from gymexp.errors import ConfigError, GymexpError

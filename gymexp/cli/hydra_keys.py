@@ -22,8 +22,8 @@ from hydra.core.utils import JobRuntime, configure_log
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from gymexp.config.names import nearest
-from gymexp.config.options import CONF_DIR
+from gymexp.config.group_options import CONF_DIR
+from gymexp.config.suggestions import nearest
 from gymexp.errors import ConfigError
 
 _SLURM = "submitit_slurm"

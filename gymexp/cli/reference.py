@@ -19,9 +19,9 @@ from typing import Any
 
 from omegaconf import MISSING, OmegaConf
 
-from gymexp.config.options import CONF_DIR
+from gymexp.config.group_options import CONF_DIR
 from gymexp.config.schema import EnvConfig, RunConfig
-from gymexp.training import fields
+from gymexp.training import argument_rules
 
 _TITLE = """\
 `python -m gymexp.cli.reference > docs/reference.md` makes this page from the schema. A test compares the two.
@@ -43,8 +43,8 @@ argument that is not set has TRL's default, except for those in the first table,
 `conf/trainer/` sets other values, and `model=tiny` sets its own learning rate.
 """
 _FATES = """\
-[`training/fields.py`](../gymexp/training/fields.py) lists what gymexp does with each argument. A refused
-value ends the command before anything starts.
+[`training/argument_rules.py`](../gymexp/training/argument_rules.py) lists what gymexp does with each
+argument. A refused value ends the command before anything starts.
 """
 
 
@@ -131,16 +131,17 @@ def _trainer() -> Iterator[str]:
     yield _table(("key", "value"), ((f"`trainer.{k}`", f"`{v}`") for k, v in _trainer_of_conf().items()))
     yield _paragraph(_FATES)
     yield "**Carried**: TRL's trainer does what the argument says.\n"
-    yield _paragraph(", ".join(f"`{name}`" for name in sorted(fields.CARRIED)) + ".")
+    yield _paragraph(", ".join(f"`{name}`" for name in sorted(argument_rules.CARRIED)) + ".")
     yield "**Owned**: gymexp sets the argument; another key stands for it.\n"
-    yield _table(("argument", "key to use"), ((f"`{k}`", _code(v)) for k, v in fields.OWNED.items()))
+    yield _table(("argument", "key to use"), ((f"`{k}`", _code(v)) for k, v in argument_rules.OWNED.items()))
     yield "**Refused**: the argument must keep its neutral value.\n"
     refusals = (
-        (f"`{k}`", f"`{r.neutral[0]}`", _prose(r.why), _prose(r.instead)) for k, r in fields.REFUSED.items()
+        (f"`{k}`", f"`{r.neutral[0]}`", _prose(r.why), _prose(r.instead))
+        for k, r in argument_rules.REFUSED.items()
     )
     yield _table(("argument", "only value", "why", "instead"), refusals)
     yield "**Harmless**: nothing reads the argument.\n"
-    yield _table(("argument", "why"), ((f"`{k}`", why) for k, why in fields.HARMLESS.items()))
+    yield _table(("argument", "why"), ((f"`{k}`", why) for k, why in argument_rules.HARMLESS.items()))
 
 
 def _trainer_of_conf() -> Mapping[str, Any]:

@@ -22,12 +22,12 @@ from omegaconf.errors import OmegaConfBaseException
 from gymexp import files
 from gymexp.cli import hydra_keys
 from gymexp.config.explain import explain_key
-from gymexp.config.names import nearest
-from gymexp.config.options import options
+from gymexp.config.group_options import options
 from gymexp.config.schema import RunConfig
+from gymexp.config.suggestions import nearest
 from gymexp.errors import GymexpError, Interrupted
 from gymexp.printable import log_to_stderr, say_error
-from gymexp.training import fields
+from gymexp.training import argument_rules
 
 T = TypeVar("T")
 
@@ -174,7 +174,9 @@ def explain(error: HydraException | OmegaConfBaseException, schema: type) -> str
         key = match.group(1)
         if key.startswith("hydra"):
             return hydra_keys.explain_key(key)
-        trainers = [f"trainer.{name}" for name in sorted(fields.CARRIED)] if schema is RunConfig else []
+        trainers = (
+            [f"trainer.{name}" for name in sorted(argument_rules.CARRIED)] if schema is RunConfig else []
+        )
         return explain_key(key, schema, getattr(cause, "full_key", None), trainers) or text
     if match := re.search(r"does not support sweep type : (\w+)_SWEEP", text):
         return hydra_keys.explain_sweep(match.group(1).lower())

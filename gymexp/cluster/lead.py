@@ -1,8 +1,8 @@
 """The lead's side of a run over several nodes: it starts processes and opens sockets through their agents.
 
 Under Slurm one task a node runs the same job. Task 0 is the lead and runs the controller. The other tasks are
-agents (`gymexp.cluster.agent`), which connect to the lead and carry out its messages. `lead.json` in the run
-directory has the lead's address and key, and only its owner can read the file.
+agents (`gymexp.cluster.node_agent`), which connect to the lead and carry out its messages. `lead.json` in the
+run directory has the lead's address and key, and only its owner can read the file.
 
 Lead and agent exchange JSON objects over a websocket. The lead sends {"do": "start", "id", "command", "env",
 "log", "fds", "reap"}, {"do": "listen", "id"}, {"do": "reserve", "id", "exclusive"}, {"do": "signal",
@@ -28,8 +28,8 @@ from typing import Any
 
 from aiohttp import web
 
-from gymexp.cluster.job import Task
 from gymexp.cluster.node import Endpoint, LocalNode, Node
+from gymexp.cluster.slurm_job import Task
 from gymexp.errors import NodeLost, ServiceError
 from gymexp.files import replace_file
 from gymexp.processes.clock import until_silent
@@ -186,8 +186,8 @@ class Nodes:
     """The nodes of one run: the lead's own node, and the others as their agents join. `welcome` answers GET
     /node.
 
-    directory: the run's. key: the key of the endpoint that agents join at (`gymexp.processes.keys`). on_lost:
-    called when a node without processes and pending requests is lost, as nothing else reports it.
+    directory: the run's. key: the key of the endpoint that agents join at (`gymexp.processes.access_keys`).
+    on_lost: called when a node without processes and pending requests is lost, as nothing else reports it.
     """
 
     def __init__(

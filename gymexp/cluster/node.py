@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from gymexp.cluster.job import Task, read_task
 from gymexp.cluster.placement import visible_gpus
+from gymexp.cluster.slurm_job import Task, read_task
 from gymexp.errors import ConfigError
 from gymexp.processes import ports
 from gymexp.processes.process import Running, spawn

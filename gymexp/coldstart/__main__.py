@@ -16,8 +16,8 @@ from omegaconf import DictConfig
 
 from gymexp.cli.entry import hydra_main
 from gymexp.coldstart import sft
-from gymexp.policy import snapshot
-from gymexp.processes.environment import forget_launchers, remarks
+from gymexp.policy import hub_snapshot
+from gymexp.processes.launcher_variables import forget_launchers, remarks
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ def main(cfg: DictConfig) -> None:
     else:
         from gymexp.policy.model import load_model, load_tokenizer
 
-        pinned = snapshot.pin(config.model, log.info)
+        pinned = hub_snapshot.pin(config.model, log.info)
         tokenizer, model = load_tokenizer(pinned), load_model(pinned)
     examples = sft.tokenize(conversations, tokenizer, config.sft.max_length)
     losses = sft.train(model, tokenizer, examples, config.sft, Path(config.output))

@@ -8,9 +8,9 @@ from typing import Any
 
 from omegaconf.errors import OmegaConfBaseException
 
-from gymexp.config.names import nearest, suggestion
-from gymexp.config.options import options
+from gymexp.config.group_options import options
 from gymexp.config.schema import EnvConfig, RunConfig
+from gymexp.config.suggestions import nearest, suggestion
 
 
 def explain_error(error: OmegaConfBaseException) -> str:

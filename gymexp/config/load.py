@@ -17,7 +17,7 @@ from gymexp.config.schema import (
     RunConfig,
     SearchConfig,
 )
-from gymexp.config.space import ends, flat
+from gymexp.config.search_space import ends, flat
 from gymexp.errors import ConfigError
 
 log = logging.getLogger(__name__)

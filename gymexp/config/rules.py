@@ -8,9 +8,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from gymexp.config.group_options import options
 from gymexp.config.grpo_arguments import value_of
-from gymexp.config.names import nearest
-from gymexp.config.options import options
 from gymexp.config.redaction import secrets_at
 from gymexp.config.schema import (
     DataConfig,
@@ -20,7 +19,8 @@ from gymexp.config.schema import (
     LoraConfig,
     RunConfig,
 )
-from gymexp.config.space import problems_of_space
+from gymexp.config.search_space import problems_of_space
+from gymexp.config.suggestions import nearest
 
 
 def _one_of(key: str, value: Any, allowed: tuple[str | None, ...]) -> Iterator[str]:

@@ -12,8 +12,8 @@ import orjson
 
 from gymexp.config.schema import EnvConfig, RunConfig
 from gymexp.data.cache import Say
-from gymexp.data.first_requests import Split, first_requests
 from gymexp.data.mix import describe, keys_sha256, mix
+from gymexp.data.request_check import Split, first_requests
 from gymexp.data.rows import read_rows, server_of
 from gymexp.data.sources import fetch
 from gymexp.errors import DataError

@@ -10,9 +10,9 @@ from hydra.errors import HydraException
 from omegaconf import open_dict
 
 from gymexp.cli.terminal import explain
+from gymexp.config.group_options import CONF_DIR
 from gymexp.config.hydra_schema import register
 from gymexp.config.load import load
-from gymexp.config.options import CONF_DIR
 from gymexp.config.schema import RunConfig
 from gymexp.doctor.finding import Finding, Subject
 from gymexp.doctor.machine_file import PATH

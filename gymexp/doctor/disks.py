@@ -13,7 +13,7 @@ from huggingface_hub import constants
 
 from gymexp.config.schema import ModelConfig
 from gymexp.doctor.finding import Finding, Subject, run_command
-from gymexp.policy.snapshot import cached, resolve_path
+from gymexp.policy.hub_snapshot import cached, resolve_path
 from gymexp.record.places import cache_dir
 
 GIB = 2**30

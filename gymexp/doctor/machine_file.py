@@ -6,7 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
-from gymexp.config.options import CONF_DIR
+from gymexp.config.group_options import CONF_DIR
 from gymexp.config.schema import LauncherConfig
 from gymexp.doctor import slurm
 from gymexp.doctor.finding import run_command

@@ -13,7 +13,7 @@ import httpx
 from huggingface_hub import constants, get_token, try_to_load_from_cache
 
 from gymexp.doctor.finding import Finding, Subject
-from gymexp.policy import snapshot
+from gymexp.policy import hub_snapshot
 
 _TIMEOUT_S = 8.0
 _WANDB = "https://api.wandb.ai"
@@ -66,7 +66,7 @@ def _downloads(subject: Subject) -> dict[str, tuple[str, str, str, str]]:
     files, revision."""
     model = subject.config.model
     downloads = {}
-    path = snapshot.resolve_path(model.path)
+    path = hub_snapshot.resolve_path(model.path)
     if not Path(path).is_absolute():
         downloads["model.path"] = (path, "model", "config.json", model.revision or "main")
     for name, env in subject.config.env.items():
@@ -78,7 +78,7 @@ def _downloads(subject: Subject) -> dict[str, tuple[str, str, str, str]]:
 
 def _cached(repo: str, kind: str, file: str, revision: str) -> bool:
     if kind == "model":
-        return snapshot.cached(repo, revision) is not None
+        return hub_snapshot.cached(repo, revision) is not None
     return isinstance(try_to_load_from_cache(repo, file, revision=revision, repo_type=kind), str)
 
 

@@ -8,8 +8,8 @@ import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from gymexp.config.names import nearest
 from gymexp.config.schema import LauncherConfig
+from gymexp.config.suggestions import nearest
 from gymexp.doctor.finding import Finding, Subject, run_command
 
 

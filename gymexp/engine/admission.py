@@ -18,8 +18,8 @@ from typing import Any
 import orjson
 
 from gymexp.errors import ServiceError
-from gymexp.processes import keys
-from gymexp.processes.direct import fetch_json
+from gymexp.processes import access_keys
+from gymexp.processes.http_client import fetch_json
 
 
 class EngineState(StrEnum):
@@ -90,6 +90,8 @@ class Admission:
     def _request(self, path: str, body: bytes | None) -> Any:
         """Returns the gateway's JSON answer to a GET, or with a body to a POST."""
         try:
-            return fetch_json(f"{self._gateway_url}{path}", body, self._timeout_s, keys.header(self._key))
+            return fetch_json(
+                f"{self._gateway_url}{path}", body, self._timeout_s, access_keys.header(self._key)
+            )
         except (OSError, http.client.HTTPException) as error:
             raise ServiceError(f"the gateway did not answer {path}: {error}") from None

@@ -17,8 +17,8 @@ from typing import Any, TypeVar
 import torch
 
 from gymexp.errors import ServiceError
-from gymexp.processes import keys
-from gymexp.processes.direct import fetch_json
+from gymexp.processes import access_keys
+from gymexp.processes.http_client import fetch_json
 
 T = TypeVar("T")
 
@@ -118,7 +118,7 @@ class Replicas:
         """
         phase = urllib.parse.urlsplit(path).path.strip("/")
         try:
-            return fetch_json(f"{url}{path}", body, self.timeout_s, keys.header_of(keys.ENGINE))
+            return fetch_json(f"{url}{path}", body, self.timeout_s, access_keys.header_of(access_keys.ENGINE))
         except urllib.error.HTTPError as error:
             answer = f"{error.code}: {error.read()[:500].decode(errors='replace')}"
             # vLLM answers 500 while it shuts down; then its health check fails too.
@@ -166,7 +166,7 @@ def _call_for_each(function: Callable[[str], T], urls: Sequence[str]) -> dict[st
 def _check_health(url: str) -> str:
     """Returns "" if the replica passes its health check, else the reason."""
     try:
-        fetch_json(f"{url}/health", None, _HEALTH_TIMEOUT_S, keys.header_of(keys.ENGINE))
+        fetch_json(f"{url}/health", None, _HEALTH_TIMEOUT_S, access_keys.header_of(access_keys.ENGINE))
     except (OSError, http.client.HTTPException) as error:
         return str(error) or type(error).__name__
     return ""

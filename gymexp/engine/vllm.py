@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from gymexp.config.schema import EngineConfig, ModelConfig
 from gymexp.errors import ConfigError
-from gymexp.policy.snapshot import directory_of
+from gymexp.policy.hub_snapshot import directory_of
 
 IN_VLLM = Path(__file__).resolve().parent / "in_vllm"
 OLDEST, NEWEST = (0, 26), (0, 31)  # the oldest that has these routes, the newest that TRL 1.16 takes

@@ -17,7 +17,7 @@ import aiohttp
 import orjson
 from aiohttp import web
 
-from gymexp.processes.keys import ENGINE, header_of
+from gymexp.processes.access_keys import ENGINE, header_of
 from gymexp.rollout.generation import EngineError, Generation, read_answer, start_of
 
 log = logging.getLogger(__name__)

@@ -2,7 +2,7 @@
 
     python -m gymexp.gateway.server --engine-url http://127.0.0.1:8001 --tokenizer PATH --port 8000
 
-The environment must have three keys (`gymexp.processes.keys`). GYMEXP_RUN_KEY opens every path,
+The environment must have three keys (`gymexp.processes.access_keys`). GYMEXP_RUN_KEY opens every path,
 GYMEXP_POLICY_KEY opens the paths that NeMo Gym uses, and the gateway sends GYMEXP_ENGINE_KEY to the engines.
 
 The message of each reply carries `prompt_token_ids`, `generation_token_ids` and `generation_log_probs`. NeMo
@@ -32,8 +32,8 @@ from gymexp.gateway.engines import EngineRefusal, Engines
 from gymexp.gateway.history import Conversation, History
 from gymexp.policy.model import check_tokenizer, end_token_ids
 from gymexp.printable import log_to_stderr
-from gymexp.processes import keys
-from gymexp.processes.lifeline import die_with_parent
+from gymexp.processes import access_keys
+from gymexp.processes.parent_watch import die_with_parent
 from gymexp.processes.ports import adopt, listen, url_of
 from gymexp.rollout import tokens
 from gymexp.rollout.draws import CallSeeds
@@ -327,7 +327,10 @@ def main() -> None:
     )
     args = parser.parse_args()
     log_to_stderr()
-    guard = keys.guard(keys.required(keys.RUN), dict.fromkeys(FOR_NEMO_GYM, keys.required(keys.POLICY)))
+    guard = access_keys.guard(
+        access_keys.required(access_keys.RUN),
+        dict.fromkeys(FOR_NEMO_GYM, access_keys.required(access_keys.POLICY)),
+    )
     try:
         tokenizer = load_tokenizer(args.tokenizer)
     except ConfigError as error:

@@ -19,13 +19,13 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from gymexp.config.names import nearest
 from gymexp.config.schema import EnvConfig
+from gymexp.config.suggestions import nearest
 from gymexp.errors import ConfigError, ServiceError
-from gymexp.gym.plan import POLICY
-from gymexp.processes.direct import no_proxy, open_url
-from gymexp.processes.keys import POLICY as POLICY_KEY
-from gymexp.record.services import Replica
+from gymexp.gym.server_plan import POLICY
+from gymexp.processes.access_keys import POLICY as POLICY_KEY
+from gymexp.processes.http_client import no_proxy, open_url
+from gymexp.record.services_file import Replica
 
 _TIMEOUT_S = 5.0
 

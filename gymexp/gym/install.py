@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 from gymexp.config.schema import GymConfig
 from gymexp.errors import ConfigError, ServiceError
 from gymexp.files import at, replace_file
-from gymexp.processes.environment import without_launchers
+from gymexp.processes.launcher_variables import without_launchers
 from gymexp.record.places import cache_dir, cache_refused, own_servers
 
 _MINIMUM = (3, 12)

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gymexp.config.names import nearest
 from gymexp.config.schema import LoraConfig, ModelConfig
+from gymexp.config.suggestions import nearest
 from gymexp.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from gymexp.config.schema import ModelConfig
 from gymexp.errors import ConfigError
-from gymexp.policy.snapshot import directory_of
+from gymexp.policy.hub_snapshot import directory_of
 from gymexp.rollout.tokens import end_of_turn_ids
 
 log = logging.getLogger(__name__)

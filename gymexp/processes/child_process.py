@@ -11,7 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from gymexp.processes import lifeline
+from gymexp.processes import parent_watch
 
 _NUM_LAST_LINES = 15
 _READ_TIMEOUT_S = 5.0  # a process that the child started may keep the pipe open
@@ -27,7 +27,7 @@ def child_process(
     on_line: called with each line of stdout and stderr, in a thread.
     """
     child = subprocess.Popen(
-        [sys.executable, lifeline.__file__, str(os.getpid()), *command],
+        [sys.executable, parent_watch.__file__, str(os.getpid()), *command],
         env=environ,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from gymexp.errors import ConfigError
-from gymexp.processes.environment import without_launchers
-from gymexp.processes.last_words import last_exception
+from gymexp.processes.failure_reason import last_exception
+from gymexp.processes.launcher_variables import without_launchers
 
 _LAST_CHARACTERS = 2000  # of stderr, for an error without an exception
 

@@ -13,8 +13,8 @@ from typing import Protocol
 
 import psutil
 
-from gymexp.processes import lifeline
-from gymexp.processes.environment import without_launchers
+from gymexp.processes import parent_watch
+from gymexp.processes.launcher_variables import without_launchers
 
 
 class Running(Protocol):
@@ -127,7 +127,7 @@ async def spawn(
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-S",
-            lifeline.__file__,
+            parent_watch.__file__,
             str(os.getpid()),
             *(["--reap"] if reap else []),
             *command,

@@ -20,9 +20,9 @@ from typing import Any
 import aiohttp
 
 from gymexp.errors import GymexpError, NodeLost, ServiceError
+from gymexp.processes.access_keys import header
 from gymexp.processes.clock import RunningClock
-from gymexp.processes.keys import header
-from gymexp.processes.last_words import reason
+from gymexp.processes.failure_reason import reason
 from gymexp.processes.process import Running, ended
 
 log = logging.getLogger(__name__)

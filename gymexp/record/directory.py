@@ -24,7 +24,7 @@ from gymexp.config.schema import RunConfig
 from gymexp.errors import RunDirectoryError
 from gymexp.files import append_line, in_words, read_json, replace_file
 from gymexp.printable import printable_in
-from gymexp.record.snapshot import _versions, snapshot
+from gymexp.record.code_snapshot import _versions, snapshot
 
 _LOCK = ".lock"
 # Files that Hydra, a sweep or a job may write to a run's directory before the run begins.

@@ -26,8 +26,8 @@ import orjson
 from gymexp.config.schema import EnvConfig, RolloutConfig
 from gymexp.errors import RolloutError, ServiceError
 from gymexp.processes import open_files
-from gymexp.processes.keys import RUN, header_of
-from gymexp.record.services import Replica
+from gymexp.processes.access_keys import RUN, header_of
+from gymexp.record.services_file import Replica
 from gymexp.rollout.draws import attempt_seed
 from gymexp.rollout.outcome import Cause, Failed, Outcome, Played, Task, task_of
 from gymexp.rollout.play import RolloutFailure, Sampling, play

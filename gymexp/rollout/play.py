@@ -17,7 +17,7 @@ import aiohttp
 import orjson
 
 from gymexp.errors import TokenMismatch
-from gymexp.processes.keys import POLICY, header_of
+from gymexp.processes.access_keys import POLICY, header_of
 from gymexp.rollout.outcome import Cause, Completed, Played, Rollout, Task, Truncated, Turn
 from gymexp.rollout.tokens import verify_turns
 

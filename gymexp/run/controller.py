@@ -28,22 +28,22 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from gymexp.cluster.job import Allocation
 from gymexp.cluster.lead import Nodes
 from gymexp.cluster.node import Endpoint, Node, this_node
 from gymexp.cluster.placement import Placement, num_nodes, place
+from gymexp.cluster.slurm_job import Allocation
 from gymexp.config.schema import RunConfig
 from gymexp.errors import Interrupted, NodeLost, RunDirectoryError, ServiceError
 from gymexp.gym import install
-from gymexp.gym.hosted import GymHost
+from gymexp.gym.host_client import GymHost
 from gymexp.processes import clock, ports
-from gymexp.processes.keys import Keys
-from gymexp.processes.last_words import reason
+from gymexp.processes.access_keys import Keys
+from gymexp.processes.failure_reason import reason
 from gymexp.processes.supervisor import Service, Supervisor
 from gymexp.record.directory import Ended, RunDirectory
 from gymexp.record.places import cache_dir
 from gymexp.run import services
-from gymexp.run.control import Control
+from gymexp.run.control_endpoint import Control
 from gymexp.view.progress import View
 
 log = logging.getLogger(__name__)

@@ -16,17 +16,17 @@ from gymexp.config.schema import RunConfig
 from gymexp.engine import vllm
 from gymexp.engine.admission import Admission
 from gymexp.gym import attached
-from gymexp.gym.hosted import GymHost
+from gymexp.gym.host_client import GymHost
 from gymexp.gym.install import missing_package
-from gymexp.gym.plan import Layout, plan
-from gymexp.policy.snapshot import directory_of
+from gymexp.gym.server_plan import Layout, plan
+from gymexp.policy.hub_snapshot import directory_of
 from gymexp.processes import ports
-from gymexp.processes.keys import ENGINE, POLICY, Keys
-from gymexp.processes.last_words import last_exception
+from gymexp.processes.access_keys import ENGINE, POLICY, Keys
+from gymexp.processes.failure_reason import last_exception
 from gymexp.processes.process import Running, spawn
 from gymexp.processes.supervisor import Service, Supervisor
 from gymexp.record.directory import RunDirectory
-from gymexp.record.services import Services
+from gymexp.record.services_file import Services
 
 _GATEWAY_TIMEOUT_S = 30.0
 # A thread of the trainer sends a sign of life every few seconds, but Python may delay the thread, for example

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from gymexp import files
-from gymexp.cluster.job import Allocation
+from gymexp.cluster.slurm_job import Allocation
 from gymexp.config.load import resumed
 from gymexp.config.schema import RunConfig
-from gymexp.record.study import as_trial
+from gymexp.record.optuna_study import as_trial
 
 
 @as_trial
@@ -27,10 +27,10 @@ def train(
     from gymexp.cluster.placement import num_nodes, place, visible_gpus
     from gymexp.data.prepare import load_prepared, prepare, write_prepared
     from gymexp.engine import vllm
-    from gymexp.gateway import first_prompts, inspection
+    from gymexp.gateway import prompt_lengths, tokenizer_check
     from gymexp.gym.install import ensure_python, site_packages
-    from gymexp.policy import snapshot
-    from gymexp.processes import environment, open_files
+    from gymexp.policy import hub_snapshot
+    from gymexp.processes import launcher_variables, open_files
     from gymexp.record.directory import RunDirectory
     from gymexp.record.places import cache_dir
     from gymexp.run import controller
@@ -40,7 +40,7 @@ def train(
 
     open_files.raise_limit()
     view = View()
-    for remark in environment.remarks():
+    for remark in launcher_variables.remarks():
         view.say(remark)
     run = RunDirectory.reopen(directory) if config.resume else None
     checkpoint = None
@@ -67,14 +67,14 @@ def train(
         training_plan = schedule.plan(config, placement.num_ranks, prepared.train)
         view.say(schedule.describe(training_plan, len(prepared.train)))
         prepared.summary["training"] = training_plan
-        config = dataclasses.replace(config, model=snapshot.pin(config.model, view.say))
-        inspection.check(config.model, prepared, cache_dir())
-        first_prompts.check(config.model, prepared, cache_dir())
+        config = dataclasses.replace(config, model=hub_snapshot.pin(config.model, view.say))
+        tokenizer_check.check(config.model, prepared, cache_dir())
+        prompt_lengths.check(config.model, prepared, cache_dir())
         run = RunDirectory.claim(directory)
         write_prepared(prepared, run.data)
         run.describe(config, overrides)
     else:
-        snapshot.directory_of(config.model, view.say)
+        hub_snapshot.directory_of(config.model, view.say)
         run.go_on_with(config, overrides)
     with view:
         result = controller.run(config, run, python, site, placement, view, allocation, checkpoint)

@@ -29,7 +29,7 @@ from gymexp.config.schema import RunConfig
 from gymexp.errors import RunDirectoryError
 from gymexp.files import replace_file
 from gymexp.processes.clock import this_process
-from gymexp.record.snapshot import snapshot
+from gymexp.record.code_snapshot import snapshot
 
 # Raise it when a job's function moves, or a file in a sweep's directory changes its meaning.
 SCHEMA = 2

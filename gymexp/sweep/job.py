@@ -20,15 +20,15 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from gymexp.cli.terminal import guarded, log_to_terminal, outlive_readers
-from gymexp.cluster import agent
-from gymexp.cluster.job import Allocation, read_task
+from gymexp.cluster import node_agent
 from gymexp.cluster.lead import announce
 from gymexp.cluster.placement import num_nodes
+from gymexp.cluster.slurm_job import Allocation, read_task
 from gymexp.config.schema import RunConfig
 from gymexp.errors import GymexpError, Interrupted
 from gymexp.files import append_line, read_json, read_lines
 from gymexp.printable import say_error
-from gymexp.processes import lifeline
+from gymexp.processes import parent_watch
 from gymexp.record.directory import Ended, RunDirectory, is_whole
 from gymexp.run.train import train
 from gymexp.sweep.freeze import FrozenJob, read_job
@@ -50,7 +50,7 @@ def run(sweep_dir: str, num: int) -> dict[str, Any]:
     task = read_task() if num_nodes(job.config.placement) > 1 else None
     try:
         if task and task.rank > 0:
-            agent.follow(directory.path, task)
+            node_agent.follow(directory.path, task)
             return {}
         return _lead(directory, job)
     except GymexpError as error:  # an agent's task: its lead is gone and cannot report the error
@@ -173,7 +173,7 @@ def _set_end(directory: RunDirectory, allocation: Allocation, ended: Ended, outc
 
 
 if __name__ == "__main__":
-    lifeline.die_with_parent()
+    parent_watch.die_with_parent()
     outlive_readers()
     log_to_terminal()
     guarded(run_local, RunConfig)(sys.argv[1], int(sys.argv[2]))

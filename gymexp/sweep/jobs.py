@@ -9,10 +9,10 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from gymexp.cluster.slurm import slurm_states
+from gymexp.cluster.slurm_states import slurm_states
 from gymexp.errors import RunDirectoryError
-from gymexp.record.state import process_lives, read_run
-from gymexp.record.study import TRIAL_KEY, read_trial, summary
+from gymexp.record.optuna_study import TRIAL_KEY, read_trial, summary
+from gymexp.record.run_state import process_lives, read_run
 from gymexp.sweep import freeze
 from gymexp.sweep.sweep import Job, Sweep
 

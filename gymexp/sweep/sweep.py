@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gymexp.record.state import RunState
+from gymexp.record.run_state import RunState
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
 
-from gymexp.record.state import tokens_per_s, wall_seconds
+from gymexp.record.run_state import tokens_per_s, wall_seconds
 from gymexp.sweep.sweep import Job, Sweep
 from gymexp.view.progress import duration
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from gymexp.cluster.slurm import GOING_ON, slurm_states
+from gymexp.cluster.slurm_states import GOING_ON, slurm_states
 from gymexp.errors import LaunchError
 from gymexp.files import read_json
 from gymexp.record.directory import RunDirectory, failure_of

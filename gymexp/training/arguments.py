@@ -1,8 +1,8 @@
 """The check of `trainer.*` before anything starts, and TRL's GRPOConfig built from it in the trainer.
 
 TRL's constructor is the schema. Unknown names are found by reading TRL's source, without importing it. A
-table (`fields`) names the values that gymexp refuses. A separate process tries out the other values
-(`verdict`); a good verdict is cached for the same values, packages and GPUs.
+table (`argument_rules`) names the values that gymexp refuses. A separate process tries out the other values
+(`argument_trial`); a good verdict is cached for the same values, packages and GPUs.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from omegaconf import OmegaConf
 
 from gymexp.config import grpo_arguments
 from gymexp.config.grpo_arguments import value_of
-from gymexp.config.names import suggestion
 from gymexp.config.schema import RunConfig
-from gymexp.config.space import ends, flat
+from gymexp.config.search_space import ends, flat
+from gymexp.config.suggestions import suggestion
 from gymexp.errors import ConfigError
 from gymexp.processes.module_call import call_module
-from gymexp.training import fields, sharding, tracker
+from gymexp.training import argument_rules, sharding, tracker
 
 if TYPE_CHECKING:
     from trl.trainer.grpo_config import GRPOConfig
@@ -60,7 +60,7 @@ def problems(configs: Sequence[RunConfig], cache: Path, on_this_machine: bool = 
     machine = [on_this_machine, _installed_packages(), _gpus(), _rules_digest()]
     for index, config in enumerate(configs):
         for prefix, trainer in [] if reasons[index] else _trainers(config):
-            if problem := "\n".join(fields.problems(trainer)) or _group_problem(trainer):
+            if problem := "\n".join(argument_rules.problems(trainer)) or _group_problem(trainer):
                 reasons[index] = prefix + problem
                 break
             question = {
@@ -116,7 +116,7 @@ def _referenced_files(trainer: dict[str, Any]) -> list[str]:
 
 def _rules_digest() -> str:
     """Returns a digest of the modules that judge the values: if one changes, cached verdicts are void."""
-    judges = (Path(__file__).with_name(name) for name in ("verdict.py", "arguments.py", "sharding.py"))
+    judges = (Path(__file__).with_name(name) for name in ("argument_trial.py", "arguments.py", "sharding.py"))
     return hashlib.sha256(b"".join(judge.read_bytes() for judge in judges)).hexdigest()
 
 
@@ -160,7 +160,9 @@ def _static_problems(config: RunConfig) -> str:
                 f"trainer.{name} is not an argument of trl.GRPOConfig"
                 f"{suggestion(name, sorted(known), 'trainer.')}"
             )
-    messages.extend(fields.problems({n: None for n in searched if n in fields.OWNED} | config.trainer))
+    messages.extend(
+        argument_rules.problems({n: None for n in searched if n in argument_rules.OWNED} | config.trainer)
+    )
     for name in ("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"):
         if config.trainer.get(name) is not None and config.tracker.kind != "trackio":
             messages.append(f"trainer.{name} is for tracker=trackio, got tracker.kind={config.tracker.kind}")
@@ -183,9 +185,9 @@ def _static_problems(config: RunConfig) -> str:
 
 
 def _request_verdicts(questions: list[dict[str, Any]]) -> list[str]:
-    """Runs `verdict` in a process of its own and returns its answer to each question: a problem, or empty."""
+    """Returns the answer of `argument_trial` to each question: a problem, or an empty text."""
     task = "trainer: trying out its values"
-    return call_module(["gymexp.training.verdict"], task, _CHECK_TIMEOUT_S, stdin=questions)
+    return call_module(["gymexp.training.argument_trial"], task, _CHECK_TIMEOUT_S, stdin=questions)
 
 
 def build(config: RunConfig, output_dir: Path, run_name: str) -> GRPOConfig:

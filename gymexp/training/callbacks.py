@@ -20,17 +20,17 @@ from transformers import TrainerCallback
 from gymexp.config.schema import EvaluationConfig, RunConfig
 from gymexp.data.prepare import Prepared
 from gymexp.files import append_line, read_lines, replace_file
-from gymexp.processes.direct import open_url
-from gymexp.processes.keys import RUN, header_of
+from gymexp.processes.access_keys import RUN, header_of
+from gymexp.processes.http_client import open_url
 from gymexp.record.metric_names import as_held_out, by_env
 from gymexp.rollout.collect import Progress
 from gymexp.rollout.play import Distribution
 from gymexp.training.metrics import rollout_metrics
 from gymexp.training.ranks import on_main_rank
-from gymexp.training.rollouts import Rollouts
+from gymexp.training.rollout_func import Rollouts
 
 if TYPE_CHECKING:
-    from gymexp.record.study import Judge
+    from gymexp.record.optuna_study import Judge
     from gymexp.training.trainer import PolicyTrainer
 
 _MAX_UNSENT_ENTRIES = 1000

@@ -27,11 +27,11 @@ from gymexp.config.schema import RunConfig
 from gymexp.errors import GymexpError
 from gymexp.files import read_json, replace_file
 from gymexp.printable import log_to_stderr
-from gymexp.processes.direct import open_url
-from gymexp.processes.keys import RUN, header_of
-from gymexp.processes.lifeline import die_with_parent
+from gymexp.processes.access_keys import RUN, header_of
+from gymexp.processes.http_client import open_url
+from gymexp.processes.parent_watch import die_with_parent
 from gymexp.record.directory import RunDirectory
-from gymexp.record.services import Services
+from gymexp.record.services_file import Services
 
 if TYPE_CHECKING:
     from gymexp.rollout.collect import Collector
@@ -98,11 +98,11 @@ def work(run: RunDirectory, config: RunConfig, stop_requested: threading.Event) 
 
     from gymexp.data.prepare import load_prepared
     from gymexp.policy.model import load_model, load_tokenizer
-    from gymexp.record.study import Judge
+    from gymexp.record.optuna_study import Judge
     from gymexp.training import arguments, checkpoints
     from gymexp.training.callbacks import Evaluation, MetricsFile, ProgressReporter, Steps, StopOnRequest
-    from gymexp.training.rollouts import Rollouts
-    from gymexp.training.sampling import ServerSampling, join_servers, serve_hf
+    from gymexp.training.engine import ServerSampling, join_servers, serve_hf
+    from gymexp.training.rollout_func import Rollouts
     from gymexp.training.trainer import PolicyTrainer
 
     threading.Thread(target=_send_heartbeats, args=[services.control_url], name="alive", daemon=True).start()

@@ -23,14 +23,14 @@ from gymexp.data.prepare import Prepared
 from gymexp.engine.replicas import NamedTensors, TensorSpecs
 from gymexp.errors import ServiceError
 from gymexp.policy import lora
+from gymexp.policy.hub_snapshot import directory_of
 from gymexp.policy.model import end_token_ids, save_policy
-from gymexp.policy.snapshot import directory_of
 from gymexp.record.directory import RunDirectory
 from gymexp.rollout.outcome import Outcome
 from gymexp.training import batches, checkpoints, drift, padding
+from gymexp.training.engine import ServerSampling
 from gymexp.training.ranks import on_main_rank
-from gymexp.training.rollouts import Rollouts
-from gymexp.training.sampling import ServerSampling
+from gymexp.training.rollout_func import Rollouts
 
 log = logging.getLogger(__name__)
 

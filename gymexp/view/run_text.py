@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from gymexp.cluster.slurm import slurm_states
-from gymexp.record.state import RunState, last_errors, read_run, tokens_per_s, wall_seconds
+from gymexp.cluster.slurm_states import slurm_states
+from gymexp.record.run_state import RunState, last_errors, read_run, tokens_per_s, wall_seconds
 from gymexp.view.progress import View, duration
 
 _POLL_S = 0.5

@@ -20,8 +20,8 @@ from hydra_plugins.hydra_submitit_launcher.config import SlurmQueueConf
 from omegaconf import OmegaConf
 
 from gymexp.cli import hydra_keys
+from gymexp.config.group_options import CONF_DIR
 from gymexp.config.hydra_schema import register
-from gymexp.config.options import CONF_DIR
 
 TABLES = {
     "carried": hydra_keys.CARRIED,

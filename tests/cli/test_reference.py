@@ -12,7 +12,7 @@ import pytest
 from gymexp.cli import reference
 from gymexp.config.explain import keys
 from gymexp.config.schema import RunConfig
-from gymexp.training import fields
+from gymexp.training import argument_rules
 
 PAGE = Path(__file__).parent.parent.parent / "docs" / "reference.md"
 ROWS = [row for at, section in reference.sections() for row in reference.rows(section, at)]
@@ -74,7 +74,12 @@ def test_a_section_begins_with_its_dataclass_docstring():
 def test_every_argument_of_the_trainer_is_in_its_table():
     section = PAGE.read_text().split("## `trainer`")[1]
     named = set(re.findall(r"`(\w+)`", section))
-    for table in (fields.CARRIED, fields.OWNED, fields.REFUSED, fields.HARMLESS):
+    for table in (
+        argument_rules.CARRIED,
+        argument_rules.OWNED,
+        argument_rules.REFUSED,
+        argument_rules.HARMLESS,
+    ):
         assert set(table) <= named
 
 

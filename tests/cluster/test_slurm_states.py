@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from gymexp.cluster import slurm as states
-from gymexp.cluster.slurm import SlurmState, slurm_states
-from gymexp.record.state import read_run
+from gymexp.cluster import slurm_states as states
+from gymexp.cluster.slurm_states import SlurmState, slurm_states
+from gymexp.record.run_state import read_run
 
 NO_ACCOUNTING = "echo 'Slurm accounting storage is disabled' >&2; exit 1"
 FORGOTTEN = "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1"

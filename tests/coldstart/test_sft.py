@@ -12,7 +12,7 @@ from gymexp.coldstart import sft as coldstart
 from gymexp.coldstart.sft import IGNORED, SFTOptions, tokenize, train
 from gymexp.coldstart.tiny import Shape, build_model, build_tokenizer, render
 from gymexp.config.explain import explain_key
-from gymexp.config.options import CONF_DIR
+from gymexp.config.group_options import CONF_DIR
 from gymexp.config.schema import ModelConfig
 from gymexp.errors import ConfigError, DataError
 from gymexp.policy.model import load_model, load_tokenizer

@@ -21,9 +21,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from gymexp.config.explain import explain_key
+from gymexp.config.group_options import CONF_DIR, options
 from gymexp.config.hydra_schema import register
 from gymexp.config.load import from_yaml, load, to_yaml
-from gymexp.config.options import CONF_DIR, options
 from gymexp.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent.parent

@@ -14,12 +14,12 @@ from real_servers import Servers, policy_that_says
 from row_shapes import SHAPES, F
 
 from gymexp.config.schema import DataConfig, EnvConfig, GymConfig, RunConfig
-from gymexp.data.first_requests import Split, first_requests
 from gymexp.data.prepare import load_prepared, prepare, write_prepared
+from gymexp.data.request_check import Split, first_requests
 from gymexp.data.rows import read_rows
 from gymexp.errors import DataError
 from gymexp.gym.install import site_packages
-from gymexp.gym.plan import plan
+from gymexp.gym.server_plan import plan
 from gymexp.rollout.outcome import Task
 from gymexp.rollout.play import Sampling, request_body
 

@@ -16,11 +16,11 @@ from whole_run import ROOT, TINY
 from gymexp.config.load import to_yaml
 from gymexp.config.schema import EnvConfig, ModelConfig, RunConfig
 from gymexp.engine.replicas import Replicas
-from gymexp.engine.transfer import DiskTransfer
+from gymexp.engine.weight_transfer import DiskTransfer
 from gymexp.errors import ServiceError
 from gymexp.policy.model import load_model
 from gymexp.processes import ports
-from gymexp.processes.keys import ENGINE, header
+from gymexp.processes.access_keys import ENGINE, header
 
 PROMPT = [3, 17, 40, 9, 250]
 KEY = "the engine's"

@@ -20,7 +20,7 @@ from gymexp.config.schema import EngineConfig, ModelConfig
 from gymexp.engine import vllm
 from gymexp.engine.replicas import Replicas
 from gymexp.processes import ports
-from gymexp.processes.keys import ENGINE
+from gymexp.processes.access_keys import ENGINE
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 NUM = 48

@@ -16,9 +16,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 from whole_run import OVERRIDES, ROOT, Run
 
+from gymexp.config.group_options import CONF_DIR
 from gymexp.config.hydra_schema import register
 from gymexp.config.load import load
-from gymexp.config.options import CONF_DIR
 from gymexp.sweep.freeze import FrozenJob, write_job
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(400)]

@@ -14,7 +14,7 @@ import pytest
 from whole_run import OVERRIDES, ROOT, UNEVALUATED, metrics_of, steps_of
 
 from gymexp.record.places import cache_dir
-from gymexp.record.state import read_run, wall_seconds
+from gymexp.record.run_state import read_run, wall_seconds
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 ODD = {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}

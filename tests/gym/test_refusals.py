@@ -13,7 +13,7 @@ from real_servers import Servers, policy_that_says
 
 from gymexp.config.schema import EnvConfig, GymConfig
 from gymexp.gym.install import site_packages
-from gymexp.gym.plan import plan
+from gymexp.gym.server_plan import plan
 from gymexp.rollout.outcome import Rollout, Task
 from gymexp.rollout.play import RolloutFailure, Sampling, play
 

@@ -17,7 +17,7 @@ from real_servers import Servers
 from gymexp.config.schema import EnvConfig, GymConfig
 from gymexp.errors import ConfigError, ServiceError
 from gymexp.gym.install import site_packages
-from gymexp.gym.plan import Layout, plan
+from gymexp.gym.server_plan import Layout, plan
 
 SUDOKU = EnvConfig(
     config_path="resources_servers/reasoning_gym/configs/reasoning_gym.yaml",

@@ -14,8 +14,8 @@ from whole_run import ROOT, TINY
 
 from gymexp.config.schema import LoraConfig, ModelConfig
 from gymexp.errors import ConfigError
+from gymexp.policy.hub_snapshot import resolve_path
 from gymexp.policy.model import end_token_ids, load_model, load_tokenizer
-from gymexp.policy.snapshot import resolve_path
 
 
 def config(path) -> ModelConfig:

@@ -8,7 +8,7 @@ from fnmatch import fnmatch
 from importlib.util import find_spec
 from pathlib import Path
 
-from gymexp.processes.environment import remarks, without_launchers
+from gymexp.processes.launcher_variables import remarks, without_launchers
 
 # What the trainer's libraries read of the environment. commands/ are launchers of their own.
 READERS = (
@@ -88,7 +88,7 @@ def test_every_variable_that_the_trainers_libraries_read_is_dropped_or_known_to_
     )
     kept = without_launchers(dict.fromkeys(sorted(read), "1"))
     unknown = [name for name in kept if not any(fnmatch(name, known) for known in KEPT)]
-    assert not unknown, "decide of each in gymexp/processes/environment.py, or here"
+    assert not unknown, "decide of each in gymexp/processes/launcher_variables.py, or here"
 
 
 def test_a_setting_that_does_not_act_is_named_with_the_key_that_does():

@@ -13,8 +13,8 @@ from gymexp.config.load import from_yaml, resumed
 from gymexp.config.schema import DataConfig, EnvConfig, ModelConfig, RunConfig
 from gymexp.errors import ConfigError, RunDirectoryError
 from gymexp.files import append_line, read_json, read_lines
+from gymexp.record.code_snapshot import snapshot
 from gymexp.record.directory import RunDirectory, latest_run
-from gymexp.record.snapshot import snapshot
 
 CONFIG = RunConfig(model=ModelConfig(name="m", path="p"), env={"e": EnvConfig(config_path="c", agent="a")})
 

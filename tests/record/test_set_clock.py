@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from gymexp.processes import clock
-from gymexp.record.state import RunState, process_lives, read_run, wall_seconds
+from gymexp.record.run_state import RunState, process_lives, read_run, wall_seconds
 
 NOW, HOUR = 1_800_000_000.0, 3600.0
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from gymexp.cluster.slurm import SlurmState
+from gymexp.cluster.slurm_states import SlurmState
 from gymexp.config.schema import ModelConfig, RunConfig, SearchConfig
 from gymexp.errors import ConfigError, Interrupted
-from gymexp.record import study
+from gymexp.record import optuna_study
 
 optuna = pytest.importorskip("optuna")
 RATE = {"low": 1e-7, "high": 1e-4, "log": True}
@@ -32,17 +32,17 @@ def result(reward: float) -> dict:
 
 
 def trial_of(sweep: Path, num: int) -> Any:
-    opened = study._open(sweep, search())
-    known = study.read_trial(sweep / str(num))
+    opened = optuna_study._open(sweep, search())
+    known = optuna_study.read_trial(sweep / str(num))
     assert known is not None
     return opened.trials[known.number]
 
 
 def whole(sweep: Path, num: int, *rewards: float, **more: Any) -> list[str | None]:
-    study.begin(search(num, **more), sweep / str(num))
-    judge = study.Judge(search(num, **more), sweep / str(num))
+    optuna_study.begin(search(num, **more), sweep / str(num))
+    judge = optuna_study.Judge(search(num, **more), sweep / str(num))
     told = [judge.report(step, {"sudoku": {"reward": reward}}) for step, reward in enumerate(rewards, 1)]
-    study.end(search(num, **more), sweep / str(num), result(rewards[-1]))
+    optuna_study.end(search(num, **more), sweep / str(num), result(rewards[-1]))
     return told
 
 
@@ -58,7 +58,7 @@ def whole(sweep: Path, num: int, *rewards: float, **more: Any) -> list[str | Non
     ],
 )
 def test_a_score_is_one_environments_or_the_mean_of_all_that_have_it(metric, held_out, value):
-    found = study.score(metric, held_out)
+    found = optuna_study.score(metric, held_out)
     assert found == (None if value is None else pytest.approx(value))
 
 
@@ -70,24 +70,24 @@ def test_a_trial_ends_as_its_run_did(tmp_path):
         3: {"held_out": {"sudoku": {"x": [1, 2]}}},
     }
     for num, said in ends.items():
-        study.begin(search(num), tmp_path / str(num))
-        study.end(search(num), tmp_path / str(num), said)
+        optuna_study.begin(search(num), tmp_path / str(num))
+        optuna_study.end(search(num), tmp_path / str(num), said)
     assert [trial_of(tmp_path, num).state.name for num in ends] == ["COMPLETE", "PRUNED", "FAIL", "FAIL"]
     assert trial_of(tmp_path, 0).value == 0.5, "what is measured after training"
-    assert study.summary(tmp_path)[0] == "study: 1 trials finished, 1 pruned"
+    assert optuna_study.summary(tmp_path)[0] == "study: 1 trials finished, 1 pruned"
 
 
 def test_ranges_and_choices_become_optunas(tmp_path):
-    whole_numbers = study._distribution({"low": 1, "high": 9})
+    whole_numbers = optuna_study._distribution({"low": 1, "high": 9})
     assert type(whole_numbers).__name__ == "IntDistribution"
     assert (whole_numbers.step, whole_numbers.log) == (1, False)
-    assert study._distribution({"low": 1, "high": 9, "step": 4}).step == 4
-    assert study._distribution({"low": 1, "high": 9, "log": True}).log
-    fraction = study._distribution({"low": 0, "high": 0.5, "step": 0.1})
+    assert optuna_study._distribution({"low": 1, "high": 9, "step": 4}).step == 4
+    assert optuna_study._distribution({"low": 1, "high": 9, "log": True}).log
+    fraction = optuna_study._distribution({"low": 0, "high": 0.5, "step": 0.1})
     assert (type(fraction).__name__, fraction.low, fraction.high) == ("FloatDistribution", 0, 0.5)
     assert fraction.step == 0.1 and not fraction.log
-    assert study._distribution(RATE).log and study._distribution(RATE).step is None
-    assert study._distribution(["a", "b"]).choices == ("a", "b")
+    assert optuna_study._distribution(RATE).log and optuna_study._distribution(RATE).step is None
+    assert optuna_study._distribution(["a", "b"]).choices == ("a", "b")
 
 
 def test_only_enough_finished_trials_judge_and_only_after_the_warm_up(tmp_path):
@@ -108,20 +108,20 @@ def test_a_smaller_value_is_better_where_it_is_minimized_and_nothing_is_pruned_u
     assert whole(tmp_path, 1, 0.1, **more) == [None]
     told = whole(tmp_path, 2, 0.9, **more)
     assert told == ["reward of 0.900 after step 1 is above the median of the other trials"]
-    assert study.summary(tmp_path)[1].startswith("best trial: job 1 with 0.100")
+    assert optuna_study.summary(tmp_path)[1].startswith("best trial: job 1 with 0.100")
     assert whole(tmp_path, 3, 0.9, prune=False, **more) == [None]
-    judge = study.Judge(search(3, **more), tmp_path / "3")
+    judge = optuna_study.Judge(search(3, **more), tmp_path / "3")
     assert judge.report(5, {"sudoku": {}}) is None and trial_of(tmp_path, 3).intermediate_values == {1: 0.9}
 
 
 def test_the_summary_names_job_values_and_what_mattered(tmp_path):
-    assert study.summary(tmp_path) == []
+    assert optuna_study.summary(tmp_path) == []
     for num in range(3):
         whole(tmp_path, num, 0.1 * num)
-    assert len(study.summary(tmp_path)) == 2, "too few for importances"
+    assert len(optuna_study.summary(tmp_path)) == 2, "too few for importances"
     whole(tmp_path, 3, 0.9)
-    told = study.summary(tmp_path)
-    values = study.read_trial(tmp_path / "3").values
+    told = optuna_study.summary(tmp_path)
+    values = optuna_study.read_trial(tmp_path / "3").values
     said = f"trainer.learning_rate={values['trainer.learning_rate']:.3g}"
     said += f"  trainer.num_generations={values['trainer.num_generations']}"
     assert told[1] == f"best trial: job 3 with 0.900  ({said})"
@@ -129,16 +129,16 @@ def test_the_summary_names_job_values_and_what_mattered(tmp_path):
     same = tmp_path / "same"
     for num in range(4):
         whole(same, num, 0.5)
-    assert len(study.summary(same)) == 2, "no trial differs"
+    assert len(optuna_study.summary(same)) == 2, "no trial differs"
 
 
 def test_the_same_seed_gives_the_first_trial_the_same_values(tmp_path):
     first, same, other = (
-        study.begin(search(trial, seed=seed), tmp_path / f"{at}" / "0").values
+        optuna_study.begin(search(trial, seed=seed), tmp_path / f"{at}" / "0").values
         for at, (trial, seed) in enumerate([(0, 5), (0, 5), (1, 5)])
     )
     assert first == same != other
-    assert study.begin(search(None, seed=6), tmp_path / "3" / "0").values == other, (
+    assert optuna_study.begin(search(None, seed=6), tmp_path / "3" / "0").values == other, (
         "seed and number are added"
     )
 
@@ -155,14 +155,14 @@ def test_the_same_seed_gives_the_first_trial_the_same_values(tmp_path):
 )
 def test_a_trial_of_a_job_is_given_up_on_slurms_word_alone(tmp_path, monkeypatch, states, given_up):
     """Its files are old: the job waits to be started again, or is gone."""
-    study.begin(search(0), tmp_path / "0")
+    optuna_study.begin(search(0), tmp_path / "0")
     status = {"host": "elsewhere", "pid": 1, "began": time.time() - 9000, "ended": None, "job_id": "7_0"}
     (tmp_path / "0" / "status.json").write_text(json.dumps(status))
     asked: list[list[str]] = []
-    monkeypatch.setattr(study, "slurm_states", lambda ids: asked.append(list(ids)) or states)
+    monkeypatch.setattr(optuna_study, "slurm_states", lambda ids: asked.append(list(ids)) or states)
 
     os.utime(tmp_path / "0" / "status.json", (time.time() - 9000,) * 2)
-    study.begin(search(1), tmp_path / "1")
+    optuna_study.begin(search(1), tmp_path / "1")
     assert (trial_of(tmp_path, 0).state.name == "FAIL") is given_up
     assert asked == [["7_0"]]
 
@@ -170,13 +170,13 @@ def test_a_trial_of_a_job_is_given_up_on_slurms_word_alone(tmp_path, monkeypatch
 @pytest.fixture
 def config(monkeypatch) -> RunConfig:
     """Values are written beside it, not into it: that is configuration's, and has its own tests."""
-    monkeypatch.setattr(study, "with_values", lambda config, values: replace(config, trainer=values))
+    monkeypatch.setattr(optuna_study, "with_values", lambda config, values: replace(config, trainer=values))
     return RunConfig(name="n", model=ModelConfig(name="m", path="p"), search=search(0))
 
 
 def test_a_run_that_is_no_trial_is_left_alone(tmp_path, config):
     config.search.trial = None
-    train = study.as_trial(lambda *arguments: {"got": arguments})
+    train = optuna_study.as_trial(lambda *arguments: {"got": arguments})
     assert train(config, ["a=1"], tmp_path / "0", "more")["got"] == (config, ["a=1"], tmp_path / "0", "more")
     assert not (tmp_path / "study.journal").exists()
 
@@ -184,13 +184,13 @@ def test_a_run_that_is_no_trial_is_left_alone(tmp_path, config):
 def test_a_trial_trains_with_its_values_and_its_end_is_told(tmp_path, config):
     seen: list[Any] = []
 
-    @study.as_trial
+    @optuna_study.as_trial
     def train(*arguments: Any) -> dict:
         seen.extend(arguments)
         return result(0.5)
 
     assert train(config, ["a=1"], tmp_path / "0", "more") == result(0.5)
-    values = study.read_trial(tmp_path / "0").values
+    values = optuna_study.read_trial(tmp_path / "0").values
     assert seen[0] == replace(config, trainer=values) and seen[2:] == [tmp_path / "0", "more"]
     assert seen[1] == ["a=1", *(f"{key}={value}" for key, value in values.items())]
     assert trial_of(tmp_path, 0).value == 0.5 and train.__name__ == "train"
@@ -199,7 +199,7 @@ def test_a_trial_trains_with_its_values_and_its_end_is_told(tmp_path, config):
 def test_an_error_fails_the_trial_and_an_interruption_does_not(tmp_path, config):
     errors: list[Exception] = [Interrupted(15, "x"), ConfigError("x")]
 
-    @study.as_trial
+    @optuna_study.as_trial
     def train(*arguments: Any) -> dict:
         raise errors.pop(0)
 
@@ -213,13 +213,13 @@ def test_an_error_fails_the_trial_and_an_interruption_does_not(tmp_path, config)
 
 
 def test_a_resumed_trial_is_one_though_the_command_line_does_not_say_so(tmp_path, config, monkeypatch):
-    study.begin(config.search, tmp_path / "0")
-    values = study.read_trial(tmp_path / "0").values
-    monkeypatch.setattr(study, "resumed", lambda path, resume: config)
+    optuna_study.begin(config.search, tmp_path / "0")
+    values = optuna_study.read_trial(tmp_path / "0").values
+    monkeypatch.setattr(optuna_study, "resumed", lambda path, resume: config)
     said = RunConfig(name="n", model=ModelConfig(name="m", path="p"), resume=str(tmp_path / "0"))
     config.resume = said.resume
     seen: list[Any] = []
-    train = study.as_trial(lambda *arguments: seen.append(arguments) or result(0.7))
+    train = optuna_study.as_trial(lambda *arguments: seen.append(arguments) or result(0.7))
     train(said, [], tmp_path / "0")
     assert seen == [(replace(config, trainer=values), [], tmp_path / "0")], (
         "no override: its configuration has them"
@@ -228,11 +228,11 @@ def test_a_resumed_trial_is_one_though_the_command_line_does_not_say_so(tmp_path
 
 
 def test_a_trial_that_goes_on_as_another_keeps_what_was_measured(tmp_path):
-    study.begin(search(0), tmp_path / "0")
-    study.Judge(search(0), tmp_path / "0").report(1, {"sudoku": {"reward": 0.4}})
-    study.end(search(0), tmp_path / "0", {})
+    optuna_study.begin(search(0), tmp_path / "0")
+    optuna_study.Judge(search(0), tmp_path / "0").report(1, {"sudoku": {"reward": 0.4}})
+    optuna_study.end(search(0), tmp_path / "0", {})
     first = trial_of(tmp_path, 0)
-    study.begin(search(0), tmp_path / "0")
+    optuna_study.begin(search(0), tmp_path / "0")
     again = trial_of(tmp_path, 0)
     assert again.number != first.number and again.state.name == "RUNNING"
     assert again.intermediate_values == first.intermediate_values == {1: 0.4}
@@ -241,8 +241,8 @@ def test_a_trial_that_goes_on_as_another_keeps_what_was_measured(tmp_path):
 
 def test_without_optuna_a_summary_says_what_to_install_and_its_verbosity_stays(tmp_path, monkeypatch):
     before = optuna.logging.get_verbosity()
-    study.begin(search(0), tmp_path / "0")
+    optuna_study.begin(search(0), tmp_path / "0")
     assert optuna.logging.get_verbosity() == before and (tmp_path / "study.journal").exists()
     monkeypatch.setitem(sys.modules, "optuna", None)
     said = "study: to show its best trial, install Optuna: pip install 'gymexp[optuna]'"
-    assert study.summary(tmp_path) == [said]
+    assert optuna_study.summary(tmp_path) == [said]

@@ -21,7 +21,7 @@ from trl.trainer.utils import nanstd
 
 from gymexp.config.schema import EnvConfig, RolloutConfig
 from gymexp.errors import RolloutError, ServiceError
-from gymexp.record.services import Replica
+from gymexp.record.services_file import Replica
 from gymexp.rollout import collect
 from gymexp.rollout.collect import Collector, Progress, Stopped, check_failed_share
 from gymexp.rollout.outcome import Completed, Failed, Rollout, Task, Truncated

@@ -135,7 +135,7 @@ def sample(model, seeds: dict[str, int]) -> dict[str, list[dict]]:
 
 def test_turns_group_members_attempts_and_steps_draw_independently_of_each_other(model):
     # Seven prompts, as many groups; twenty members each. Attempts and steps differ by their rollout's seed.
-    from gymexp.training.rollouts import seed_of
+    from gymexp.training.rollout_func import seed_of
 
     seeds: dict[str, int] = {}
     for number in range(140):

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from gymexp.cluster.job import Allocation
+from gymexp.cluster.slurm_job import Allocation
 from gymexp.errors import GymexpError
 from gymexp.record.directory import RunDirectory
 from gymexp.sweep.job import _count_start

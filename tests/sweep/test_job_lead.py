@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from gymexp.cluster import job as allocation
-from gymexp.cluster.job import Task
+from gymexp.cluster import slurm_job as allocation
+from gymexp.cluster.slurm_job import Task
 from gymexp.config.schema import ModelConfig, PlacementConfig, RunConfig
 from gymexp.errors import ConfigError, Interrupted, NodeLost
 from gymexp.sweep import job

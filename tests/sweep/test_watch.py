@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gymexp.cluster.slurm import SlurmState
+from gymexp.cluster.slurm_states import SlurmState
 from gymexp.errors import LaunchError
 from gymexp.sweep import watch
 from gymexp.sweep.freeze import SCHEMA

@@ -13,9 +13,9 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
+from gymexp.config.group_options import CONF_DIR, options
 from gymexp.config.hydra_schema import register
 from gymexp.config.load import load
-from gymexp.config.options import CONF_DIR, options
 from gymexp.config.schema import EnvConfig, ModelConfig, RunConfig, SearchConfig
 from gymexp.errors import ConfigError
 from gymexp.training import arguments

@@ -24,13 +24,13 @@ from whole_run import TINY
 from gymexp.config.schema import DatasetConfig, EnvConfig, ModelConfig, RunConfig
 from gymexp.data.mix import epoch_order
 from gymexp.data.prepare import Prepared
-from gymexp.engine.weights import WeightSync
+from gymexp.engine.weight_sync import WeightSync
 from gymexp.errors import ConfigError, RunDirectoryError
 from gymexp.policy.model import load_tokenizer
 from gymexp.rollout.outcome import Task
 from gymexp.training import arguments, checkpoints
 from gymexp.training.batches import TaskSampler, load_generation, save_generation
-from gymexp.training.sampling import ServerSampling
+from gymexp.training.engine import ServerSampling
 from gymexp.training.schedule import Schedule
 from gymexp.training.trainer import PolicyTrainer
 

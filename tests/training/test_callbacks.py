@@ -25,7 +25,7 @@ from gymexp.rollout.collect import Progress
 from gymexp.rollout.outcome import Completed, Rollout, Task, Turn
 from gymexp.training import callbacks
 from gymexp.training.callbacks import Evaluation, MetricsFile, ProgressReporter, Steps, StopOnRequest
-from gymexp.training.rollouts import Rollouts
+from gymexp.training.rollout_func import Rollouts
 
 HELD_OUT = {
     name: [Task(f"{name}/validation/{i}", name, "a", {}) for i in range(3)] for name in ("maze", "sudoku")

@@ -14,12 +14,12 @@ from aiohttp import web
 from loopback import serving
 
 from gymexp.config.schema import EngineConfig, EnvConfig, ModelConfig, RunConfig
-from gymexp.engine import transfer
-from gymexp.engine.weights import WeightSync
+from gymexp.engine import weight_transfer
+from gymexp.engine.weight_sync import WeightSync
 from gymexp.errors import ServiceError
-from gymexp.processes import keys
-from gymexp.record.services import Services
-from gymexp.training.sampling import HFSampling, ServerSampling, join_servers
+from gymexp.processes import access_keys
+from gymexp.record.services_file import Services
+from gymexp.training.engine import HFSampling, ServerSampling, join_servers
 
 
 class HFEngine:
@@ -100,7 +100,7 @@ class Site:
         return web.json_response({})
 
 
-class Nccl(transfer.DiskTransfer):
+class Nccl(weight_transfer.DiskTransfer):
     """NCCL takes GPUs: what it was made with."""
 
     def __init__(self, device: torch.device, give_up: Any, address: str) -> None:
@@ -112,8 +112,8 @@ class Nccl(transfer.DiskTransfer):
 def join(tmp_path, monkeypatch):
     """`join_servers` of a rank, with the services that the controller started; returns what it made and
     what the gateway was told."""
-    monkeypatch.setattr(transfer, "NcclTransfer", Nccl)
-    monkeypatch.setenv(keys.RUN, "the-run")
+    monkeypatch.setattr(weight_transfer, "NcclTransfer", Nccl)
+    monkeypatch.setenv(access_keys.RUN, "the-run")
     with ExitStack() as stack:
         site = Site()
         url = stack.enter_context(serving(site.app()))
@@ -144,7 +144,7 @@ def join(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("kind", "kind_of_transfer"),
-    [("disk", transfer.DiskTransfer), ("nccl", Nccl), ("ipc", transfer.IpcTransfer)],
+    [("disk", weight_transfer.DiskTransfer), ("nccl", Nccl), ("ipc", weight_transfer.IpcTransfer)],
 )
 def test_weights_go_the_way_that_the_placement_says(join, kind, kind_of_transfer):
     made, changes = join(kind, shared=kind == "ipc")
@@ -159,7 +159,7 @@ def test_weights_go_the_way_that_the_placement_says(join, kind, kind_of_transfer
 
 def test_other_ranks_have_a_part_in_cuda_ipc_alone(join):
     made, changes = join("ipc", rank=1, shared=True)
-    assert isinstance(made.sync, transfer.IpcPeer) and made.shared
+    assert isinstance(made.sync, weight_transfer.IpcPeer) and made.shared
     made, changes = join("disk", rank=1)
     assert made.sync is None and not made.shared
     assert changes == [], "the first rank alone speaks to the gateway"

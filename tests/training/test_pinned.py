@@ -14,8 +14,8 @@ from small_trainer import MadeUp, build_trainer, save_policy
 from transformers import AutoModelForCausalLM
 
 from gymexp.config.schema import LoraConfig, ModelConfig
+from gymexp.policy.hub_snapshot import pin
 from gymexp.policy.model import load_model
-from gymexp.policy.snapshot import pin
 
 REPO = "acme/small"
 

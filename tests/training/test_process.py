@@ -19,7 +19,7 @@ from whole_run import ROOT
 
 from gymexp.config.schema import EnvConfig, EvaluationConfig, RunConfig, TrackerConfig
 from gymexp.errors import GymexpError
-from gymexp.record.services import Replica, Services
+from gymexp.record.services_file import Replica, Services
 from gymexp.rollout.collect import Stopped
 from gymexp.training import process
 

@@ -2,13 +2,14 @@
 
     python -m gymexp.engine.hf.replica RUN_DIR/config.yaml --fd N
 
-Besides the routes of `server.py` it has the routes of vLLM that `gymexp.engine.weights` uses, so that the
+Besides the routes of `server.py` it has the routes of vLLM that `gymexp.engine.weight_sync` uses, so that the
 trainer need not know which engine it is:
 
     POST /pause   POST /resume   POST /reset_prefix_cache
     POST /collective_rpc   {"method": "reload_weights", "kwargs": {"weights_path": DIRECTORY}}
 
-Every path demands the key GYMEXP_ENGINE_KEY, which must be in the environment (`gymexp.processes.keys`).
+Every path demands the key GYMEXP_ENGINE_KEY, which must be in the environment
+(`gymexp.processes.access_keys`).
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ from gymexp.config.load import from_yaml
 from gymexp.engine.hf.engine import HFEngine
 from gymexp.engine.hf.server import build_app
 from gymexp.engine.replicas import VERSION_KEY
+from gymexp.policy.hub_snapshot import directory_of
 from gymexp.policy.model import end_token_ids, load_model, load_tokenizer
-from gymexp.policy.snapshot import directory_of
 from gymexp.printable import log_to_stderr
-from gymexp.processes import keys
-from gymexp.processes.lifeline import die_with_parent
+from gymexp.processes import access_keys
+from gymexp.processes.parent_watch import die_with_parent
 from gymexp.processes.ports import adopt, url_of
 
 log = logging.getLogger(__name__)
@@ -104,7 +105,7 @@ def main() -> None:
     parser.add_argument("--fd", type=int, required=True, help="a listening socket, handed down by the parent")
     args = parser.parse_args()
     log_to_stderr()
-    key = keys.required(keys.ENGINE)
+    key = access_keys.required(access_keys.ENGINE)
     config = from_yaml(args.config)
     dtype = getattr(torch, config.model.dtype)
     tokenizer = load_tokenizer(config.model)
@@ -120,7 +121,7 @@ def main() -> None:
         dtype=dtype,
     )
     app = build_app(engine)
-    app.middlewares.insert(0, keys.guard(key))
+    app.middlewares.insert(0, access_keys.guard(key))
     app.add_routes(Weights(model, engine).routes())
     sock = adopt(args.fd)
     log.info("the hf engine on %s", url_of(sock))

@@ -23,7 +23,7 @@ from aiohttp import web
 
 from gymexp.engine.hf.engine import HFEngine
 from gymexp.engine.hf.sampling import SamplingParams
-from gymexp.processes.keys import guard
+from gymexp.processes.access_keys import guard
 from gymexp.rollout.generation import EngineError, answer_of
 
 MAX_REQUEST_BYTES = 64 * 2**20

@@ -1,0 +1,126 @@
+"""Sends the trainer's weights to every replica of the engine, from the trainer's process.
+
+An update to a new version pauses the replicas, which keep their requests, sends the weights
+(`gymexp.engine.weight_transfer`), drops the prefix caches, and resumes the replicas. A replica that went away
+and came back has the weights that it began with: the gateway keeps it on hold until `tend` has sent it the
+policy's weights. Every request to a replica has a deadline, and an error names the replica and the phase. A
+replica that goes away during an update is left out of the rest of the update. With nccl and ipc a replica
+that goes away during the transfer itself makes the update fail.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from gymexp.engine.admission import Admission
+from gymexp.engine.replicas import (
+    NamedTensors,
+    Replicas,
+    TensorSpecs,
+    reload_weights,
+    write_weights,
+)
+from gymexp.engine.weight_transfer import Transfer
+
+log = logging.getLogger(__name__)
+
+
+class WeightSync:
+    """Keeps the replicas at the policy's weights: `update` sends a new version (counted in optimizer steps
+    done) to all, and `tend` sends the last version to replicas that went away and came back.
+
+    directory: for a file of weights that `tend` writes. sleeps: whether the replicas share their GPUs with
+    the trainer, and free their GPU memory from `sleep` to the next update. first_version: of the weights that
+    the replicas begin with; None if it is unknown.
+    """
+
+    def __init__(
+        self,
+        replicas: Replicas,
+        transfer: Transfer,
+        admission: Admission,
+        directory: Path,
+        sleeps: bool = False,
+        first_version: int | None = 0,
+    ) -> None:
+        self._replicas = replicas
+        self._transfer = transfer
+        self._admission = admission
+        self._directory = directory
+        self._sleeps = sleeps
+        self._asleep = False
+        self._version: int | None = None  # the last one sent; None before the first update
+        self._first_version = first_version
+        for url in replicas.urls:
+            admission.open(url, first_version)
+
+    def update(self, version: int, specs: TensorSpecs, weights: NamedTensors) -> None:
+        """Sends the weights of `version` to all replicas that are not on hold. Requests wait during the
+        update and are not lost. specs: name, dtype and shape of each weight.
+
+        Raises ServiceError, which names the replica and the phase.
+        """
+        began = time.monotonic()
+        available = self._replicas.only(self._available_urls())
+        try:
+            available.reach("/wake_up?tags=weights" if self._asleep else "/pause?mode=keep")
+            self._transfer.send(available, version, specs, weights)
+            available.reach("/reset_prefix_cache")
+            for url in available.urls:
+                self._admission.updated(url, version)
+        finally:
+            available.reach("/wake_up?tags=kv_cache" if self._asleep else "/resume")
+            self._put_on_hold(available.lost)
+        self._asleep = False
+        self._version = version
+        log.info("weights of step %d sent in %.2f s", version, time.monotonic() - began)
+
+    def sleep(self) -> None:
+        """Makes replicas that share GPUs with the trainer free their GPU memory until the next `update`."""
+        if self._sleeps:
+            available = self._replicas.only(self._available_urls())
+            available.reach("/sleep?level=2")
+            self._put_on_hold(available.lost)
+            self._asleep = True
+
+    def tend(self, weights: Callable[[], NamedTensors]) -> None:
+        """Sends the weights of the last update to the replicas on hold that are healthy again, and takes them
+        off hold. weights: called to get the weights if there are such replicas.
+        """
+        on_hold = self._replicas.only(self._admission.on_hold())
+        ill = on_hold.ill()
+        back = self._replicas.only([url for url in on_hold.urls if url not in ill])
+        if not back.urls:
+            return
+        if self._version is not None:
+            self._transfer.forget()
+            write_weights(self._directory, weights(), self._version)
+            reload_weights(back, self._directory)
+            back.reach("/reset_prefix_cache")
+            back.reach("/resume")  # a replica that lost only its connection may still be paused
+            shutil.rmtree(self._directory)
+        for url in back.urls:
+            log.info("the engine at %s is back, with the weights of step %s", url, self._version or 0)
+            version = self._first_version if self._version is None else self._version
+            self._admission.open(url, version)
+
+    def close(self) -> None:
+        self._transfer.close()
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+    def _available_urls(self) -> list[str]:
+        """Returns the urls of the healthy replicas that are not on hold. Puts those that are ill on hold."""
+        on_hold = self._admission.on_hold()
+        ill = {url: reason for url, reason in self._replicas.ill().items() if url not in on_hold}
+        self._put_on_hold(ill)
+        return [url for url in self._replicas.urls if url not in on_hold and url not in ill]
+
+    def _put_on_hold(self, reasons: dict[str, str]) -> None:
+        """Puts replicas on hold until `tend` finds them healthy again. reasons: why each is away, by url."""
+        for url, reason in reasons.items():
+            log.warning("the engine at %s is away: %s", url, reason)
+            self._admission.hold(url)

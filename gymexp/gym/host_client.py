@@ -1,0 +1,134 @@
+"""The controller's side of NeMo Gym's host, the process that imports NeMo Gym and forks its servers."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from gymexp.errors import ServiceError
+from gymexp.gym.install import environ_for
+from gymexp.gym.server_plan import Layout
+from gymexp.processes.failure_reason import reason
+from gymexp.processes.process import Child, LocalProcess, Running
+from gymexp.record.places import own_servers
+
+_ALIVE_S = 1.0
+_HOST_FIRST_S = 0.5  # the supervisor reports the end of the host before that of its servers
+_HOST = Path(__file__).with_name("host.py")  # not imported: it runs in NeMo Gym's Python
+
+
+class _Forked(LocalProcess):
+    """A server process that the host forked."""
+
+    def __init__(self, pid: int, ended: asyncio.Future[int]) -> None:
+        super().__init__(pid)
+        self._ended = ended
+
+    async def wait(self) -> int:
+        return await asyncio.shield(self._ended)  # a caller may be cancelled before the process ends
+
+
+class GymHost:
+    """The process that holds NeMo Gym and forks its servers (`gymexp/gym/host.py`)."""
+
+    def __init__(
+        self, python: Path, layout: Layout, sockets: Mapping[str, Any], log: Path, key: str | None = None
+    ) -> None:
+        """python: NeMo Gym's interpreter. sockets: each server's listening socket, by name. key: the key that
+        the servers require of every request, also of each other's (None: no key)."""
+        self._key = key
+        self.python = python
+        self._layout = layout
+        self._sockets = sockets
+        self.log = log
+        self._loaded: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._starting: asyncio.Queue[asyncio.Future[_Forked]] = asyncio.Queue()
+        self._ends: dict[int, asyncio.Future[int]] = {}
+        self._order = asyncio.Lock()
+
+    async def start(self, on_alive: Callable[[], None] = lambda: None) -> Running:
+        """Starts the host process. Servers start once the host has imported NeMo Gym; `start_server` waits
+        for that. on_alive: called at each message of the host, which gets a message to answer every second.
+        While the host imports NeMo Gym it cannot answer and counts as alive."""
+        env = environ_for(self.python) | {
+            "HF_HOME": os.environ.get("HF_HOME", str(Path.home() / ".cache/huggingface")),
+            "RAY_USAGE_STATS_ENABLED": "0",
+            # No thread but the main one may run when the host forks. A server is one core's work anyway.
+            "OMP_NUM_THREADS": "1",
+            "OPENBLAS_NUM_THREADS": "1",
+            "ARROW_DEFAULT_MEMORY_POOL": "system",
+        }
+        fds = {name: sock.fileno() for name, sock in self._sockets.items()}
+        with self.log.open("ab") as out:
+            self._process = await asyncio.create_subprocess_exec(
+                self.python,
+                _HOST,
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=out,
+                env=env,
+                pass_fds=tuple(fds.values()),
+                start_new_session=True,
+            )
+        servers = {name: {"module": module, "fd": fds[name]} for name, module in self._layout.modules.items()}
+        own = str(own_servers())
+        self._send({"config": self._layout.config, "servers": servers, "own": own, "key": self._key})
+        self._reader = asyncio.create_task(self._read(on_alive))
+        self._pinger = asyncio.create_task(self._ping(on_alive))
+        return Child(self._process)
+
+    async def _ping(self, on_alive: Callable[[], None]) -> None:
+        while self._process.returncode is None:
+            if self._loaded.done():
+                self._send({"alive": True})
+            else:
+                on_alive()  # the deadline of each server's start covers the import
+            await asyncio.sleep(_ALIVE_S)
+
+    async def start_server(self, name: str, log: Path) -> Running:
+        """Has the host fork the server `name`; waits until NeMo Gym is imported. Raises ServiceError if the
+        host ends."""
+        await asyncio.shield(self._loaded)
+        async with self._order:
+            started: asyncio.Future[_Forked] = asyncio.get_running_loop().create_future()
+            self._starting.put_nowait(started)
+            self._send({"start": name, "log": str(log)})
+            return await asyncio.shield(started)
+
+    def _send(self, message: dict[str, Any]) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(orjson.dumps(message) + b"\n")
+
+    async def _read(self, on_alive: Callable[[], None]) -> None:
+        """Reads the host's messages until the host ends. Then all that still waits for the host gets an
+        error."""
+        assert self._process.stdout is not None
+        while line := await self._process.stdout.readline():
+            message = orjson.loads(line)
+            on_alive()
+            if "loaded" in message:
+                self._loaded.set_result(None)
+            elif "started" in message:
+                ended = self._ends[message["pid"]] = asyncio.get_running_loop().create_future()
+                self._starting.get_nowait().set_result(_Forked(message["pid"], ended))
+            elif "exited" in message:
+                self._ends.pop(message["exited"]).set_result(message["code"])
+            elif "error" in message:
+                break
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._process.wait(), 10 * _HOST_FIRST_S)
+        await asyncio.sleep(_HOST_FIRST_S)
+        error = ServiceError(f"NeMo Gym's host ended. {reason(self.log)}")
+        waiting = [self._loaded, *self._ends.values()]
+        while not self._starting.empty():
+            waiting.append(self._starting.get_nowait())
+        for future in waiting:
+            if not future.done():
+                future.set_exception(error)
+                future.exception()  # read it, or asyncio logs "exception was never retrieved"

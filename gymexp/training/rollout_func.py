@@ -1,0 +1,165 @@
+"""The `rollout_func` that TRL calls: it takes task keys as prompts and returns verified rollouts as token
+lists.
+
+The main process collects the rollouts of all ranks, so that one place limits the rollouts in flight, and one
+process writes their files.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import orjson
+import zstandard
+
+from gymexp.config.schema import RunConfig
+from gymexp.errors import ServiceError
+from gymexp.files import replacing
+from gymexp.rollout.batch import build_batch
+from gymexp.rollout.collect import Collector, check_failed_share
+from gymexp.rollout.outcome import Failed, Outcome, Task, outcome_to_json
+from gymexp.rollout.play import Distribution, Sampling
+from gymexp.training.metrics import flat_groups, rollout_metrics
+from gymexp.training.ranks import on_main_rank
+
+if TYPE_CHECKING:
+    from gymexp.training.engine import Engine
+    from gymexp.training.trainer import PolicyTrainer
+
+
+def seed_of(run_seed: int, step: int | None, key: str, index: int) -> int:
+    """Returns the seed of one rollout, below 2**31, which every engine accepts. A repeated run gets the same
+    seeds. step: None for held-out tasks."""
+    digest = hashlib.blake2s(f"{run_seed}/{step}/{key}/{index}".encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def check_weights(outcomes: Sequence[Outcome], version: int) -> None:
+    """Raises ServiceError if an engine sampled a rollout with weights of another version than `version`."""
+    for outcome in outcomes:
+        if not isinstance(outcome, Failed) and outcome.rollout.weights_version not in (None, version):
+            raise ServiceError(
+                f"{outcome.rollout.task.key} was sampled with the weights of step "
+                f"{outcome.rollout.weights_version}, where the policy's are those of step {version}"
+            )
+
+
+class Rollouts:
+    """Plays tasks with the current policy. TRL calls the object as `rollout_func`; evaluation calls
+    `play`."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        collector: Collector | None,
+        tasks: Mapping[str, Task],
+        directory: Path,
+        engine: Engine,
+    ) -> None:
+        """collector: given on the first rank only, which plays for all ranks. tasks: all tasks by key.
+        directory: for the rollouts' files."""
+        self._engine = engine
+        self._config = config
+        self._collector = collector
+        self._tasks = tasks
+        self._directory = directory
+        self.seconds = 0.0  # duration of the last call
+        self._step: int | None = None  # the current training step, which may need several collections
+        self._num_played: Counter[str] = Counter()  # rollouts of each task in the current step
+
+    def __call__(self, prompts: list[str], trainer: PolicyTrainer) -> dict[str, list[Any]]:
+        """Plays this rank's prompts (task keys, each repeated num_generations times) and returns the batch in
+        the form that `rollout_func` of `trl.GRPOTrainer` must return."""
+        began = time.monotonic()
+        step = trainer.state.global_step
+        outcomes = self._for_all_ranks(prompts, trainer, step)
+        batch = build_batch(
+            outcomes,
+            placeholder_id=trainer.pad_token_id,
+            mask_truncated=self._config.rollout.truncated == "masked",
+        )
+        self.seconds = time.monotonic() - began
+        trainer.check_samples(outcomes)
+        return {
+            "prompt_ids": batch.prompt_ids,
+            "completion_ids": batch.completion_ids,
+            "logprobs": batch.logprobs,
+            "env_mask": batch.env_mask,
+            "reward": batch.rewards,
+        }
+
+    def play(
+        self, keys: Sequence[str], weights_version: int, distribution: Distribution, held_out: bool
+    ) -> list[Outcome]:
+        """Plays the tasks of `keys` on this process and returns their outcomes. Every rollout has its own
+        seed, even if a step plays a task again in a later collection.
+
+        Held-out tasks get the same seeds every time, so that two evaluations differ only by the policy.
+        Raises RolloutError if too many rollouts fail, Stopped if the run must end, ServiceError if an engine
+        sampled with other weights.
+        """
+        assert self._collector is not None
+        step = None if held_out else weights_version
+        num_played = Counter[str]() if held_out else self._played_in(weights_version)
+        samplings = []
+        for key in keys:
+            index = num_played[key]
+            num_played[key] += 1
+            env = self._config.env[self._tasks[key].env]
+            samplings.append(
+                Sampling(
+                    **dataclasses.asdict(distribution),
+                    max_output_tokens=env.max_output_tokens,
+                    seed=seed_of(self._config.seed, step, key, index),
+                )
+            )
+        with self._engine.sampling(weights_version):
+            tasks = [self._tasks[key] for key in keys]
+            outcomes = self._collector.collect(tasks, samplings, self._engine.tend)
+        check_failed_share(outcomes, self._config.rollout.max_failed_share)
+        check_weights(outcomes, weights_version)
+        return outcomes
+
+    def _played_in(self, step: int) -> Counter[str]:
+        """Returns the number of rollouts that `step` has already played of each task."""
+        if step != self._step:
+            self._step, self._num_played = step, Counter()
+        return self._num_played
+
+    def _for_all_ranks(self, prompts: list[str], trainer: PolicyTrainer, step: int) -> list[Outcome]:
+        """Plays the prompts of all ranks on the first rank. Returns the outcomes of this rank's prompts."""
+        from accelerate.utils import gather_object
+
+        accelerator = trainer.accelerator
+        all_prompts: list[str] = gather_object(prompts)
+
+        def play() -> list[Outcome]:
+            is_later_collection = step == self._step
+            softmax = Distribution(temperature=trainer.grpo.temperature)
+            outcomes = self.play(all_prompts, step, softmax, held_out=False)
+            self.write(f"step-{step + 1:06d}", outcomes, append=is_later_collection)
+            trainer.add_metrics(rollout_metrics(outcomes, self._config.env))
+            num_generations = trainer.grpo.num_generations
+            assert num_generations
+            trainer.add_metrics({"groups_without_variance": flat_groups(outcomes, num_generations)})
+            return outcomes
+
+        outcomes = on_main_rank(accelerator, play)
+        start = accelerator.process_index * len(prompts)
+        return outcomes[start : start + len(prompts)]
+
+    def write(self, name: str, outcomes: Sequence[Outcome], append: bool = False) -> None:
+        """Writes `rollouts/<name>.jsonl.zst` atomically, an Outcome a line. append: keep earlier lines."""
+        path = self._directory / f"{name}.jsonl.zst"
+        # The file must stay a single frame, because zstandard's `decompress` stops after the first one.
+        earlier_lines = zstandard.decompress(path.read_bytes()) if append else b""
+        lines = b"".join(orjson.dumps(outcome_to_json(outcome)) + b"\n" for outcome in outcomes)
+        path.parent.mkdir(exist_ok=True)
+        with replacing(path) as part:
+            part.write_bytes(zstandard.compress(earlier_lines + lines))
