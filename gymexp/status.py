@@ -13,7 +13,7 @@ from gymexp.cli.terminal import guarded, parser_of
 from gymexp.config.schema import RunConfig
 from gymexp.errors import RunDirectoryError
 from gymexp.printable import say
-from gymexp.sweep import jobs
+from gymexp.sweep import sweep_reader
 from gymexp.sweep.table import counted, job_line, status_table
 from gymexp.view import run_text
 from gymexp.view.progress import View
@@ -23,12 +23,12 @@ _POLL_S = 5.0
 
 def show_sweep(path: Path, follow: bool) -> None:
     """Prints a sweep's jobs as a table; with `follow` also a line for each change, until all have ended."""
-    sweep = jobs.read_sweep(path)
+    sweep = sweep_reader.read_sweep(path)
     say(status_table(sweep))
     printed = {job.num: job_line(job) for job in sweep.jobs}
     while follow and not all(job.run.ended for job in sweep.jobs):
         time.sleep(_POLL_S)
-        sweep = jobs.read_sweep(path)
+        sweep = sweep_reader.read_sweep(path)
         for job in sweep.jobs:
             if printed.get(job.num) != job_line(job):
                 printed[job.num] = job_line(job)
@@ -53,7 +53,7 @@ def main() -> None:
     args = parser.parse_args()
     path = args.dir.resolve()
     try:
-        if jobs.is_sweep(path):
+        if sweep_reader.is_sweep(path):
             show_sweep(path, args.follow)
         elif any((path / name).exists() for name in ("config.yaml", "job.yaml", "status.json")):
             show_run(path, args.follow)

@@ -95,7 +95,7 @@ class Submitted:
                 line = process.cmdline()
             except psutil.Error:
                 continue
-            if "gymexp.training.process" in line and line[-1] == str(self.sweep / str(num)):
+            if "gymexp.training.trainer_process" in line and line[-1] == str(self.sweep / str(num)):
                 return process
         pytest.fail(f"job {num} has no trainer\n{self.log(num)}")
 

@@ -21,7 +21,7 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from whole_run import BATCH, OVERRIDES, PATIENCE_S, ROOT, SIZES, STEPS, TINY, UNEVALUATED, Run
 
-from gymexp.sweep.jobs import read_sweep
+from gymexp.sweep.sweep_reader import read_sweep
 from gymexp.training import checkpoints
 
 pytestmark = [

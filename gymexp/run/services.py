@@ -84,7 +84,7 @@ def trainers(
     def rank(number: int, local: int, share: Share) -> Service:
         name = f"trainer-{number}" if number else "trainer"
         log = directory.logs / f"{name}.log"
-        command = [sys.executable, "-m", "gymexp.training.process", directory.path]
+        command = [sys.executable, "-m", "gymexp.training.trainer_process", directory.path]
         env = keys.environ()
         if share.gpus:
             env["CUDA_VISIBLE_DEVICES"] = ",".join(share.gpus)

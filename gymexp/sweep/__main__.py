@@ -12,7 +12,7 @@ from pathlib import Path
 from gymexp.cli.terminal import guarded, parser_of
 from gymexp.config.schema import RunConfig
 from gymexp.printable import printable, say
-from gymexp.sweep import jobs
+from gymexp.sweep import sweep_reader
 from gymexp.sweep.resubmit import resubmit
 
 
@@ -20,7 +20,7 @@ def status(path: Path) -> None:
     """Print a table of the sweep's jobs with their states."""
     from gymexp.sweep.table import status_table
 
-    say(status_table(jobs.read_sweep(path)))
+    say(status_table(sweep_reader.read_sweep(path)))
 
 
 def collect(path: Path) -> None:
@@ -29,7 +29,7 @@ def collect(path: Path) -> None:
     from gymexp.sweep.page import results_html
     from gymexp.sweep.table import counted, reason, results_csv, results_table, rows_of
 
-    sweep = jobs.read_sweep(path)
+    sweep = sweep_reader.read_sweep(path)
     rows = rows_of(sweep)
     say(results_table(rows, sweep.keys))
     say("\n".join(["", *sweep.study, counted(sweep), *(reason(j) for j in sweep.jobs if j.run.why)]))
@@ -61,7 +61,7 @@ def main() -> None:
     elif arguments.command == "collect":
         collect(arguments.dir)
     else:
-        resubmit(jobs.read_sweep(arguments.dir), arguments.jobs)
+        resubmit(sweep_reader.read_sweep(arguments.dir), arguments.jobs)
 
 
 if __name__ == "__main__":

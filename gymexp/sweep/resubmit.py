@@ -7,8 +7,8 @@ from typing import Any
 
 from gymexp.errors import LaunchError
 from gymexp.sweep import freeze
-from gymexp.sweep.jobs import is_running
 from gymexp.sweep.sweep import Job, Sweep
+from gymexp.sweep.sweep_reader import is_running
 
 # States of jobs that are submitted again by default. scancel stops a single Slurm job, perhaps on purpose,
 # but a Ctrl-C stops a whole local sweep.

@@ -29,7 +29,7 @@ from gymexp.training.metrics import flat_groups, rollout_metrics
 from gymexp.training.ranks import on_main_rank
 
 if TYPE_CHECKING:
-    from gymexp.training.engine import Engine
+    from gymexp.training.engine_client import Engine
     from gymexp.training.trainer import PolicyTrainer
 
 

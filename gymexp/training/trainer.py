@@ -28,7 +28,7 @@ from gymexp.policy.model import end_token_ids, save_policy
 from gymexp.record.directory import RunDirectory
 from gymexp.rollout.outcome import Outcome
 from gymexp.training import batches, checkpoints, drift, padding
-from gymexp.training.engine import ServerSampling
+from gymexp.training.engine_client import ServerSampling
 from gymexp.training.ranks import on_main_rank
 from gymexp.training.rollout_func import Rollouts
 

@@ -119,7 +119,7 @@ def test_two_nodes_train_with_what_a_third_one_samples_though_engine_and_gateway
         run.part(part).kill()
         run.wait_for(lambda steps=steps: len(run.steps()) > steps)
         blow.over()
-    places = {rank: run.part("gymexp.training.process", RANK=rank) for rank in ("0", "1")}
+    places = {rank: run.part("gymexp.training.trainer_process", RANK=rank) for rank in ("0", "1")}
     nodes = [process.environ()["SLURMD_NODENAME"] for process in places.values()]
     engine = run.part("gymexp.engine.hf.replica").environ()["SLURMD_NODENAME"]
     assert len({*nodes, engine}) == 3
@@ -136,13 +136,13 @@ def test_two_nodes_train_with_what_a_third_one_samples_though_engine_and_gateway
     [
         (
             "Over nodes: rank 0 is killed",
-            "gymexp.training.process",
+            "gymexp.training.trainer_process",
             {"RANK": "0"},
             "trainer was ended by SIGKILL",
         ),
         (
             "Over nodes: another rank is killed",
-            "gymexp.training.process",
+            "gymexp.training.trainer_process",
             {"RANK": "1"},
             "trainer-1 was ended by SIGKILL",
         ),

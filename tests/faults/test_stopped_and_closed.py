@@ -69,7 +69,7 @@ def test_a_run_that_is_suspended_as_a_whole_goes_on(started, gym_python, fault):
 @pytest.mark.parametrize(
     ("row", "what", "name"),
     [
-        ("The trainer hangs", "gymexp.training.process", "trainer"),
+        ("The trainer hangs", "gymexp.training.trainer_process", "trainer"),
         ("NeMo Gym's host hangs", "gym/host.py", "gym-host"),
     ],
     ids=["trainer", "gym-host"],
@@ -93,7 +93,7 @@ def test_a_part_without_which_nothing_goes_on_is_ended_when_it_hangs_and_the_run
 def test_asked_to_end_a_run_whose_trainer_hangs_ends(started, gym_python, fault):
     run = started("hung-at-the-end", *SUDOKU, *UNEVALUATED, "trainer.max_steps=1000")
     run.wait_for_step(2)
-    part(run, "gymexp.training.process").suspend()
+    part(run, "gymexp.training.trainer_process").suspend()
     asked = fault("The trainer hangs, then SIGTERM")
     run.process.send_signal(signal.SIGTERM)
     assert run.ended_cleanly() == 128 + signal.SIGTERM, run.said

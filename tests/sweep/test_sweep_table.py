@@ -8,7 +8,7 @@ import io
 import pytest
 from written_runs import write_run
 
-from gymexp.sweep import jobs
+from gymexp.sweep import sweep_reader
 from gymexp.sweep.page import results_html
 from gymexp.sweep.table import groups_of, results_csv, rows_of, status_table
 
@@ -23,7 +23,7 @@ def sweep(tmp_path):
     ends = {"outcome": "the trainer ended", "result": error}
     write_run(tmp_path / "2", [*given, "trainer.learning_rate=1e-5", "seed=0"], steps=2, **ends)
     write_run(tmp_path / "3", [*given, "trainer.learning_rate=1e-5", "seed=1"], outcome=None, pid=2**22 + 1)
-    return jobs.read_sweep(tmp_path)
+    return sweep_reader.read_sweep(tmp_path)
 
 
 def test_states_are_those_of_the_runs_and_a_killed_one_is_lost(sweep):
@@ -38,7 +38,7 @@ def test_a_run_that_was_not_evaluated_after_a_step_has_no_reward_after_training(
     error = {"outcome": "the trainer ended", "result": {"error": "the trainer ended"}}
     write_run(tmp_path / "0", ["seed=0"], steps=0, **error)
     write_run(tmp_path / "1", ["seed=1"], steps=2, **error)
-    sweep = jobs.read_sweep(tmp_path)
+    sweep = sweep_reader.read_sweep(tmp_path)
     first, second = rows_of(sweep)
     assert first.reward("sudoku") == (0.7, None)
     assert second.reward("sudoku") == pytest.approx((0.7, 0.8))

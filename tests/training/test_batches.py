@@ -30,7 +30,7 @@ from gymexp.policy.model import load_tokenizer
 from gymexp.rollout.outcome import Task
 from gymexp.training import arguments, checkpoints
 from gymexp.training.batches import TaskSampler, load_generation, save_generation
-from gymexp.training.engine import ServerSampling
+from gymexp.training.engine_client import ServerSampling
 from gymexp.training.schedule import Schedule
 from gymexp.training.trainer import PolicyTrainer
 

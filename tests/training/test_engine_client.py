@@ -19,7 +19,7 @@ from gymexp.engine.weight_sync import WeightSync
 from gymexp.errors import ServiceError
 from gymexp.processes import access_keys
 from gymexp.record.services_file import Services
-from gymexp.training.engine import HFSampling, ServerSampling, join_servers
+from gymexp.training.engine_client import HFSampling, ServerSampling, join_servers
 
 
 class HFEngine:

@@ -1,4 +1,4 @@
-"""The trainer's process, `python -m gymexp.training.process RUN_DIR`. The controller starts and watches it.
+"""The trainer's process: `python -m gymexp.training.trainer_process RUN_DIR`, started by the controller.
 
 The process reads the run directory (config, data, services.json), builds policy, engine and trainer, trains,
 and writes result.json. On SIGTERM it saves a checkpoint of the last finished step and ends.
@@ -101,7 +101,7 @@ def work(run: RunDirectory, config: RunConfig, stop_requested: threading.Event) 
     from gymexp.record.optuna_study import Judge
     from gymexp.training import arguments, checkpoints
     from gymexp.training.callbacks import Evaluation, MetricsFile, ProgressReporter, Steps, StopOnRequest
-    from gymexp.training.engine import ServerSampling, join_servers, serve_hf
+    from gymexp.training.engine_client import ServerSampling, join_servers, serve_hf
     from gymexp.training.rollout_func import Rollouts
     from gymexp.training.trainer import PolicyTrainer
 

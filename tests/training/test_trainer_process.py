@@ -21,11 +21,11 @@ from gymexp.config.schema import EnvConfig, EvaluationConfig, RunConfig, Tracker
 from gymexp.errors import GymexpError
 from gymexp.record.services_file import Replica, Services
 from gymexp.rollout.collect import Stopped
-from gymexp.training import process
+from gymexp.training import trainer_process
 
 FAILING = """
 import sys
-from gymexp.training import process
+from gymexp.training import trainer_process
 
 def work(*_):
     import torch
@@ -106,7 +106,7 @@ def train(tmp_path):
     def run(trainer: Trainer, evaluation: Evaluation, resume: Path | None = None, **changes):
         config = RunConfig(evaluation=EvaluationConfig(**changes))
         directory = SimpleNamespace(path=tmp_path)
-        return process._train(trainer, evaluation, config, directory, resume)  # type: ignore[arg-type]
+        return trainer_process._train(trainer, evaluation, config, directory, resume)  # type: ignore[arg-type]
 
     return run
 
@@ -174,7 +174,7 @@ def test_other_ranks_write_nothing(train, tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     train(Trainer(), Evaluation())
     assert list(tmp_path.iterdir()) == []
-    assert (process._rank(), process._rank("NO_SUCH")) == (1, 0)
+    assert (trainer_process._rank(), trainer_process._rank("NO_SUCH")) == (1, 0)
 
 
 def test_the_collector_stops_when_the_run_is_asked_to_end_and_is_closed_with_it(monkeypatch):
@@ -201,7 +201,9 @@ def test_the_collector_stops_when_the_run_is_asked_to_end_and_is_closed_with_it(
     reporter: Any = SimpleNamespace(report_collection=lambda progress: None)
     stop_requested = threading.Event()
     with ExitStack() as stack:
-        collector: Any = process._open_collector(config, services, 77, reporter, stop_requested, stack)
+        collector: Any = trainer_process._open_collector(
+            config, services, 77, reporter, stop_requested, stack
+        )
         assert made == [collector] and not collector.stopped.is_set()
         replicas, *facts = collector.facts
         assert replicas == {"maze": [Replica(**replica)]}
@@ -214,7 +216,7 @@ def test_the_collector_stops_when_the_run_is_asked_to_end_and_is_closed_with_it(
 def test_a_tracker_writes_into_the_run_directory_and_a_resumed_run_goes_on_in_its_own(monkeypatch, tmp_path):
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "elsewhere")
     run: Any = SimpleNamespace(path=tmp_path)
-    process._open_tracker(RunConfig(), run, ExitStack())
+    trainer_process._open_tracker(RunConfig(), run, ExitStack())
     assert os.environ["TENSORBOARD_LOGGING_DIR"] == str(tmp_path / "tensorboard")
     assert list(tmp_path.iterdir()) == []
 
@@ -223,9 +225,9 @@ def test_a_tracker_writes_into_the_run_directory_and_a_resumed_run_goes_on_in_it
     monkeypatch.setattr("wandb.finish", lambda exit_code: ended.append(exit_code))
     config = RunConfig(name="n", tracker=TrackerConfig(kind="wandb", project="p", mode="offline"))
     with ExitStack() as stack:
-        process._open_tracker(config, run, stack)
+        trainer_process._open_tracker(config, run, stack)
     with pytest.raises(KeyError), ExitStack() as stack:
-        process._open_tracker(config, run, stack)
+        trainer_process._open_tracker(config, run, stack)
         raise KeyError
     assert ended == [0, 1], "whether the run has failed"
     first, second = opened
@@ -243,12 +245,12 @@ def test_a_tracker_writes_into_the_run_directory_and_a_resumed_run_goes_on_in_it
 
     monkeypatch.setattr("wandb.init", refuse)
     with pytest.raises(GymexpError, match=r"tracker=wandb: no key\. Log in with `wandb login`, or say"):
-        process._open_tracker(config, run, ExitStack())
+        trainer_process._open_tracker(config, run, ExitStack())
 
 
 def test_the_result_is_written_by_the_first_rank_and_nothing_keeps_the_process(tmp_path):
     code = (
-        "from gymexp.training import process\n"
+        "from gymexp.training import trainer_process\n"
         "import threading, time\n"
         "process.work = lambda *_: threading.Thread(target=time.sleep, args=[60]).start() or {'step': 3}\n"
         "process.from_yaml = lambda path: None\n"
