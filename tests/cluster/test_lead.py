@@ -38,7 +38,7 @@ from gymexp.errors import GymexpError
 from gymexp.cluster import node_agent
 from gymexp.cluster.slurm_job import Task
 try:
-    agent.follow(Path(sys.argv[1]), Task(1, 2, "localhost", "7.0"))
+    node_agent.follow(Path(sys.argv[1]), Task(1, 2, "localhost", "7.0"))
 except GymexpError as error:
     sys.exit(str(error))
 """

@@ -204,7 +204,7 @@ def as_task(monkeypatch, trained, rank: int) -> list[str]:
     task = Task.__new__(Task)
     object.__setattr__(task, "rank", rank)
     monkeypatch.setattr(job, "read_task", lambda: task)
-    monkeypatch.setattr(job.agent, "follow", lambda path, task: done.append(f"follows in {path.name}"))
+    monkeypatch.setattr(job.node_agent, "follow", lambda path, task: done.append(f"follows in {path.name}"))
     monkeypatch.setattr(job, "announce", lambda path, task, over: done.append(f"{path.name}: {over}"))
     return done
 
@@ -227,7 +227,7 @@ def test_an_agent_without_its_lead_says_so_and_fails(sweep, trained, monkeypatch
     def follow(path: Path, task: Task) -> None:
         raise NodeLost("its lead is gone")
 
-    monkeypatch.setattr(job.agent, "follow", follow)
+    monkeypatch.setattr(job.node_agent, "follow", follow)
     assert exit_code(sweep) == 1
     assert capsys.readouterr().err == "error: its lead is gone\n"
 
