@@ -22,7 +22,7 @@ from gymexp.rollout.collect import Collector, check_failed_share
 from gymexp.rollout.outcome import Failed, Outcome, Task
 from gymexp.rollout.play import Distribution, Sampling
 from gymexp.rollout.rollout_files import write_outcomes
-from gymexp.training.metrics import flat_groups, rollout_metrics
+from gymexp.training.metrics import group_metrics, rollout_metrics
 from gymexp.training.ranks import on_main_rank
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ class Rollouts:
             assert num_generations
             self.write(f"step-{step + 1:06d}", outcomes, num_generations, append=is_later_collection)
             trainer.add_metrics(rollout_metrics(outcomes, self._config.env))
-            trainer.add_metrics({"groups_without_variance": flat_groups(outcomes, num_generations)})
+            trainer.add_metrics(group_metrics(outcomes, num_generations, self._config.env))
             return outcomes
 
         outcomes = on_main_rank(accelerator, play)
