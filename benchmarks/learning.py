@@ -24,11 +24,10 @@ from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import orjson
-import zstandard
 from omegaconf import OmegaConf
 
 from gymexp.errors import GymexpError
+from gymexp.rollout.rollout_files import read_outcomes
 from gymexp.training.drift import MAX_DRIFT
 
 if TYPE_CHECKING:
@@ -168,9 +167,7 @@ def read_held_out(run: Run) -> dict[str, list[float | None]]:
     None if the rollout failed."""
     rewards: dict[str, list[float | None]] = {}
     for place, step in enumerate((run.evaluated[0], run.evaluated[-1])):
-        packed = (run.directory / "rollouts" / f"eval-{step:06d}.jsonl.zst").read_bytes()
-        for line in zstandard.decompress(packed).splitlines():
-            record = orjson.loads(line)
+        for record in read_outcomes(run.directory / "rollouts" / f"eval-{step:06d}.jsonl.zst"):
             task = (record.get("rollout") or record)["task"]["key"]
             rewards.setdefault(task, [None, None])[place] = (record.get("rollout") or {}).get("reward")
     return rewards

@@ -26,18 +26,20 @@ from statistics import median
 from typing import Any
 
 import orjson
-import zstandard
 from facts import RESULTS, machine, versions, write
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
+from gymexp.config.schema import EnvConfig
 from gymexp.processes.ports import listen
-from gymexp.rollout.outcome import Task, outcome_to_json
+from gymexp.rollout.outcome import Task
 from gymexp.rollout.play import read_reply
+from gymexp.rollout.rollout_files import write_outcomes
 
 VOCABULARY = 151_936
 # name: tokens of the first prompt, turns, tokens sampled per turn, tokens added between turns
 SHAPES = {"one turn": (200, 1, 1024, 0), "three turns": (3000, 3, 340, 100)}
 ROUNDS = 5
+GROUP = 8  # rollouts of a task, which share a frame
 
 
 def reply_of(shape: tuple[int, int, int, int], draw: random.Random) -> bytes:
@@ -77,8 +79,11 @@ def rollouts(count: int = 64) -> dict[str, Any]:
 
         outcomes = read()
 
-        def pack(outcomes: list[Any] = outcomes) -> bytes:
-            return zstandard.compress(b"".join(orjson.dumps(outcome_to_json(o)) + b"\n" for o in outcomes))
+        directory = Path(tempfile.mkdtemp())
+
+        def save(outcomes: list[Any] = outcomes, directory: Path = directory) -> int:
+            write_outcomes(directory, "step-000001", outcomes, GROUP, {"e": EnvConfig("c", "a")})
+            return sum(path.stat().st_size for path in directory.iterdir())
 
         def through_pickle(outcomes: list[Any] = outcomes) -> int:
             return len(pickle.loads(pickle.dumps(outcomes)))
@@ -86,10 +91,10 @@ def rollouts(count: int = 64) -> dict[str, Any]:
         results[name] = {
             "shape": dict(zip(("prompt", "turns", "sampled", "added"), shape, strict=True)),
             "reply_bytes": sum(map(len, replies)) / count,
-            "file_bytes": len(pack()) / count,
+            "file_bytes": save() / count,
             "pickle_bytes": len(pickle.dumps(outcomes)) / count,
             "read_ms": seconds_of(read) / count * 1e3,
-            "file_ms": seconds_of(pack) / count * 1e3,
+            "file_ms": seconds_of(save) / count * 1e3,
             "pickle_and_back_ms": seconds_of(through_pickle) / count * 1e3,
         }
     return results

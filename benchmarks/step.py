@@ -41,10 +41,9 @@ from pathlib import Path
 from typing import Any
 
 import facts
-import orjson
-import zstandard
 
 from gymexp.cluster.placement import visible_gpus
+from gymexp.rollout.rollout_files import read_outcomes
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = ("rollout", "sync", "logprobs", "update", "other")
@@ -319,8 +318,8 @@ class Report:
 def read_lengths(path: Path) -> tuple[list[int], int]:
     """Returns the tokens (prompt and generation) of each rollout that did not fail, and the total sampled."""
     lengths, sampled = [], 0
-    for line in zstandard.decompress(path.read_bytes()).splitlines():
-        if turns := (orjson.loads(line).get("rollout") or {}).get("turns"):
+    for record in read_outcomes(path):
+        if turns := (record.get("rollout") or {}).get("turns"):
             lengths.append(len(turns[-1]["prompt_ids"]) + len(turns[-1]["completion_ids"]))
             sampled += sum(len(turn["completion_ids"]) for turn in turns)
     return lengths, sampled

@@ -12,12 +12,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import orjson
 import psutil
 import pytest
-import zstandard
 
 from gymexp.processes.access_keys import ENGINE, POLICY, RUN, Keys
+from gymexp.rollout.rollout_files import read_outcomes
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "gymexp" / "assets" / "tiny"
@@ -174,8 +173,7 @@ def steps_of(run: Path) -> list[int]:
 
 
 def rollouts_of(run: Path, name: str) -> list[dict]:
-    packed = (run / "rollouts" / f"{name}.jsonl.zst").read_bytes()
-    return [orjson.loads(line) for line in zstandard.decompress(packed).splitlines()]
+    return list(read_outcomes(run / "rollouts" / f"{name}.jsonl.zst"))
 
 
 def task_keys_of(run: Path, step: int) -> list[str]:

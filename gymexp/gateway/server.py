@@ -36,6 +36,7 @@ from gymexp.processes import access_keys
 from gymexp.processes.parent_watch import die_with_parent
 from gymexp.processes.ports import adopt, listen, url_of
 from gymexp.rollout import tokens
+from gymexp.rollout.attempts import Attempts
 from gymexp.rollout.draws import CallSeeds
 from gymexp.rollout.generation import EngineError, Generation
 
@@ -44,7 +45,6 @@ log = logging.getLogger(__name__)
 MAX_BODY_BYTES = 1 << 28
 CACHED_PROMPTS = 2048
 FOR_NEMO_GYM = ("/v1/chat/completions", "/v1/models", "/tokenize")
-REMEMBERED_PLAYS = 65536
 NO_CALLS = (
     "tools must be left out: gymexp cannot read the calls that this policy's chat template writes. "
     "Describe their format in its tokenizer_config.json, as response_template"
@@ -87,7 +87,7 @@ class Gateway:
         self.engines = Engines(config.engine_urls, config.engine_timeout_s, config.hold)
         self.prompts: OrderedDict[bytes, list[int]] = OrderedDict()
         self.seeds = CallSeeds()
-        self.versions: OrderedDict[str, tuple[int, int]] = OrderedDict()  # by attempt: oldest and newest
+        self.attempts = Attempts()
         self.stats: dict[str, float] = dict.fromkeys(
             (
                 "requests",
@@ -153,13 +153,11 @@ class Gateway:
             return await self.engines.generate(prompt_ids, sampling_params, continues)
         # A rollout's seed alone would repeat the same draws in every turn: each call gets a seed of its own.
         play = chat.read_play(body)
+        started = time.perf_counter()
         with self.seeds.take(play, rollout_seed, prompt_ids) as seed:
             generation = await self.engines.generate(prompt_ids, sampling_params | {"seed": seed}, continues)
-        if play is not None and (versions := generation.weights_versions):
-            earlier = self.versions.pop(play, versions)
-            self.versions[play] = (min(*earlier, *versions), max(*earlier, *versions))
-            if len(self.versions) > REMEMBERED_PLAYS:
-                self.versions.popitem(last=False)
+        if play is not None:
+            self.attempts.add_turn(play, generation.weights_versions, time.perf_counter() - started)
         return generation
 
     def prompt_ids(self, conversation: Conversation) -> tuple[list[int], int]:
@@ -207,14 +205,14 @@ class Gateway:
         engines = {"engines": self.engines.in_flight, "on_hold": sorted(self.engines.on_hold)}
         return json_response(self.stats | engines)
 
-    async def read_versions(self, request: web.Request) -> web.Response:
-        """Takes {"plays": [names of attempts]}. Answers {"versions": […]}: for each attempt the oldest and
-        the newest version of the weights that sampled it, or null if they are unknown.
+    async def read_attempts(self, request: web.Request) -> web.Response:
+        """Takes {"plays": [names of attempts]}. Answers {"attempts": […]}: for each name the fields of its
+        `Attempt`, or null if the attempt is not known.
         """
         plays = chat.read_object(await request.read()).get("plays")
         if not isinstance(plays, list) or not all(isinstance(play, str) for play in plays):
             raise chat.BadRequest("plays must be a list of texts")
-        return json_response({"versions": [self.versions.get(play) for play in plays]})
+        return json_response(self.attempts.answer(plays))
 
     async def change_engine(self, request: web.Request) -> web.Response:
         """Takes an `EngineChange` and answers with the engines on hold."""
@@ -261,7 +259,7 @@ def build_app(config: GatewayConfig, tokenizer: Any) -> web.Application:
             web.get("/health", gateway.health),
             web.get("/stats", gateway.read_stats),
             web.post("/engine", gateway.change_engine),
-            web.post("/versions", gateway.read_versions),
+            web.post("/attempts", gateway.read_attempts),
         ]
     )
     return app

@@ -28,6 +28,7 @@ from gymexp.errors import RolloutError, ServiceError
 from gymexp.processes import open_files
 from gymexp.processes.access_keys import RUN, header_of
 from gymexp.record.services_file import Replica
+from gymexp.rollout.attempts import with_attempts
 from gymexp.rollout.draws import attempt_seed
 from gymexp.rollout.outcome import Cause, Failed, Outcome, Played, Task, task_of
 from gymexp.rollout.play import RolloutFailure, Sampling, play
@@ -35,7 +36,6 @@ from gymexp.rollout.play import RolloutFailure, Sampling, play
 log = logging.getLogger(__name__)
 _AFTER_FAILURE_S = 0.3
 _PROGRESS_S = 0.5
-_GATEWAY_TIMEOUT_S = 60.0
 _MEANWHILE_S = 1.0
 
 
@@ -233,32 +233,15 @@ class Collector:
         ]
         try:
             outcomes, plays = zip(*await asyncio.gather(*rollouts), strict=True) if rollouts else ((), ())
-            return await self._with_versions(outcomes, plays)
+            if self._gateway_url is None:
+                return list(outcomes)
+            return await with_attempts(outcomes, plays, self._gateway_url, self._http)
         finally:
             for rollout in rollouts:
                 rollout.cancel()
             await asyncio.gather(*rollouts, return_exceptions=True)
             reporting.cancel()
             self._report(progress)
-
-    async def _with_versions(self, outcomes: Sequence[Outcome], plays: Sequence[str]) -> list[Outcome]:
-        """Returns the outcomes with the version of the weights that sampled each, which the gateway knows.
-        plays: the name of each outcome's last attempt. Raises ServiceError.
-        """
-        if self._gateway_url is None:
-            return list(outcomes)
-        try:
-            async with (
-                asyncio.timeout(_GATEWAY_TIMEOUT_S),
-                self._http.post(
-                    f"{self._gateway_url}/versions", json={"plays": plays}, headers=header_of(RUN)
-                ) as response,
-            ):
-                versions = orjson.loads(await response.read())["versions"]
-            pairs = list(zip(outcomes, versions, strict=True))
-        except (aiohttp.ClientError, TimeoutError, KeyError, TypeError, ValueError) as error:
-            raise ServiceError(f"the gateway did not say which weights sampled: {error!r}") from None
-        return [_with_version(outcome, version) for outcome, version in pairs]
 
     async def _report_regularly(self, progress: Progress) -> None:
         while True:
@@ -269,7 +252,7 @@ class Collector:
         """Plays one task, again if an attempt failed or its server was restarted during it. Returns (outcome,
         name of the last attempt).
         """
-        env = self._envs[task.env]
+        env, began_at = self._envs[task.env], time.time()
         failures: list[RolloutFailure] = []
         async with self._limits[task.env]:
             while True:
@@ -305,8 +288,7 @@ class Collector:
                 if outcome is not None:
                     progress.done += 1
                     progress.tokens += sum(len(turn.completion_ids) for turn in outcome.rollout.turns)
-                    played = replace(outcome, failures=[failure.cause for failure in failures])
-                    return played, attempt.play
+                    return _completed(outcome, replica, failures, began_at), attempt.play
                 is_final = failures and failures[-1].cause == "prompt_too_long"  # a retry would fail too
                 if is_final or len(failures) > self._rollout.max_retries:
                     progress.done += 1
@@ -364,18 +346,16 @@ class Collector:
         return self._services.get(name, {}).get("log", "")
 
 
-def _with_version(outcome: Outcome, versions: Sequence[int] | None) -> Outcome:
-    """Returns the outcome with the version of its weights. versions: the oldest and the newest; None if they
-    are unknown. Raises ServiceError if they differ.
+def _completed(
+    outcome: Played, replica: Replica, failures: Sequence[RolloutFailure], began_at: float
+) -> Played:
+    """Returns the outcome with its replica, its earlier failures, and the time that it waited. began_at: when
+    the collection began (time.time()).
     """
-    if versions is None or isinstance(outcome, Failed):
-        return outcome
-    oldest, newest = versions
-    if oldest != newest:
-        raise ServiceError(
-            f"{outcome.rollout.task.key} was sampled with the weights of step {oldest} and those of {newest}"
-        )
-    return replace(outcome, rollout=replace(outcome.rollout, weights_version=newest))
+    rollout = outcome.rollout
+    queue = round(max(0.0, rollout.began - began_at), 4)
+    rollout = replace(rollout, replica=replica.name, seconds=rollout.seconds | {"queue": queue})
+    return replace(outcome, rollout=rollout, failures=[failure.cause for failure in failures])
 
 
 def check_failed_share(outcomes: Sequence[Outcome], max_share: float) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 Cause = Literal["environment", "engine", "timeout", "token_mismatch", "prompt_too_long"]
 Limit = Literal["length", "turns"]
@@ -41,10 +41,15 @@ class Turn:
 class Rollout:
     """One episode of one task: its turns and its reward.
 
-    items: messages and tool calls of the episode, as NeMo Gym's output has them. weights_version: optimizer
-    steps behind the weights that sampled the rollout, as the engine reports; None if it is unknown, as after
-    a restart of the gateway. refused: the environment's message if it refused the policy's reply (400 or 422)
+    items: messages and tool calls of the episode, as NeMo Gym's output has them. verdict: the other fields of
+    the environment's answer, by which a reader sees why it gave the reward. weights_version: optimizer steps
+    behind the weights that sampled the rollout, as the engine reports; None if it is unknown, as after a
+    restart of the gateway. refused: the environment's message if it refused the policy's reply (400 or 422)
     instead of scoring it, else ""; the reward is then `env.<name>.refused_reward`.
+
+    Of the attempt that counts: began, the time of day (seconds since 1970); seconds, `total`, `policy` (of
+    the policy's turns) and `queue` (since the collection began, earlier attempts included); seed; replica,
+    the name of the environment's instance that played it.
     """
 
     task: Task
@@ -54,6 +59,10 @@ class Rollout:
     weights_version: int | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     refused: str = ""
+    verdict: dict[str, Any] = field(default_factory=dict)
+    began: float = 0.0
+    seed: int | None = None
+    replica: str = ""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import asyncio
 import copy
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import aiohttp
@@ -76,7 +76,7 @@ async def play(
     max_steps: the agent's limit of turns; None if it has none. refused_reward: the reward if the environment
     refuses the policy's reply.
     """
-    began = time.monotonic()
+    began, began_at = time.monotonic(), time.time()
     try:
         async with asyncio.timeout(timeout_s):
             headers = {"Content-Type": "application/json"} | header_of(POLICY)
@@ -98,7 +98,9 @@ async def play(
         raise RolloutFailure(cause, f"{prefix}{url}/run answered {response.status}: {text}")
     try:
         reply = refused or _parse(body)
-        return read_reply(task, reply, vocab_size, time.monotonic() - began, max_steps)
+        played = read_reply(task, reply, vocab_size, time.monotonic() - began, max_steps)
+        rollout = replace(played.rollout, began=round(began_at, 3), seed=sampling.seed)
+        return replace(played, rollout=rollout)
     except TokenMismatch as error:
         raise RolloutFailure("token_mismatch", f"agent {task.agent}: {error}") from None
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -206,8 +208,24 @@ def read_reply(
         items_without_tokens,
         seconds={"total": round(seconds, 4)},
         refused=refused or "",
+        verdict=_read_verdict(reply),
     )
     return Truncated(rollout, limit) if limit else Completed(rollout)
+
+
+def _read_verdict(reply: dict[str, Any]) -> dict[str, Any]:
+    """Returns the fields of the environment's answer that are neither the episode nor the reward. A note of
+    its size replaces a field that would make them longer than MAX_VERDICT_BYTES.
+    """
+    verdict: dict[str, Any] = {}
+    room = MAX_VERDICT_BYTES
+    for name, value in reply.items():
+        if name in _EPISODE_FIELDS or value is None:
+            continue
+        size = len(json.dumps(value))
+        verdict[name] = value if size <= room else f"({size} bytes, left out)"
+        room -= min(size, room)
+    return verdict
 
 
 def _ran_out_of_turns(
@@ -229,6 +247,8 @@ def _ran_out_of_turns(
 # TRL computes a group's mean and deviation in float32. With rewards of 1e19 the deviation would be infinite
 # and each advantage 0. The squares of 1e16 can be added up over 1e6 rollouts.
 MAX_REWARD = 1e16
+MAX_VERDICT_BYTES = 1 << 16
+_EPISODE_FIELDS = frozenset(("response", "responses_create_params", "reward", "refused"))
 _TOKEN_FIELDS = frozenset(("prompt_token_ids", "generation_token_ids", "generation_log_probs"))
 
 

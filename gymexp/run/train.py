@@ -36,7 +36,7 @@ def train(
     from gymexp.run import controller
     from gymexp.training import arguments, checkpoints, schedule, sharding
     from gymexp.view.progress import View
-    from gymexp.view.table import held_out_table
+    from gymexp.view.table import held_out_table, read_changes
 
     open_files.raise_limit()
     view = View()
@@ -79,6 +79,6 @@ def train(
     with view:
         result = controller.run(config, run, python, site, placement, view, allocation, checkpoint)
     if result["held_out"]:
-        view.say(held_out_table(result))
+        view.say(held_out_table(result, read_changes(run.rollouts, result["step"])))
     view.say(f"run directory: {run.path}")
     return result

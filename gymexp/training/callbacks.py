@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from gymexp.training.trainer import PolicyTrainer
 
 _MAX_UNSENT_ENTRIES = 1000
+_TASKS_IN_A_FRAME = 8  # of a file of held-out rollouts, each of another task
 
 
 class MetricsFile(TrainerCallback):
@@ -172,7 +173,7 @@ class Evaluation(TrainerCallback):
             distribution = held_out_distribution(self._config.evaluation, trainer.grpo.temperature)
             outcomes = self._rollouts.play(self._keys, step, distribution, held_out=True)
             metrics = as_held_out(rollout_metrics(outcomes, self._config.env))
-            self._rollouts.write(f"eval-{step:06d}", outcomes)
+            self._rollouts.write(f"eval-{step:06d}", outcomes, group_size=_TASKS_IN_A_FRAME)
             return metrics | {"eval_seconds": time.monotonic() - began}
 
         metrics = on_main_rank(trainer.accelerator, play)

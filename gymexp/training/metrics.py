@@ -6,10 +6,13 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from statistics import fmean, pstdev
+from typing import get_args
 
 from gymexp.config.schema import EnvConfig
 from gymexp.record.metric_names import name_of
-from gymexp.rollout.outcome import Completed, Failed, Outcome, Rollout, Truncated, task_of
+from gymexp.rollout.outcome import Cause, Completed, Failed, Limit, Outcome, Rollout, Truncated, task_of
+
+_CAUSES = [cause for cause in get_args(Cause) if cause != "prompt_too_long"]  # which counts by itself
 
 
 def rollout_metrics(outcomes: Sequence[Outcome], envs: Mapping[str, EnvConfig]) -> dict[str, float]:
@@ -17,6 +20,8 @@ def rollout_metrics(outcomes: Sequence[Outcome], envs: Mapping[str, EnvConfig]) 
     are means over the rollouts that did not fail.
 
     tokens: tokens that the policy sampled in a rollout. seconds: duration of the attempt that counted.
+    failed_<cause> and truncated_<limit>: the shares that `failed` and `truncated` consist of. nll: mean
+    -log-probability of a sampled token (nats), an estimate of the policy's entropy. tool_calls: of a rollout.
     retried: failed attempts per rollout that were repeated. token_mismatches: number of attempts whose tokens
     were not exact. refused: share of rollouts whose answer the environment refused; they have the reward
     env.<name>.refused_reward. prompts_too_long: share of rollouts without a reward because their prompt did
@@ -36,6 +41,10 @@ def rollout_metrics(outcomes: Sequence[Outcome], envs: Mapping[str, EnvConfig]) 
         of_env["prompts_too_long"] = too_long / total
         of_env["refused"] = sum(bool(r.refused) for r in played) / total
         of_env["truncated"] = sum(isinstance(o, Truncated) for o in env_outcomes) / total
+        causes = [o.cause for o in env_outcomes if isinstance(o, Failed)]
+        limits = [o.limit for o in env_outcomes if isinstance(o, Truncated)]
+        of_env |= {f"failed_{cause}": causes.count(cause) / total for cause in _CAUSES}
+        of_env |= {f"truncated_{limit}": limits.count(limit) / total for limit in get_args(Limit)}
         of_env["retried"] = sum(len(o.failures) - isinstance(o, Failed) for o in env_outcomes) / total
         of_env["token_mismatches"] = sum(o.failures.count("token_mismatch") for o in env_outcomes)
         if played:
@@ -46,6 +55,7 @@ def rollout_metrics(outcomes: Sequence[Outcome], envs: Mapping[str, EnvConfig]) 
 
 def _metrics_of_played(played: Sequence[Rollout], config: EnvConfig) -> dict[str, float]:
     rewards = [r.reward for r in played]
+    logprobs = [value for r in played for turn in r.turns for value in turn.logprobs]
     return {
         "reward": fmean(rewards),
         "reward_std": pstdev(rewards),
@@ -53,16 +63,44 @@ def _metrics_of_played(played: Sequence[Rollout], config: EnvConfig) -> dict[str
         "turns": fmean(len(r.turns) for r in played),
         "tokens": fmean(sum(len(t.completion_ids) for t in r.turns) for r in played),
         "seconds": fmean(r.seconds.get("total", 0.0) for r in played),
+        "nll": -fmean(logprobs),
+        "tool_calls": fmean(sum(i.get("type") == "function_call" for i in r.items) for r in played),
     }
 
 
-def flat_groups(outcomes: Sequence[Outcome], num_generations: int) -> float:
-    """Returns the share of groups whose rewards are all equal, which therefore give no gradient; NaN without
-    groups. A group is `num_generations` rollouts in a row. A batch across the end of an epoch may have two
-    groups of the same task."""
-    groups = [outcomes[i : i + num_generations] for i in range(0, len(outcomes), num_generations)]
-    rewards = [{o.rollout.reward for o in group if not isinstance(o, Failed)} for group in groups]
-    return fmean(len(distinct) < 2 for distinct in rewards) if rewards else math.nan
+_GROUP_KINDS = ("mixed", "all_solved", "none_solved", "failed")
+
+
+def group_metrics(
+    outcomes: Sequence[Outcome], num_generations: int, envs: Mapping[str, EnvConfig]
+) -> dict[str, float]:
+    """Returns `groups_without_variance`, the share of groups that give no gradient, and for each environment
+    the shares of its groups by kind, which add up to 1.
+
+    A group is `num_generations` rollouts in a row. A batch across the end of an epoch may have two groups of
+    the same task. Kinds: mixed, its rewards differ; all_solved and none_solved, they are all equal, and at
+    least `success_reward` or below it; failed, fewer than two of its rollouts have a reward.
+    """
+    kinds: dict[str, list[str]] = defaultdict(list)
+    for start in range(0, len(outcomes), num_generations):
+        group = outcomes[start : start + num_generations]
+        env = task_of(group[0]).env
+        rewards = [o.rollout.reward for o in group if not isinstance(o, Failed)]
+        if len(rewards) < 2:
+            kinds[env].append("failed")
+        elif len(set(rewards)) > 1:
+            kinds[env].append("mixed")
+        else:
+            kinds[env].append("all_solved" if rewards[0] >= envs[env].success_reward else "none_solved")
+    if not kinds:
+        return {"groups_without_variance": math.nan}
+    flat = fmean(kind != "mixed" for of_env in kinds.values() for kind in of_env)
+    shares = {
+        name_of(env, f"groups_{kind}"): fmean(one == kind for one in of_env)
+        for env, of_env in sorted(kinds.items())
+        for kind in _GROUP_KINDS
+    }
+    return {"groups_without_variance": flat} | shares
 
 
 def mean_reward(outcomes: Sequence[Outcome]) -> float:

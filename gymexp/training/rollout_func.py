@@ -15,17 +15,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import orjson
-import zstandard
-
 from gymexp.config.schema import RunConfig
 from gymexp.errors import ServiceError
-from gymexp.files import replacing
 from gymexp.rollout.batch import build_batch
 from gymexp.rollout.collect import Collector, check_failed_share
-from gymexp.rollout.outcome import Failed, Outcome, Task, outcome_to_json
+from gymexp.rollout.outcome import Failed, Outcome, Task
 from gymexp.rollout.play import Distribution, Sampling
-from gymexp.training.metrics import flat_groups, rollout_metrics
+from gymexp.rollout.rollout_files import write_outcomes
+from gymexp.training.metrics import group_metrics, rollout_metrics
 from gymexp.training.ranks import on_main_rank
 
 if TYPE_CHECKING:
@@ -143,23 +140,19 @@ class Rollouts:
             is_later_collection = step == self._step
             softmax = Distribution(temperature=trainer.grpo.temperature)
             outcomes = self.play(all_prompts, step, softmax, held_out=False)
-            self.write(f"step-{step + 1:06d}", outcomes, append=is_later_collection)
-            trainer.add_metrics(rollout_metrics(outcomes, self._config.env))
             num_generations = trainer.grpo.num_generations
             assert num_generations
-            trainer.add_metrics({"groups_without_variance": flat_groups(outcomes, num_generations)})
+            self.write(f"step-{step + 1:06d}", outcomes, num_generations, append=is_later_collection)
+            trainer.add_metrics(rollout_metrics(outcomes, self._config.env))
+            trainer.add_metrics(group_metrics(outcomes, num_generations, self._config.env))
             return outcomes
 
         outcomes = on_main_rank(accelerator, play)
         start = accelerator.process_index * len(prompts)
         return outcomes[start : start + len(prompts)]
 
-    def write(self, name: str, outcomes: Sequence[Outcome], append: bool = False) -> None:
-        """Writes `rollouts/<name>.jsonl.zst` atomically, an Outcome a line. append: keep earlier lines."""
-        path = self._directory / f"{name}.jsonl.zst"
-        # The file must stay a single frame, because zstandard's `decompress` stops after the first one.
-        earlier_lines = zstandard.decompress(path.read_bytes()) if append else b""
-        lines = b"".join(orjson.dumps(outcome_to_json(outcome)) + b"\n" for outcome in outcomes)
-        path.parent.mkdir(exist_ok=True)
-        with replacing(path) as part:
-            part.write_bytes(zstandard.compress(earlier_lines + lines))
+    def write(self, name: str, outcomes: Sequence[Outcome], group_size: int, append: bool = False) -> None:
+        """Writes the outcomes to `rollouts/<name>.jsonl.zst`, and their lines of the index. Its arguments are
+        those of `write_outcomes`.
+        """
+        write_outcomes(self._directory, name, outcomes, group_size, self._config.env, append)

@@ -461,16 +461,22 @@ def test_ids_survive_nemo_gyms_own_conversion(tmp_path, gym_python):
         assert tail == expected + "<|im_start|>assistant\n"
 
 
+def versions_in(answer: dict) -> list:
+    """The weights of each attempt, with seconds that were measured."""
+    assert all(one is None or 0 < one["seconds"] < 10 for one in answer["attempts"])
+    return [one and one["versions"] for one in answer["attempts"]]
+
+
 def test_which_weights_sampled_a_rollout_is_what_its_engine_said():
     async def run():
         engine = FakeEngine("Grid" + END, "Grid" + END)
         async with engine.serve() as url, gateway(url) as http:
             await chat(http, seed=1, play="first")
             await chat(http, seed=1)
-            async with http.post("/versions", json={"plays": ["first", "unheard of"]}) as response:
+            async with http.post("/attempts", json={"plays": ["first", "unheard of"]}) as response:
                 return await response.json()
 
-    assert asyncio.run(run()) == {"versions": [[3, 3], None]}
+    assert versions_in(asyncio.run(run())) == [[3, 3], None]
 
 
 class SilentEngine(FakeEngine):
@@ -500,10 +506,10 @@ def test_of_an_engine_that_says_no_version_it_is_what_was_sent_to_it_before_and_
             await tell(state="updated", weights_version=6)  # it went away while they were sent
             await tell(state="open")
             await chat(http, seed=3, play="unknown")
-            async with http.post("/versions", json={"plays": ["old", "both", "unknown"]}) as response:
+            async with http.post("/attempts", json={"plays": ["old", "both", "unknown"]}) as response:
                 return await response.json()
 
-    assert asyncio.run(run()) == {"versions": [[4, 4], [4, 5], None]}
+    assert versions_in(asyncio.run(run())) == [[4, 4], [4, 5], None]
 
 
 def test_a_generation_ends_at_the_tokens_that_the_gateway_was_told():
@@ -595,9 +601,9 @@ def test_its_other_routes_answer_in_openais_and_vllms_shape_and_refuse_what_they
             refused = [
                 await http.post(path, json=body)
                 for path, body in (
-                    ("/versions", {}),
-                    ("/versions", {"plays": "x"}),
-                    ("/versions", {"plays": [1]}),
+                    ("/attempts", {}),
+                    ("/attempts", {"plays": "x"}),
+                    ("/attempts", {"plays": [1]}),
                     ("/engine", {"url": url, "state": "yes"}),
                     ("/engine", {}),
                     ("/tokenize", {"messages": "x"}),
@@ -640,9 +646,7 @@ def test_errors_have_openais_shape_and_are_never_those_that_nemo_gym_repeats_for
     assert (status, answer["error"]["type"], answer["error"]["code"]) == (400, "invalid_request_error", 400)
 
 
-def test_versions_are_remembered_for_the_newest_plays_from_the_oldest_to_the_newest_weights(monkeypatch):
-    monkeypatch.setattr("gymexp.gateway.server.REMEMBERED_PLAYS", 2)
-
+def test_an_attempts_versions_go_from_the_oldest_to_the_newest_weights_of_its_turns():
     def says(version):
         async def answer():
             ids = encode(TOKENIZER, "x" + END)
@@ -653,19 +657,14 @@ def test_versions_are_remembered_for_the_newest_plays_from_the_oldest_to_the_new
         return answer
 
     async def run():
-        engine = FakeEngine(says(5), says(3), says(7), says(6), says(6), says(6))
+        engine = FakeEngine(says(5), says(3), says(7), says(6), says(6))
         async with engine.serve() as url, gateway(url) as http:
             for play in ("a", "a", "a", "b", None):
                 await chat(http, seed=1, play=play)
-            async with http.post("/versions", json={"plays": ["a", "b", "none"]}) as response:
-                both = await response.json()
-            await chat(http, seed=1, play="c")
-            async with http.post("/versions", json={"plays": ["a", "b", "c"]}) as response:
-                return both, await response.json()
+            async with http.post("/attempts", json={"plays": ["a", "b", "none"]}) as response:
+                return await response.json()
 
-    both, later = asyncio.run(run())
-    assert both == {"versions": [[3, 7], [6, 6], None]}
-    assert later == {"versions": [None, [6, 6], [6, 6]]}
+    assert versions_in(asyncio.run(run())) == [[3, 7], [6, 6], None]
 
 
 def test_plain_text_is_tokenized_with_the_special_tokens_that_the_tokenizer_adds_unless_asked_not_to():
@@ -691,7 +690,7 @@ def test_a_request_may_have_megabytes_as_a_long_conversation_with_all_its_ids_ha
     async def run():
         async with (
             gateway("http://127.0.0.1:9") as http,
-            http.post("/versions", json={"plays": ["x" * (1 << 23)]}) as response,
+            http.post("/attempts", json={"plays": ["x" * (1 << 23)]}) as response,
         ):
             return response.status, await response.json()
 

@@ -586,10 +586,12 @@ def in_background(collector: Collector, count: int) -> tuple[threading.Thread, l
 
 def gateway_that_says(versions_of: Callable[[list[str]], object]) -> web.Application:
     async def versions(request: web.Request) -> web.Response:
-        return web.json_response({"versions": versions_of((await request.json())["plays"])})
+        versions = versions_of((await request.json())["plays"])
+        attempts = versions and [{"versions": one, "seconds": 0.5} for one in versions]
+        return web.json_response({"attempts": attempts})
 
     app = web.Application()
-    app.add_routes([web.post("/versions", versions)])
+    app.add_routes([web.post("/attempts", versions)])
     return app
 
 
@@ -606,6 +608,9 @@ def test_a_rollout_says_which_weights_sampled_it_as_the_gateway_knows_by_the_nam
     with playing(at_second_try, gateway=gateway_that_says(versions_of)) as (collector, agent):
         outcomes = play(collector, 3)
     assert [outcome.rollout.weights_version for outcome in outcomes] == [7, 7, None]
+    for outcome in outcomes:
+        assert outcome.rollout.seconds["policy"] == 0.5
+        assert 0 < outcome.rollout.seconds["queue"] < 10, "the attempt that counts is the second"
     assert set(asked) == {name for _, name in drawn(agent)[-3:]}
 
 

@@ -158,6 +158,18 @@ def test_what_the_environment_refuses_has_its_tokens_and_the_reward_for_that():
     assert isinstance(failure, RolloutFailure) and failure.cause == "environment"
 
 
+def test_what_else_the_environment_said_is_kept_and_what_is_too_long_is_named_with_its_size():
+    said = {"extracted_answer": "7", "score": 0.5, "judge": {"verdict": "[[A]]"}, "none": None}
+    reply = answer(*TOOL_RAN) | said | {"responses_create_params": {"input": "x"}}
+    assert read_reply(TASK, reply, 10, 0.0).rollout.verdict == {
+        "extracted_answer": "7",
+        "score": 0.5,
+        "judge": {"verdict": "[[A]]"},
+    }
+    long = read_reply(TASK, reply | {"log": "x" * 70_000, "late": 1}, 10, 0.0).rollout.verdict
+    assert long["log"] == "(70002 bytes, left out)" and long["score"] == 0.5
+
+
 def test_what_may_not_be_trained_on_is_no_rollout():
     with pytest.raises(TokenMismatch, match="turn 1"):
         read_reply(TASK, answer(said([1], [2]), said([2, 2], [3])), 10, 1.0)
@@ -199,6 +211,7 @@ def test_a_playing_is_one_request_and_its_seconds_are_measured():
     agent = Agent(json.dumps(answer(*TOOL_RAN)), wait_s=0.1)
     outcome = played(agent, max_steps=1)
     assert isinstance(outcome, Truncated) and 0.1 <= outcome.rollout.seconds["total"] < 5
+    assert outcome.rollout.seed == SAMPLING.seed and abs(time.time() - outcome.rollout.began) < 60
     [(content_type, sent)] = agent.asked
     assert content_type == "application/json" and sent == json.loads(request_body(TASK, SAMPLING))
 

@@ -11,10 +11,8 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-import orjson
 import pytest
 import torch
-import zstandard
 from aiohttp import web
 from loopback import serving
 from transformers import TrainerControl
@@ -23,6 +21,7 @@ from gymexp.config.schema import EnvConfig, EvaluationConfig, ModelConfig, RunCo
 from gymexp.data.prepare import Prepared
 from gymexp.rollout.collect import Progress
 from gymexp.rollout.outcome import Completed, Rollout, Task, Turn
+from gymexp.rollout.rollout_files import read_outcomes
 from gymexp.training import callbacks
 from gymexp.training.callbacks import Evaluation, MetricsFile, ProgressReporter, Steps, StopOnRequest
 from gymexp.training.rollout_func import Rollouts
@@ -88,7 +87,7 @@ class Plays:
             for i, key in enumerate(keys)
         ]
 
-    def write(self, name: str, outcomes) -> None:
+    def write(self, name: str, outcomes, group_size: int) -> None:
         self.written[name] = outcomes
 
 
@@ -363,5 +362,5 @@ def test_an_evaluation_through_rollouts_itself_has_the_same_seeds_at_every_step(
     one.run(0)
     one.run(4)
     assert samplings[0] == samplings[1]
-    lines = zstandard.decompress((tmp_path / "eval-000004.jsonl.zst").read_bytes()).splitlines()
-    assert [orjson.loads(line)["rollout"]["task"]["key"] for line in lines] == list(tasks)
+    records = read_outcomes(tmp_path / "eval-000004.jsonl.zst")
+    assert [record["rollout"]["task"]["key"] for record in records] == list(tasks)

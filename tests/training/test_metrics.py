@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from gymexp.config.schema import EnvConfig
 from gymexp.rollout.outcome import Cause, Completed, Failed, Outcome, Rollout, Task, Truncated, Turn
-from gymexp.training.metrics import flat_groups, mean_reward, rollout_metrics
+from gymexp.training.metrics import group_metrics, mean_reward, rollout_metrics
 
 ENVS = {
     "a": EnvConfig(config_path="c", agent="x"),
@@ -56,6 +56,12 @@ def test_each_environment_has_its_own_numbers():
         "a/prompts_too_long": 0,
         "a/refused": 0,
         "a/truncated": 0.5,
+        "a/failed_environment": 0,
+        "a/failed_engine": 0,
+        "a/failed_timeout": 0,
+        "a/failed_token_mismatch": 0,
+        "a/truncated_length": 0,
+        "a/truncated_turns": 0.5,
         "a/retried": 0.5,
         "a/token_mismatches": 1,
         "a/reward": 0.5,
@@ -64,11 +70,19 @@ def test_each_environment_has_its_own_numbers():
         "a/turns": 2,
         "a/tokens": 4,
         "a/seconds": 2.0,
+        "a/nll": pytest.approx(0.15),
+        "a/tool_calls": 0,
         "b/rollouts": 2,
         "b/failed": 0.5,
         "b/prompts_too_long": 0,
         "b/refused": 0,
         "b/truncated": 0,
+        "b/failed_environment": 0,
+        "b/failed_engine": 0.5,
+        "b/failed_timeout": 0,
+        "b/failed_token_mismatch": 0,
+        "b/truncated_length": 0,
+        "b/truncated_turns": 0,
         "b/retried": 1,
         "b/token_mismatches": 1,
         "b/reward": 0.5,
@@ -77,6 +91,8 @@ def test_each_environment_has_its_own_numbers():
         "b/turns": 1,
         "b/tokens": 2,
         "b/seconds": 2.0,
+        "b/nll": pytest.approx(0.15),
+        "b/tool_calls": 0,
     }
 
 
@@ -87,6 +103,12 @@ def test_an_environment_that_only_failed_has_no_reward_to_show():
         "a/prompts_too_long": 0,
         "a/refused": 0,
         "a/truncated": 0,
+        "a/failed_environment": 0,
+        "a/failed_engine": 1,
+        "a/failed_timeout": 0,
+        "a/failed_token_mismatch": 0,
+        "a/truncated_length": 0,
+        "a/truncated_turns": 0,
         "a/retried": 2,
         "a/token_mismatches": 3,
     }
@@ -104,20 +126,42 @@ def test_failures_change_no_mean_and_order_changes_nothing(rewards, random):
     assert rollout_metrics(outcomes, ENVS) == pytest.approx(metrics)
 
 
-def test_a_group_is_flat_when_all_that_was_scored_of_it_is_equal():
+def test_groups_are_counted_by_kind_for_each_environment():
     outcomes = [
         *(played("a", r, number=1) for r in (1.0, 0.0)),
         *(played("a", r, number=2) for r in (1.0, 1.0)),
-        *(played("b", 0.3, number=1), failed("b", number=1)),
-        *(failed("b", number=2), failed("b", number=2)),
+        *(played("b", r, number=1) for r in (0.5, 0.5)),
+        *(played("b", r, number=2) for r in (0.3, 0.3)),
+        *(played("b", 0.3, number=3), failed("b", number=3)),
+        *(failed("b", number=4), failed("b", number=4)),
     ]
-    assert flat_groups(outcomes, 2) == 0.75
-    assert math.isnan(flat_groups([], 2))
+    assert group_metrics(outcomes, 2, ENVS) == {
+        "groups_without_variance": pytest.approx(5 / 6),
+        "a/groups_mixed": 0.5,
+        "a/groups_all_solved": 0.5,
+        "a/groups_none_solved": 0,
+        "a/groups_failed": 0,
+        "b/groups_mixed": 0,
+        "b/groups_all_solved": 0.25,
+        "b/groups_none_solved": 0.25,
+        "b/groups_failed": 0.5,
+    }
+    assert math.isnan(group_metrics([], 2, ENVS)["groups_without_variance"])
 
 
 def test_two_groups_of_one_task_are_two_groups():
     rewards = (1.0, 1.0), (0.0, 0.0), (0.0, 1.0)
-    assert flat_groups([played("a", r) for group in rewards for r in group], 2) == pytest.approx(2 / 3)
+    metrics = group_metrics([played("a", r) for group in rewards for r in group], 2, ENVS)
+    assert metrics["groups_without_variance"] == pytest.approx(2 / 3)
+    assert metrics["a/groups_mixed"] == pytest.approx(1 / 3)
+
+
+def test_tool_calls_and_the_mean_of_all_sampled_tokens_log_probabilities_are_counted():
+    calls = [{"type": "function_call"}, {"type": "function_call_output"}, {"type": "function_call"}]
+    turns = [Turn([1], [2], [-1.0]), Turn([1], [2, 3, 4], [-0.2, -0.2, -0.2])]
+    rollout = Completed(Rollout(task("a"), turns, 1.0, calls))
+    metrics = rollout_metrics([rollout, played("a", 0.0)], ENVS)
+    assert metrics["a/tool_calls"] == 1 and metrics["a/nll"] == pytest.approx(1.9 / 6)
 
 
 def test_rewards_as_large_as_float32_holds_have_a_mean_and_a_deviation():

@@ -7,9 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import orjson
 import pytest
-import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,6 +15,7 @@ from gymexp.config.schema import EnvConfig, ModelConfig, RolloutConfig, RunConfi
 from gymexp.errors import RolloutError, ServiceError
 from gymexp.rollout.outcome import Completed, Failed, Rollout, Task, Truncated, Turn
 from gymexp.rollout.play import Distribution
+from gymexp.rollout.rollout_files import read_outcomes
 from gymexp.training.ranks import on_main_rank
 from gymexp.training.rollout_func import Rollouts, seed_of
 
@@ -66,8 +65,7 @@ class Trainer:
 
 
 def keys_in(path: Path) -> list[str]:
-    lines = zstandard.decompress(path.read_bytes()).splitlines()
-    return [orjson.loads(line)["rollout"]["task"]["key"] for line in lines]
+    return [record["rollout"]["task"]["key"] for record in read_outcomes(path)]
 
 
 class Engine:
@@ -140,14 +138,13 @@ def test_a_rollout_file_has_an_outcome_a_line_without_the_tasks_row(tmp_path):
     collector = Collector()
     plays = rollouts(collector, tmp_path)
     outcomes = plays.play(["e/train/0", "e/train/1"], 0, SOFTMAX, held_out=False)
-    plays.write("step-000001", [*outcomes, Failed(TASKS["e/train/0"], "timeout", "slow")])
-    [path] = tmp_path.iterdir()
-    assert path.name == "step-000001.jsonl.zst"
-    records = [orjson.loads(line) for line in zstandard.decompress(path.read_bytes()).splitlines()]
+    plays.write("step-000001", [*outcomes, Failed(TASKS["e/train/0"], "timeout", "slow")], group_size=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["index.jsonl", "step-000001.jsonl.zst"]
+    records = list(read_outcomes(tmp_path / "step-000001.jsonl.zst"))
     assert [record["outcome"] for record in records] == ["completed", "completed", "failed"]
     assert records[0]["rollout"]["task"] == {"key": "e/train/0", "env": "e", "agent": "a"}
     assert records[0]["rollout"]["turns"] == [{"prompt_ids": [1], "completion_ids": [2], "logprobs": [-0.5]}]
-    assert (records[2]["cause"], records[2]["schema"]) == ("timeout", 1)
+    assert (records[2]["cause"], records[2]["schema"]) == ("timeout", 2)
 
 
 def test_a_step_that_plays_several_collections_has_them_all_in_its_file_each_with_its_own_seeds(tmp_path):
@@ -262,8 +259,8 @@ def test_each_rank_trains_on_the_rollouts_of_its_own_prompts(ranks, tmp_path):
         assert [outcome.rollout.task.key for outcome in outcomes] == keys
     assert trainers[0].metrics["e/rollouts"] == 4 and trainers[0].metrics["groups_without_variance"] == 0
     assert trainers[1].metrics == {}, "counted once"
-    [path] = tmp_path.iterdir()
-    assert path.name == "step-000005.jsonl.zst", "the step that they are for, counted from 1"
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["index.jsonl", "step-000005.jsonl.zst"], "the step that they are for, counted from 1"
 
 
 def test_what_ends_the_first_rank_ends_the_other_with_the_same_words(ranks, tmp_path):
@@ -321,9 +318,9 @@ def test_while_rollouts_are_played_the_engine_is_tended_and_a_file_is_there_whol
     collector.collect = lambda tasks, samplings, meanwhile: seen.append(meanwhile) or []  # type: ignore[method-assign]
     plays.play(["e/train/0"], 0, SOFTMAX, held_out=False)
     assert seen == [plays._engine.tend]
-    plays.write("step-000001", [])
-    plays.write("step-000001", [Failed(TASKS["e/train/0"], "timeout", "slow")])
-    assert [path.name for path in tmp_path.iterdir()] == ["step-000001.jsonl.zst"]
+    plays.write("step-000001", [], group_size=2)
+    plays.write("step-000001", [Failed(TASKS["e/train/0"], "timeout", "slow")], group_size=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["index.jsonl", "step-000001.jsonl.zst"]
 
 
 def test_held_out_tasks_have_other_draws_than_training_has(tmp_path):
@@ -342,5 +339,5 @@ def test_a_file_that_could_not_be_written_to_its_end_is_not_there(tmp_path, monk
 
     monkeypatch.setattr("pathlib.Path.write_bytes", fill_the_disk)
     with pytest.raises(OSError, match="No space left"):
-        rollouts(Collector(), tmp_path).write("step-000001", [])
+        rollouts(Collector(), tmp_path).write("step-000001", [], group_size=2)
     assert list(tmp_path.glob("*.zst")) == []

@@ -147,7 +147,7 @@ def test_durations_read_as_a_clock(seconds, said):
 
 def test_the_table_at_the_end_shows_before_after_and_change():
     held_out = {"sudoku": {"reward": [0.25, 0.75], "turns": [1, 1]}, "workplace": {"reward": [None, 0.5]}}
-    lines = held_out_table({"held_out": held_out}).splitlines()
+    lines = held_out_table({"held_out": held_out}, {}).splitlines()
     assert [line.split() for line in lines] == [
         ["held-out", "reward", "before", "after", "change"],
         ["sudoku", "0.250", "0.750", "+0.500"],
@@ -157,4 +157,4 @@ def test_the_table_at_the_end_shows_before_after_and_change():
 
 @pytest.mark.parametrize("held_out", [{}, {"sudoku": {"failed": [0.0, 1.0]}}])
 def test_the_table_copes_with_nothing_evaluated_and_with_an_evaluation_that_only_failed(held_out):
-    assert "nan" not in held_out_table({"held_out": held_out})
+    assert "nan" not in held_out_table({"held_out": held_out}, {})

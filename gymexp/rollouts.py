@@ -1,0 +1,96 @@
+"""Show what the policy did: the rollouts of a step as a table, or one as a conversation with its verdict.
+
+python -m gymexp.rollouts outputs/<name>/<date_time>                           the newest step as a table
+python -m gymexp.rollouts outputs/<name>/<date_time> --step 3 --env sudoku     another step, one environment
+python -m gymexp.rollouts outputs/<name>/<date_time> --eval 20 --worst         the worst held-out rollout
+python -m gymexp.rollouts outputs/<name>/<date_time> --step 3 --number 17      this rollout
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gymexp.cli.terminal import guarded, parser_of
+from gymexp.config.schema import RunConfig
+from gymexp.errors import RunDirectoryError
+from gymexp.files import read_lines
+from gymexp.printable import say
+from gymexp.rollout.rollout_files import read_index, read_outcome
+from gymexp.view.rollout_text import conversation, rollout_table
+
+
+def choose(rows: list[dict[str, Any]], args: Namespace, run: Path) -> list[dict[str, Any]]:
+    """Returns the lines of the index that the command line selects, at least one. Raises RunDirectoryError if
+    it selects none."""
+    if not rows:
+        raise RunDirectoryError(
+            f"{run} must be the directory of a run that has played rollouts and keeps an index of them "
+            "(rollouts/index.jsonl), which runs of earlier versions do not"
+        )
+    if args.eval is not None:
+        name = f"eval-{args.eval:06d}"
+    elif args.step is not None:
+        name = f"step-{args.step:06d}"
+    else:
+        name = max((row["file"] for row in rows if row["file"].startswith("step-")), default=rows[-1]["file"])
+    of_file = [row for row in rows if row["file"] == name]
+    if not of_file:
+        steps = sorted({row["file"] for row in rows})
+        raise RunDirectoryError(f"--step and --eval must name a file of this run, got {name}: {_list(steps)}")
+    chosen = [row for row in of_file if args.env in (None, row["env"])]
+    if not chosen:
+        envs = ", ".join(sorted({row["env"] for row in of_file}))
+        raise RunDirectoryError(f"--env must be one of {envs}, got {args.env!r}")
+    if args.number is not None:
+        chosen = [row for row in chosen if row["number"] == args.number]
+        if not chosen:
+            raise RunDirectoryError(f"--number must be below {len(of_file)}, got {args.number}")
+    if args.worst or args.best:
+        scored = [row for row in chosen if row.get("reward") is not None]
+        if not scored:
+            raise RunDirectoryError(f"--worst and --best need a rollout with a reward, and {name} has none")
+        chosen = [(min if args.worst else max)(scored, key=lambda row: row["reward"])]
+    return chosen
+
+
+def _list(names: list[str]) -> str:
+    return ", ".join(names) if len(names) < 8 else f"{', '.join(names[:3])}, …, {', '.join(names[-3:])}"
+
+
+def find_task_row(run: Path, key: str) -> Mapping[str, Any] | None:
+    """Returns the dataset row of a task, from the run's data; None if it is not there."""
+    for name in ("train", "validation"):
+        for task in read_lines(run / "data" / f"{name}.jsonl"):
+            if task.get("key") == key:
+                return task.get("row")
+    return None
+
+
+def main() -> None:
+    parser = parser_of("rollouts", __doc__ or "")
+    parser.add_argument("run", type=Path, metavar="DIR", help="the directory of a run")
+    of = parser.add_mutually_exclusive_group()
+    of.add_argument("--step", type=int, metavar="N", help="training rollouts of this step; else the newest")
+    of.add_argument("--eval", type=int, metavar="N", help="held-out rollouts of the evaluation after step N")
+    parser.add_argument("--env", metavar="NAME", help="of this environment alone")
+    one = parser.add_mutually_exclusive_group()
+    one.add_argument("--worst", action="store_true", help="print the rollout with the lowest reward")
+    one.add_argument("--best", action="store_true", help="print the rollout with the highest reward")
+    one.add_argument("--number", type=int, metavar="N", help="print the rollout with this number")
+    parser.add_argument("--full", action="store_true", help="print long messages whole")
+    args = parser.parse_args()
+    run = args.run.resolve()
+    rows = choose(read_index(run / "rollouts"), args, run)
+    if args.worst or args.best or args.number is not None:
+        [row] = rows
+        record = read_outcome(run / "rollouts", row)
+        say(conversation(row, record, find_task_row(run, row["key"]), args.full))
+    else:
+        say(rollout_table(rows))
+
+
+if __name__ == "__main__":
+    guarded(main, RunConfig)()

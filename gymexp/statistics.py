@@ -1,0 +1,94 @@
+"""Whether a change of rewards is more than noise: intervals and tests over tasks. Pure functions.
+
+The unit is a task. Rollouts of one task resemble each other, so an interval that counts rollouts would be too
+narrow. An interval is over the tasks and the samples of one policy; it says nothing of other training seeds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+_CONFIDENCE = 0.95
+_MOST_EXACT = 16  # tasks that differ, up to which every choice of signs is tried
+_NUM_DRAWS = 10_000
+
+
+@dataclass(frozen=True)
+class Change:
+    """The mean change of a reward from one evaluation to another, over the tasks that both have scored.
+
+    low, high: the 95 % interval. p: how often chance alone gives a mean as far from 0 (two-sided). better,
+    same, worse: numbers of tasks.
+    """
+
+    num_tasks: int
+    mean: float
+    low: float
+    high: float
+    p: float
+    better: int
+    same: int
+    worse: int
+
+
+def paired_change(before: Mapping[str, float], after: Mapping[str, float]) -> Change | None:
+    """Returns the change from `before` to `after`, rewards by task; None with fewer than two common tasks.
+
+    The interval is Student's t over the differences by task, and p that of a sign-flip test: without a change
+    each difference is as likely with the other sign.
+
+    Source: Miller, "Adding error bars to evals" (arXiv:2411.00640), section 4.2; Good, "Permutation,
+    Parametric and Bootstrap Tests of Hypotheses" (2005), section 3.2.
+    """
+    from scipy.special import stdtrit
+
+    keys = sorted(before.keys() & after.keys())
+    if len(keys) < 2:
+        return None
+    differences_N = np.array([after[key] - before[key] for key in keys])
+    mean = float(differences_N.mean())
+    error = float(differences_N.std(ddof=1)) / math.sqrt(len(keys))
+    quantile = float(stdtrit(len(keys) - 1, (1 + _CONFIDENCE) / 2))
+    return Change(
+        len(keys),
+        mean,
+        mean - quantile * error,
+        mean + quantile * error,
+        sign_flip_p(differences_N),
+        int((differences_N > 0).sum()),
+        int((differences_N == 0).sum()),
+        int((differences_N < 0).sum()),
+    )
+
+
+def sign_flip_p(differences_N: np.ndarray) -> float:
+    """Returns the share of choices of the differences' signs whose sum is at least as far from 0 as theirs.
+
+    All choices are tried for up to 16 differences other than 0. For more, 10,000 are drawn, always the same,
+    and the differences' own signs count as one of them, so that p is never 0.
+    """
+    changed_M = differences_N[differences_N != 0]
+    observed = abs(changed_M.sum()) * (1 - 1e-9)  # sums in another order differ in their last digits
+    if len(changed_M) <= _MOST_EXACT:
+        choices_CM = (np.arange(2 ** len(changed_M))[:, None] >> np.arange(len(changed_M))) & 1
+        return float((abs((2 * choices_CM - 1) @ changed_M) >= observed).mean())
+    choices_CM = np.random.default_rng(0).integers(0, 2, (_NUM_DRAWS, len(changed_M)), dtype=np.int8)
+    as_far = int((abs((2 * choices_CM - 1) @ changed_M) >= observed).sum())
+    return (as_far + 1) / (_NUM_DRAWS + 1)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Returns the p-values adjusted for their number, in the same order, by Holm's step-down method.
+
+    Source: Holm, "A simple sequentially rejective multiple test procedure" (1979).
+    """
+    adjusted = [0.0] * len(p_values)
+    largest = 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = largest
+    return adjusted

@@ -1,0 +1,96 @@
+"""What is written is read back, one by one and whole, over appends, replacements and older files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import orjson
+import zstandard
+
+from gymexp.config.schema import EnvConfig
+from gymexp.rollout.outcome import Completed, Failed, Outcome, Rollout, Task, Truncated, Turn, outcome_to_json
+from gymexp.rollout.rollout_files import read_index, read_outcome, read_outcomes, write_outcomes
+
+ENVS = {"e": EnvConfig("c", "a", success_reward=0.5)}
+TASKS = [Task(f"e/train/{number}", "e", "a", {}) for number in range(3)]
+
+
+def completed(task: Task, reward: float) -> Outcome:
+    turns = [Turn([1, 2], [3], [-0.5]), Turn([1, 2, 3, 4], [5, 6], [-1.0, -3.0])]
+    items = [
+        {"type": "function_call", "name": "look"},
+        {"type": "message", "content": [{"type": "output_text", "text": "the answer " * 40}]},
+        {"type": "function_call_output", "output": "later"},
+    ]
+    return Completed(Rollout(task, turns, reward, items, seed=7, replica="e-1", began=5.0), ["timeout"])
+
+
+def group(task: Task) -> list[Outcome]:
+    cut = Rollout(task, [Turn([1], [2], [-0.25])], 0.0, [])
+    return [completed(task, 1.0), Truncated(cut, "turns"), Failed(task, "engine", "gone " * 100)]
+
+
+def as_read(outcomes: list[Outcome]) -> list[dict]:
+    return [orjson.loads(orjson.dumps(outcome_to_json(outcome))) for outcome in outcomes]
+
+
+def check_index(directory: Path, name: str, outcomes: list[Outcome]) -> None:
+    """Each line of the index leads to its outcome, in order."""
+    rows = [row for row in read_index(directory) if row["file"] == name]
+    assert [row["number"] for row in rows] == list(range(len(outcomes)))
+    assert [read_outcome(directory, row) for row in rows] == as_read(outcomes)
+    assert list(read_outcomes(directory / f"{name}.jsonl.zst")) == as_read(outcomes)
+
+
+def test_what_is_written_is_read_back_by_its_line_of_the_index(tmp_path):
+    outcomes = [outcome for task in TASKS for outcome in group(task)]
+    write_outcomes(tmp_path, "step-000001", outcomes, 3, ENVS)
+    check_index(tmp_path, "step-000001", outcomes)
+    rows = read_index(tmp_path)
+    assert [row["group"] for row in rows] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert [row["index"] for row in rows] == [0, 1, 2] * 3
+    assert len({(row["offset"], row["length"]) for row in rows}) == 3, "a frame a group"
+
+
+def test_a_line_of_the_index_has_what_a_table_shows(tmp_path):
+    write_outcomes(tmp_path, "step-000001", group(TASKS[0]), 3, ENVS)
+    first, cut, failed = read_index(tmp_path)
+    assert (
+        first["failures"] == ["timeout"] and first["success"] and first["text"] == ("the answer " * 40)[:120]
+    )
+    assert (first["turns"], first["prompt_tokens"], first["tokens"], first["nll"]) == (2, 2, 3, 1.5)
+    assert (first["seed"], first["replica"], first["began"], first["tool_calls"]) == (7, "e-1", 5.0, 1)
+    assert (cut["outcome"], cut["limit"], cut["success"], cut["text"]) == ("truncated", "turns", False, "")
+    assert (failed["outcome"], failed["cause"], failed["text"]) == ("failed", "engine", ("gone " * 100)[:120])
+    assert all(row["key"] == "e/train/0" and row["env"] == "e" for row in (first, cut, failed))
+
+
+def test_a_later_collection_of_a_step_is_added_and_earlier_lines_stay_right(tmp_path):
+    write_outcomes(tmp_path, "step-000001", group(TASKS[0]), 3, ENVS)
+    write_outcomes(tmp_path, "eval-000001", group(TASKS[1]), 8, ENVS)
+    write_outcomes(tmp_path, "step-000001", group(TASKS[2]), 3, ENVS, append=True)
+    check_index(tmp_path, "step-000001", group(TASKS[0]) + group(TASKS[2]))
+    check_index(tmp_path, "eval-000001", group(TASKS[1]))
+    assert [row["group"] for row in read_index(tmp_path) if row["file"] == "step-000001"] == [
+        0,
+        0,
+        0,
+        1,
+        1,
+        1,
+    ]
+
+
+def test_a_file_that_is_written_again_has_its_new_lines_alone(tmp_path):
+    write_outcomes(tmp_path, "step-000001", group(TASKS[0]), 3, ENVS)
+    write_outcomes(tmp_path, "step-000002", group(TASKS[1]), 3, ENVS)
+    write_outcomes(tmp_path, "step-000001", [completed(TASKS[2], 0.5)], 3, ENVS)
+    check_index(tmp_path, "step-000001", [completed(TASKS[2], 0.5)])
+    check_index(tmp_path, "step-000002", group(TASKS[1]))
+
+
+def test_a_file_from_before_the_index_is_read(tmp_path):
+    lines = b"".join(orjson.dumps(record) + b"\n" for record in as_read(group(TASKS[0])))
+    (tmp_path / "step-000001.jsonl.zst").write_bytes(zstandard.compress(lines))
+    assert list(read_outcomes(tmp_path / "step-000001.jsonl.zst")) == as_read(group(TASKS[0]))
+    assert read_index(tmp_path) == []
