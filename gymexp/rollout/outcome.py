@@ -42,10 +42,11 @@ class Rollout:
     """One episode of one task: its turns and its reward.
 
     items: messages and tool calls of the episode, as NeMo Gym's output has them. verdict: the other fields of
-    the environment's answer, by which a reader sees why it gave the reward. weights_version: optimizer steps
-    behind the weights that sampled the rollout, as the engine reports; None if it is unknown, as after a
-    restart of the gateway. refused: the environment's message if it refused the policy's reply (400 or 422)
-    instead of scoring it, else ""; the reward is then `env.<name>.refused_reward`.
+    the environment's answer, without the task's own, by which a reader sees why it gave the reward.
+    weights_version: optimizer steps behind the weights that sampled the rollout, as the engine reports; None
+    if it is unknown, as after a restart of the gateway. refused: the environment's message if it refused the
+    policy's reply (400 or 422) instead of scoring it, else ""; the reward is then
+    `env.<name>.refused_reward`.
 
     Of the attempt that counts: began, the time of day (seconds since 1970); seconds, `total`, `policy` (of
     the policy's turns) and `queue` (since the collection began, earlier attempts included); seed; replica,

@@ -208,19 +208,20 @@ def read_reply(
         items_without_tokens,
         seconds={"total": round(seconds, 4)},
         refused=refused or "",
-        verdict=_read_verdict(reply),
+        verdict=_read_verdict(task, reply),
     )
     return Truncated(rollout, limit) if limit else Completed(rollout)
 
 
-def _read_verdict(reply: dict[str, Any]) -> dict[str, Any]:
-    """Returns the fields of the environment's answer that are neither the episode nor the reward. A note of
-    its size replaces a field that would make them longer than MAX_VERDICT_BYTES.
+def _read_verdict(task: Task, reply: dict[str, Any]) -> dict[str, Any]:
+    """Returns the fields of the environment's answer that are neither the episode, nor the reward, nor the
+    task's own, which many servers send back. A note of its size replaces a field that would make them longer
+    than MAX_VERDICT_BYTES.
     """
     verdict: dict[str, Any] = {}
     room = MAX_VERDICT_BYTES
     for name, value in reply.items():
-        if name in _EPISODE_FIELDS or value is None:
+        if name in _EPISODE_FIELDS or value is None or task.row.get(name) == value:
             continue
         size = len(json.dumps(value))
         verdict[name] = value if size <= room else f"({size} bytes, left out)"

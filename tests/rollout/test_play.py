@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from dataclasses import replace
 from typing import Any
 
 import aiohttp
@@ -166,6 +167,9 @@ def test_what_else_the_environment_said_is_kept_and_what_is_too_long_is_named_wi
         "score": 0.5,
         "judge": {"verdict": "[[A]]"},
     }
+    task = replace(TASK, row=TASK.row | {"score": 0.5, "extracted_answer": "8"})
+    sent_back = read_reply(task, reply, 10, 0.0).rollout.verdict
+    assert sent_back == {"extracted_answer": "7", "judge": {"verdict": "[[A]]"}}, "the row has the score"
     long = read_reply(TASK, reply | {"log": "x" * 70_000, "late": 1}, 10, 0.0).rollout.verdict
     assert long["log"] == "(70002 bytes, left out)" and long["score"] == 0.5
 
