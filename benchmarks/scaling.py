@@ -33,7 +33,7 @@ from gymexp.config.schema import EnvConfig
 from gymexp.processes.ports import listen
 from gymexp.rollout.outcome import Task
 from gymexp.rollout.play import read_reply
-from gymexp.rollout.rollout_files import write_outcomes
+from gymexp.rollout.rollout_files import RolloutWriter
 
 VOCABULARY = 151_936
 # name: tokens of the first prompt, turns, tokens sampled per turn, tokens added between turns
@@ -82,7 +82,7 @@ def rollouts(count: int = 64) -> dict[str, Any]:
         directory = Path(tempfile.mkdtemp())
 
         def save(outcomes: list[Any] = outcomes, directory: Path = directory) -> int:
-            write_outcomes(directory, "step-000001", outcomes, GROUP, {"e": EnvConfig("c", "a")})
+            RolloutWriter(directory, {"e": EnvConfig("c", "a")}).write("step-000001", outcomes, GROUP)
             return sum(path.stat().st_size for path in directory.iterdir())
 
         def through_pickle(outcomes: list[Any] = outcomes) -> int:

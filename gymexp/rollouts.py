@@ -13,10 +13,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import orjson
+
 from gymexp.cli.terminal import guarded, parser_of
 from gymexp.config.schema import RunConfig
 from gymexp.errors import RunDirectoryError
-from gymexp.files import read_lines
 from gymexp.printable import say
 from gymexp.rollout.rollout_files import read_index, read_outcome
 from gymexp.view.rollout_text import conversation, rollout_table
@@ -47,7 +48,10 @@ def choose(rows: list[dict[str, Any]], args: Namespace, run: Path) -> list[dict[
     if args.number is not None:
         chosen = [row for row in chosen if row["number"] == args.number]
         if not chosen:
-            raise RunDirectoryError(f"--number must be below {len(of_file)}, got {args.number}")
+            others = [row["env"] for row in of_file if row["number"] == args.number]
+            rule = f"be of env {args.env}" if others else f"be below {len(of_file)}"
+            of = f", which is of env {others[0]}" if others else ""
+            raise RunDirectoryError(f"--number must {rule}, got {args.number}{of}")
     if args.worst or args.best:
         scored = [row for row in chosen if row.get("reward") is not None]
         if not scored:
@@ -63,9 +67,12 @@ def _list(names: list[str]) -> str:
 def find_task_row(run: Path, key: str) -> Mapping[str, Any] | None:
     """Returns the dataset row of a task, from the run's data; None if it is not there."""
     for name in ("train", "validation"):
-        for task in read_lines(run / "data" / f"{name}.jsonl"):
-            if task.get("key") == key:
-                return task.get("row")
+        path = run / "data" / f"{name}.jsonl"
+        if path.exists():
+            with path.open("rb") as file:
+                for line in file:
+                    if key.encode() in line and (task := orjson.loads(line))["key"] == key:
+                        return task["row"]
     return None
 
 
@@ -83,8 +90,11 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="print long messages whole")
     args = parser.parse_args()
     run = args.run.resolve()
+    one_rollout = args.worst or args.best or args.number is not None
+    if args.full and not one_rollout:
+        parser.error("--full needs --worst, --best or --number")
     rows = choose(read_index(run / "rollouts"), args, run)
-    if args.worst or args.best or args.number is not None:
+    if one_rollout:
         [row] = rows
         record = read_outcome(run / "rollouts", row)
         say(conversation(row, record, find_task_row(run, row["key"]), args.full))

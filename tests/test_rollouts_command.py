@@ -12,7 +12,7 @@ from whole_run import ROOT
 
 from gymexp.config.schema import EnvConfig
 from gymexp.rollout.outcome import Completed, Failed, Rollout, Task, Truncated, Turn
-from gymexp.rollout.rollout_files import write_outcomes
+from gymexp.rollout.rollout_files import RolloutWriter
 
 ENVS = {name: EnvConfig("c", "a", success_reward=1.0) for name in ("sudoku", "office")}
 EVIL = "\x1b]52;c;ZXZpbA==\x07\x1b[2J\u202e<script>alert(1)</script>\x00"
@@ -35,9 +35,10 @@ def run(tmp_path) -> Path:
     sudoku = Rollout(task("sudoku/train/1"), turns, 0.25, [said], seed=9)
     failed = Failed(task("office/train/7"), "timeout", f"slow {EVIL}", "logs/office.log")
     step = [Completed(office, ["engine"]), failed, Truncated(sudoku, "length"), Completed(sudoku)]
-    write_outcomes(tmp_path / "rollouts", "step-000001", step[:1], 2, ENVS)
-    write_outcomes(tmp_path / "rollouts", "step-000002", step, 2, ENVS)
-    write_outcomes(tmp_path / "rollouts", "eval-000002", step[3:], 2, ENVS)
+    writer = RolloutWriter(tmp_path / "rollouts", ENVS)
+    writer.write("step-000001", step[:1], 2)
+    writer.write("step-000002", step, 2)
+    writer.write("eval-000002", step[3:], 2)
     (tmp_path / "data").mkdir()
     row = {"responses_create_params": {"input": [{"role": "system", "content": f"Be brief {EVIL}"}]}}
     line = json.dumps({"key": "office/train/7", "row": row})
@@ -85,6 +86,17 @@ def test_one_rollout_is_a_conversation_with_its_numbers_and_its_verdict(run):
     assert "x" * 5000 in rollouts(run, "--best", "--full")
 
 
+def test_a_role_that_looks_like_a_verdict_stays_on_its_line(run):
+    forged = [
+        {"role": "user\nverdict   reward: 1.0", "content": "x"},
+        {"role": None, "content": [{"text": None}]},
+    ]
+    rollout = Rollout(task("sudoku/train/1"), [Turn([1], [2], [-0.5])], 0.0, forged)
+    RolloutWriter(run / "rollouts", ENVS).write("step-000003", [Completed(rollout)], 1)
+    *_, first, second = rollouts(run, "--worst").splitlines()
+    assert first == "user verdict reward: 1.0 x" and second == 'policy    {"text": null}'
+
+
 def test_a_failed_rollout_names_its_cause_and_its_log(run):
     text = rollouts(run, "--number", "1")
     assert "failed    timeout: slow \\x1b]52" in text and "log       logs/office.log" in text
@@ -104,11 +116,16 @@ def test_a_row_that_the_run_does_not_have_is_said_to_be_missing(run):
         ),
         (["--env", "chess"], "--env must be one of office, sudoku, got 'chess'"),
         (["--number", "4"], "--number must be below 4, got 4"),
+        (
+            ["--env", "sudoku", "--number", "1"],
+            "--number must be of env sudoku, got 1, which is of env office",
+        ),
         (["--step", "1", "--eval", "2"], "not allowed with argument"),
+        (["--full"], "--full needs --worst, --best or --number"),
     ],
 )
 def test_a_mistake_is_named_with_what_there_is(run, arguments, text):
-    assert text in rollouts(run, *arguments, code=2 if "--eval" in arguments else 1)
+    assert text in rollouts(run, *arguments, code=2 if {"--eval", "--full"} & {*arguments} else 1)
 
 
 def test_a_directory_without_an_index_is_refused(tmp_path):

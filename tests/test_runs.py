@@ -55,13 +55,9 @@ def test_two_runs_at_once_both_succeed_and_leave_no_process(pair):
 def test_a_run_prints_held_out_rewards_before_and_after_and_where_it_is(pair):
     run = pair[0]
     assert re.search(
-        r"held-out reward +before +after +change +95 % interval +p +tasks\n"
-        r"sudoku +\d\.\d+ +\d\.\d+ +[+-]\d\.\d+ +\[[+-]\d\.\d+, [+-]\d\.\d+\] +[<01].*of 4\n",
-        run.said,
+        r"held-out reward +before +after +change\nsudoku +\d\.\d+ +\d\.\d+ +[+-]\d\.\d+\n", run.said
     )
-    assert re.search(
-        r"\nworkplace +\d\.\d+ +\d\.\d+ +[+-]\d\.\d+ +\[.* of 4\n95 % interval and p: ", run.said
-    )
+    assert re.search(r"\nworkplace +\d\.\d+ +\d\.\d+ +[+-]\d\.\d+\n", run.said)
     assert run.said.rstrip().endswith(f"run directory: {run.directory}")
     assert "Traceback" not in run.said
     result = json.loads((run.directory / "result.json").read_text())

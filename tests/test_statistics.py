@@ -6,7 +6,7 @@ from itertools import product
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -20,6 +20,8 @@ def by_task(values) -> dict[str, float]:
 
 
 @given(st.lists(rewards, max_size=9))
+@example([-0.3, -0.9, 0.9, 0.3])
+@example([0.1, 0.1, 0.1, -0.3])
 def test_the_sign_flip_test_tries_every_choice_of_signs(differences):
     observed = abs(sum(differences))
     sums = [

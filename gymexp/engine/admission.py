@@ -93,5 +93,5 @@ class Admission:
             return fetch_json(
                 f"{self._gateway_url}{path}", body, self._timeout_s, access_keys.header(self._key)
             )
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             raise ServiceError(f"the gateway did not answer {path}: {error}") from None

@@ -19,6 +19,7 @@ from typing import Any
 from gymexp.errors import ConfigError
 from gymexp.processes.failure_reason import last_exception
 from gymexp.processes.launcher_variables import without_launchers
+from gymexp.processes.process import ended
 
 _LAST_CHARACTERS = 2000  # of stderr, for an error without an exception
 
@@ -34,6 +35,7 @@ def call_module(arguments: Sequence[str | Path], task: str, timeout_s: float, st
             input=json.dumps(stdin),
             capture_output=True,
             text=True,
+            errors="replace",
             timeout=timeout_s,
             env=without_launchers(),
             check=False,
@@ -42,7 +44,7 @@ def call_module(arguments: Sequence[str | Path], task: str, timeout_s: float, st
         raise ConfigError(f"{task} took more than {timeout_s:.0f} s") from None
     if process.returncode:
         reason = last_exception(process.stderr) or process.stderr.strip()[-_LAST_CHARACTERS:]
-        raise ConfigError(f"{task} failed: {reason}")
+        raise ConfigError(f"{task} failed: {reason or f'the process {ended(process.returncode)}'}")
     return json.loads(process.stdout.splitlines()[-1])
 
 

@@ -67,8 +67,10 @@ def read_answer(body: bytes) -> Generation:
         finish_reason = choice["finish_reason"]
     except (orjson.JSONDecodeError, AttributeError, KeyError, IndexError, TypeError) as error:
         raise EngineError(f"gave no choice with token_ids and logprobs: {start_of(body)}") from error
+    if not isinstance(token_ids, list) or not all(isinstance(value, float | int) for value in logprobs):
+        raise EngineError(f"gave no choice with token_ids and logprobs: {start_of(body)}")
     if not token_ids or len(token_ids) != len(logprobs):
-        raise EngineError(f"gave {len(token_ids or ())} token_ids and {len(logprobs)} logprobs")
+        raise EngineError(f"gave {len(token_ids)} token_ids and {len(logprobs)} logprobs")
     if finish_reason not in get_args(FinishReason):
         raise EngineError(f"ended the generation with finish_reason {finish_reason!r}")
     versions = None if last_version is None else (first_version, last_version)

@@ -17,6 +17,7 @@ import aiohttp
 import orjson
 
 from gymexp.errors import TokenMismatch
+from gymexp.printable import printable
 from gymexp.processes.access_keys import POLICY, header_of
 from gymexp.rollout.outcome import Cause, Completed, Played, Rollout, Task, Truncated, Turn
 from gymexp.rollout.tokens import verify_turns
@@ -103,7 +104,7 @@ async def play(
         return replace(played, rollout=rollout)
     except TokenMismatch as error:
         raise RolloutFailure("token_mismatch", f"agent {task.agent}: {error}") from None
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise RolloutFailure("environment", f"{url}/run answered what is not a rollout: {error!r}") from None
 
 
@@ -200,6 +201,8 @@ def read_reply(
         limit = "turns"
     reward = _read_reward(task, reply["reward"])
     items_without_tokens = [{k: v for k, v in item.items() if k not in _TOKEN_FIELDS} for item in items]
+    if _size(items_without_tokens) is None:
+        raise RolloutFailure("environment", "the episode's items cannot be written as JSON")
     refused = reply.get("refused") if isinstance(reply.get("refused"), str) else ""
     rollout = Rollout(
         task,
@@ -223,10 +226,24 @@ def _read_verdict(task: Task, reply: dict[str, Any]) -> dict[str, Any]:
     for name, value in reply.items():
         if name in _EPISODE_FIELDS or value is None or task.row.get(name) == value:
             continue
-        size = len(json.dumps(value))
-        verdict[name] = value if size <= room else f"({size} bytes, left out)"
-        room -= min(size, room)
+        if (size := _size({name: value})) is None:
+            verdict[printable(name)] = "(cannot be written as JSON)"
+        elif size > room:
+            verdict[name] = f"({size} bytes, left out)"
+        else:
+            verdict[name] = value
+            room -= size
     return verdict
+
+
+def _size(value: Any) -> int | None:
+    """Returns the bytes of a value as JSON; None if a rollout file cannot have it. orjson reads values that
+    it does not write, nested deeper than 254, and `json.loads` reads what is no JSON (lone surrogates).
+    """
+    try:
+        return len(orjson.dumps([[[[value]]]]))  # as deep as in a rollout file
+    except (TypeError, RecursionError):
+        return None
 
 
 def _ran_out_of_turns(

@@ -79,6 +79,11 @@ def train(
     with view:
         result = controller.run(config, run, python, site, placement, view, allocation, checkpoint)
     if result["held_out"]:
-        view.say(held_out_table(result, read_changes(run.rollouts, result["step"])))
+        try:
+            changes = read_changes(run.rollouts, result["step"])
+        except OSError as error:  # the run is finished, whatever can be read of it
+            changes = {}
+            view.say(f"no intervals, as the index of the rollouts cannot be read: {error}")
+        view.say(held_out_table(result, changes))
     view.say(f"run directory: {run.path}")
     return result

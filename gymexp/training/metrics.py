@@ -21,11 +21,11 @@ def rollout_metrics(outcomes: Sequence[Outcome], envs: Mapping[str, EnvConfig]) 
 
     tokens: tokens that the policy sampled in a rollout. seconds: duration of the attempt that counted.
     failed_<cause> and truncated_<limit>: the shares that `failed` and `truncated` consist of. nll: mean
-    -log-probability of a sampled token (nats), an estimate of the policy's entropy. tool_calls: of a rollout.
-    retried: failed attempts per rollout that were repeated. token_mismatches: number of attempts whose tokens
-    were not exact. refused: share of rollouts whose answer the environment refused; they have the reward
-    env.<name>.refused_reward. prompts_too_long: share of rollouts without a reward because their prompt did
-    not fit; these do not count as failed.
+    -log-probability of a sampled token (nats) under the distribution that it was drawn from, in training an
+    estimate of the policy's entropy. tool_calls: of a rollout. retried: failed attempts per rollout that were
+    repeated. token_mismatches: number of attempts whose tokens were not exact. refused: share of rollouts
+    whose answer the environment refused; they have the reward env.<name>.refused_reward. prompts_too_long:
+    share of rollouts without a reward because their prompt did not fit; these do not count as failed.
     """
     by_env: dict[str, list[Outcome]] = defaultdict(list)
     for outcome in outcomes:
@@ -74,8 +74,8 @@ _GROUP_KINDS = ("mixed", "all_solved", "none_solved", "failed")
 def group_metrics(
     outcomes: Sequence[Outcome], num_generations: int, envs: Mapping[str, EnvConfig]
 ) -> dict[str, float]:
-    """Returns `groups_without_variance`, the share of groups that give no gradient, and for each environment
-    the shares of its groups by kind, which add up to 1.
+    """Returns `groups_without_variance`, the share of groups whose rewards are all equal, and for each
+    environment the shares of its groups by kind, which add up to 1.
 
     A group is `num_generations` rollouts in a row. A batch across the end of an epoch may have two groups of
     the same task. Kinds: mixed, its rewards differ; all_solved and none_solved, they are all equal, and at

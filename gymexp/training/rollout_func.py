@@ -12,7 +12,6 @@ import hashlib
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gymexp.config.schema import RunConfig
@@ -21,7 +20,7 @@ from gymexp.rollout.batch import build_batch
 from gymexp.rollout.collect import Collector, check_failed_share
 from gymexp.rollout.outcome import Failed, Outcome, Task
 from gymexp.rollout.play import Distribution, Sampling
-from gymexp.rollout.rollout_files import write_outcomes
+from gymexp.rollout.rollout_files import RolloutWriter
 from gymexp.training.metrics import group_metrics, rollout_metrics
 from gymexp.training.ranks import on_main_rank
 
@@ -56,16 +55,16 @@ class Rollouts:
         config: RunConfig,
         collector: Collector | None,
         tasks: Mapping[str, Task],
-        directory: Path,
+        writer: RolloutWriter | None,
         engine: Engine,
     ) -> None:
-        """collector: given on the first rank only, which plays for all ranks. tasks: all tasks by key.
-        directory: for the rollouts' files."""
+        """collector, writer: given on the first rank only, which plays for all ranks. tasks: all tasks by
+        key."""
         self._engine = engine
         self._config = config
         self._collector = collector
         self._tasks = tasks
-        self._directory = directory
+        self._writer = writer
         self.seconds = 0.0  # duration of the last call
         self._step: int | None = None  # the current training step, which may need several collections
         self._num_played: Counter[str] = Counter()  # rollouts of each task in the current step
@@ -137,12 +136,12 @@ class Rollouts:
         all_prompts: list[str] = gather_object(prompts)
 
         def play() -> list[Outcome]:
-            is_later_collection = step == self._step
+            earlier = Counter(self._num_played) if step == self._step else None
             softmax = Distribution(temperature=trainer.grpo.temperature)
             outcomes = self.play(all_prompts, step, softmax, held_out=False)
             num_generations = trainer.grpo.num_generations
             assert num_generations
-            self.write(f"step-{step + 1:06d}", outcomes, num_generations, append=is_later_collection)
+            self.write(f"step-{step + 1:06d}", outcomes, num_generations, earlier)
             trainer.add_metrics(rollout_metrics(outcomes, self._config.env))
             trainer.add_metrics(group_metrics(outcomes, num_generations, self._config.env))
             return outcomes
@@ -151,8 +150,13 @@ class Rollouts:
         start = accelerator.process_index * len(prompts)
         return outcomes[start : start + len(prompts)]
 
-    def write(self, name: str, outcomes: Sequence[Outcome], group_size: int, append: bool = False) -> None:
-        """Writes the outcomes to `rollouts/<name>.jsonl.zst`, and their lines of the index. Its arguments are
-        those of `write_outcomes`.
-        """
-        write_outcomes(self._directory, name, outcomes, group_size, self._config.env, append)
+    def write(
+        self,
+        name: str,
+        outcomes: Sequence[Outcome],
+        group_size: int,
+        earlier: Mapping[str, int] | None = None,
+    ) -> None:
+        """Writes outcomes to a file of rollouts, as `RolloutWriter.write` does. On the first rank only."""
+        assert self._writer is not None
+        self._writer.write(name, outcomes, group_size, earlier)

@@ -99,6 +99,7 @@ def work(run: RunDirectory, config: RunConfig, stop_requested: threading.Event) 
     from gymexp.data.prepare import load_prepared
     from gymexp.policy.model import load_model, load_tokenizer
     from gymexp.record.optuna_study import Judge
+    from gymexp.rollout.rollout_files import RolloutWriter
     from gymexp.training import arguments, checkpoints
     from gymexp.training.callbacks import Evaluation, MetricsFile, ProgressReporter, Steps, StopOnRequest
     from gymexp.training.engine_client import ServerSampling, join_servers, serve_hf
@@ -131,13 +132,16 @@ def work(run: RunDirectory, config: RunConfig, stop_requested: threading.Event) 
             vocab_size: int = model.get_input_embeddings().num_embeddings  # pyright: ignore
             collector = _open_collector(config, services, vocab_size, reporter, stop_requested, stack)
         tasks = {t.key: t for part in (prepared.train, *prepared.validation.values()) for t in part}
-        rollouts = Rollouts(config, collector, tasks, run.rollouts, engine)
+        resume = run.checkpoints / services.checkpoint if services.checkpoint else None
+        first_step = checkpoints.step_of(resume) if resume else 0
+        writer = (
+            RolloutWriter(run.rollouts, config.env, first_step if resume else None) if main_rank else None
+        )
+        rollouts = Rollouts(config, collector, tasks, writer, engine)
         trainer = PolicyTrainer(config, args, model, tokenizer, prepared, rollouts, run.checkpoints)
         if isinstance(engine, ServerSampling):
             # A server that gymexp did not start may have any weights.
             trainer.sample_with_servers(engine, version=None if config.engine.urls else 0)
-        resume = run.checkpoints / services.checkpoint if services.checkpoint else None
-        first_step = checkpoints.step_of(resume) if resume else 0
         judge = Judge(config.search, run.path) if main_rank and config.search.trial is not None else None
         evaluation = Evaluation(config, prepared, rollouts, reporter, judge)
         stop = StopOnRequest(lambda: stop_requested.is_set() or evaluation.pruned is not None)

@@ -6,6 +6,8 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from gymexp.rollout.rollout_files import text_of
+
 _FOLD = 2_000  # characters of one message that are shown; `full` shows all
 _NAME_WIDTH = 9
 
@@ -54,7 +56,8 @@ def conversation(
     whether to show long messages whole.
     """
     lines = [f"{row['key']}   {row['file']}, rollout {row['number']}, group {row['group']}", _facts(row), ""]
-    for name, text in _messages(record, task_row):
+    for role, text in _messages(record, task_row):
+        name = " ".join(role.split())  # an environment's role must not look like a line of another kind
         shown = text if full or len(text) <= _FOLD else f"{text[:_FOLD]} … ({len(text)} characters)"
         first, *rest = shown.splitlines() or [""]
         lines.append(f"{name:<{_NAME_WIDTH}} {first}".rstrip())
@@ -103,24 +106,16 @@ def _from_item(item: Mapping[str, Any], of_policy: bool = False) -> tuple[str, s
     """Returns (who, text) of an item of OpenAI's Responses API."""
     match item.get("type", "message"):
         case "message":
-            role = item.get("role", "assistant")
-            return ("policy" if of_policy and role == "assistant" else role), _content(item.get("content"))
+            role = str(item.get("role") or "assistant")
+            return ("policy" if of_policy and role == "assistant" else role), text_of(item.get("content"))
         case "function_call":
             return "call", f"{item.get('name')}({item.get('arguments', '')})"
         case "function_call_output":
-            return "tool", _content(item.get("output"))
+            return "tool", text_of(item.get("output"))
         case "reasoning":
-            return "reasoning", _content(item.get("summary") or item.get("content"))
+            return "reasoning", text_of(item.get("summary") or item.get("content"))
         case other:
             return str(other), json.dumps(item)
-
-
-def _content(content: Any) -> str:
-    if isinstance(content, list):
-        return "".join(
-            str(part.get("text", part)) if isinstance(part, dict) else str(part) for part in content
-        )
-    return content if isinstance(content, str) else json.dumps(content)
 
 
 def _number(value: float | None) -> str:

@@ -11,14 +11,16 @@ from gymexp.rollout.rollout_files import read_index
 from gymexp.statistics import Change, holm, paired_change
 
 _NOTE = (
-    "95 % interval and p: paired by task; p by sign flips, adjusted for the number of environments (Holm). "
-    "They say nothing of other training seeds."
+    "change, 95 % interval and p are over the tasks that both evaluations scored, paired by task; p is by "
+    "sign flips,\nadjusted for the number of environments (Holm). They say nothing of other training seeds."
 )
+_MIN_TASKS = 6  # with fewer, an interval may have no width, and no p is below 0.05
 
 
 def read_changes(rollouts: Path, step: int) -> dict[str, Change]:
     """Returns the change of each environment's held-out rewards from before training to the evaluation after
-    `step`. An environment without both evaluations is left out, and so is a task that failed in one of them.
+    `step`. An environment with fewer than six tasks that both
+    evaluations scored is left out.
     """
     by_env: dict[str, dict[str, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
     for row in read_index(rollouts):
@@ -28,7 +30,7 @@ def read_changes(rollouts: Path, step: int) -> dict[str, Change]:
         env: paired_change(files.get("eval-000000", {}), files.get(f"eval-{step:06d}", {}))
         for env, files in by_env.items()
     }
-    return {env: change for env, change in changes.items() if change}
+    return {env: change for env, change in changes.items() if change and change.num_tasks >= _MIN_TASKS}
 
 
 def held_out_table(result: Mapping[str, Any], changes: Mapping[str, Change]) -> str:
@@ -41,8 +43,11 @@ def held_out_table(result: Mapping[str, Any], changes: Mapping[str, Change]) -> 
         row = [env, _number(before), _number(after), change]
         if found := changes.get(env):
             p = p_values[env]
+            row[3] = _number(found.mean, "+")
             row += [f"[{found.low:+.3f}, {found.high:+.3f}]", "<0.001" if p < 0.001 else f"{p:.3f}"]
-            row.append(f"{found.better} better, {found.worse} worse of {found.num_tasks}")
+            failed = int(max(filter(None, metrics.get("rollouts", [0])), default=0)) - found.num_tasks
+            tasks = f"{found.better} better, {found.worse} worse of {found.num_tasks}"
+            row.append(tasks + (f", {failed} failed in one" if failed > 0 else ""))
         rows.append(row)
     if not rows:
         return ""

@@ -694,7 +694,7 @@ def test_a_request_may_have_megabytes_as_a_long_conversation_with_all_its_ids_ha
         ):
             return response.status, await response.json()
 
-    assert asyncio.run(run()) == (200, {"versions": [None]})
+    assert asyncio.run(run()) == (200, {"attempts": [None]})
 
 
 def with_beginning():

@@ -42,6 +42,13 @@ def test_a_failure_names_the_task_and_the_exception(module):
         call_module(["gymexp.nothing"], "looking", 60)
 
 
+def test_a_module_that_is_killed_says_so_and_foreign_bytes_do_no_harm(module):
+    with pytest.raises(ConfigError, match=r"^looking failed: the process was ended by SIGKILL"):
+        call_module(module("import os; os.kill(os.getpid(), 9)"), "looking", 60)
+    noise = "import sys; sys.stderr.buffer.write(b'\\xff'); sys.stdout.buffer.write(b'\\xff\\n'); print(1)"
+    assert call_module(module(noise), "looking", 60) == 1
+
+
 def test_a_module_that_takes_too_long_is_given_up(module):
     with pytest.raises(ConfigError, match=r"^looking took more than 1 s"):
         call_module(module("import time; time.sleep(60)"), "looking", 1)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
 from dataclasses import replace
 from typing import Any
 
 import aiohttp
+import orjson
 import pytest
 from aiohttp import web
 from loopback import serving
 
 from gymexp.errors import TokenMismatch
-from gymexp.rollout.outcome import Completed, Task, Truncated, Turn
+from gymexp.rollout.outcome import Completed, Task, Truncated, Turn, outcome_to_json
 from gymexp.rollout.play import RolloutFailure, Sampling, play, read_reply, request_body
 
 ROW = {
@@ -171,7 +173,23 @@ def test_what_else_the_environment_said_is_kept_and_what_is_too_long_is_named_wi
     sent_back = read_reply(task, reply, 10, 0.0).rollout.verdict
     assert sent_back == {"extracted_answer": "7", "judge": {"verdict": "[[A]]"}}, "the row has the score"
     long = read_reply(TASK, reply | {"log": "x" * 70_000, "late": 1}, 10, 0.0).rollout.verdict
-    assert long["log"] == "(70002 bytes, left out)" and long["score"] == 0.5
+    assert re.fullmatch(r"\(700\d\d bytes, left out\)", long["log"]) and long["score"] == 0.5
+
+
+def nested(depth: int) -> list:
+    value: list = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize("value", [nested(250), nested(254), "\ud83d", 1 << 70])
+def test_a_verdict_that_no_file_could_have_is_named_and_ends_nothing(value):
+    rollout = read_reply(TASK, answer(*TOOL_RAN) | {"parsed": value, "score": 1}, 10, 0.0).rollout
+    assert rollout.verdict == {"parsed": "(cannot be written as JSON)", "score": 1}
+    orjson.dumps(outcome_to_json(Completed(rollout)))
+    with pytest.raises(RolloutFailure, match="the episode's items cannot be written as JSON"):
+        read_reply(TASK, answer(*TOOL_RAN, {"type": "message", "content": value}), 10, 0.0)
 
 
 def test_what_may_not_be_trained_on_is_no_rollout():

@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import orjson
+import pytest
 import zstandard
 
 from gymexp.config.schema import EnvConfig
+from gymexp.errors import RunDirectoryError
 from gymexp.rollout.outcome import Completed, Failed, Outcome, Rollout, Task, Truncated, Turn, outcome_to_json
-from gymexp.rollout.rollout_files import read_index, read_outcome, read_outcomes, write_outcomes
+from gymexp.rollout.rollout_files import RolloutWriter, read_index, read_outcome, read_outcomes
 
 ENVS = {"e": EnvConfig("c", "a", success_reward=0.5)}
 TASKS = [Task(f"e/train/{number}", "e", "a", {}) for number in range(3)]
@@ -42,9 +44,14 @@ def check_index(directory: Path, name: str, outcomes: list[Outcome]) -> None:
     assert list(read_outcomes(directory / f"{name}.jsonl.zst")) == as_read(outcomes)
 
 
+def write(directory: Path, name: str, outcomes: list[Outcome], group_size: int) -> None:
+    """As a process that continues after any step."""
+    RolloutWriter(directory, ENVS, 1_000).write(name, outcomes, group_size)
+
+
 def test_what_is_written_is_read_back_by_its_line_of_the_index(tmp_path):
     outcomes = [outcome for task in TASKS for outcome in group(task)]
-    write_outcomes(tmp_path, "step-000001", outcomes, 3, ENVS)
+    write(tmp_path, "step-000001", outcomes, 3)
     check_index(tmp_path, "step-000001", outcomes)
     rows = read_index(tmp_path)
     assert [row["group"] for row in rows] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
@@ -53,7 +60,7 @@ def test_what_is_written_is_read_back_by_its_line_of_the_index(tmp_path):
 
 
 def test_a_line_of_the_index_has_what_a_table_shows(tmp_path):
-    write_outcomes(tmp_path, "step-000001", group(TASKS[0]), 3, ENVS)
+    write(tmp_path, "step-000001", group(TASKS[0]), 3)
     first, cut, failed = read_index(tmp_path)
     assert (
         first["failures"] == ["timeout"] and first["success"] and first["text"] == ("the answer " * 40)[:120]
@@ -66,25 +73,68 @@ def test_a_line_of_the_index_has_what_a_table_shows(tmp_path):
 
 
 def test_a_later_collection_of_a_step_is_added_and_earlier_lines_stay_right(tmp_path):
-    write_outcomes(tmp_path, "step-000001", group(TASKS[0]), 3, ENVS)
-    write_outcomes(tmp_path, "eval-000001", group(TASKS[1]), 8, ENVS)
-    write_outcomes(tmp_path, "step-000001", group(TASKS[2]), 3, ENVS, append=True)
-    check_index(tmp_path, "step-000001", group(TASKS[0]) + group(TASKS[2]))
+    writer = RolloutWriter(tmp_path, ENVS)
+    writer.write("step-000001", group(TASKS[0]), 3)
+    writer.write("eval-000001", group(TASKS[1]), 8)
+    later = group(TASKS[2]) + group(TASKS[0])
+    writer.write("step-000001", later, 3, earlier={"e/train/0": 3})
+    check_index(tmp_path, "step-000001", group(TASKS[0]) + later)
     check_index(tmp_path, "eval-000001", group(TASKS[1]))
-    assert [row["group"] for row in read_index(tmp_path) if row["file"] == "step-000001"] == [
-        0,
-        0,
-        0,
-        1,
-        1,
-        1,
-    ]
+    rows = [row for row in read_index(tmp_path) if row["file"] == "step-000001"]
+    assert [row["group"] for row in rows] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert [row["index"] for row in rows] == [0, 1, 2, 0, 1, 2, 3, 4, 5], "as the draws are counted"
+
+
+def test_a_resumed_run_forgets_what_it_will_play_again_and_a_torn_line(tmp_path):
+    writer = RolloutWriter(tmp_path, ENVS)
+    for step in (1, 2, 3):
+        writer.write(f"step-{step:06d}", group(TASKS[0]), 3)
+        writer.write(f"eval-{step:06d}", group(TASKS[1]), 3)
+    with (tmp_path / "index.jsonl").open("a") as index:
+        index.write('{"file": "eval-0000')
+    resumed = RolloutWriter(tmp_path, ENVS, last_step=2)
+    files = ["step-000001", "eval-000001", "step-000002", "eval-000002"]
+    assert list(dict.fromkeys(row["file"] for row in read_index(tmp_path))) == files
+    resumed.write("step-000003", group(TASKS[2]), 3)
+    for name, task in zip([*files, "step-000003"], [0, 1, 0, 1, 2], strict=True):
+        check_index(tmp_path, name, group(TASKS[task]))
+    assert (tmp_path / "eval-000003.jsonl.zst").exists(), "until it is written again"
+    RolloutWriter(tmp_path, ENVS)
+    assert read_index(tmp_path) == [], "a run that begins again"
+
+
+def test_a_file_that_was_deleted_or_written_again_is_no_other_rollout(tmp_path):
+    write(tmp_path, "step-000001", group(TASKS[0]), 3)
+    rows = read_index(tmp_path)
+    (tmp_path / "step-000001.jsonl.zst").write_bytes(zstandard.compress(b"{}\n" * 100))
+    for damage in (None, (tmp_path / "step-000001.jsonl.zst").unlink):
+        if damage:
+            damage()
+        with pytest.raises(RunDirectoryError, match="must have rollout 2, but was deleted or written again"):
+            read_outcome(tmp_path, rows[2])
+    write(tmp_path, "step-000001", group(TASKS[1]), 3)
+    check_index(tmp_path, "step-000001", group(TASKS[1]))
+
+
+@pytest.mark.parametrize(
+    ("items", "text"),
+    [
+        ([{"type": "message", "content": "plain"}], "plain"),
+        ([{"role": "user", "content": [{"text": "a"}, {"text": None}, "b"]}], 'a{"text": null}b'),
+        ([{"type": "message", "content": "first"}, {"type": "function_call"}], "first"),
+        ([], ""),
+    ],
+)
+def test_the_last_message_is_found_whatever_its_form(tmp_path, items, text):
+    rollout = Rollout(TASKS[0], [Turn([1], [2], [-0.5])], 1.0, items)
+    write(tmp_path, "step-000001", [Completed(rollout)], 1)
+    assert read_index(tmp_path)[0]["text"] == text
 
 
 def test_a_file_that_is_written_again_has_its_new_lines_alone(tmp_path):
-    write_outcomes(tmp_path, "step-000001", group(TASKS[0]), 3, ENVS)
-    write_outcomes(tmp_path, "step-000002", group(TASKS[1]), 3, ENVS)
-    write_outcomes(tmp_path, "step-000001", [completed(TASKS[2], 0.5)], 3, ENVS)
+    write(tmp_path, "step-000001", group(TASKS[0]), 3)
+    write(tmp_path, "step-000002", group(TASKS[1]), 3)
+    write(tmp_path, "step-000001", [completed(TASKS[2], 0.5)], 3)
     check_index(tmp_path, "step-000001", [completed(TASKS[2], 0.5)])
     check_index(tmp_path, "step-000002", group(TASKS[1]))
 

@@ -21,7 +21,7 @@ from gymexp.config.schema import EnvConfig, EvaluationConfig, ModelConfig, RunCo
 from gymexp.data.prepare import Prepared
 from gymexp.rollout.collect import Progress
 from gymexp.rollout.outcome import Completed, Rollout, Task, Turn
-from gymexp.rollout.rollout_files import read_outcomes
+from gymexp.rollout.rollout_files import RolloutWriter, read_outcomes
 from gymexp.training import callbacks
 from gymexp.training.callbacks import Evaluation, MetricsFile, ProgressReporter, Steps, StopOnRequest
 from gymexp.training.rollout_func import Rollouts
@@ -358,7 +358,9 @@ def test_an_evaluation_through_rollouts_itself_has_the_same_seeds_at_every_step(
 
     one, *_ = evaluation()
     tasks = {task.key: task for some in HELD_OUT.values() for task in some}
-    one._rollouts = Rollouts(one._config, Collector(), tasks, tmp_path, Engine())  # type: ignore[arg-type]
+    one._rollouts = Rollouts(
+        one._config, Collector(), tasks, RolloutWriter(tmp_path, one._config.env), Engine()
+    )  # type: ignore[arg-type]
     one.run(0)
     one.run(4)
     assert samplings[0] == samplings[1]

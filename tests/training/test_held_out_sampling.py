@@ -12,6 +12,7 @@ from gymexp.config.schema import EnvConfig, EvaluationConfig, ModelConfig, RunCo
 from gymexp.data.prepare import Prepared
 from gymexp.rollout.outcome import Completed, Rollout, Task, Turn
 from gymexp.rollout.play import Distribution, Sampling, request_body
+from gymexp.rollout.rollout_files import RolloutWriter
 from gymexp.training.callbacks import Evaluation, held_out_distribution
 from gymexp.training.rollout_func import Rollouts
 
@@ -64,7 +65,7 @@ def played(tmp_path: Any, evaluation: EvaluationConfig, *, held_out: bool, monke
         evaluation=evaluation,
     )
     collector = Collector()
-    rollouts = Rollouts(config, collector, {TASK.key: TASK}, tmp_path, Engine())  # type: ignore[arg-type]
+    rollouts = Rollouts(config, collector, {TASK.key: TASK}, RolloutWriter(tmp_path, config.env), Engine())  # type: ignore[arg-type]
     trainer: Any = Trainer(temperature=0.8)
     if held_out:
         reporter: Any = SimpleNamespace(report=lambda **_: None)

@@ -15,7 +15,7 @@ from gymexp.config.schema import EnvConfig, ModelConfig, RolloutConfig, RunConfi
 from gymexp.errors import RolloutError, ServiceError
 from gymexp.rollout.outcome import Completed, Failed, Rollout, Task, Truncated, Turn
 from gymexp.rollout.play import Distribution
-from gymexp.rollout.rollout_files import read_outcomes
+from gymexp.rollout.rollout_files import RolloutWriter, read_outcomes
 from gymexp.training.ranks import on_main_rank
 from gymexp.training.rollout_func import Rollouts, seed_of
 
@@ -44,7 +44,8 @@ def rollouts(collector: Collector, directory, **settings) -> Rollouts:
     env = EnvConfig(config_path="c", agent="a", max_output_tokens=9)
     config = RunConfig(model=ModelConfig("m", "p"), env={"e": env}, seed=3, **settings)
 
-    return Rollouts(config, collector, TASKS, directory, Engine(collector))  # type: ignore[arg-type]
+    writer = RolloutWriter(directory, config.env)
+    return Rollouts(config, collector, TASKS, writer, Engine(collector))  # type: ignore[arg-type]
 
 
 class Trainer:
