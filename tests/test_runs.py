@@ -21,6 +21,7 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from whole_run import BATCH, OVERRIDES, PATIENCE_S, ROOT, SIZES, STEPS, TINY, UNEVALUATED, Run
 
+from gymexp.rollout.rollout_files import read_index, read_outcome
 from gymexp.sweep.sweep_reader import read_sweep
 from gymexp.training import checkpoints
 
@@ -90,7 +91,7 @@ def test_metrics_have_every_environment_where_the_time_went_and_no_drift(pair):
 def test_every_rollout_is_kept_with_its_tokens_and_reads_back(pair):
     run = pair[0]
     names = [f"step-{step:06d}" for step in range(1, STEPS + 1)]
-    assert sorted(p.name.split(".")[0] for p in (run.directory / "rollouts").iterdir()) == [
+    assert sorted(p.name.split(".")[0] for p in (run.directory / "rollouts").glob("*.zst")) == [
         "eval-000000",
         "eval-000002",
         f"eval-{STEPS:06d}",
@@ -105,6 +106,13 @@ def test_every_rollout_is_kept_with_its_tokens_and_reads_back(pair):
             for turn in record["rollout"]["turns"]:
                 assert len(turn["completion_ids"]) == len(turn["logprobs"]) > 0
     assert len(run.rollouts("eval-000000")) == 8
+    rows = read_index(run.directory / "rollouts")
+    assert len(rows) == STEPS * BATCH + 3 * 8
+    for row in rows:
+        record = read_outcome(run.directory / "rollouts", row)
+        assert record["rollout"]["reward"] == row["reward"] and record["rollout"]["seed"] == row["seed"]
+        assert 0 < row["seconds"]["policy"] <= row["seconds"]["total"] and row["replica"] and row["began"]
+        assert row["env"] == "workplace" or "extracted_answer" in record["rollout"]["verdict"]
 
 
 def test_the_last_and_the_best_checkpoint_stay_and_the_final_weights_are_there(pair):
