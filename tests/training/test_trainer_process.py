@@ -31,8 +31,8 @@ def work(*_):
     import torch
     raise {error}
 
-process.work, process.from_yaml = work, lambda path: None
-process.main()
+trainer_process.work, trainer_process.from_yaml = work, lambda path: None
+trainer_process.main()
 """
 
 
@@ -252,9 +252,10 @@ def test_the_result_is_written_by_the_first_rank_and_nothing_keeps_the_process(t
     code = (
         "from gymexp.training import trainer_process\n"
         "import threading, time\n"
-        "process.work = lambda *_: threading.Thread(target=time.sleep, args=[60]).start() or {'step': 3}\n"
-        "process.from_yaml = lambda path: None\n"
-        "process.main()\n"
+        "sleep = threading.Thread(target=time.sleep, args=[60])\n"
+        "trainer_process.work = lambda *_: sleep.start() or {'step': 3}\n"
+        "trainer_process.from_yaml = lambda path: None\n"
+        "trainer_process.main()\n"
     )
     for rank, written in (("1", False), ("0", True)):
         began = time.monotonic()
