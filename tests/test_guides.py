@@ -29,6 +29,7 @@ SUDOKU_DATA = " ".join(f"env.sudoku.data.{split}={size}" for split, size in SIZE
 WORKPLACE_DATA = " ".join(f"env.workplace.data.{split}={size}" for split, size in SIZES.items())
 ONE_STEP = (
     "trainer.max_steps=1 trainer.per_device_train_batch_size=4 trainer.num_generations=4 "
+    "trainer.gradient_accumulation_steps=1 "
     "evaluation.before=false evaluation.after=false"
 )
 # Run in this order, as a new user would: a later command may look at what an earlier one left.
@@ -52,12 +53,15 @@ RUN = {
     "python -m gymexp.train 'env=[workplace]'": f"{ONE_STEP} {WORKPLACE_DATA}",
     "python -m gymexp.train --config-dir sweeps --config-name search_lr 'env=[sudoku]'": (
         "search.num_trials=1 evaluation.every_steps=1 evaluation.num_tasks=2 trainer.max_steps=2 "
+        "trainer.gradient_accumulation_steps=1 "
         f"{SUDOKU_DATA}"
     ),
     "python -m gymexp.train launcher=slurm launcher.dry_run=true": "",
-    "python -m gymexp.doctor --init": "",
 }
 BY_OTHER_TESTS = {
+    "python -m gymexp.doctor --init": (
+        "tests/doctor/test_doctor.py::writes_this_clusters_defaults_once_and_a_run_takes_them"
+    ),
     "python -m gymexp.train experiment=quickstart trainer=dr_grpo seed=1": (
         "tests/whole_run.py::experiment=quickstart"
     ),
