@@ -10,7 +10,7 @@ from typing import get_args
 
 from gymexp.config.schema import EnvConfig
 from gymexp.record.metric_names import name_of
-from gymexp.rollout.outcome import Cause, Completed, Failed, Limit, Outcome, Rollout, Truncated, task_of
+from gymexp.rollout.outcome import Cause, Failed, Limit, Outcome, Rollout, Truncated, task_of
 
 _CAUSES = [cause for cause in get_args(Cause) if cause != "prompt_too_long"]  # which counts by itself
 
@@ -101,9 +101,3 @@ def group_metrics(
         for kind in _GROUP_KINDS
     }
     return {"groups_without_variance": flat} | shares
-
-
-def mean_reward(outcomes: Sequence[Outcome]) -> float:
-    """Returns the mean reward of the rollouts that did not fail; NaN if all failed."""
-    rewards = [o.rollout.reward for o in outcomes if isinstance(o, Completed | Truncated)]
-    return fmean(rewards) if rewards else math.nan

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from gymexp.config.schema import EnvConfig
 from gymexp.rollout.outcome import Cause, Completed, Failed, Outcome, Rollout, Task, Truncated, Turn
-from gymexp.training.metrics import group_metrics, mean_reward, rollout_metrics
+from gymexp.training.metrics import group_metrics, rollout_metrics
 
 ENVS = {
     "a": EnvConfig(config_path="c", agent="x"),
@@ -170,11 +170,6 @@ def test_rewards_as_large_as_float32_holds_have_a_mean_and_a_deviation():
     )
     assert (metrics["a/reward"], metrics["a/reward_std"]) == (3e38, 0.0)
     assert (metrics["b/reward"], metrics["b/reward_std"]) == (0.0, 3e38)
-
-
-def test_the_mean_reward_is_over_what_was_scored():
-    assert mean_reward([played("a", 1.0), played("b", 0.0, cut=True), failed("a")]) == 0.5
-    assert math.isnan(mean_reward([failed("a")]))
 
 
 def test_what_the_environment_refused_and_prompts_without_room_are_counted_apart_from_failures():
