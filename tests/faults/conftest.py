@@ -44,16 +44,16 @@ def fault(request: pytest.FixtureRequest) -> Callable[[str], Stopwatch]:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--write-seconds", action="store_true", help="write them into docs/reliability.md")
-    parser.addoption("--fifth", type=int, choices=range(5), help="run every fifth test, from this one on")
+    parser.addoption("--eighth", type=int, choices=range(8), help="run every eighth test, from this one on")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    fifth = config.getoption("--fifth", default=None)
+    eighth = config.getoption("--eighth", default=None)
     injecting = [item for item in items if "fault" in getattr(item, "fixturenames", ())]
     for item in injecting:
         item.add_marker("fault")
     for number, item in enumerate(sorted(injecting, key=lambda item: item.nodeid)):
-        if fifth is not None and number % 5 != fifth:
+        if eighth is not None and number % 8 != eighth:
             items.remove(item)
 
 
