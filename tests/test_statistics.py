@@ -6,7 +6,7 @@ from itertools import product
 
 import numpy as np
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -41,6 +41,7 @@ def test_for_many_tasks_draws_come_near_the_exact_share_and_are_the_same_each_ti
     assert 0 < sign_flip_p(np.ones(200)) < 1e-3, "never 0: the data are one of the draws"
 
 
+@settings(deadline=None)  # the first example imports scipy
 @given(st.lists(st.tuples(rewards, rewards), min_size=2, max_size=40))
 def test_the_interval_is_students_t_over_the_differences(pairs):
     change = paired_change(by_task(a for a, _ in pairs), by_task(b for _, b in pairs))
