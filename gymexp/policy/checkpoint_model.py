@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -125,6 +126,7 @@ def _is_plain(checkpoint: Path, dtype: str) -> bool:
 def _write_model(config: ModelConfig, checkpoint: Path, to: Path) -> None:
     """Loads the policy of a checkpoint and saves it as a run saves its final policy."""
     import torch
+    from transformers.trainer_utils import align_special_tokens
 
     from gymexp.policy import lora  # imports torch
 
@@ -139,7 +141,9 @@ def _write_model(config: ModelConfig, checkpoint: Path, to: Path) -> None:
         if not _has_weights(checkpoint):
             _fill(model, _read_tensors(checkpoint), checkpoint)
         weights = {name: value.detach().to(dtype) for name, value in model.named_parameters()}
-    save_policy(model, weights, load_tokenizer(source), to)
+    tokenizer = load_tokenizer(source)
+    align_special_tokens(model, tokenizer)  # as transformers does before it trains
+    save_policy(model, weights, tokenizer, to)
 
 
 def _source(config: ModelConfig, checkpoint: Path) -> ModelConfig:
@@ -229,7 +233,8 @@ def _read_distributed(directory: Path) -> NamedTensors:
     for key, entry in metadata.items():
         if isinstance(entry, dcp.metadata.TensorStorageMetadata):
             state = {key: torch.empty(entry.size, dtype=entry.properties.dtype)}
-            dcp.load(state, checkpoint_id=directory, no_dist=True)
+            with warnings.catch_warnings(action="ignore", category=UserWarning):  # of a single process
+                dcp.load(state, checkpoint_id=directory, no_dist=True)
             yield key.removeprefix("model."), state[key]
 
 
