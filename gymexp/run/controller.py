@@ -44,6 +44,7 @@ from gymexp.record.directory import Ended, RunDirectory
 from gymexp.record.places import cache_dir
 from gymexp.run import services
 from gymexp.run.control_endpoint import Control
+from gymexp.run.timeline import Timeline
 from gymexp.view.progress import View
 
 log = logging.getLogger(__name__)
@@ -100,8 +101,7 @@ class Controller:
         self._ended: Ended | None = None
         self._outcome: str | None = None  # how the run ended, in words
         self._ranks: list[Service] = []  # the trainer's processes
-        self._has_played = False
-        self._num_entries = 0  # the trainer's log entries shown so far
+        self._timeline = Timeline(directory)
 
     async def run(self, gym_python: Path, site: Path) -> dict[str, Any]:
         gym = self._config.gym
@@ -124,7 +124,7 @@ class Controller:
         writing = asyncio.create_task(self._keep_status(supervisor))
         async with control:
             try:
-                self._note(event="start")
+                self._timeline.note(event="start")
                 self._catch_signals(supervisor)
                 nodes: list[Node] = [local]
                 if others:
@@ -165,7 +165,7 @@ class Controller:
                     await others.close()
                 writing.cancel()
                 self._write_status(supervisor)
-                self._note(event="end")
+                self._timeline.note(event="end")
                 if self._end_signal is None:
                     for number, handler in self._old_handlers.items():
                         signal.signal(number, handler)
@@ -348,25 +348,12 @@ class Controller:
         for number in numbers:
             self._old_handlers[number] = signal.signal(number, handle)
 
-    def _note(self, **fields: Any) -> None:
-        """Appends a line to timeline.jsonl. `seconds` counts from this process's start, which is when the
-        user gave the command."""
-        since = round(clock.since_start(), 2)
-        self._directory.note({"time": round(time.time(), 3), "seconds": since, **fields})
-
     def _on_progress(self, facts: dict[str, Any]) -> None:
-        if facts.get("phase") != self._facts.get("phase"):
-            self._note(phase=facts.get("phase"))
-        if facts.get("done") and not self._has_played:
-            self._has_played = True
-            self._note(event="first rollout")
-        entries = facts.pop("entries", [])
+        entries = self._timeline.follow(self._facts, facts)
         self._facts = facts
         self._view.update(facts)
         for entry in entries:
-            if entry["number"] > self._num_entries:  # the trainer sends entries again if our reply was lost
-                self._num_entries = entry["number"]
-                self._view.log(entry["step"], entry["logs"])
+            self._view.log(entry["step"], entry["logs"])
 
     def _write_status(self, supervisor: Supervisor) -> None:
         states = {s.name: s.state for s in supervisor.services.values()}

@@ -1,4 +1,4 @@
-"""What an item says, and which outputs of tools are known to be errors: those that NeMo Gym's servers write."""
+"""What an item says, and which outputs of tools are errors: those that NeMo Gym's servers write."""
 
 from __future__ import annotations
 
