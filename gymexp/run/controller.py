@@ -44,6 +44,7 @@ from gymexp.record.directory import Ended, RunDirectory
 from gymexp.record.places import cache_dir
 from gymexp.run import services
 from gymexp.run.control_endpoint import Control
+from gymexp.run.system_records import SystemRecorder
 from gymexp.run.timeline import Timeline
 from gymexp.view.progress import View
 
@@ -102,6 +103,7 @@ class Controller:
         self._outcome: str | None = None  # how the run ended, in words
         self._ranks: list[Service] = []  # the trainer's processes
         self._timeline = Timeline(directory)
+        self._system: SystemRecorder | None = None
 
     async def run(self, gym_python: Path, site: Path) -> dict[str, Any]:
         gym = self._config.gym
@@ -131,6 +133,7 @@ class Controller:
                     self._directory.result.unlink(missing_ok=True)
                     nodes = await others.join(control.url)
                     self._placement = place(self._config, [node.gpus for node in nodes])
+                self._system = SystemRecorder(self._directory, lambda: supervisor.services, self._own_gpus())
                 endpoints = await self._open_engines(nodes)
                 gateway_url = ports.url_of(gateway_sock)
                 gym_args = gym_python, site, gateway_url, sockets, local.address, keys
@@ -160,6 +163,8 @@ class Controller:
             finally:
                 self._stopping = True
                 self._facts["phase"] = "stop"
+                if self._system:
+                    self._system.close()
                 await supervisor.close([rank.name for rank in self._ranks], ["gateway"])
                 if others:
                     await others.close()
@@ -202,6 +207,11 @@ class Controller:
             self._directory.write_result({"error": f"{failure}\n{advice}"})
             return ServiceError(f"{failure}\n{advice}")
         return failure
+
+    def _own_gpus(self) -> list[str]:
+        """Returns the GPUs that the run uses on this node, as CUDA_VISIBLE_DEVICES names them."""
+        shares = [*self._placement.training, *self._placement.replicas]
+        return sorted({gpu for share in shares if share.node == 0 for gpu in share.gpus})
 
     async def _open_engines(self, nodes: Sequence[Node]) -> list[Endpoint]:
         """Returns each engine's endpoint: a socket for the hf engine; a reserved port for vLLM, which opens
