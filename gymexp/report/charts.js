@@ -48,9 +48,20 @@
     Promise.all(others.map((other) => Plotly.relayout(other, update))).finally(() => { following = false; });
   });
 
+  const setHeight = (chart) => { chart.style.height = `${figures[chart.dataset.figure].layout.height}px`; };
+  for (const select of document.querySelectorAll("figure select")) {
+    select.addEventListener("change", () => {
+      const chart = select.closest("figure").querySelector(".chart");
+      chart.dataset.figure = select.value;
+      setHeight(chart);
+      Plotly.purge(chart);
+      draw(chart);
+    });
+  }
+
   const start = async () => {
     for (const chart of document.querySelectorAll(".chart")) {
-      chart.style.height = `${figures[chart.dataset.figure].layout.height}px`;
+      setHeight(chart);
     }
     for (const chart of document.querySelectorAll(".chart")) {
       await draw(chart);

@@ -7,12 +7,13 @@ through `label`, because plotly.js reads a few HTML tags in the texts of a chart
 from __future__ import annotations
 
 import html
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gymexp.printable import printable
-from gymexp.report.panel import Chart, Figure
+from gymexp.report.panel import Chart
 
 Number = int | float
 Values = Sequence[Number | None]
@@ -169,7 +170,7 @@ def stack(
 
 def _x(steps: Sequence[int]) -> dict[str, Any]:
     """Returns the steps of a trace: as first and distance where they are even, which keeps a page small."""
-    if len(steps) > 2 and all(b - a == steps[1] - steps[0] for a, b in zip(steps, steps[1:], strict=False)):
+    if len(steps) > 2 and all(b - a == steps[1] - steps[0] for a, b in itertools.pairwise(steps)):
         return {"x0": steps[0], "dx": steps[1] - steps[0]}
     return {"x": list(steps)}
 
