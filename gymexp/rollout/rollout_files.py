@@ -127,7 +127,8 @@ def read_outcomes(path: Path) -> Iterator[dict[str, Any]]:
 
 def _summary(outcome: Outcome, env: EnvConfig) -> dict[str, Any]:
     """Returns what the index has of an outcome beside its place. tokens: that the policy sampled. nll: their
-    mean -log-probability in nats. text: the beginning of the last message."""
+    mean -log-probability in nats; None for a policy that gives no token ids. text: the beginning of the last
+    message."""
     task = task_of(outcome)
     row: dict[str, Any] = {"key": task.key, "env": task.env, "outcome": type(outcome).__name__.lower()}
     row["failures"] = outcome.failures
@@ -135,16 +136,16 @@ def _summary(outcome: Outcome, env: EnvConfig) -> dict[str, Any]:
         return row | {"cause": outcome.cause, "text": outcome.detail[:_MAX_TEXT]}
     if isinstance(outcome, Truncated):
         row["limit"] = outcome.limit
-    rollout = outcome.rollout
+    rollout, usage = outcome.rollout, outcome.rollout.usage
     logprobs = [value for turn in rollout.turns for value in turn.logprobs]
     return row | {
         "reward": rollout.reward,
         "success": rollout.reward >= env.success_reward,
         "refused": bool(rollout.refused),
-        "turns": len(rollout.turns),
-        "prompt_tokens": len(rollout.turns[0].prompt_ids),
-        "tokens": len(logprobs),
-        "nll": round(max(0.0, -fmean(logprobs)), 4),
+        "turns": len(rollout.turns) if usage is None else usage["turns"],
+        "prompt_tokens": len(rollout.turns[0].prompt_ids) if usage is None else usage.get("prompt_tokens"),
+        "tokens": len(logprobs) if usage is None else usage.get("completion_tokens"),
+        "nll": round(max(0.0, -fmean(logprobs)), 4) if logprobs else None,
         "tool_calls": sum(item.get("type") == "function_call" for item in rollout.items),
         "began": rollout.began,
         "seconds": rollout.seconds,
