@@ -106,7 +106,9 @@ def _in_output_dir(main: Job) -> Job:
                 raise
             end_with(error)
         finally:
-            with contextlib.suppress(OSError):
-                Path(HydraConfig.get().runtime.output_dir).rmdir()
+            made = Path(HydraConfig.get().runtime.output_dir)
+            if made != Path.cwd():  # a command that needs no such directory names its working directory
+                with contextlib.suppress(OSError):
+                    made.rmdir()
 
     return wrapped

@@ -10,7 +10,7 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gymexp.config.schema import PlacementConfig, RunConfig
+from gymexp.config.schema import EngineConfig, PlacementConfig, RunConfig
 from gymexp.errors import ConfigError
 
 
@@ -25,9 +25,9 @@ class Share:
 
 @dataclass(frozen=True)
 class Placement:
-    """The GPUs that train and those that sample. engine: hf or vllm. training: one share for each node that
-    trains. replicas: one share for each engine server that the run starts; empty with `engine.urls`, and with
-    engine=hf on one node, which samples in the trainer's process.
+    """The GPUs that train and those that sample. engine: hf, vllm, or none for a policy that is text alone.
+    training: one share for each node that trains. replicas: one share for each engine server that the run
+    starts; empty with `engine.urls`, and with engine=hf on one node, which samples in the trainer's process.
     """
 
     engine: str
@@ -87,13 +87,38 @@ def place(config: RunConfig, nodes: Sequence[list[str]]) -> Placement:
     their GPUs, and the others train with all of theirs. Raises ConfigError if the configuration does not fit
     the GPUs.
     """
-    engine = config.engine
-    kind = engine.kind
-    if kind == "auto":
-        kind = "vllm" if any(nodes) and (engine.python or importlib.util.find_spec("vllm")) else "hf"
+    kind = _kind(config.engine, nodes)
     if config.placement.rollout_nodes is None:
         return _place_on_one(config, kind, nodes[0])
     return _place_over_nodes(config, kind, nodes, config.placement.rollout_nodes)
+
+
+def place_evaluation(config: RunConfig, gpus: list[str]) -> Placement:
+    """Returns which of this machine's GPUs sample in an evaluation, where nothing trains: with vLLM all of
+    them, in replicas of `engine.tensor_parallel_size`; with the hf engine, in the evaluator's process, one.
+
+    Raises ConfigError if the replicas do not fit the GPUs.
+    """
+    if (kind := _kind(config.engine, [gpus])) == "hf":
+        return _on_one(kind, gpus[:1], [])
+    size = config.engine.tensor_parallel_size
+    if len(gpus) % size:
+        raise ConfigError(
+            f"engine.tensor_parallel_size must divide the number of GPUs here, {len(gpus)}, got {size}"
+        )
+    return _on_one(kind, [], [gpus[i : i + size] for i in range(0, max(1, len(gpus)), size)])
+
+
+def place_text_policy() -> Placement:
+    """Returns the placement of an evaluation without an engine."""
+    return _on_one("none", [], [])
+
+
+def _kind(engine: EngineConfig, nodes: Sequence[list[str]]) -> str:
+    """Returns the engine: `engine.kind`, where auto is vllm if a GPU and vLLM are present."""
+    if engine.kind != "auto":
+        return engine.kind
+    return "vllm" if any(nodes) and (engine.python or importlib.util.find_spec("vllm")) else "hf"
 
 
 def _place_over_nodes(config: RunConfig, kind: str, nodes: Sequence[list[str]], rollout: int) -> Placement:

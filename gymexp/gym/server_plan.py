@@ -44,12 +44,14 @@ def plan(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     host: str = "127.0.0.1",
     key: str = "none",
+    gives_tokens: bool = True,
 ) -> Layout:
     """Returns the servers of `envs`.
 
     site: the directory of NeMo Gym's folders. port: returns the port on `host` of a server, by its name.
     chat_template_kwargs: `model.chat_template_kwargs`, which the model server adds to every request. key: the
-    API key that the model server sends to the policy. Raises ConfigError if a file or an agent does not
+    API key that the model server sends to the policy. gives_tokens: whether the policy's answers have token
+    ids. Raises ConfigError if a file or an agent does not
     exist.
     """
     layout = Layout(config={"head_server": {"host": "127.0.0.1", "port": 0}})
@@ -62,7 +64,7 @@ def plan(
 
     models = [POLICY if i == 0 else f"{POLICY}-{i}" for i in range(gym.model_servers)]
     for model in models:
-        values = model_server(policy_url, chat_template_kwargs, key)
+        values = model_server(policy_url, chat_template_kwargs, key, gives_tokens)
         add(model, "responses_api_models", "vllm_model", values)
     count = 0
     for env_name, env in envs.items():
@@ -115,7 +117,10 @@ def read_config(env_name: str, env: EnvConfig, site: Path) -> dict[str, Any]:
 
 
 def model_server(
-    policy_url: str, chat_template_kwargs: Mapping[str, Any] | None, key: str = "none"
+    policy_url: str,
+    chat_template_kwargs: Mapping[str, Any] | None,
+    key: str = "none",
+    gives_tokens: bool = True,
 ) -> dict[str, Any]:
     """Returns the configuration of NeMo Gym's model server, with the gateway as its policy."""
     return {
@@ -123,7 +128,7 @@ def model_server(
         "base_url": f"{policy_url}/v1",
         "api_key": key,
         "model": "policy",
-        "return_token_id_information": True,
+        "return_token_id_information": gives_tokens,
         "uses_reasoning_parser": True,
         "chat_template_kwargs": dict(chat_template_kwargs or {}) or None,
     }

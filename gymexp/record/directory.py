@@ -82,8 +82,10 @@ class RunDirectory:
     then calls `describe`. So a directory with a config.yaml has everything that a resumed run needs.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, command: str = "train") -> None:
+        """command: gymexp's command that made the directory, and goes on with it."""
         self.path = path
+        self.command = command
         self.logs = path / "logs"
         self.data = path / "data"
         self.checkpoints = path / "checkpoints"
@@ -96,13 +98,18 @@ class RunDirectory:
         self.result = path / "result.json"
         self._refused: OSError | None = None  # the error of the last write, if it failed
 
+    @property
+    def resume_command(self) -> str:
+        """The command line that goes on with what the directory is of."""
+        return f"python -m gymexp.{self.command} {shlex.quote(f'resume={self.path}')}"
+
     @classmethod
-    def claim(cls, path: Path) -> RunDirectory:
+    def claim(cls, path: Path, command: str = "train") -> RunDirectory:
         """Makes and locks a new run's directory.
 
         Raises RunDirectoryError if the directory already contains a run or files of the user's own.
         """
-        run = cls(path)
+        run = cls(path, command)
         if run.config.exists():
             raise RunDirectoryError(
                 f"{path} holds a run already: go on with it by resume={path}, or choose another output_dir"
@@ -152,9 +159,9 @@ class RunDirectory:
         return not max_steps or max_steps <= result["step"]
 
     @classmethod
-    def reopen(cls, path: Path) -> RunDirectory:
+    def reopen(cls, path: Path, command: str = "train") -> RunDirectory:
         """Locks the directory of a run to resume. Raises RunDirectoryError if it has no config.yaml."""
-        run = cls(path)
+        run = cls(path, command)
         if not run.config.exists():
             raise RunDirectoryError(f"resume must name a run directory, but {path} has no config.yaml")
         run._lock()
@@ -189,10 +196,10 @@ class RunDirectory:
             return ""  # a file system that does not answer now may answer later
         now = Path(os.readlink(f"/proc/self/fd/{lock_fd}")) if sys.platform == "linux" else None
         if now and now.exists():
-            resume = shlex.quote(f"resume={now.parent}")
+            moved = RunDirectory(now.parent, self.command)
             return (
                 f"the run directory {self.path} was moved to {now.parent} while the run went on, which ended "
-                f"it there; go on from its last checkpoint with: python -m gymexp.train {resume}"
+                f"it there; go on from its last checkpoint with: {moved.resume_command}"
             )
         return (
             f"the run directory {self.path} was deleted while the run went on, which ended it: nothing of it "
@@ -244,8 +251,7 @@ class RunDirectory:
             return lost
         if self._refused is None or self.read_result():
             return ""
-        resume = shlex.quote(f"resume={self.path}")
-        return f"{in_words(self._refused)}; then go on with: python -m gymexp.train {resume}"
+        return f"{in_words(self._refused)}; then go on with: {self.resume_command}"
 
 
 def _entries(path: Path) -> list[Path]:

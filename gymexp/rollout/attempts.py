@@ -1,4 +1,4 @@
-"""What the gateway knows about each attempt at a rollout: which weights sampled it, and its seconds.
+"""What the gateway knows about each attempt at a rollout: which weights sampled it, its seconds, its usage.
 
 The gateway keeps this knowledge by the attempt's name, because NeMo Gym's agents do not pass it on.
 """
@@ -25,16 +25,22 @@ _CAPACITY = 65536
 class Attempt:
     """versions: the oldest and the newest version of the weights that sampled the attempt, in optimizer
     steps; None if the engine does not say. seconds: the time that the policy's turns took, the wait for an
-    engine included.
+    engine included. usage: as in `outcome.Rollout`, of a policy that gives no token ids; else None.
     """
 
     versions: tuple[int, int] | None
     seconds: float
+    usage: dict[str, int] | None = None
 
-    def and_turn(self, versions: tuple[int, int] | None, seconds: float) -> Attempt:
+    def and_turn(
+        self, versions: tuple[int, int] | None, seconds: float, usage: dict[str, int] | None
+    ) -> Attempt:
         """Returns the attempt with one more turn."""
         known = [*(self.versions or ()), *(versions or ())]
-        return Attempt((min(known), max(known)) if known else None, self.seconds + seconds)
+        total = usage
+        if usage is not None and self.usage is not None:  # a turn may lack a count, and then so does the sum
+            total = {name: self.usage[name] + usage[name] for name in self.usage.keys() & usage.keys()}
+        return Attempt((min(known), max(known)) if known else None, self.seconds + seconds, total)
 
 
 class Attempts:
@@ -44,10 +50,16 @@ class Attempts:
         self._capacity = capacity
         self._by_name: OrderedDict[str, Attempt] = OrderedDict()
 
-    def add_turn(self, name: str, versions: tuple[int, int] | None, seconds: float) -> None:
-        """Adds one turn to the attempt of this name."""
+    def add_turn(
+        self,
+        name: str,
+        versions: tuple[int, int] | None,
+        seconds: float,
+        usage: dict[str, int] | None = None,
+    ) -> None:
+        """Adds one turn to the attempt of this name. usage: of the turn, if the policy gives no token ids."""
         earlier = self._by_name.pop(name, Attempt(None, 0.0))
-        self._by_name[name] = earlier.and_turn(versions, seconds)
+        self._by_name[name] = earlier.and_turn(versions, seconds, usage)
         if len(self._by_name) > self._capacity:
             self._by_name.popitem(last=False)
 
@@ -73,7 +85,7 @@ async def with_attempts(
             timeout=aiohttp.ClientTimeout(total=_TIMEOUT_S),
         ) as response:
             fields = orjson.loads(await response.read())["attempts"]
-        attempts = [one and Attempt(one["versions"], one["seconds"]) for one in fields]
+        attempts = [one and Attempt(one["versions"], one["seconds"], one["usage"]) for one in fields]
         return [_with_attempt(*pair) for pair in zip(outcomes, attempts, strict=True)]
     except (aiohttp.ClientError, TimeoutError, KeyError, TypeError, ValueError) as error:
         raise ServiceError(f"the gateway did not say which weights sampled: {error!r}") from None
@@ -85,6 +97,8 @@ def _with_attempt(outcome: Outcome, attempt: Attempt | None) -> Outcome:
     rollout = replace(
         outcome.rollout, seconds=outcome.rollout.seconds | {"policy": round(attempt.seconds, 4)}
     )
+    if attempt.usage is not None:
+        rollout = replace(rollout, usage=attempt.usage)
     if attempt.versions is None:
         return replace(outcome, rollout=rollout)
     oldest, newest = attempt.versions

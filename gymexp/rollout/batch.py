@@ -39,6 +39,7 @@ def build_batch(outcomes: Sequence[Outcome], *, placeholder_id: int, mask_trunca
         if isinstance(outcome, Failed):
             prompt, completion, mask, logprobs, reward = [placeholder_id], [placeholder_id], [0], [0.0], None
         else:
+            assert outcome.rollout.usage is None, "a rollout without token ids cannot be trained on"
             prompt, completion, mask, logprobs = flatten(outcome.rollout.turns)
             reward = outcome.rollout.reward
             if mask_truncated and isinstance(outcome, Truncated):

@@ -30,6 +30,7 @@ from gymexp.processes.access_keys import RUN, header_of
 from gymexp.record.services_file import Replica
 from gymexp.rollout.attempts import with_attempts
 from gymexp.rollout.draws import attempt_seed
+from gymexp.rollout.landing import Keep, Landing
 from gymexp.rollout.outcome import Cause, Failed, Outcome, Played, Task, task_of
 from gymexp.rollout.play import RolloutFailure, Sampling, play
 
@@ -80,9 +81,10 @@ class Progress:
 class Collector:
     """Plays tasks on the replicas of their environments.
 
-    replicas: by environment. control_url: the controller's address; None if nothing supervises the servers.
-    gateway_url: the gateway's address, which knows which weights sampled a rollout; None leaves the rollouts
-    without a version. report: called about twice a second with the current Progress during a collection.
+    replicas: by environment. vocab_size: of the policy; None if its answers are text alone. control_url: the
+    controller's address; None if nothing supervises the servers. gateway_url: the gateway's address, which
+    knows which weights sampled a rollout; None leaves the rollouts without a version. report: called about
+    twice a second with the current Progress during a collection.
     """
 
     def __init__(
@@ -90,7 +92,7 @@ class Collector:
         replicas: Mapping[str, Sequence[Replica]],
         envs: Mapping[str, EnvConfig],
         rollout: RolloutConfig,
-        vocab_size: int,
+        vocab_size: int | None,
         control_url: str | None = None,
         gateway_url: str | None = None,
         report: Callable[[Progress], None] = lambda _: None,
@@ -117,14 +119,17 @@ class Collector:
         tasks: Sequence[Task],
         samplings: Sequence[Sampling],
         meanwhile: Callable[[], None] | None = None,
+        keep: Keep | None = None,
     ) -> list[Outcome]:
         """Plays every task with the sampling of the same index, and returns the outcomes in order.
 
         meanwhile: called about once a second, in the caller's thread; an exception that it raises ends the
-        collection. Raises Stopped after `stop`, ControllerGone if the controller is gone, ServiceError if a
-        rollout was sampled with weights of two versions or the gateway does not answer which.
+        collection. keep: called in the collector's thread with outcomes soon after they have landed, each
+        with its index; also with those that have landed before the collection fails. Raises Stopped after
+        `stop`, ControllerGone if the controller is gone, ServiceError if a rollout was sampled with weights
+        of two versions or the gateway does not answer which.
         """
-        running = self._submit(self._collect(tasks, samplings))
+        running = self._submit(self._collect(tasks, samplings, keep))
         try:
             while meanwhile and not wait([running], timeout=_MEANWHILE_S).done:
                 meanwhile()
@@ -224,24 +229,33 @@ class Collector:
             async with self._http.post(f"{self._control_url}/restart/{name}", headers=header_of(RUN)):
                 pass
 
-    async def _collect(self, tasks: Sequence[Task], samplings: Sequence[Sampling]) -> list[Outcome]:
+    async def _collect(
+        self, tasks: Sequence[Task], samplings: Sequence[Sampling], keep: Keep | None
+    ) -> list[Outcome]:
         progress = Progress(total=len(tasks), began=time.monotonic())
         reporting = asyncio.create_task(self._report_regularly(progress))
         rollouts = [
             asyncio.create_task(self._play_task(task, sampling, progress))
             for task, sampling in zip(tasks, samplings, strict=True)
         ]
+        landing = Landing(rollouts, self._with_attempts, keep) if keep else None
         try:
-            outcomes, plays = zip(*await asyncio.gather(*rollouts), strict=True) if rollouts else ((), ())
-            if self._gateway_url is None:
-                return list(outcomes)
-            return await with_attempts(outcomes, plays, self._gateway_url, self._http)
+            played = await asyncio.gather(*rollouts)
+            return await (landing.all() if landing else self._with_attempts(played))
         finally:
             for rollout in rollouts:
                 rollout.cancel()
             await asyncio.gather(*rollouts, return_exceptions=True)
+            if landing:
+                await landing.close()
             reporting.cancel()
             self._report(progress)
+
+    async def _with_attempts(self, played: Sequence[tuple[Outcome, str]]) -> list[Outcome]:
+        outcomes, plays = zip(*played, strict=True) if played else ((), ())
+        if self._gateway_url is None:
+            return list(outcomes)
+        return await with_attempts(outcomes, plays, self._gateway_url, self._http)
 
     async def _report_regularly(self, progress: Progress) -> None:
         while True:

@@ -5,6 +5,7 @@ Every type is a frozen dataclass with plain values, so that any process may writ
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -48,6 +49,10 @@ class Rollout:
     policy's reply (400 or 422) instead of scoring it, else ""; the reward is then
     `env.<name>.refused_reward`.
 
+    usage: None, unless the policy gives no token ids (an endpoint, in an evaluation): `turns` is empty then,
+    and usage has the number of the policy's `turns`, and `prompt_tokens` and `completion_tokens` of all of
+    them if the endpoint counts them.
+
     Of the attempt that counts: began, the time of day (seconds since 1970); seconds, `total`, `policy` (of
     the policy's turns) and `queue` (since the collection began, earlier attempts included); seed; replica,
     the name of the environment's instance that played it.
@@ -64,6 +69,7 @@ class Rollout:
     began: float = 0.0
     seed: int | None = None
     replica: str = ""
+    usage: dict[str, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -122,13 +128,13 @@ def outcome_to_json(outcome: Outcome) -> dict[str, Any]:
     return {"schema": SCHEMA_VERSION, "outcome": type(outcome).__name__.lower()} | record
 
 
-def outcome_from_json(record: dict[str, Any]) -> Outcome:
-    """Returns the outcome of one line of a file of rollouts, of any schema version. The task has no row.
-    Fields that the line lacks have their default."""
-    record = {key: value for key, value in record.items() if key != "schema"}
-    kind = {"completed": Completed, "truncated": Truncated, "failed": Failed}[record.pop("outcome")]
-    if kind is Failed:
-        return Failed(**record | {"task": Task(**record["task"], row={})})
-    rollout = record["rollout"]
-    task, turns = Task(**rollout["task"], row={}), [Turn(**turn) for turn in rollout["turns"]]
-    return kind(**record | {"rollout": Rollout(**rollout | {"task": task, "turns": turns})})
+def outcome_from_json(record: Mapping[str, Any], task: Task | None = None) -> Outcome:
+    """Returns the outcome of one line of a file of rollouts, of any schema version. Fields that the line lacks
+    have their default. task: the line's task; if it is not given, the task has no row."""
+    fields = {k: v for k, v in record.items() if k not in ("schema", "outcome", "task", "rollout")}
+    task = task or Task(**(record.get("rollout") or record)["task"], row={})
+    if record["outcome"] == "failed":
+        return Failed(task, **fields)
+    turns = [Turn(**turn) for turn in record["rollout"]["turns"]]
+    rollout = Rollout(**(record["rollout"] | {"task": task, "turns": turns}))
+    return Completed(rollout, **fields) if record["outcome"] == "completed" else Truncated(rollout, **fields)

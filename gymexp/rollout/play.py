@@ -68,14 +68,15 @@ async def play(
     task: Task,
     sampling: Sampling,
     timeout_s: float,
-    vocab_size: int,
+    vocab_size: int | None,
     max_steps: int | None,
     refused_reward: float,
 ) -> Played:
     """Plays one attempt at `task` with the agent at `url`, and returns its outcome. Raises RolloutFailure.
 
-    max_steps: the agent's limit of turns; None if it has none. refused_reward: the reward if the environment
-    refuses the policy's reply.
+    vocab_size: of the policy, whose answers must have token ids below it; None for a policy whose answers are
+    text alone, which training never plays with. max_steps: the agent's limit of turns; None if it has none.
+    refused_reward: the reward if the environment refuses the policy's reply.
     """
     began, began_at = time.monotonic(), time.time()
     try:
@@ -172,10 +173,11 @@ def request_body(task: Task, sampling: Sampling) -> bytes:
 
 
 def read_reply(
-    task: Task, reply: dict[str, Any], vocab_size: int, seconds: float, max_steps: int | None = None
+    task: Task, reply: dict[str, Any], vocab_size: int | None, seconds: float, max_steps: int | None = None
 ) -> Played:
     """Returns the verified outcome in `/run`'s reply.
 
+    vocab_size: None if the policy's answers are text alone; the rollout then has no turns but a usage.
     seconds: how long the attempt took. max_steps: the agent's limit of model turns; None if it has none.
     Raises TokenMismatch, RolloutFailure; if the reply has another form, ValueError, KeyError, TypeError or
     AttributeError.
@@ -188,16 +190,19 @@ def read_reply(
             ids = [int(i) for i in item["generation_token_ids"]]
             turns.append(Turn([int(i) for i in item["prompt_token_ids"]], ids, item["generation_log_probs"]))
     limit = "length" if (response.get("incomplete_details") or {}).get("reason") else None
-    if not turns:
+    num_turns = len(turns) if vocab_size is not None else _count_turns(items)
+    if not num_turns:
         if limit:
             raise RolloutFailure(
                 "prompt_too_long",
                 "with what the environment adds to it, the first prompt is longer than model.max_model_len: "
                 "raise that, or leave the row out",
             )
-        raise RolloutFailure("engine", "the policy's answer has no token ids")
-    verify_turns(turns, vocab_size)
-    if limit is None and _ran_out_of_turns(reply, items, len(turns), max_steps):
+        lacks = "no token ids" if vocab_size is not None else "no message"
+        raise RolloutFailure("engine", f"the policy's answer has {lacks}")
+    if vocab_size is not None:
+        verify_turns(turns, vocab_size)
+    if limit is None and _ran_out_of_turns(reply, items, num_turns, max_steps):
         limit = "turns"
     reward = _read_reward(task, reply["reward"])
     items_without_tokens = [{k: v for k, v in item.items() if k not in _TOKEN_FIELDS} for item in items]
@@ -206,14 +211,27 @@ def read_reply(
     refused = reply.get("refused") if isinstance(reply.get("refused"), str) else ""
     rollout = Rollout(
         task,
-        turns,
+        turns if vocab_size is not None else [],
         reward,
         items_without_tokens,
         seconds={"total": round(seconds, 4)},
         refused=refused or "",
         verdict=_read_verdict(task, reply),
+        usage={"turns": num_turns} if vocab_size is None else None,
     )
     return Truncated(rollout, limit) if limit else Completed(rollout)
+
+
+def _count_turns(items: list[dict[str, Any]]) -> int:
+    """Returns the number of the policy's turns in an episode without token ids: its items in a row count as
+    one turn.
+    """
+    by_policy = [
+        item.get("type") in ("reasoning", "function_call")
+        or (item.get("type") == "message" and item.get("role") == "assistant")
+        for item in items
+    ]
+    return sum(own and not before for before, own in zip([False, *by_policy], by_policy, strict=False))
 
 
 def _read_verdict(task: Task, reply: dict[str, Any]) -> dict[str, Any]:

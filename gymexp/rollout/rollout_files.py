@@ -262,8 +262,9 @@ def read_outcomes(path: Path) -> Iterator[dict[str, Any]]:
 
 def _summary(outcome: Outcome, success_rewards: Mapping[str, float]) -> dict[str, Any]:
     """Returns what the index has of an outcome beside its place. tokens: that the policy sampled. nll: their
-    mean -log-probability in nats. tool_errors: as `num_tool_errors` counts. text: the beginning of the last
-    message. success_rewards: by environment; without one, success is None."""
+    mean -log-probability in nats; None for a policy that gives no token ids. tool_errors: as `num_tool_errors`
+    counts. text: the beginning of the last message. success_rewards: by environment; without one, success is
+    None."""
     task = task_of(outcome)
     row: dict[str, Any] = {"key": task.key, "env": task.env, "outcome": type(outcome).__name__.lower()}
     row["failures"] = outcome.failures
@@ -271,17 +272,17 @@ def _summary(outcome: Outcome, success_rewards: Mapping[str, float]) -> dict[str
         return row | {"cause": outcome.cause, "text": outcome.detail[:_MAX_TEXT]}
     if isinstance(outcome, Truncated):
         row["limit"] = outcome.limit
-    rollout = outcome.rollout
+    rollout, usage = outcome.rollout, outcome.rollout.usage
     success_reward = success_rewards.get(task.env)
     logprobs = [value for turn in rollout.turns for value in turn.logprobs]
     return row | {
         "reward": rollout.reward,
         "success": None if success_reward is None else rollout.reward >= success_reward,
         "refused": bool(rollout.refused),
-        "turns": len(rollout.turns),
-        "prompt_tokens": len(rollout.turns[0].prompt_ids),
-        "tokens": len(logprobs),
-        "nll": round(max(0.0, -fmean(logprobs)), 4),
+        "turns": len(rollout.turns) if usage is None else usage["turns"],
+        "prompt_tokens": len(rollout.turns[0].prompt_ids) if usage is None else usage.get("prompt_tokens"),
+        "tokens": len(logprobs) if usage is None else usage.get("completion_tokens"),
+        "nll": round(max(0.0, -fmean(logprobs)), 4) if logprobs else None,
         "tool_calls": num_tool_calls(rollout.items),
         "tool_errors": num_tool_errors(rollout.items),
         "began": rollout.began,

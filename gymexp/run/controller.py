@@ -20,7 +20,6 @@ import dataclasses
 import logging
 import math
 import os
-import shlex
 import signal
 import socket
 import time
@@ -46,6 +45,7 @@ from gymexp.run import services
 from gymexp.run.control_endpoint import Control
 from gymexp.run.system_records import SystemRecorder
 from gymexp.run.timeline import Timeline
+from gymexp.run.work import TRAINING, Work
 from gymexp.view.progress import View
 
 log = logging.getLogger(__name__)
@@ -65,14 +65,15 @@ def run(
     view: View,
     allocation: Allocation | None = None,
     checkpoint: Path | None = None,
+    work: Work = TRAINING,
 ) -> dict[str, Any]:
-    """Trains, and returns the content of the trainer's result.json. Leaves no process behind.
+    """Does the work, and returns the content of its result.json. Leaves no process behind.
 
     allocation: the Slurm job, if this run is all that the job does; SIGUSR2 then ends the run too, and a
-    repeated signal changes nothing. checkpoint: the one to resume from. Raises GymexpError if the run fails
-    or a signal ends it.
+    repeated signal changes nothing. checkpoint: the one to resume from. work: an evaluation has a process in
+    the trainer's place. Raises GymexpError if the run fails or a signal ends it.
     """
-    controller = Controller(config, directory, placement, view, allocation, checkpoint)
+    controller = Controller(config, directory, placement, view, allocation, checkpoint, work)
     return asyncio.run(controller.run(gym_python, site))
 
 
@@ -87,8 +88,10 @@ class Controller:
         view: View,
         allocation: Allocation | None,
         checkpoint: Path | None,
+        work: Work = TRAINING,
     ) -> None:
         self._config = config
+        self._work = work
         self._checkpoint = checkpoint
         self._allocation = allocation
         self._placement = placement
@@ -136,7 +139,7 @@ class Controller:
                 self._system = SystemRecorder(self._directory, lambda: supervisor.services, self._own_gpus())
                 endpoints = await self._open_engines(nodes)
                 gateway_url = ports.url_of(gateway_sock)
-                gym_args = gym_python, site, gateway_url, sockets, local.address, keys
+                gym_args = gym_python, site, gateway_url, sockets, local.address, keys, self._work
                 layout = await services.gym_layout(self._config, self._directory, supervisor, *gym_args)
                 keys = dataclasses.replace(keys, policy=layout.policy_key or keys.policy)
                 first = nodes[self._placement.training[0].node]
@@ -202,8 +205,7 @@ class Controller:
         if wrong := self._directory.what_is_wrong():
             return RunDirectoryError(wrong)
         if lost := install.lost(gym_python, cache_dir()):
-            resume = shlex.quote(f"resume={self._directory.path}")
-            advice = f"{lost}; make it anew and go on with: python -m gymexp.train {resume}"
+            advice = f"{lost}; make it anew and go on with: {self._directory.resume_command}"
             self._directory.write_result({"error": f"{failure}\n{advice}"})
             return ServiceError(f"{failure}\n{advice}")
         return failure
@@ -239,14 +241,14 @@ class Controller:
             for service in services.gym_servers(config, directory, host, sockets, keys, on_alive):
                 supervisor.add(service)
         url = ports.url_of(gateway_sock)
-        for service in services.engines(config, placement, directory, nodes, endpoints, url, keys):
-            supervisor.add(service)
+        work = self._work
+        engines = services.engines(config, placement, directory, nodes, endpoints, url, keys, work)
         fds = [endpoint.fd for endpoint in endpoints] if placement.in_trainer else []
-        self._ranks = services.trainers(placement, directory, nodes, fds, master, keys)
-        for service in self._ranks:
-            supervisor.add(service)
+        self._ranks = services.trainers(placement, directory, nodes, fds, master, keys, work)
         urls = services.engine_urls(config, endpoints)
-        supervisor.add(services.gateway(config, placement, directory, gateway_sock, urls, keys))
+        gateway = services.gateway(config, placement, directory, gateway_sock, urls, keys, work)
+        for service in (*engines, *self._ranks, gateway):
+            supervisor.add(service)
         names, timeout_s = [*sockets, "gateway"], config.gym.start_timeout_s
         self._ready = asyncio.create_task(supervisor.wait_ready(names, timeout_s))
 
@@ -267,17 +269,16 @@ class Controller:
             self._ready.cancel()
         result = self._directory.read_result()
         if "step" not in result:
-            raise ServiceError(result.get("error", "the trainer ended without a result"))
+            raise ServiceError(result.get("error", f"the {self._work.process} ended without a result"))
         if result["stopped"]:
-            raise self._interrupted(f"after step {result['step']}")
+            raise self._interrupted(self._work.stopped_after.format(**result))
         return result
 
     def _interrupted(self, when: str) -> Interrupted:
         number = self._end_signal or signal.SIGTERM
         return Interrupted(
             number,
-            f"ended by {signal.Signals(number).name} {when}; "
-            f"go on with: python -m gymexp.train {shlex.quote(f'resume={self._directory.path}')}",
+            f"ended by {signal.Signals(number).name} {when}; go on with: {self._directory.resume_command}",
         )
 
     async def _trained(self) -> None:
@@ -315,7 +316,7 @@ class Controller:
         if self._directory.loss():  # a checkpoint would be written to the directory's old place
             return error
         if self._ranks and all(rank.running for rank in self._ranks):  # ranks would wait for one that is gone
-            self._view.say("a service failed: saving a checkpoint before the end")
+            self._view.say(f"a service failed: {self._work.saving} before the end")
             self._ranks[0].signal(signal.SIGTERM)
             await _until(lambda: not all(rank.running for rank in self._ranks), _SAVING_S)
             return error
@@ -344,7 +345,7 @@ class Controller:
                 run.cancel()
                 return
             hint = "" if self._allocation else " (once more to end at once)"
-            self._view.say(f"ending: saving a checkpoint{hint}")
+            self._view.say(f"ending: {self._work.saving}{hint}")
             self._ranks[0].signal(signal.SIGTERM)
 
         def handle(number: int, _: object) -> None:

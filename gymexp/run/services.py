@@ -27,6 +27,7 @@ from gymexp.processes.process import Running, spawn
 from gymexp.processes.supervisor import Service, Supervisor
 from gymexp.record.directory import RunDirectory
 from gymexp.record.services_file import Services
+from gymexp.run.work import Work
 
 _GATEWAY_TIMEOUT_S = 30.0
 # A thread of the trainer sends a sign of life every few seconds, but Python may delay the thread, for example
@@ -41,18 +42,24 @@ def gateway(
     sock: socket.socket,
     urls: Sequence[str],
     keys: Keys,
+    work: Work,
 ) -> Service:
-    """Returns the service of the gateway in front of the engines.
+    """Returns the service of the gateway in front of the engines, or of a policy that is text alone.
 
-    urls: the engines' URLs. An engine server gets requests once the trainer has sent it the policy's weights.
+    urls: the engines' URLs. In training an engine server gets requests once the trainer has sent it the
+    policy's weights.
     """
-    command = [sys.executable, "-m", "gymexp.gateway.server", "--fd", str(sock.fileno())]
-    for url in urls:
-        command += ["--engine-url", url]
-    command += ["--tokenizer", str(directory_of(config.model))]
-    command += ["--max-model-len", str(config.model.max_model_len)]
-    if not placement.in_trainer:
-        command.append("--hold")
+    command = [sys.executable, "-m", "gymexp.gateway.server"]
+    if work.text_policy:
+        command = [sys.executable, "-m", "gymexp.gateway.text_gateway", *work.text_policy]
+    else:
+        for url in urls:
+            command += ["--engine-url", url]
+        command += ["--tokenizer", str(directory_of(config.model))]
+        command += ["--max-model-len", str(config.model.max_model_len)]
+        if work.sends_weights and not placement.in_trainer:
+            command.append("--hold")
+    command += ["--fd", str(sock.fileno())]
     log = directory.logs / "gateway.log"
     return Service(
         "gateway",
@@ -72,19 +79,20 @@ def trainers(
     fds: Sequence[int],
     master: Endpoint,
     keys: Keys,
+    work: Work,
 ) -> list[Service]:
     """Returns the trainer's processes: one per training GPU, or one per training node without GPUs.
 
     Rank 0 is named `trainer`, plays the rollouts of all ranks, and is the only one that the controller
-    signals to end. fds: the socket on which the hf engine inside rank 0 serves. master: the endpoint at which
-    torch's ranks meet, on rank 0's node.
+    signals to end. An evaluation has one process, the evaluator. fds: the socket on which the hf engine
+    inside rank 0 serves. master: the endpoint at which torch's ranks meet, on rank 0's node.
     """
     num_ranks = placement.num_ranks
 
     def rank(number: int, local: int, share: Share) -> Service:
-        name = f"trainer-{number}" if number else "trainer"
+        name = f"{work.process}-{number}" if number else work.process
         log = directory.logs / f"{name}.log"
-        command = [sys.executable, "-m", "gymexp.training.trainer_process", directory.path]
+        command = [sys.executable, "-m", work.module, directory.path, *work.arguments]
         env = keys.environ()
         if share.gpus:
             env["CUDA_VISIBLE_DEVICES"] = ",".join(share.gpus)
@@ -115,13 +123,14 @@ def engines(
     endpoints: Sequence[Endpoint],
     gateway_url: str,
     keys: Keys,
+    work: Work,
 ) -> list[Service]:
     """Returns the engine servers that gymexp starts, each on its endpoint: a reserved port for vLLM, a socket
     for the hf engine.
 
-    A restarted engine has the weights that the run began with. So the gateway holds requests back from it
-    before the restart, until the trainer has sent it the policy's weights. An engine that shares its GPU with
-    training is never restarted, as the GPU may lack the memory: its end is the run's end.
+    A restarted engine has the weights that the run began with. So in training the gateway holds requests back
+    from it before the restart, until the trainer has sent it the policy's weights. An engine that shares its
+    GPU with training is never restarted, as the GPU may lack the memory: its end is the run's end.
     """
     if not placement.replicas:
         return []
@@ -139,7 +148,7 @@ def engines(
             env["CUDA_VISIBLE_DEVICES"] = ",".join(share.gpus)
 
         async def start() -> Running:
-            if service.epoch:
+            if service.epoch and work.sends_weights:
                 await asyncio.to_thread(admission.hold, endpoint.url)
             return await node.spawn(command, log, env, fds, reap=placement.engine == "vllm")
 
@@ -241,6 +250,7 @@ async def gym_layout(
     sockets: dict[str, socket.socket],
     address: str,
     keys: Keys,
+    work: Work,
 ) -> Layout:
     """Returns the layout of the environments' servers: planned ones, or those that run already.
 
@@ -277,7 +287,8 @@ async def gym_layout(
         return sockets[name].getsockname()[1]
 
     kwargs = config.model.chat_template_kwargs
-    return plan(config.env, gym, site, policy_url, port, kwargs, address, keys.policy)
+    gives_tokens = not work.text_policy
+    return plan(config.env, gym, site, policy_url, port, kwargs, address, keys.policy, gives_tokens)
 
 
 def engine_urls(config: RunConfig, endpoints: Sequence[Endpoint]) -> list[str]:

@@ -12,8 +12,8 @@ def test_seconds_add_up_and_versions_span_the_turns():
     attempts.add_turn("silent", None, 2.0)
     assert attempts.answer(["a", "silent", "unknown"]) == {
         "attempts": [
-            {"versions": (3, 5), "seconds": 1.75},
-            {"versions": None, "seconds": 2.0},
+            {"versions": (3, 5), "seconds": 1.75, "usage": None},
+            {"versions": None, "seconds": 2.0, "usage": None},
             None,
         ]
     }
@@ -28,3 +28,10 @@ def test_the_attempt_without_a_turn_for_the_longest_time_is_forgotten_first():
         None,
         1.0,
     ]
+
+
+def test_the_tokens_of_an_endpoints_turns_add_up_and_a_count_that_one_turn_lacks_is_left_out():
+    attempts = Attempts()
+    for usage in ({"turns": 1, "prompt_tokens": 5, "completion_tokens": 0}, {"turns": 1, "prompt_tokens": 9}):
+        attempts.add_turn("a", None, 1.0, usage)
+    assert attempts.answer(["a"])["attempts"][0]["usage"] == {"turns": 2, "prompt_tokens": 14}
