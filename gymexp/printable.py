@@ -34,6 +34,13 @@ def printable_in(value: Any) -> Any:
     return [printable_in(item) for item in value] if isinstance(value, list) else value
 
 
+def duration(seconds: float) -> str:
+    """Formats seconds as 1:02:03 or 2:03."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
 def say(text: object) -> None:
     """Prints a text to standard output, made printable."""
     print(printable(str(text)), flush=True)

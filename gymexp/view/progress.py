@@ -12,17 +12,10 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from gymexp.printable import printable, printable_in
+from gymexp.printable import duration, printable, printable_in
 from gymexp.record.metric_names import by_env
 
 _NUMBERS = ("reward", "success", "turns", "tokens", "truncated", "failed")
-
-
-def duration(seconds: float) -> str:
-    """Formats seconds as 1:02:03 or 2:03."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 class View:

@@ -1,12 +1,13 @@
-"""Intervals and tests agree with brute force, with scipy's own functions, and with what they promise."""
+"""Interval and tests of a change agree with brute force, with scipy, and with what they promise."""
 
 from __future__ import annotations
 
+import math
 from itertools import product
 
 import numpy as np
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -41,6 +42,7 @@ def test_for_many_tasks_draws_come_near_the_exact_share_and_are_the_same_each_ti
     assert 0 < sign_flip_p(np.ones(200)) < 1e-3, "never 0: the data are one of the draws"
 
 
+@settings(deadline=None)  # the first example imports scipy
 @given(st.lists(st.tuples(rewards, rewards), min_size=2, max_size=40))
 def test_the_interval_is_students_t_over_the_differences(pairs):
     change = paired_change(by_task(a for a, _ in pairs), by_task(b for _, b in pairs))
@@ -50,6 +52,31 @@ def test_the_interval_is_students_t_over_the_differences(pairs):
     if (error := stats.sem(differences)) > 1e-9:
         low, high = stats.t.interval(0.95, len(pairs) - 1, np.mean(differences), error)
         assert (change.low, change.high) == (pytest.approx(low), pytest.approx(high))
+
+
+@given(st.lists(st.tuples(rewards, rewards), min_size=2, max_size=20))
+def test_pairing_gains_what_the_tasks_correlate(pairs):
+    """Var(b - a) = Var(a) + Var(b) - 2 r sd(a) sd(b)."""
+    before, after = ([pair[i] for pair in pairs] for i in (0, 1))
+    change = paired_change(by_task(before), by_task(after))
+    sds = np.std(before, ddof=1), np.std(after, ddof=1)
+    assert change and change.error == pytest.approx(stats.sem(np.subtract(after, before)), abs=1e-9)
+    assert change.unpaired_error == pytest.approx(math.hypot(*sds) / math.sqrt(len(pairs)), abs=1e-9)
+    if min(sds) == 0:
+        assert change.correlation is None
+    elif min(sds) > 1e-6:
+        assert change.correlation is not None
+        variance = change.unpaired_error**2 - 2 * change.correlation * math.prod(sds) / len(pairs)
+        assert change.error**2 == pytest.approx(variance, abs=1e-6)
+
+
+@pytest.mark.parametrize("num", [6, 40, 500])
+def test_a_true_change_of_the_detectable_size_is_found_four_times_of_five(num):
+    """By the noncentral t distribution of a change over its error."""
+    change = paired_change(by_task([0.0] * num), by_task(np.random.default_rng(2).random(num)))
+    assert change
+    found = stats.nct.sf(stats.t.ppf(0.975, num - 1), num - 1, change.detectable / change.error)
+    assert found == pytest.approx(0.8, abs=0.02)
 
 
 def test_tasks_are_paired_by_key_and_those_without_a_partner_are_left_out():

@@ -1,8 +1,4 @@
-"""Whether a change of rewards is more than noise: intervals and tests over tasks. Pure functions.
-
-The unit is a task. Rollouts of one task resemble each other, so an interval that counts rollouts would be too
-narrow. An interval is over the tasks and the samples of one policy; it says nothing of other training seeds.
-"""
+"""Whether the change of a reward from one evaluation to another is more than noise, paired by task."""
 
 from __future__ import annotations
 
@@ -12,7 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-_CONFIDENCE = 0.95
+from gymexp.statistics.intervals import CONFIDENCE, t_quantile
+
+_POWER = 0.8
 _MOST_EXACT = 16  # tasks that differ, up to which every choice of signs is tried
 _NUM_DRAWS = 10_000
 _BLOCK = 100  # draws at a time: 20,000 tasks take 16 MB
@@ -23,7 +21,10 @@ class Change:
     """The mean change of a reward from one evaluation to another, over the tasks that both have scored.
 
     low, high: the 95 % interval. p: how often chance alone gives a mean as far from 0 (two-sided). better,
-    same, worse: numbers of tasks.
+    same, worse: numbers of tasks. error: the standard error of the mean change. detectable: the smallest true
+    change that as noisy an experiment finds (p < 0.05) four times of five. unpaired_error: the standard error
+    without the pairing; it is larger if the tasks' rewards correlate. correlation: of the rewards before and
+    after over tasks; None if all tasks have the same reward in one of the evaluations.
     """
 
     num_tasks: int
@@ -34,6 +35,10 @@ class Change:
     better: int
     same: int
     worse: int
+    error: float
+    detectable: float
+    unpaired_error: float
+    correlation: float | None
 
 
 def paired_change(before: Mapping[str, float], after: Mapping[str, float]) -> Change | None:
@@ -43,27 +48,37 @@ def paired_change(before: Mapping[str, float], after: Mapping[str, float]) -> Ch
     each difference is as likely with the other sign.
 
     Source: Miller, "Adding error bars to evals" (arXiv:2411.00640), section 4.2; Good, "Permutation,
-    Parametric and Bootstrap Tests of Hypotheses" (2005), section 3.2.
+    Parametric and Bootstrap Tests of Hypotheses" (2005), section 3.2; Bloom, "Minimum detectable effects"
+    (1995), for the sum of the quantiles of Student's t.
     """
-    from scipy.special import stdtrit
-
     keys = sorted(before.keys() & after.keys())
     if len(keys) < 2:
         return None
-    differences_N = np.array([after[key] - before[key] for key in keys])
+    before_N, after_N = np.array([[rewards[key] for key in keys] for rewards in (before, after)], float)
+    differences_N = after_N - before_N
     mean = float(differences_N.mean())
     error = float(differences_N.std(ddof=1)) / math.sqrt(len(keys))
-    quantile = float(stdtrit(len(keys) - 1, (1 + _CONFIDENCE) / 2))
+    quantile = t_quantile((1 + CONFIDENCE) / 2, len(keys) - 1)
     return Change(
-        len(keys),
-        mean,
-        mean - quantile * error,
-        mean + quantile * error,
-        sign_flip_p(differences_N),
-        int((differences_N > 0).sum()),
-        int((differences_N == 0).sum()),
-        int((differences_N < 0).sum()),
+        num_tasks=len(keys),
+        mean=mean,
+        low=mean - quantile * error,
+        high=mean + quantile * error,
+        p=sign_flip_p(differences_N),
+        better=int((differences_N > 0).sum()),
+        same=int((differences_N == 0).sum()),
+        worse=int((differences_N < 0).sum()),
+        error=error,
+        detectable=(quantile + t_quantile(_POWER, len(keys) - 1)) * error,
+        unpaired_error=math.sqrt((before_N.var(ddof=1) + after_N.var(ddof=1)) / len(keys)),
+        correlation=_correlation(before_N, after_N),
     )
+
+
+def _correlation(before_N: np.ndarray, after_N: np.ndarray) -> float | None:
+    if np.ptp(before_N) == 0 or np.ptp(after_N) == 0:
+        return None
+    return float(np.corrcoef(before_N, after_N)[0, 1])
 
 
 def sign_flip_p(differences_N: np.ndarray) -> float:
