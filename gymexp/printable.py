@@ -13,15 +13,16 @@ from typing import Any
 
 # C0 and C1 controls except tab and newline; direction marks; separators that some programs read as a new
 # line; lone surrogates, which no encoding can write; and characters without width, which hide a difference
-# between two texts.
-_UNSAFE = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff\ufff9-\ufffb]"
+# between two texts, or a whole text (tags).
+UNSAFE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff"
+    "\ufff9-\ufffb\U000e0000-\U000e007f]"
 )
 
 
 def printable(text: str) -> str:
     """Returns the text with each unsafe character as a Python escape (`\\x1b`), and CRLF as a newline."""
-    return _UNSAFE.sub(lambda match: ascii(match[0])[1:-1], text.replace("\r\n", "\n"))
+    return UNSAFE.sub(lambda match: ascii(match[0])[1:-1], text.replace("\r\n", "\n"))
 
 
 def printable_in(value: Any) -> Any:

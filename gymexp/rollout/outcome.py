@@ -129,8 +129,8 @@ def outcome_to_json(outcome: Outcome) -> dict[str, Any]:
 
 
 def outcome_from_json(record: Mapping[str, Any], task: Task | None = None) -> Outcome:
-    """Returns the outcome of one line of a file of rollouts, of any schema version. Fields that the line lacks
-    have their default. task: the line's task; if it is not given, the task has no row."""
+    """Returns the outcome of one line of a file of rollouts, of any schema version. Fields that the line
+    lacks have their default. task: the line's task; if it is not given, the task has no row."""
     fields = {k: v for k, v in record.items() if k not in ("schema", "outcome", "task", "rollout")}
     task = task or Task(**(record.get("rollout") or record)["task"], row={})
     if record["outcome"] == "failed":

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gymexp.rollout.items import text_of
+from gymexp.view.messages import conversation_of, verdict_of
 
 _FOLD = 2_000  # characters of one message that are shown; `full` shows all
 _NAME_WIDTH = 9
@@ -56,7 +55,9 @@ def conversation(
     whether to show long messages whole.
     """
     lines = [f"{row['key']}   {row['file']}, rollout {row['number']}, group {row['group']}", _facts(row), ""]
-    for role, text in _messages(record, task_row):
+    said = [(message.who, message.text) for message in conversation_of(record, task_row)]
+    said += [("verdict", f"{name}: {value}") for name, value in verdict_of(record).items()]
+    for role, text in said:
         name = " ".join(role.split())  # an environment's role must not look like a line of another kind
         shown = text if full or len(text) <= _FOLD else f"{text[:_FOLD]} … ({len(text)} characters)"
         first, *rest = shown.splitlines() or [""]
@@ -78,44 +79,6 @@ def _facts(row: Mapping[str, Any]) -> str:
         f"weights of step {row['weights_version']}" if row.get("weights_version") is not None else "",
     ]
     return " · ".join(part for part in parts if part)
-
-
-def _messages(record: Mapping[str, Any], task_row: Mapping[str, Any] | None) -> Iterator[tuple[str, str]]:
-    """Yields (who, text) of each message: of the task, of the policy and the environment, and the verdict."""
-    if task_row is None:
-        yield "task", "(its row is not in the run directory)"
-    else:
-        asked = task_row["responses_create_params"]["input"]
-        for message in [{"role": "user", "content": asked}] if isinstance(asked, str) else asked:
-            yield _from_item(message)
-    if record["outcome"] == "failed":
-        yield "failed", f"{record['cause']}: {record['detail']}"
-        if record["log"]:
-            yield "log", record["log"]
-        return
-    rollout = record["rollout"]
-    for item in rollout["items"]:
-        yield _from_item(item, of_policy=True)
-    if rollout["refused"]:
-        yield "refused", rollout["refused"]
-    for name, value in rollout.get("verdict", {}).items():
-        yield "verdict", f"{name}: {value if isinstance(value, str) else json.dumps(value)}"
-
-
-def _from_item(item: Mapping[str, Any], of_policy: bool = False) -> tuple[str, str]:
-    """Returns (who, text) of an item of OpenAI's Responses API."""
-    match item.get("type", "message"):
-        case "message":
-            role = str(item.get("role") or "assistant")
-            return ("policy" if of_policy and role == "assistant" else role), text_of(item.get("content"))
-        case "function_call":
-            return "call", f"{item.get('name')}({item.get('arguments', '')})"
-        case "function_call_output":
-            return "tool", text_of(item.get("output"))
-        case "reasoning":
-            return "reasoning", text_of(item.get("summary") or item.get("content"))
-        case other:
-            return str(other), json.dumps(item)
 
 
 def _number(value: float | None) -> str:
