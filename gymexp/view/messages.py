@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from gymexp.rollout.rollout_files import text_of
+from gymexp.rollout.items import text_of
 
 Source = Literal["task", "policy", "environment", "failure"]
 _MISSING = "(its row is not in the run directory)"

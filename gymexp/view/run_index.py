@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from gymexp.errors import RunDirectoryError
-from gymexp.rollout.rollout_files import text_of
+from gymexp.rollout.items import text_of
 from gymexp.view.follow import Followed
 from gymexp.view.run_files import RunFiles, is_rollout_file, key_of, parsed
 
