@@ -24,7 +24,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from whole_run import BATCH, OVERRIDES, PATIENCE_S, ROOT, SIZES, STEPS, TINY, UNEVALUATED, Run
 
 from gymexp.files import read_lines
+from gymexp.rollout.outcome import outcome_from_json
 from gymexp.rollout.rollout_files import read_index, read_outcome, read_train_index, read_trained
+from gymexp.rollout.tokens import flatten
 from gymexp.sweep.sweep_reader import read_sweep
 from gymexp.training import checkpoints
 
@@ -123,7 +125,7 @@ def test_every_rollout_is_kept_with_its_tokens_and_reads_back(pair):
 
 def test_what_the_trainer_made_of_the_rollouts_agrees_with_them(pair):
     """The advantages follow from the rewards by GRPO's formula. With one update a batch and the hf engine TRL
-    needs no log-probabilities of its own (the test of an adapter compares them)."""
+    needs no log-probabilities of its own (the test of an adapter has some)."""
     directory = pair[0].directory / "rollouts"
     rows = {(row["file"], row["number"]): row for row in read_index(directory)}
     groups: dict[tuple[str, int], list[tuple[dict, dict]]] = {}
@@ -220,6 +222,17 @@ def test_an_adapter_is_trained_goes_on_after_an_interruption_and_ends_in_the_wei
     assert distances[0] == pytest.approx(0, abs=1e-7) and min(distances[1:]) > 1e-7, (
         "from the model without adapter"
     )
+
+    # Before the first update, the reference model is the policy; the trainer's numbers are the engine's.
+    directory = run.directory / "rollouts"
+    trained = read_train_index(directory)
+    assert [row["number"] for row in trained] == list(range(BATCH)) * STEPS, "repeated steps replace theirs"
+    for row, record in zip(trained, run.rollouts("step-000001"), strict=False):
+        _, _, mask, logprobs = flatten(outcome_from_json(record).rollout.turns)
+        own = read_trained(directory, row)["ref_logprobs"]
+        assert [value is not None for value in own] == [bool(flag) for flag in mask]
+        pairs = zip(own, logprobs, mask, strict=True)
+        assert max(abs(a - b) for a, b, flag in pairs if flag) < 1e-3
 
     # The first rollouts after the interruption were sampled with the checkpoint's adapter.
     record = run.rollouts(f"step-{checkpoints.step_of(middle) + 1:06d}")[0]
