@@ -162,7 +162,7 @@ def test_the_spans_of_each_step_cover_it_and_the_machine_was_watched(pair):
         assert 0.9 <= sum(parts) / (ended - began) <= 1.01
     of = {name: [span["step"] for span in spans if span["span"] == name] for name in SPANS}
     assert of["evaluation"] == [0, 2, STEPS] and of["checkpoint"] == [2, STEPS] and of["save"] == [STEPS]
-    assert of["rollout"] == [1, 2, 3, 4] == sorted(set(of["update"])) and not of["sync"]
+    assert sorted(set(of["rollout"])) == [1, 2, 3, 4] == sorted(set(of["update"])) and not of["sync"]
     system = read_lines(run.directory / "system.jsonl")
     assert len(system) >= 2
     for line in system:

@@ -60,3 +60,14 @@ def test_an_exception_ends_its_phases_and_later_ones_are_no_part_of_them(clock):
     with spans.phase("save", 6):
         clock(1)
     assert [(span["span"], span["step"]) for span in reported] == [("rollout", 7), ("update", 7), ("save", 6)]
+
+
+def test_a_slow_report_does_not_move_the_next_span(clock):
+    spans = Spans()
+    reported: list[dict[str, Any]] = []
+    spans.report = lambda span: (reported.append(span), clock(0.5))[0]
+    spans.begin("update", 1)
+    clock(1)
+    with spans.phase("rollout", 1):
+        clock(2)
+    assert [span["time"] for span in reported] == [3700.0, 3701.0]

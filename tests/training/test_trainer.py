@@ -216,8 +216,8 @@ def test_the_spans_of_a_step_cover_it_and_never_overlap(policy, tmp_path):
         names = [span["span"] for span in spans if span["step"] == step]
         order = [name for name in dict.fromkeys(names) if name != "update" or names[0] != "update"]
         assert {"rollout", "update", "checkpoint"} <= set(names) and order[0] in ("rollout", "logprobs")
-        [rollout] = [span for span in spans if span["step"] == step and span["span"] == "rollout"]
-        assert 1.0 <= rollout["seconds"] < 1.5
+        played = [s["seconds"] for s in spans if s["step"] == step and s["span"] == "rollout"]
+        assert 1.0 <= max(played) <= sum(played) < 2.0
     spans.sort(key=lambda span: span["time"])
     for span, later in pairwise(spans):
         assert span["time"] + span["seconds"] <= later["time"] + 0.002
