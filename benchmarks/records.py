@@ -16,7 +16,8 @@ spans, and system.jsonl. The script needs CPUs only. It has three parts:
   index would have to. The files are copies of one with 64 rollouts.
 
 Token ids are random below 151,936, and log-probabilities are logarithms of random numbers, so both compress
-worse than a policy's. Times are wall-clock seconds; each is the median of several rounds.
+worse than a policy's. Times are CPU seconds of this process, each the median of several rounds: wall-clock
+seconds of a busy machine say little. The seconds of a step are by the wall clock.
 """
 
 from __future__ import annotations
@@ -64,12 +65,12 @@ ENVS = {"e": EnvConfig("c", "a")}
 
 
 def seconds_of(work: Callable[[], Any]) -> float:
-    """Returns the seconds that `work` takes: the median of ROUNDS rounds."""
+    """Returns the CPU seconds that `work` takes in this process: the median of ROUNDS rounds."""
     spent = []
     for _ in range(ROUNDS):
-        began = time.perf_counter()
+        began = time.process_time()
         work()
-        spent.append(time.perf_counter() - began)
+        spent.append(time.process_time() - began)
     return median(spent)
 
 
@@ -115,7 +116,9 @@ def parts_of_a_step(outcomes: list[Outcome], system_lines: float) -> dict[str, f
         writer = RolloutWriter(directory, ENVS)
         use = ProcessUse()
         wait = [sys.executable, "-c", "input()"]
-        idle = [subprocess.Popen(wait, stdin=subprocess.PIPE) for _ in range(SERVICES)]
+        idle = [
+            subprocess.Popen(wait, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL) for _ in range(SERVICES)
+        ]
         services = {"controller": os.getpid()} | {str(process.pid): process.pid for process in idle}
 
         def measure_system() -> None:
