@@ -130,3 +130,12 @@ def test_a_mistake_is_named_with_what_there_is(run, arguments, text):
 
 def test_a_directory_without_an_index_is_refused(tmp_path):
     assert "must be the directory of a run that has played rollouts" in rollouts(tmp_path, code=1)
+
+
+def test_a_real_run_from_before_the_index_is_shown():
+    older = ROOT / "tests" / "rollout" / "older_run"
+    head, *lines = rollouts(older).splitlines()
+    assert head.startswith("number") and [line.split()[0] for line in lines] == list(map(str, range(8)))
+    text = rollouts(older, "--eval", "0", "--worst")
+    assert text.startswith("sudoku/validation/000001   eval-000000, rollout 1, group 1\nreward 0.000")
+    assert "step-000001, step-000002" in rollouts(older, "--step", "9", code=1)

@@ -13,7 +13,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
+from statistics import fmean, stdev
 
 import pytest
 import torch
@@ -21,9 +23,14 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from whole_run import BATCH, OVERRIDES, PATIENCE_S, ROOT, SIZES, STEPS, TINY, UNEVALUATED, Run
 
-from gymexp.rollout.rollout_files import read_index, read_outcome
+from gymexp.files import read_lines
+from gymexp.rollout.outcome import outcome_from_json
+from gymexp.rollout.rollout_files import read_index, read_outcome, read_train_index, read_trained
+from gymexp.rollout.tokens import flatten
 from gymexp.sweep.sweep_reader import read_sweep
 from gymexp.training import checkpoints
+
+SPANS = ("rollout", "sync", "logprobs", "update", "evaluation", "checkpoint", "save")
 
 pytestmark = [
     pytest.mark.e2e,
@@ -91,7 +98,8 @@ def test_metrics_have_every_environment_where_the_time_went_and_no_drift(pair):
 def test_every_rollout_is_kept_with_its_tokens_and_reads_back(pair):
     run = pair[0]
     names = [f"step-{step:06d}" for step in range(1, STEPS + 1)]
-    assert sorted(p.name.split(".")[0] for p in (run.directory / "rollouts").glob("*.zst")) == [
+    files = [p.name for p in (run.directory / "rollouts").glob("*.zst")]
+    assert sorted(name.split(".")[0] for name in files if ".train." not in name) == [
         "eval-000000",
         "eval-000002",
         f"eval-{STEPS:06d}",
@@ -113,6 +121,54 @@ def test_every_rollout_is_kept_with_its_tokens_and_reads_back(pair):
         assert record["rollout"]["reward"] == row["reward"] and record["rollout"]["seed"] == row["seed"]
         assert 0 < row["seconds"]["policy"] <= row["seconds"]["total"] and row["replica"] and row["began"]
         assert row["env"] == "workplace" or "extracted_answer" in record["rollout"]["verdict"]
+
+
+def test_what_the_trainer_made_of_the_rollouts_agrees_with_them(pair):
+    """The advantages follow from the rewards by GRPO's formula. With one update a batch and the hf engine TRL
+    needs no log-probabilities of its own (the test of an adapter has some)."""
+    directory = pair[0].directory / "rollouts"
+    rows = {(row["file"], row["number"]): row for row in read_index(directory)}
+    groups: dict[tuple[str, int], list[tuple[dict, dict]]] = {}
+    for trained in read_train_index(directory):
+        row = rows[trained["file"], trained["number"]]
+        groups.setdefault((row["file"], row["group"]), []).append((row, read_trained(directory, trained)))
+        assert trained["ratio_max"] is None
+    assert len(groups) == STEPS * BATCH // 4 and {len(group) for group in groups.values()} == {4}
+    for group in groups.values():
+        rewards = [row["reward"] for row, _ in group]
+        deviation = stdev(rewards) + 1e-4
+        expected = [(reward - fmean(rewards)) / deviation for reward in rewards]
+        assert [trained["advantage"] for _, trained in group] == pytest.approx(expected, abs=1e-4)
+        for row, trained in group:
+            assert trained["trained"] == row["tokens"] and trained["logprobs"] is None
+    assert any(abs(trained["advantage"]) > 0.1 for group in groups.values() for _, trained in group)
+    calls = [row for row in rows.values() if row["tool_calls"]]
+    assert calls and all(0 <= row["tool_errors"] <= row["tool_calls"] for row in calls)
+
+
+def test_the_spans_of_each_step_cover_it_and_the_machine_was_watched(pair):
+    run = pair[0]
+    lines = read_lines(run.directory / "timeline.jsonl")
+    spans = sorted((line for line in lines if "span" in line), key=lambda span: span["time"])
+    for span, later in pairwise(spans):
+        assert span["time"] + span["seconds"] <= later["time"] + 0.005, "one at a time"
+    logs = [entry["time"] for entry in run.metrics() if "loss" in entry]
+    for began, ended in pairwise(logs):  # from the log entry of a step to that of the next
+        parts = [
+            min(ended, span["time"] + span["seconds"]) - max(began, span["time"])
+            for span in spans
+            if span["time"] < ended and span["time"] + span["seconds"] > began
+        ]
+        assert 0.9 <= sum(parts) / (ended - began) <= 1.01
+    of = {name: [span["step"] for span in spans if span["span"] == name] for name in SPANS}
+    assert of["evaluation"] == [0, 2, STEPS] and of["checkpoint"] == [2, STEPS] and of["save"] == [STEPS]
+    assert sorted(set(of["rollout"])) == [1, 2, 3, 4] == sorted(set(of["update"])) and not of["sync"]
+    system = read_lines(run.directory / "system.jsonl")
+    assert len(system) >= 2
+    for line in system:
+        assert {"controller", "gym-host"} <= line["processes"].keys() and line["gpus"] == []
+        assert all(use["rss_mb"] > 0 <= use["cpu"] for use in line["processes"].values())
+    assert max(line["processes"].get("trainer", {"cpu": 0})["cpu"] for line in system) > 0.1
 
 
 def test_the_last_and_the_best_checkpoint_stay_and_the_final_weights_are_there(pair):
@@ -166,6 +222,17 @@ def test_an_adapter_is_trained_goes_on_after_an_interruption_and_ends_in_the_wei
     assert distances[0] == pytest.approx(0, abs=1e-7) and min(distances[1:]) > 1e-7, (
         "from the model without adapter"
     )
+
+    # Before the first update, the reference model is the policy; the trainer's numbers are the engine's.
+    directory = run.directory / "rollouts"
+    trained = read_train_index(directory)
+    assert [row["number"] for row in trained] == list(range(BATCH)) * STEPS, "repeated steps replace theirs"
+    for row, record in zip(trained, run.rollouts("step-000001"), strict=False):
+        _, _, mask, logprobs = flatten(outcome_from_json(record).rollout.turns)
+        own = read_trained(directory, row)["ref_logprobs"]
+        assert [value is not None for value in own] == [bool(flag) for flag in mask]
+        pairs = zip(own, logprobs, mask, strict=True)
+        assert max(abs(a - b) for a, b, flag in pairs if flag) < 1e-3
 
     # The first rollouts after the interruption were sampled with the checkpoint's adapter.
     record = run.rollouts(f"step-{checkpoints.step_of(middle) + 1:06d}")[0]

@@ -195,7 +195,7 @@ def _index_of(directory: Path, name: str, success_rewards: Mapping[str, float]) 
             row = frame | place | _summary(outcome, success_rewards)
             rows.append(row | ({"began": None} if row.get("began") == 0 else {}))
             num_played[key] += 1
-    except (zstandard.ZstdError, LookupError, TypeError, ValueError) as error:
+    except (zstandard.ZstdError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise RunDirectoryError(f"{path} must have a rollout of gymexp in each line: {error}") from None
     return rows
 

@@ -50,13 +50,13 @@ class Spans:
             self.end()
 
     def _close(self) -> None:
-        now = time.monotonic()
+        now, time_of_day = time.monotonic(), time.time()  # together: reporting may take a moment
         seconds = now - self._began
         if self._open and seconds >= _MIN_S:
             name, step = self._open[-1]
             times = {"time": round(self._time, 3), "seconds": round(seconds, 4)}
             self.report(times | {"span": name, "step": step})
-        self._time, self._began = time.time(), now
+        self._time, self._began = time_of_day, now
 
 
 class StepSpans(TrainerCallback):

@@ -55,6 +55,17 @@ def test_a_start_that_was_killed_counts_to_what_it_logged_last(tmp_path):
     assert wall_seconds(read_run(tmp_path)) == pytest.approx(100 + 70)
 
 
+def test_spans_of_steps_whose_seconds_are_their_own_change_nothing(tmp_path):
+    lines = [
+        {"time": NOW, "seconds": 3.0, "event": "start"},
+        {"time": NOW + 5, "seconds": 900.0, "span": "update", "step": 1},
+        {"time": NOW + 50, "seconds": 53.0, "event": "end"},
+        {"time": NOW + 49, "seconds": 0.1, "span": "save", "step": 1},
+    ]
+    (tmp_path / "timeline.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert wall_seconds(read_run(tmp_path)) == pytest.approx(50)
+
+
 def write(run: Path, *lines: tuple[float, str | None]) -> RunState:
     timeline = [
         {"time": NOW + at} | ({"event": event} if event else {"phase": "train"}) for at, event in lines

@@ -277,6 +277,29 @@ def test_each_log_entry_reaches_the_controller_once_with_its_own_step_however_qu
     ]
 
 
+def test_no_span_is_lost_or_sent_in_a_message_that_is_too_large_and_the_end_waits_for_the_last():
+    got: dict[int, dict] = {}
+    sizes = []
+
+    async def progress(request: web.Request) -> web.Response:
+        entries = (await request.json())["entries"]
+        sizes.append(len(entries))
+        got.update({entry["number"]: entry for entry in entries})
+        return web.Response(status=500 if len(sizes) == 2 else 200)
+
+    app = web.Application()
+    app.add_routes([web.post("/progress", progress)])
+    with serving(app) as url:
+        reporter = ProgressReporter(url)
+        for step in range(250):
+            reporter.report_span({"span": "update", "step": step})
+        reporter.report_log(250, {"loss": 0.5})
+        reporter.close(20)
+        assert not reporter._entries
+    assert [got[number].get("span", {}).get("step") for number in range(1, 252)] == [*range(250), None]
+    assert got[251]["logs"] == {"loss": 0.5} and max(sizes) <= 100
+
+
 class Clock:
     """In the place of `time`: it stands still, and pauses take no time; it knows those of each thread."""
 

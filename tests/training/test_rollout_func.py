@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,9 +16,16 @@ from gymexp.config.schema import EnvConfig, ModelConfig, RolloutConfig, RunConfi
 from gymexp.errors import RolloutError, ServiceError
 from gymexp.rollout.outcome import Completed, Failed, Rollout, Task, Truncated, Turn
 from gymexp.rollout.play import Distribution
-from gymexp.rollout.rollout_files import RolloutWriter, read_outcomes
+from gymexp.rollout.rollout_files import (
+    RolloutWriter,
+    read_index,
+    read_outcomes,
+    read_train_index,
+    read_trained,
+)
 from gymexp.training.ranks import on_main_rank
 from gymexp.training.rollout_func import Rollouts, seed_of
+from gymexp.training.trained_values import trained_of
 
 SOFTMAX = Distribution(temperature=1.0)
 TASKS = {key: Task(key, "e", "a", {"large": "row"}) for key in ("e/train/0", "e/train/1")}
@@ -342,3 +350,75 @@ def test_a_file_that_could_not_be_written_to_its_end_is_not_there(tmp_path, monk
     with pytest.raises(OSError, match="No space left"):
         rollouts(Collector(), tmp_path).write("step-000001", [], group_size=2)
     assert list(tmp_path.glob("*.zst")) == []
+
+
+def batch_of(numbers: list[int], widths: int = 3) -> dict[str, torch.Tensor]:
+    """What TRL returns for one-token rollouts whose numbers of the run are these, padded to `widths`."""
+    mask = torch.zeros(len(numbers), widths)
+    mask[:, 0] = 1
+    of_row = torch.tensor(numbers)[:, None].expand(-1, widths)
+    return {"completion_mask": mask, "advantages": of_row[:, 0] / 10, "old_per_token_logps": -of_row / 100}
+
+
+def trained_in(directory: Path, name: str) -> list[tuple[str, float | None, list[float] | None]]:
+    """(task, advantage, log-probabilities) of each rollout of a file, in the order of the rollouts' index."""
+    rows = {row["number"]: row for row in read_train_index(directory) if row["file"] == name}
+    index = [row for row in read_index(directory) if row["file"] == name]
+    assert list(rows) == [row["number"] for row in index]
+    records = [read_trained(directory, rows[row["number"]]) for row in index]
+    return [(row["key"], r["advantage"], r["logprobs"]) for row, r in zip(index, records, strict=True)]
+
+
+def test_what_each_rank_made_of_its_rollouts_is_kept_with_these_rollouts(tmp_path, monkeypatch):
+    """Two ranks; a step of two collections; one rollout fails. The number of a rollout is in its values."""
+    first, second = ["e/train/0"] * 2, ["e/train/1"] * 2
+
+    class OneFails(Collector):
+        def collect(self, tasks, samplings, meanwhile):
+            outcomes = super().collect(tasks, samplings, meanwhile)
+            return [*outcomes[:2], Failed(tasks[2], "engine", "gone"), outcomes[3]]
+
+    sent: list = []
+    ranks: list[Any] = []
+    for index in range(2):
+        settings = {"rollout": RolloutConfig(max_failed_share=0.5)}
+        plays: Any = rollouts(OneFails(), tmp_path, **settings)
+        if index:
+            plays._writer = plays._collector = None
+        ranks.append((plays, RankTrainer(Accelerator(index, sent))))
+    for collection in range(2):
+        parts = []
+        for (plays, trainer), own in zip(ranks, (first, second), strict=True):
+            monkeypatch.setattr("accelerate.utils.broadcast_object_list", trainer.accelerator.broadcast)
+            monkeypatch.setattr("accelerate.utils.gather_object", lambda _: [*first, *second])
+            plays(own, trainer)
+        for index, (plays, _) in enumerate(ranks):
+            numbers = [4 * collection + 2 * index + i for i in range(2)]
+            parts += trained_of(batch_of(numbers), plays._rows.own)
+        for index, (plays, trainer) in reversed([*enumerate(ranks)]):
+            own_part = parts[2 * index : 2 * index + 2]
+
+            def gather(own, own_part=own_part, parts=parts):
+                assert [one.advantage for one in own] == [one.advantage for one in own_part]
+                return parts
+
+            monkeypatch.setattr("accelerate.utils.gather_object", gather)
+            plays.write_trained(batch_of([4 * collection + 2 * index + i for i in range(2)]), trainer)
+    keys = [*first, *second] * 2
+    expected: list[Any] = [(keys[n], n / 10, [pytest.approx(-n / 100)]) for n in range(8)]
+    for failed in (2, 6):
+        expected[failed] = (keys[failed], None, None)
+    assert trained_in(tmp_path, "step-000005") == expected
+
+
+def test_a_step_keeps_a_value_a_token_up_to_a_bound_and_its_advantages_always(tmp_path, monkeypatch):
+    monkeypatch.setattr("gymexp.training.rollout_func._MAX_KEPT_TOKENS", 3)
+    monkeypatch.setattr("accelerate.utils.gather_object", lambda own: own)
+    plays, trainer = rollouts(Collector(), tmp_path), Trainer()
+    for step, kept in ((0, 2), (0, 1), (1, 2)):
+        trainer.state.global_step = step
+        plays(["e/train/0"] * 2, trainer)  # type: ignore[arg-type]
+        plays.write_trained(batch_of([1, 2]), trainer)  # type: ignore[arg-type]
+        rows = [row for row in read_train_index(tmp_path) if row["file"] == f"step-{step + 1:06d}"]
+        assert sum(read_trained(tmp_path, row)["logprobs"] is not None for row in rows[-2:]) == kept
+        assert [row["advantage"] for row in rows[-2:]] == [0.1, 0.2]

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_trainer import MadeUp, build_trainer, save_policy
+from small_trainer import MadeUp, build_trainer, logprobs_of, save_policy
 from torch import nn
 
 from gymexp.config.load import to_yaml
@@ -19,6 +21,7 @@ from gymexp.errors import ServiceError
 from gymexp.policy.checkpoint_model import materialize, write_adapter
 from gymexp.training import checkpoints
 from gymexp.training.drift import without_dropout
+from gymexp.training.trained_values import Row, trained_of
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +166,66 @@ def test_the_parts_of_a_step_are_measured_and_do_not_overlap(policy, tmp_path):
         whole = parts.pop("time/step")
         assert whole == pytest.approx(sum(parts.values()))
         assert min(parts.values()) >= 0, "a second that counts twice is missing from the others"
+
+
+class Kept(MadeUp):
+    """Keeps what the records get, in the order of its rollouts, with the log-probabilities at that time."""
+
+    def write_trained(self, batch, trainer):
+        rows = [Row(len(row["completion_ids"]), True, True) for row in self.rows]
+        self.trained = trained_of(batch, rows)
+        self.own = [logprobs_of(trainer, row) for row in self.rows]
+
+
+@pytest.mark.parametrize("mode", [None, "token_truncate", "sequence_truncate"])
+def test_the_records_get_each_rollouts_own_values_before_trl_shuffles_them(policy, tmp_path, mode):
+    """Every rollout has another reward, length, mask and tokens, so that values of another one are seen.
+    mode: of TRL's weights against the mismatch with servers; None: the trainer samples itself."""
+    rollouts = Kept(own_logprobs=True, noise=0.3)
+    more = {"vllm_importance_sampling_mode": mode} if mode else {}
+    trainer = build_trainer(policy, tmp_path, rollouts, beta=0.1, num_iterations=2, **more)
+    if mode:
+        trainer.sample_with_servers(Servers(None), version=0)  # type: ignore[arg-type]
+    trainer.train_from(None)
+    rewards = torch.tensor([row["reward"] for row in rollouts.rows]).view(-1, 4)
+    advantages = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)
+    assert [one.advantage for one in rollouts.trained] == pytest.approx(
+        advantages.flatten().tolist(), abs=1e-5
+    )
+    for row, one, own in zip(rollouts.rows, rollouts.trained, rollouts.own, strict=True):
+        sampled = [i for i, flag in enumerate(row["env_mask"]) if flag]
+        assert one.num_trained == len(sampled) and len(one.logprobs) == len(own)
+        for values in (one.logprobs, one.ref_logprobs):
+            assert [i for i, value in enumerate(values) if value == value] == sampled
+            assert [values[i] for i in sampled] == pytest.approx([own[i] for i in sampled], abs=2e-4)
+        ratios = [math.exp(own[i] - row["logprobs"][i]) for i in sampled]
+        assert one.max_ratio == pytest.approx(max(ratios), rel=1e-3)
+        bound = trainer.vllm_importance_sampling_clip_max
+        if mode is None:
+            assert one.weights is None
+        elif mode == "token_truncate":
+            expected = [min(ratio, bound) for ratio in ratios]
+            assert [one.weights[i] for i in sampled] == pytest.approx(expected, rel=1e-3)
+        else:
+            assert one.weights == pytest.approx(min(math.prod(ratios), bound), rel=2e-3)
+
+
+def test_the_spans_of_a_step_cover_it_and_never_overlap(policy, tmp_path):
+    trainer = build_trainer(policy, tmp_path, Slow(), max_steps=2, save_strategy="steps", save_steps=1)
+    spans: list[dict] = []
+    trainer.spans.report = spans.append
+    trainer.train_from(None)
+    for step in (1, 2):
+        names = [span["span"] for span in spans if span["step"] == step]
+        order = [name for name in dict.fromkeys(names) if name != "update" or names[0] != "update"]
+        assert {"rollout", "update", "checkpoint"} <= set(names) and order[0] in ("rollout", "logprobs")
+        played = [s["seconds"] for s in spans if s["step"] == step and s["span"] == "rollout"]
+        assert 1.0 <= max(played) <= sum(played) < 2.0
+    spans.sort(key=lambda span: span["time"])
+    for span, later in pairwise(spans):
+        assert span["time"] + span["seconds"] <= later["time"] + 0.002
+    whole = spans[-1]["time"] + spans[-1]["seconds"] - spans[0]["time"]
+    assert 0.9 * whole <= sum(span["seconds"] for span in spans) <= whole + 0.01
 
 
 def test_an_evaluations_entry_is_its_own_and_its_seconds_are_the_steps(build, monkeypatch):
