@@ -127,8 +127,14 @@ def problems_of(config: RunConfig) -> Iterator[str]:
     yield from _distribution_problems(config.evaluation)
     yield from _checkpoint_problems(config)
     yield from _search_problems(config)
-    yield from _one_of("tracker.kind", config.tracker.kind, ("none", "wandb", "trackio", "tensorboard"))
+    trackers = ("none", "wandb", "trackio", "mlflow", "tensorboard")
+    yield from _one_of("tracker.kind", config.tracker.kind, trackers)
     yield from _one_of("tracker.mode", config.tracker.mode, (None, "online", "offline", "disabled"))
+    if not 0 <= config.tracker.rollouts <= 200:
+        yield (
+            f"tracker.rollouts must be between 0 and 200, got {config.tracker.rollouts}: trackers are slow "
+            "with more; `python -m gymexp.rollouts` shows all"
+        )
 
 
 def _seed_problems(config: RunConfig) -> Iterator[str]:
