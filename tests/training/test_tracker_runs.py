@@ -8,6 +8,7 @@ import os
 import sqlite3
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -130,7 +131,11 @@ def test_wandb_offline_keeps_names_group_tables_and_identity(job, monkeypatch):
     (directory,) = job.glob("wandb/offline-run-*")
     identity = (job / "wandb_run_id").read_text()
     assert directory.name.endswith(f"-{identity}")
-    content = next(directory.glob("*.wandb")).read_bytes()
+    (file,) = directory.glob("*.wandb")
+    until = time.monotonic() + 30
+    while file.stat().st_size < 100 and time.monotonic() < until:
+        time.sleep(0.1)  # wandb's own process writes it after the run has ended
+    content = file.read_bytes()
     for text in (
         "sudoku/reward",
         "eval_sudoku/reward",
