@@ -65,6 +65,17 @@ def without_secrets(text: str, environ: Mapping[str, str] = os.environ) -> str:
     return text
 
 
+def redacted(value: Any, at: str = "") -> Any:
+    """Returns a configuration with *** for each text that is a secret by its key or its form."""
+    if isinstance(value, Mapping):
+        return {name: redacted(inner, f"{at}.{name}" if at else str(name)) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [redacted(inner, f"{at}[{index}]") for index, inner in enumerate(value)]
+    if not isinstance(value, str):
+        return value
+    return _HIDDEN if next(secrets_at(at, value), None) else without_secrets(value)
+
+
 def _hide(match: re.Match[str]) -> str:
     if not _is_secret(match[1]):
         return match[0]

@@ -18,6 +18,7 @@ from gymexp.config.schema import (
     LauncherConfig,
     LoraConfig,
     RunConfig,
+    TrackerConfig,
 )
 from gymexp.config.search_space import problems_of_space
 from gymexp.config.suggestions import nearest
@@ -127,8 +128,18 @@ def problems_of(config: RunConfig) -> Iterator[str]:
     yield from _distribution_problems(config.evaluation)
     yield from _checkpoint_problems(config)
     yield from _search_problems(config)
-    yield from _one_of("tracker.kind", config.tracker.kind, ("none", "wandb", "trackio", "tensorboard"))
-    yield from _one_of("tracker.mode", config.tracker.mode, (None, "online", "offline", "disabled"))
+    yield from _tracker_problems(config.tracker)
+
+
+def _tracker_problems(tracker: TrackerConfig) -> Iterator[str]:
+    trackers = ("none", "wandb", "trackio", "mlflow", "tensorboard")
+    yield from _one_of("tracker.kind", tracker.kind, trackers)
+    yield from _one_of("tracker.mode", tracker.mode, (None, "online", "offline", "disabled"))
+    if not 0 <= tracker.rollouts <= 200:
+        yield (
+            f"tracker.rollouts must be between 0 and 200, got {tracker.rollouts}: trackers are slow "
+            "with more; `python -m gymexp.rollouts` shows all"
+        )
 
 
 def _seed_problems(config: RunConfig) -> Iterator[str]:

@@ -193,9 +193,11 @@ class CheckpointConfig:
 class TrackerConfig:
     """Where metrics are logged in addition to `metrics.jsonl`."""
 
-    kind: str = "none"  # none, wandb, trackio or tensorboard
-    project: str = "gymexp"  # the project's name at the tracker
+    kind: str = "none"  # none, wandb, trackio, mlflow or tensorboard
+    project: str = "gymexp"  # the project's name at the tracker; mlflow: the experiment's
     mode: str | None = None  # wandb: online, offline or disabled; None: wandb's own default
+    # rollouts sent at each evaluation, and to trackio also at each step; 0: none; tensorboard gets none
+    rollouts: int = 16
 
 
 @dataclass

@@ -105,7 +105,7 @@ def _look_at_download(
 def tracker(subject: Subject) -> Iterable[Finding]:
     """Yields a finding about the tracker: whether it is installed, has a login, and can be reached."""
     config = subject.config.tracker
-    if config.kind in ("trackio", "tensorboard"):
+    if config.kind in ("trackio", "mlflow", "tensorboard"):
         if importlib.util.find_spec(config.kind):
             yield Finding("ok", "tracker", config.kind)
         else:

@@ -190,17 +190,14 @@ def _request_verdicts(questions: list[dict[str, Any]]) -> list[str]:
     return call_module(["gymexp.training.argument_trial"], task, _CHECK_TIMEOUT_S, stdin=questions)
 
 
-def build(config: RunConfig, output_dir: Path, run_name: str) -> GRPOConfig:
-    """Builds TRL's arguments for a run; imports torch. run_name: the run's name in trackers."""
-    tracker = config.tracker
+def build(config: RunConfig, output_dir: Path) -> GRPOConfig:
+    """Builds TRL's arguments for a run; imports torch."""
     return construct(
         config.trainer,
         config.model.dtype,
         output_dir=str(output_dir),
         seed=config.seed,
-        report_to=[] if tracker.kind == "none" else [tracker.kind],
-        project=tracker.project,
-        run_name=run_name,
+        report_to=[],  # transformers' integrations rename metrics, and their errors would end the run
     )
 
 

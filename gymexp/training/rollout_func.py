@@ -11,7 +11,7 @@ import dataclasses
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -64,14 +64,16 @@ class Rollouts:
         tasks: Mapping[str, Task],
         writer: RolloutWriter | None,
         engine: Engine,
+        send: Callable[[str, Sequence[Outcome]], None] | None = None,
     ) -> None:
         """collector, writer: given on the first rank only, which plays for all ranks. tasks: all tasks by
-        key."""
+        key. send: gets the name and the outcomes of each file, for the tracker."""
         self._engine = engine
         self._config = config
         self._collector = collector
         self._tasks = tasks
         self._writer = writer
+        self._send = send
         self.seconds = 0.0  # duration of the last call
         self._step: int | None = None  # the current training step, which may need several collections
         self._num_played: Counter[str] = Counter()  # rollouts of each task in the current step
@@ -170,6 +172,8 @@ class Rollouts:
         """Writes outcomes to a file of rollouts, as `RolloutWriter.write` does. On the first rank only."""
         assert self._writer is not None
         self._writer.write(name, outcomes, group_size, earlier)
+        if self._send:
+            self._send(name, outcomes)
 
     def write_trained(self, batch: Mapping[str, Any], trainer: PolicyTrainer) -> None:
         """Writes what the trainer made of the rollouts that the last call played. Every rank must call it.

@@ -15,7 +15,7 @@ def problems(tracker: TrackerConfig) -> Iterator[str]:
     """Yields the reasons why the tracker cannot work on this machine. Its package must be installed."""
     if tracker.kind != "wandb":
         return
-    # With the variable set, transformers' callback would upload its own saves, during a run and at its end.
+    # The variable asks transformers to upload its saves, during a run and at its end.
     if (log_model := os.environ.get(_LOG_MODEL, "false")).lower() not in ("", "0", "false"):
         yield (
             f"{_LOG_MODEL} must be unset or false with tracker=wandb, as gymexp uploads no weights, got "

@@ -7,11 +7,9 @@ and writes result.json. On SIGTERM it saves a checkpoint of the last finished st
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import logging
 import os
-import secrets
 import signal
 import sys
 import threading
@@ -36,6 +34,7 @@ from gymexp.record.services_file import Services
 if TYPE_CHECKING:
     from gymexp.rollout.collect import Collector
     from gymexp.training.callbacks import Evaluation, ProgressReporter
+    from gymexp.training.tracker_feed import TrackerFeed
     from gymexp.training.trainer import PolicyTrainer
 
 log = logging.getLogger(__name__)
@@ -112,14 +111,15 @@ def work(run: RunDirectory, config: RunConfig, stop_requested: threading.Event) 
     prepared = load_prepared(run.data)
     tokenizer = load_tokenizer(config.model)
     # Built before the model: with ZeRO-3, transformers then loads only each rank's part of the model.
-    args = arguments.build(config, run.checkpoints, f"{config.name} {run.path.name}")
+    args = arguments.build(config, run.checkpoints)
     model = load_model(config.model)
     device = torch.device("cuda", _rank("LOCAL_RANK")) if torch.cuda.is_available() else torch.device("cpu")
     collector = None
     with ExitStack() as stack:
         stack.callback(reporter.close)
-        if main_rank:
-            _open_tracker(config, run, stack)
+        resume = run.checkpoints / services.checkpoint if services.checkpoint else None
+        first_step = checkpoints.step_of(resume) if resume else 0
+        tracker = _open_tracker(config, run, first_step if resume else None, stack) if main_rank else None
         if services.engine_fd is not None:
             # The hf engine samples from this model. Otherwise the trainer moves the model, or shards it from
             # where it is.
@@ -132,12 +132,11 @@ def work(run: RunDirectory, config: RunConfig, stop_requested: threading.Event) 
             vocab_size: int = model.get_input_embeddings().num_embeddings  # pyright: ignore
             collector = _open_collector(config, services, vocab_size, reporter, stop_requested, stack)
         tasks = {t.key: t for part in (prepared.train, *prepared.validation.values()) for t in part}
-        resume = run.checkpoints / services.checkpoint if services.checkpoint else None
-        first_step = checkpoints.step_of(resume) if resume else 0
         writer = (
             RolloutWriter(run.rollouts, config.env, first_step if resume else None) if main_rank else None
         )
-        rollouts = Rollouts(config, collector, tasks, writer, engine)
+        send = tracker.add_rollouts if tracker else None
+        rollouts = Rollouts(config, collector, tasks, writer, engine, send)
         trainer = PolicyTrainer(config, args, model, tokenizer, prepared, rollouts, run.checkpoints)
         if isinstance(engine, ServerSampling):
             # A server that gymexp did not start may have any weights.
@@ -149,6 +148,8 @@ def work(run: RunDirectory, config: RunConfig, stop_requested: threading.Event) 
         if main_rank:
             trainer.spans.report = reporter.report_span
             trainer.add_callback(MetricsFile(run.metrics, first_step))
+        if tracker:
+            trainer.add_callback(tracker)
         for callback in (Steps(reporter), evaluation, stop):
             trainer.add_callback(callback)
 
@@ -231,33 +232,18 @@ def _read_before(run: RunDirectory) -> dict[str, float]:
     return read_json(run.path / "before.json")
 
 
-def _open_tracker(config: RunConfig, run: RunDirectory, stack: ExitStack) -> None:
-    """Configures where transformers' callbacks send the metrics: TensorBoard's directory, or the W&B run. A
-    resumed run continues its own W&B run."""
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(run.path / "tensorboard")
-    if config.tracker.kind != "wandb":
-        return
-    import wandb
+def _open_tracker(
+    config: RunConfig, run: RunDirectory, step: int | None, stack: ExitStack
+) -> TrackerFeed | None:
+    """Opens the run's tracker, which `stack` closes; None without one. step: of the checkpoint that a resumed
+    run continues from."""
+    from gymexp.training.tracker_feed import open_feed
+    from gymexp.training.tracker_runs import Place
 
-    id_file = run.path / "wandb_run_id"
-    if not id_file.exists():
-        replace_file(id_file, secrets.token_hex(4))
-    mode: Any = config.tracker.mode
-    try:
-        wandb.init(
-            project=config.tracker.project,
-            name=f"{config.name} {run.path.name}",
-            id=id_file.read_text(),
-            resume="allow",
-            mode=mode,
-            dir=run.path,
-            config=dataclasses.asdict(config),
-        )
-    except wandb.Error as error:
-        raise GymexpError(
-            f"tracker=wandb: {error}. Log in with `wandb login`, or say tracker.mode=offline"
-        ) from error
-    stack.push(lambda kind, *_: wandb.finish(exit_code=0 if kind is None else 1))
+    feed = open_feed(config, Place.of(run.path, config.name, step))
+    if feed:
+        stack.push(lambda kind, *_: feed.close(failed=kind is not None))
+    return feed
 
 
 if __name__ == "__main__":

@@ -95,7 +95,7 @@ def main() -> None:
     config = RunConfig(model=model_config, env={"e": EnvConfig("c", "a")}, trainer=options["trainer"])
     config.checkpoint.keep_last = 1
     saved = directory / "checkpoints"
-    args = arguments.build(config, saved, "sharded")
+    args = arguments.build(config, saved)
     model, tokenizer = load_model(model_config), load_tokenizer(model_config)
     prepared = Prepared([Task(f"t{i}", "e", "a", {}) for i in range(64)], {}, {})
     rollouts: Any = MadeUp()

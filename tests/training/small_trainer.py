@@ -122,7 +122,7 @@ def build_trainer(
     **trainer: Any,
 ) -> PolicyTrainer:
     config = config_of(policy, dtype, **trainer)
-    args = arguments.build(config, directory, "small")
+    args = arguments.build(config, directory)
     prepared = Prepared([Task(f"e/train/{i}", "e", "a", {}) for i in range(num_tasks)], {}, {})
     model, tokenizer = load_model(config.model), load_tokenizer(config.model)
     return PolicyTrainer(config, args, model, tokenizer, prepared, rollouts, directory)
@@ -134,7 +134,7 @@ def build_reference(policy: Path, directory: Path, rollouts: Any, **trainer: Any
     return GRPOTrainer(
         model=load_model(config.model),
         reward_funcs=reward,
-        args=arguments.build(config, directory, "small"),
+        args=arguments.build(config, directory),
         train_dataset=Dataset.from_dict({"prompt": [f"e/train/{i}" for i in range(8)]}),
         processing_class=load_tokenizer(config.model),
         rollout_func=rollouts,

@@ -106,7 +106,7 @@ def train(directory: Path, until: int | None = None, tasks: list[Task] = TASKS, 
     }
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(TINY, **shape), dtype=torch.float32)
     rollouts = MadeUp()
-    args = arguments.build(config, directory, "random")
+    args = arguments.build(config, directory)
     made = PolicyTrainer(
         config,
         args,

@@ -14,11 +14,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import wandb
 from whole_run import ROOT
 
-from gymexp.config.schema import EnvConfig, EvaluationConfig, RunConfig, TrackerConfig
-from gymexp.errors import GymexpError
+from gymexp.config.schema import EnvConfig, EvaluationConfig, RunConfig
 from gymexp.record.services_file import Replica, Services
 from gymexp.rollout.collect import Stopped
 from gymexp.training import trainer_process
@@ -213,39 +211,27 @@ def test_the_collector_stops_when_the_run_is_asked_to_end_and_is_closed_with_it(
     assert collector.closed
 
 
-def test_a_tracker_writes_into_the_run_directory_and_a_resumed_run_goes_on_in_its_own(monkeypatch, tmp_path):
-    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "elsewhere")
-    run: Any = SimpleNamespace(path=tmp_path)
-    trainer_process._open_tracker(RunConfig(), run, ExitStack())
-    assert os.environ["TENSORBOARD_LOGGING_DIR"] == str(tmp_path / "tensorboard")
-    assert list(tmp_path.iterdir()) == []
+def test_the_tracker_is_told_whether_the_run_has_failed(monkeypatch, tmp_path):
+    closed: list[bool] = []
+    opened: list[Any] = []
 
-    opened, ended = [], []
-    monkeypatch.setattr("wandb.init", lambda **options: opened.append(options))
-    monkeypatch.setattr("wandb.finish", lambda exit_code: ended.append(exit_code))
-    config = RunConfig(name="n", tracker=TrackerConfig(kind="wandb", project="p", mode="offline"))
+    def open_feed(config: RunConfig, place: Any) -> Any:
+        opened.append(place)
+        return SimpleNamespace(close=lambda failed: closed.append(failed)) if config.name == "n" else None
+
+    monkeypatch.setattr("gymexp.training.tracker_feed.open_feed", open_feed)
+    run: Any = SimpleNamespace(path=tmp_path / "2026")
     with ExitStack() as stack:
-        trainer_process._open_tracker(config, run, stack)
+        assert trainer_process._open_tracker(RunConfig(name="n"), run, None, stack)
+        assert trainer_process._open_tracker(RunConfig(name="none"), run, None, stack) is None
     with pytest.raises(KeyError), ExitStack() as stack:
-        trainer_process._open_tracker(config, run, stack)
+        trainer_process._open_tracker(RunConfig(name="n"), run, 7, stack)
         raise KeyError
-    assert ended == [0, 1], "whether the run has failed"
-    first, second = opened
-    assert first["id"] == second["id"] == (tmp_path / "wandb_run_id").read_text() != ""
-    assert (first["resume"], first["mode"], first["project"], first["dir"]) == (
-        "allow",
-        "offline",
-        "p",
-        tmp_path,
-    )
-    assert first["name"] == f"n {tmp_path.name}" and first["config"]["tracker"]["project"] == "p"
-
-    def refuse(**options: Any) -> None:
-        raise wandb.Error("no key")
-
-    monkeypatch.setattr("wandb.init", refuse)
-    with pytest.raises(GymexpError, match=r"tracker=wandb: no key\. Log in with `wandb login`, or say"):
-        trainer_process._open_tracker(config, run, ExitStack())
+    assert closed == [False, True]
+    assert [(place.path, place.name, place.step) for place in opened[::2]] == [
+        (run.path, "n 2026", None),
+        (run.path, "n 2026", 7),
+    ]
 
 
 def test_the_result_is_written_by_the_first_rank_and_nothing_keeps_the_process(tmp_path):

@@ -1,0 +1,89 @@
+"""A few rollouts of a batch as a tracker shows them: the ones to look at first, as conversations. Pure."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain, zip_longest
+from typing import Any
+
+from gymexp.rollout.outcome import Failed, Outcome, Truncated, task_of
+from gymexp.rollout.rollout_files import text_of
+
+
+def choose(outcomes: Sequence[Outcome], limit: int, seed: str) -> list[tuple[str, Outcome]]:
+    """Returns at most `limit` outcomes, each with why it was chosen: of each environment in turn the best,
+    the worst and a failed one, then random ones. The same seed chooses the same."""
+    by_env: dict[str, list[Outcome]] = {}
+    for outcome in outcomes:
+        by_env.setdefault(task_of(outcome).env, []).append(outcome)
+    columns = [_in_order(of_env, random.Random(f"{seed} {env}")) for env, of_env in sorted(by_env.items())]
+    return [found for found in chain(*zip_longest(*columns)) if found][:limit]
+
+
+def _in_order(outcomes: Sequence[Outcome], draw: random.Random) -> Iterator[tuple[str, Outcome]]:
+    scored = [outcome for outcome in outcomes if not isinstance(outcome, Failed)]
+    left = list(outcomes)
+
+    def take(why: str, outcome: Outcome) -> tuple[str, Outcome]:
+        left[:] = [other for other in left if other is not outcome]
+        return why, outcome
+
+    if scored:
+        yield take("best", max(scored, key=lambda outcome: outcome.rollout.reward))
+        if len(scored) > 1:
+            # Not the best again, where all rewards are equal.
+            others = (outcome for outcome in left if not isinstance(outcome, Failed))
+            yield take("worst", min(others, key=lambda outcome: outcome.rollout.reward))
+    if failed := [outcome for outcome in outcomes if isinstance(outcome, Failed)]:
+        yield take("failed", draw.choice(failed))
+    draw.shuffle(left)
+    yield from (("random", outcome) for outcome in left)
+
+
+def facts(outcome: Outcome, why: str) -> dict[str, Any]:
+    """Returns what a tracker shows beside the conversation. reward, turns and tokens are None for a failed
+    rollout."""
+    task = task_of(outcome)
+    shown: dict[str, Any] = {"env": task.env, "task": task.key, "chosen": why}
+    shown |= dict.fromkeys(("reward", "turns", "tokens"))
+    if isinstance(outcome, Failed):
+        return shown | {"outcome": f"failed ({outcome.cause})"}
+    rollout = outcome.rollout
+    end = f"truncated ({outcome.limit})" if isinstance(outcome, Truncated) else "completed"
+    shown |= {"reward": rollout.reward, "turns": len(rollout.turns)}
+    shown["tokens"] = sum(len(turn.completion_ids) for turn in rollout.turns)
+    return shown | {"outcome": "refused" if rollout.refused else end}
+
+
+def messages(outcome: Outcome) -> list[dict[str, str]]:
+    """Returns the conversation, prompt included, as messages `{"role", "content"}`. That of a failed rollout
+    is its prompt, then its error."""
+    asked = task_of(outcome).row.get("responses_create_params", {}).get("input", [])
+    items: list[Mapping[str, Any]] = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
+    if isinstance(outcome, Failed):
+        items = [*items, {"role": "error", "content": outcome.detail}]
+    else:
+        items = [*items, *outcome.rollout.items]
+    return [_message(item) for item in items]
+
+
+def as_text(conversation: Sequence[Mapping[str, str]]) -> str:
+    """Returns messages as one text, as a cell of a table shows them."""
+    return "\n\n".join(f"{message['role']}: {message['content']}" for message in conversation)
+
+
+def _message(item: Mapping[str, Any]) -> dict[str, str]:
+    """Returns an item of OpenAI's Responses API as a message of its Chat Completions API."""
+    match item.get("type", "message"):
+        case "message":
+            return {"role": str(item.get("role") or "assistant"), "content": text_of(item.get("content"))}
+        case "function_call":
+            return {"role": "assistant", "content": f"{item.get('name')}({item.get('arguments', '')})"}
+        case "function_call_output":
+            return {"role": "tool", "content": text_of(item.get("output"))}
+        case "reasoning":
+            return {"role": "assistant", "content": text_of(item.get("summary") or item.get("content"))}
+        case _:
+            return {"role": "assistant", "content": json.dumps(item)}
