@@ -98,8 +98,8 @@ def _explain(error: Exception, repo: str, endpoint: str, folder: Path) -> str:
         return f"--push {repo}: HF_HUB_OFFLINE is set: unset it ({again})"
     if status in (401, 403):
         return (
-            f"--push {repo}: the hub at {endpoint} refuses the token (HTTP {status}): say `hf auth login` with "
-            f"a token that may write to {repo.partition('/')[0]} ({again})"
+            f"--push {repo}: the hub at {endpoint} refuses the token (HTTP {status}): say `hf auth login` "
+            f"with a token that may write to {repo.partition('/')[0]} ({again})"
         )
     if status is not None:
         return f"--push {repo}: the hub at {endpoint} answered HTTP {status}: try again ({again})"
