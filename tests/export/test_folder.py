@@ -1,4 +1,4 @@
-"""The exported folder loads with transformers, says on its card what the run's files say, and keeps secrets."""
+"""The exported folder loads with transformers, its card says what the run's files say, and secrets stay."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from whole_run import ROOT, TINY
 from gymexp.config.schema import LoraConfig, ModelConfig
 from gymexp.errors import GymexpError
 from gymexp.export import folder
+from gymexp.export.__main__ import main
 from gymexp.export.chosen import choose
 from gymexp.export.folder import check_target, files_in, write_folder
 from gymexp.statistics import paired_change
@@ -111,12 +112,13 @@ def test_nothing_names_the_machine_the_user_or_a_secret(tmp_path, monkeypatch):
     run = write_run(tmp_path / "run")
     secret = "hf_" + "a1" * 15
     monkeypatch.setenv("OTHER_API_KEY", "sesame-open-sesame")
-    error = f"cannot reach http://node17:80 with {secret} or sesame-open-sesame for ann@lab.org in /home/ann/x/y.py"
+    error = (
+        f"cannot reach http://node17:80 with {secret} or sesame-open-sesame, ann@lab.org, /home/ann/x/y.py"
+    )
     (run / "result.json").write_text(json.dumps({"step": 4, "stopped": False, "error": error}))
     write_folder(choose(run, "last"), tmp_path / "policy", adapter=False, name=None)
-    text = "".join(
-        p.read_text() for p in (tmp_path / "policy").rglob("*") if p.suffix not in (".safetensors", ".svg")
-    )
+    files = [tmp_path / "policy" / name for name in files_in(tmp_path / "policy")]
+    text = "".join(p.read_text() for p in files if p.suffix not in (".safetensors", ".svg"))
     assert not [
         word
         for word in (secret, "sesame", "/home/ann", "node17", "ann@lab", str(run), str(ROOT))
@@ -140,18 +142,18 @@ def test_an_interrupted_export_leaves_what_was_there(run, tmp_path, monkeypatch,
 
 
 def test_an_earlier_export_of_the_run_is_replaced_and_nothing_else(run, exported, tmp_path):
-    again = tmp_path / "again"
+    again = tmp_path / exported.name
     shutil.copytree(exported, again)
     (again / "stale.json").write_text("{}")
     write_folder(choose(run, "last"), again, adapter=False, name=None)
-    assert files_in(again) == files_in(exported) and [p.name for p in tmp_path.iterdir()] == ["again"]
+    assert files_in(again) == files_in(exported) and [p.name for p in tmp_path.iterdir()] == [again.name]
     (tmp_path / "mine").mkdir()
     check_target(choose(run, "last"), tmp_path / "mine")
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     with pytest.raises(GymexpError, match="mine has other files"):
         write_folder(choose(run, "last"), tmp_path / "mine", adapter=False, name=None)
     (again / "gymexp" / "export.json").write_text('{"run": "another"}')
-    with pytest.raises(GymexpError, match="again has an export of another run"):
+    with pytest.raises(GymexpError, match="policy has an export of another run"):
         check_target(choose(run, "last"), again)
 
 
@@ -212,7 +214,7 @@ def command(*arguments: object, code: int = 0, **environ: str) -> str:
 
 def test_the_command_lists_the_files_and_their_sizes(run, tmp_path):
     text = command(run, "--to", tmp_path / "policy")
-    assert re.search(r"11\.\d{3} MB  model\.safetensors", text) and "step 4, in" in text
+    assert re.search(r"\d\.\d{3} MB  model\.safetensors", text) and "step 4, in" in text
     assert (tmp_path / "policy" / "README.md").exists()
 
 
@@ -220,10 +222,8 @@ def test_a_push_without_a_login_is_refused_before_anything_is_written(run, tmp_p
     text = command(
         run, "--to", tmp_path / "policy", "--push", "ann/policy", code=1, HF_HOME=str(tmp_path / "hf")
     )
-    assert text == (
-        "error: --push needs a token that may write to the hub, and none was found: say `hf auth login`, or set "
-        "HF_TOKEN\n"
-    )
+    assert text.startswith("error: --push needs a token that may write to the hub, and none was found: ")
+    assert text.count("\n") == 1
     assert not (tmp_path / "policy").exists()
 
 
@@ -237,5 +237,8 @@ def test_a_push_without_a_login_is_refused_before_anything_is_written(run, tmp_p
         (["--inspect", "x.json"], "ends in .eval"),
     ],
 )
-def test_an_argument_without_an_effect_is_refused(arguments, text):
-    assert text in command("run", *arguments, code=2)
+def test_an_argument_without_an_effect_is_refused(arguments, text, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["export", "run", *arguments])
+    with pytest.raises(SystemExit):
+        main()
+    assert text in capsys.readouterr().err

@@ -23,13 +23,14 @@ from gymexp.rollout.rollout_files import read_index, read_outcome
 READER = """
 import json, sys
 from inspect_ai.log import read_eval_log
+calls = lambda message: getattr(message, "tool_calls", None) or []
 log = read_eval_log(sys.argv[1])
 print(json.dumps({
     "task": log.eval.task, "model": log.eval.model, "mean": log.results.scores[0].metrics["mean"].value,
     "samples": [{
         "id": s.id, "epoch": s.epoch, "metadata": s.metadata, "error": s.error and s.error.message,
         "score": s.scores and s.scores["reward"].value, "why": s.scores and s.scores["reward"].explanation,
-        "messages": [[m.role, m.text, [[c.function, c.arguments, c.parse_error] for c in getattr(m, "tool_calls", None) or []]]
+        "messages": [[m.role, m.text, [[c.function, c.arguments, c.parse_error] for c in calls(m)]]
             for m in s.messages],
     } for s in log.samples],
 }))
@@ -89,15 +90,12 @@ def test_inspect_reads_back_the_samples_scores_and_messages_and_hostile_text(run
     assert (one["metadata"]["env"], one["metadata"]["step"], one["metadata"]["tokens"]) == ("office", 4, 2)
 
 
-@pytest.mark.e2e
-def test_training_rollouts_have_their_step_and_advantage(run, tmp_path):
-    line = {"file": "step-000004", "number": 7, "advantage": -0.5}
-    (run / "rollouts" / "train_index.jsonl").write_text(json.dumps(line) + "\n")
-    export(run, "--inspect", tmp_path / "x.eval", "--steps", "3:4")
-    samples = read(tmp_path / "x.eval")["samples"]
+def test_training_rollouts_have_their_step_and_advantage_and_ids_of_their_own(run):
+    rows = chosen(run, steps="3:4")
+    samples = [sample_of(row, read_outcome(run / "rollouts", row), None, row["number"] / 10) for row in rows]
     assert len({(s["id"], s["epoch"]) for s in samples}) == len(samples) == 16
     assert {s["metadata"]["step"] for s in samples} == {3, 4}
-    assert [s["metadata"]["advantage"] for s in samples if s["metadata"]["advantage"] is not None] == [-0.5]
+    assert samples[-1]["metadata"]["advantage"] == 0.7 and samples[-1]["limit"] == "length"
 
 
 def test_without_a_network_it_is_one_line_with_a_fix(run, tmp_path):
