@@ -67,14 +67,12 @@ def write_folder(chosen: Chosen, to: Path, adapter: bool, name: str | None) -> N
         else:
             _write_model(chosen, part)
         _write_records(chosen, part, adapter, name or to.name, ask_hub=name is not None)
+    old = to.with_name(f".{to.name}.old")
     if to.exists():
-        old = to.with_name(f".{to.name}.old")
         shutil.rmtree(old, ignore_errors=True)
         to.rename(old)
-        fresh.rename(to)
-        shutil.rmtree(old)
-    else:
-        fresh.rename(to)
+    fresh.rename(to)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def files_in(folder: Path) -> dict[str, int]:
