@@ -1,8 +1,9 @@
-"""A Hugging Face hub on loopback, as far as `hf_hub_download` and `snapshot_download` see one, that can also
-misbehave."""
+"""A Hugging Face hub on loopback, as far as `hf_hub_download`, `snapshot_download` and an upload without Xet
+see one, that can also misbehave."""
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import os
@@ -22,8 +23,10 @@ class Hub:
     """`files` by "<repo>/<file>", of the commit COMMIT; `commits`: those of other commits. `refs`: branches
     and tags.
 
-    `mood`: well, private, gated, broken, stalled (in the body), hanging (before any answer) or
-    nameless (it names no commit).
+    `mood`: well, private, gated, broken, stalled (in the body), hanging (before any answer), nameless (it
+    names no commit) or full (it refuses commits of more than one file).
+
+    `repos`: the repositories that were created, and whether they are private. `large`: content by SHA-256.
     """
 
     files: dict[str, bytes]
@@ -33,6 +36,8 @@ class Hub:
     url: str = ""
     refs: dict[str, str] = field(default_factory=lambda: {"main": COMMIT})
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    repos: dict[str, bool] = field(default_factory=dict)
+    large: dict[str, bytes] = field(default_factory=dict)
     closing: threading.Event = field(default_factory=threading.Event)
 
 
@@ -46,6 +51,73 @@ def serve(hub: Hub) -> Iterator[Hub]:
 
         def do_GET(self) -> None:
             self.answer(body=True)
+
+        def do_PUT(self) -> None:
+            hub.large[self.path.removeprefix("/large/")] = self.read()
+            self.reply({})
+
+        def do_POST(self) -> None:
+            hub.asked.append((self.command, self.path, self.headers.get("Authorization")))
+            content = self.read()
+            path = self.path.partition("?")[0].strip("/")
+            if self.headers.get("Authorization") != f"Bearer {hub.token}":
+                return self.refuse(401)
+            if path.endswith("/commit/main"):
+                return self.commit(path.removeprefix("api/models/").removesuffix("/commit/main"), content)
+            asked = json.loads(content)
+            if path == "api/repos/create":
+                repo = f"{asked['organization']}/{asked['name']}"
+                if repo in hub.repos:
+                    return self.refuse(409)
+                hub.repos[repo] = asked["visibility"] == "private"
+                return self.reply({"url": f"{hub.url}/{repo}"})
+            if path.endswith("/preupload/main"):
+                modes = {
+                    f["path"]: "lfs" if f["path"].endswith(".safetensors") else "regular"
+                    for f in asked["files"]
+                }
+                return self.reply(
+                    {
+                        "files": [
+                            {"path": p, "uploadMode": mode, "shouldIgnore": False}
+                            for p, mode in modes.items()
+                        ]
+                    }
+                )
+            if path.endswith(".git/info/lfs/objects/batch"):
+                known = [
+                    o | {} if o["oid"] in hub.large else o | self.upload(o["oid"]) for o in asked["objects"]
+                ]
+                return self.reply({"transfer": "basic", "objects": known})
+            self.reply({})  # api/validate-yaml
+
+        def upload(self, oid: str) -> dict[str, Any]:
+            return {"actions": {"upload": {"href": f"{hub.url}/large/{oid}"}}}
+
+        def commit(self, repo: str, content: bytes) -> None:
+            lines = [json.loads(line) for line in content.splitlines()]
+            if hub.mood == "full" and len(lines) > 2:
+                return self.refuse(403)
+            for line in lines:
+                name = f"{repo}/{line['value'].get('path')}"
+                if line["key"] == "file":
+                    hub.files[name] = base64.b64decode(line["value"]["content"])
+                elif line["key"] == "lfsFile":
+                    hub.files[name] = hub.large[line["value"]["oid"]]
+                elif line["key"] == "deletedFile":
+                    del hub.files[name]
+            self.reply({"commitUrl": f"{hub.url}/{repo}/commit/{COMMIT}", "commitOid": COMMIT})
+
+        def read(self) -> bytes:
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+
+        def reply(self, value: Any) -> None:
+            body = json.dumps(value).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
 
         def answer(self, body: bool) -> None:
             hub.asked.append((self.command, self.path, self.headers.get("Authorization")))
@@ -89,10 +161,12 @@ def serve(hub: Hub) -> Iterator[Hub]:
             return [hub.files, *hub.commits.values()]
 
         def describe(self, path: str) -> None:
-            """<repo>/revision/<revision> or <repo>/tree/<revision>, as huggingface.co's API has them."""
-            repo, kind, revision = path.rsplit("/", 2)
+            """<repo>, <repo>/revision/<revision> or <repo>/tree/<revision>, as huggingface.co has them."""
+            repo, kind, revision = path.rsplit("/", 2) if path.count("/") > 1 else (path, "revision", "main")
             commit = hub.refs.get(revision, revision)
-            if not any(name.startswith(f"{repo}/") for files in self.commits() for name in files):
+            if repo not in hub.repos and not any(
+                name.startswith(f"{repo}/") for files in self.commits() for name in files
+            ):
                 return self.refuse(404, "RepoNotFound")
             if (files := self.files(commit)) is None:
                 return self.refuse(404, "RevisionNotFound")
@@ -107,12 +181,8 @@ def serve(hub: Hub) -> Iterator[Hub]:
             if kind == "revision":
                 siblings = [{"rfilename": f["path"], "size": f["size"], "blobId": f["oid"]} for f in said]
                 said = {"id": repo, "sha": None if hub.mood == "nameless" else commit, "siblings": siblings}
-            body = json.dumps(said).encode()
-            self.send_response(200)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
+                said["private"] = hub.repos.get(repo, False)
+            self.reply(said)
 
         def refuse(self, status: int, code: str | None = None) -> None:
             self.send_response(status)

@@ -43,6 +43,7 @@ RUN = {
     "python -m gymexp.status outputs/<name>/<date_time> --follow": "",
     "python -m gymexp.rollouts outputs/<name>/<date_time>": "",
     "python -m gymexp.rollouts outputs/<name>/<date_time> --worst": "",
+    "python -m gymexp.export outputs/<name>/<date_time> --to policy": "",
     "python -m gymexp.train resume=outputs/<name>/<date_time>": "trainer.max_steps=2",
     "python -m gymexp.train resume=latest": "",  # which is finished
     "python -m gymexp.train -m 'env=[sudoku]' trainer.max_steps=10 seed=0,1": f"{ONE_STEP} {SUDOKU_DATA}",
@@ -67,6 +68,18 @@ BY_OTHER_TESTS = {
     ),
     "python -m gymexp.train 'env=[workplace]' env.workplace.data.source=generate": (
         "tests/whole_run.py::experiment=quickstart"
+    ),
+    "python -m gymexp.export outputs/<name>/<date_time> --to policy --checkpoint best": (
+        'tests/export/test_folder.py::choose(run, "best")'
+    ),
+    "python -m gymexp.export outputs/<name>/<date_time> --to policy --adapter": (
+        "tests/export/test_folder.py::test_an_adapter_names_its_base_as_others_find_it"
+    ),
+    "python -m gymexp.export outputs/<name>/<date_time> --to policy --push user/name": (
+        "tests/export/test_push.py::test_a_new_repository_is_private_and_has_every_file"
+    ),
+    "python -m gymexp.export outputs/<name>/<date_time> --inspect rollouts.eval": (
+        "tests/export/test_inspect_log.py::test_inspect_reads_back_the_samples_scores_and_messages"
     ),
     "make setup": ".ci/run::make lint",
     "make test": ".ci/run::make test",
