@@ -19,28 +19,25 @@ from gymexp.cli.terminal import guarded, parser_of
 from gymexp.config.schema import RunConfig
 from gymexp.errors import RunDirectoryError
 from gymexp.printable import say
-from gymexp.rollout.rollout_files import read_index, read_outcome
+from gymexp.rollout.rollout_files import load_index, read_names, read_outcome
 from gymexp.view.rollout_text import conversation, rollout_table
 
 
-def choose(rows: list[dict[str, Any]], args: Namespace, run: Path) -> list[dict[str, Any]]:
+def choose(args: Namespace, run: Path) -> list[dict[str, Any]]:
     """Returns the lines of the index that the command line selects, at least one. Raises RunDirectoryError if
     it selects none."""
-    if not rows:
-        raise RunDirectoryError(
-            f"{run} must be the directory of a run that has played rollouts and keeps an index of them "
-            "(rollouts/index.jsonl), which runs of earlier versions do not"
-        )
+    names = read_names(run / "rollouts")
+    if not names:
+        raise RunDirectoryError(f"{run} must be the directory of a run that has played rollouts")
     if args.eval is not None:
         name = f"eval-{args.eval:06d}"
     elif args.step is not None:
         name = f"step-{args.step:06d}"
     else:
-        name = max((row["file"] for row in rows if row["file"].startswith("step-")), default=rows[-1]["file"])
-    of_file = [row for row in rows if row["file"] == name]
-    if not of_file:
-        steps = sorted({row["file"] for row in rows})
-        raise RunDirectoryError(f"--step and --eval must name a file of this run, got {name}: {_list(steps)}")
+        name = names[-1]  # eval-… comes before step-…
+    if name not in names:
+        raise RunDirectoryError(f"--step and --eval must name a file of this run, got {name}: {_list(names)}")
+    of_file = load_index(run / "rollouts", name)
     chosen = [row for row in of_file if args.env in (None, row["env"])]
     if not chosen:
         envs = ", ".join(sorted({row["env"] for row in of_file}))
@@ -93,7 +90,7 @@ def main() -> None:
     one_rollout = args.worst or args.best or args.number is not None
     if args.full and not one_rollout:
         parser.error("--full needs --worst, --best or --number")
-    rows = choose(read_index(run / "rollouts"), args, run)
+    rows = choose(args, run)
     if one_rollout:
         [row] = rows
         record = read_outcome(run / "rollouts", row)

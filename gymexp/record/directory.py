@@ -2,7 +2,7 @@
 
 outputs/<name>/<date_time>/
     config.yaml overrides.yaml versions.txt code/ data/ checkpoints/ logs/<process>.log
-    rollouts/step-000001.jsonl.zst metrics.jsonl timeline.jsonl status.json result.json
+    rollouts/step-000001.jsonl.zst metrics.jsonl timeline.jsonl system.jsonl status.json …
 """
 
 from __future__ import annotations
@@ -91,6 +91,7 @@ class RunDirectory:
         self.config = path / "config.yaml"
         self.metrics = path / "metrics.jsonl"
         self.timeline = path / "timeline.jsonl"
+        self.system = path / "system.jsonl"
         self.status = path / "status.json"
         self.result = path / "result.json"
         self._refused: OSError | None = None  # the error of the last write, if it failed
@@ -221,6 +222,11 @@ class RunDirectory:
         """Appends to timeline.jsonl. A failing write raises nothing; `what_is_wrong` gives the reason."""
         with self._refusals():
             append_line(self.timeline, line)
+
+    def note_system(self, line: dict[str, Any]) -> None:
+        """Appends to system.jsonl, like `note`."""
+        with self._refusals():
+            append_line(self.system, line)
 
     @contextlib.contextmanager
     def _refusals(self) -> Iterator[None]:

@@ -165,6 +165,8 @@ def wall_seconds(run: RunState) -> float:
     """
     starts: list[list[dict[str, Any]]] = []
     for line in read_lines(run.path / "timeline.jsonl"):
+        if "span" in line:
+            continue  # its `seconds` are its duration
         if line.get("event") == "start":
             starts.append([])
         if starts:

@@ -120,3 +120,15 @@ def outcome_to_json(outcome: Outcome) -> dict[str, Any]:
     else:
         record["rollout"] = vars(outcome.rollout) | {"task": task}
     return {"schema": SCHEMA_VERSION, "outcome": type(outcome).__name__.lower()} | record
+
+
+def outcome_from_json(record: dict[str, Any]) -> Outcome:
+    """Returns the outcome of one line of a file of rollouts, of any schema version. The task has no row.
+    Fields that the line lacks have their default."""
+    record = {key: value for key, value in record.items() if key != "schema"}
+    kind = {"completed": Completed, "truncated": Truncated, "failed": Failed}[record.pop("outcome")]
+    if kind is Failed:
+        return Failed(**record | {"task": Task(**record["task"], row={})})
+    rollout = record["rollout"]
+    task, turns = Task(**rollout["task"], row={}), [Turn(**turn) for turn in rollout["turns"]]
+    return kind(**record | {"rollout": Rollout(**rollout | {"task": task, "turns": turns})})

@@ -4,46 +4,96 @@
 decompress that group alone; `zstd -dc` reads the whole file. `rollouts/index.jsonl` has a line for each
 rollout of every file: what a table shows of the rollout, and where its frame is.
 
-Runs from before the index have files of a single frame, which `read_outcomes` reads as well.
+`rollouts/<name>.train.jsonl.zst` has a line for each rollout of a training step: what the trainer made of the
+rollout (`gymexp.rollout.trained`). Its index is `rollouts/train_index.jsonl`; a line belongs to the rollout
+with the same file and number.
+
+Runs from before the index have files of a single frame, which `load_index` and `read_outcomes` read as well.
 """
 
 from __future__ import annotations
 
 import io
-import json
+import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import orjson
 import zstandard
+from omegaconf import OmegaConf
 
 from gymexp.config.schema import EnvConfig
 from gymexp.errors import RunDirectoryError
 from gymexp.files import at, read_lines, replacing
-from gymexp.rollout.outcome import Failed, Outcome, Truncated, outcome_to_json, task_of
+from gymexp.rollout.items import last_text, num_tool_calls, num_tool_errors
+from gymexp.rollout.outcome import Failed, Outcome, Truncated, outcome_from_json, outcome_to_json, task_of
+from gymexp.rollout.trained import Trained
 
 INDEX = "index.jsonl"
+TRAIN_INDEX = "train_index.jsonl"
+_SUFFIX = ".jsonl.zst"
+_TRAIN_SUFFIX = ".train.jsonl.zst"
 _MAX_TEXT = 120  # characters of a rollout's last message in the index
+
+
+class _IndexedFiles:
+    """Files of zstd frames, and an index with a line for each of their lines. One process may write."""
+
+    def __init__(self, directory: Path, index: str, suffix: str, last_step: int | None) -> None:
+        self._directory = directory
+        self._index = directory / index
+        self._suffix = suffix
+        rows = read_lines(self._index)
+        if self._index.exists():
+            rows = [row for row in rows if last_step is not None and _step_of(row["file"]) <= last_step]
+            self._replace_index(rows)
+        self._indexed = {row["file"] for row in rows}
+
+    def write(
+        self, name: str, groups: Iterable[Sequence[tuple[Any, dict[str, Any]]]], is_added: bool
+    ) -> None:
+        """Writes a file atomically, then its lines of the index.
+
+        groups: the groups that get a frame each, with (line, its entry in the index); the entry gets the
+        line's place. is_added: whether the file keeps what it has.
+        """
+        path = self._directory / f"{name}{self._suffix}"
+        self._directory.mkdir(exist_ok=True)
+        if not is_added and name in self._indexed:
+            self._replace_index([row for row in read_lines(self._index) if row["file"] != name])
+        content = path.read_bytes() if is_added else b""
+        rows: list[dict[str, Any]] = []
+        for group in groups:
+            lines = [orjson.dumps(line, option=orjson.OPT_SERIALIZE_NUMPY) + b"\n" for line, _ in group]
+            frame = zstandard.compress(b"".join(lines))
+            for number, (_, entry) in enumerate(group):
+                where = {"file": name, "offset": len(content), "length": len(frame), "line": number}
+                rows.append(where | entry)
+            content += frame
+        with replacing(path) as part:
+            part.write_bytes(content)
+        with at(self._index), self._index.open("ab") as file:
+            file.write(_to_lines(rows))
+        self._indexed.add(name)
+
+    def _replace_index(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        with replacing(self._index) as part:
+            part.write_bytes(_to_lines(rows))
 
 
 class RolloutWriter:
     """Writes the files of a run's rollouts and their index. One process may write at a time."""
 
     def __init__(self, directory: Path, envs: Mapping[str, EnvConfig], last_step: int | None = None) -> None:
-        """last_step: of the checkpoint that a resumed run continues from. The index loses its lines of later
-        steps, which will be played again; their files stay until then. None: the run begins.
+        """last_step: of the checkpoint that a resumed run continues from. The indexes lose their lines of
+        later steps, which will be played again; their files stay until then. None: the run begins.
         """
-        self._directory = directory
-        self._envs = envs
-        self._index = directory / INDEX
-        rows = read_index(directory)
-        if self._index.exists():
-            rows = [row for row in rows if last_step is not None and _step_of(row["file"]) <= last_step]
-            self._replace_index(rows)
-        self._indexed = {row["file"] for row in rows}
+        self._success_rewards = {name: env.success_reward for name, env in envs.items()}
+        self._rollouts = _IndexedFiles(directory, INDEX, _SUFFIX, last_step)
+        self._trained = _IndexedFiles(directory, TRAIN_INDEX, _TRAIN_SUFFIX, last_step)
 
     def write(
         self,
@@ -57,35 +107,32 @@ class RolloutWriter:
         group_size: outcomes in a row that share a frame. earlier: the number of rollouts of each task that
         the file has already, to which the outcomes are added; None or empty: the file is new, or replaced.
         """
-        path = self._directory / f"{name}.jsonl.zst"
-        self._directory.mkdir(exist_ok=True)
-        if not earlier and name in self._indexed:
-            self._replace_index([row for row in read_index(self._directory) if row["file"] != name])
-        content = path.read_bytes() if earlier else b""
         num_played = Counter(earlier or {})
         first = num_played.total()
-        rows: list[dict[str, Any]] = []
-        for start in range(0, len(outcomes), group_size):
-            group = outcomes[start : start + group_size]
-            lines = [orjson.dumps(outcome_to_json(outcome)) + b"\n" for outcome in group]
-            frame = zstandard.compress(b"".join(lines))
-            for line, outcome in enumerate(group):
-                task = task_of(outcome)
-                number = first + start + line
-                where = {"file": name, "offset": len(content), "length": len(frame), "line": line}
-                place = {"number": number, "group": number // group_size, "index": num_played[task.key]}
-                rows.append(where | place | _summary(outcome, self._envs[task.env]))
-                num_played[task.key] += 1
-            content += frame
-        with replacing(path) as part:
-            part.write_bytes(content)
-        with at(self._index), self._index.open("ab") as file:
-            file.write(_to_lines(rows))
-        self._indexed.add(name)
+        entries = []
+        for number, outcome in enumerate(outcomes, first):
+            key = task_of(outcome).key
+            place = {"number": number, "group": number // group_size, "index": num_played[key]}
+            entries.append((outcome_to_json(outcome), place | _summary(outcome, self._success_rewards)))
+            num_played[key] += 1
+        self._rollouts.write(name, _in_groups(entries, group_size), is_added=bool(earlier))
 
-    def _replace_index(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        with replacing(self._index) as part:
-            part.write_bytes(_to_lines(rows))
+    def write_trained(self, name: str, trained: Sequence[Trained], group_size: int, first: int = 0) -> None:
+        """Writes `<name>.train.jsonl.zst` atomically, then its lines of the index.
+
+        trained: of the rollouts that the last `write` of this name got, in their order. first: the number of
+        the first of them, so of rollouts of earlier collections, whose lines the file keeps.
+        """
+        entries = []
+        for number, one in enumerate(trained, first):
+            summary = {"number": number, "advantage": one.advantage, "trained": one.num_trained}
+            tokens = {"logprobs": one.logprobs, "ref_logprobs": one.ref_logprobs, "weights": one.weights}
+            entries.append((summary | tokens, summary | {"ratio_max": one.max_ratio}))
+        self._trained.write(name, _in_groups(entries, group_size), is_added=first > 0)
+
+
+def _in_groups(entries: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    return (entries[start : start + size] for start in range(0, len(entries), size))
 
 
 def _step_of(name: str) -> int:
@@ -99,23 +146,111 @@ def read_index(directory: Path) -> list[dict[str, Any]]:
     return read_lines(directory / INDEX)
 
 
+def load_index(directory: Path, file: str | None = None) -> list[dict[str, Any]]:
+    """Returns the lines of the index; for files that were written before runs had an index, lines made from
+    the files themselves, which takes some milliseconds a rollout.
+
+    directory: the `rollouts` of a run directory, whose config.yaml says which reward is a success. file: the
+    name of the only file whose lines are returned. Raises RunDirectoryError if a file is damaged.
+    """
+    rows = read_index(directory)
+    older = [name for name in _older_names(directory, rows) if file in (None, name)]
+    success_rewards = _read_success_rewards(directory.parent / "config.yaml") if older else {}
+    made = [row for name in older for row in _index_of(directory, name, success_rewards)]
+    return [*made, *(row for row in rows if file in (None, row["file"]))]
+
+
+def read_names(directory: Path) -> list[str]:
+    """Returns the names of the files of rollouts that `load_index` has lines of."""
+    rows = read_index(directory)
+    return sorted({*_older_names(directory, rows), *(row["file"] for row in rows)})
+
+
+def _older_names(directory: Path, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Returns the names of the files that were written before the run had its index, whose lines are `rows`.
+
+    A run that began without an index may have been resumed with one. Files of later steps than its first
+    line's are left from before a resume: these steps will be played again.
+    """
+    indexed = {row["file"] for row in rows}
+    first = min(map(_step_of, indexed), default=None)
+    names = (path.name.removesuffix(_SUFFIX) for path in directory.glob(f"*{_SUFFIX}"))
+    files = sorted(name for name in names if re.fullmatch(r"(eval|step)-\d+", name) and name not in indexed)
+    return [name for name in files if first is None or _step_of(name) < first]
+
+
+def _index_of(directory: Path, name: str, success_rewards: Mapping[str, float]) -> list[dict[str, Any]]:
+    """Returns lines of the index for a file of one frame. Rollouts of a task in a row are its group. `began`
+    is None where the file does not have it."""
+    path = directory / f"{name}{_SUFFIX}"
+    frame = {"file": name, "offset": 0, "length": path.stat().st_size}
+    rows: list[dict[str, Any]] = []
+    num_played: Counter[str] = Counter()
+    group, group_key = -1, None
+    try:
+        for number, outcome in enumerate(map(outcome_from_json, read_outcomes(path))):
+            key = task_of(outcome).key
+            group, group_key = group + (key != group_key), key
+            place = {"line": number, "number": number, "group": group, "index": num_played[key]}
+            row = frame | place | _summary(outcome, success_rewards)
+            rows.append(row | ({"began": None} if row.get("began") == 0 else {}))
+            num_played[key] += 1
+    except (zstandard.ZstdError, LookupError, TypeError, ValueError) as error:
+        raise RunDirectoryError(f"{path} must have a rollout of gymexp in each line: {error}") from None
+    return rows
+
+
+def _read_success_rewards(config: Path) -> dict[str, float]:
+    """Returns env.<name>.success_reward of a config.yaml, which an earlier version may have written."""
+    envs: Any = OmegaConf.to_container(OmegaConf.load(config)) if config.exists() else {}
+    named = {name: env.get("success_reward") for name, env in (envs.get("env") or {}).items()}
+    return {name: reward for name, reward in named.items() if reward is not None}
+
+
+def read_train_index(directory: Path) -> list[dict[str, Any]]:
+    """Returns the lines of the training steps' index, without one that is still being written. Empty for a
+    run that does not have it."""
+    return read_lines(directory / TRAIN_INDEX)
+
+
 def read_outcome(directory: Path, row: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the outcome, in the form of `outcome_to_json`, that a line of the index is about. Raises
     RunDirectoryError if the file no longer has it."""
-    path = directory / f"{row['file']}.jsonl.zst"
+    record = _read_line(directory / f"{row['file']}{_SUFFIX}", row)
+    if not record or (record.get("rollout") or record)["task"]["key"] != row["key"]:
+        raise _lost(directory / f"{row['file']}{_SUFFIX}", row)
+    return record
+
+
+def read_trained(directory: Path, row: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what the trainer made of a rollout. row: of the training steps' index. Raises RunDirectoryError
+    if the file no longer has it.
+
+    The keys are number, advantage, trained, logprobs, ref_logprobs and weights, as in
+    `gymexp.rollout.trained`; a token that is not trained on has null.
+    """
+    record = _read_line(directory / f"{row['file']}{_TRAIN_SUFFIX}", row)
+    if any(record.get(key) != row[key] for key in ("number", "advantage", "trained")):
+        raise _lost(directory / f"{row['file']}{_TRAIN_SUFFIX}", row)
+    return record
+
+
+def _read_line(path: Path, row: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the object in the line of a frame; {} if the file does not have it."""
     try:
         with path.open("rb") as file:
             file.seek(row["offset"])
             lines = zstandard.decompress(file.read(row["length"])).splitlines()
-        record = orjson.loads(lines[row["line"]])
-        if (record.get("rollout") or record)["task"]["key"] != row["key"]:
-            raise ValueError("another rollout")
-        return record
+        return orjson.loads(lines[row["line"]])
     except (FileNotFoundError, zstandard.ZstdError, LookupError, ValueError):
-        raise RunDirectoryError(
-            f"{path} must have rollout {row['number']}, but was deleted or written again: repeat the "
-            "command, or resume the run, which writes the file anew"
-        ) from None
+        return {}
+
+
+def _lost(path: Path, row: Mapping[str, Any]) -> RunDirectoryError:
+    return RunDirectoryError(
+        f"{path} must have rollout {row['number']}, but was deleted or written again: repeat the command, or "
+        "resume the run, which writes the file anew"
+    )
 
 
 def read_outcomes(path: Path) -> Iterator[dict[str, Any]]:
@@ -125,9 +260,10 @@ def read_outcomes(path: Path) -> Iterator[dict[str, Any]]:
         yield from map(orjson.loads, io.BufferedReader(reader))
 
 
-def _summary(outcome: Outcome, env: EnvConfig) -> dict[str, Any]:
+def _summary(outcome: Outcome, success_rewards: Mapping[str, float]) -> dict[str, Any]:
     """Returns what the index has of an outcome beside its place. tokens: that the policy sampled. nll: their
-    mean -log-probability in nats. text: the beginning of the last message."""
+    mean -log-probability in nats. tool_errors: as `num_tool_errors` counts. text: the beginning of the last
+    message. success_rewards: by environment; without one, success is None."""
     task = task_of(outcome)
     row: dict[str, Any] = {"key": task.key, "env": task.env, "outcome": type(outcome).__name__.lower()}
     row["failures"] = outcome.failures
@@ -136,41 +272,25 @@ def _summary(outcome: Outcome, env: EnvConfig) -> dict[str, Any]:
     if isinstance(outcome, Truncated):
         row["limit"] = outcome.limit
     rollout = outcome.rollout
+    success_reward = success_rewards.get(task.env)
     logprobs = [value for turn in rollout.turns for value in turn.logprobs]
     return row | {
         "reward": rollout.reward,
-        "success": rollout.reward >= env.success_reward,
+        "success": None if success_reward is None else rollout.reward >= success_reward,
         "refused": bool(rollout.refused),
         "turns": len(rollout.turns),
         "prompt_tokens": len(rollout.turns[0].prompt_ids),
         "tokens": len(logprobs),
         "nll": round(max(0.0, -fmean(logprobs)), 4),
-        "tool_calls": sum(item.get("type") == "function_call" for item in rollout.items),
+        "tool_calls": num_tool_calls(rollout.items),
+        "tool_errors": num_tool_errors(rollout.items),
         "began": rollout.began,
         "seconds": rollout.seconds,
         "seed": rollout.seed,
         "replica": rollout.replica,
         "weights_version": rollout.weights_version,
-        "text": _last_text(rollout.items)[:_MAX_TEXT],
+        "text": last_text(rollout.items)[:_MAX_TEXT],
     }
-
-
-def _last_text(items: Sequence[Mapping[str, Any]]) -> str:
-    """Returns the text of the last message among the items of an episode; "" if it has none."""
-    messages = (item for item in reversed(items) if item.get("type", "message") == "message")
-    return next((text_of(item.get("content")) for item in messages), "")
-
-
-def text_of(content: Any) -> str:
-    """Returns the text of a message's content in OpenAI's Responses API: a string, or a list of parts."""
-    if isinstance(content, list):
-        return "".join(_text_of_part(part) for part in content)
-    return content if isinstance(content, str) else json.dumps(content)
-
-
-def _text_of_part(part: Any) -> str:
-    text = part.get("text") if isinstance(part, dict) else part
-    return text if isinstance(text, str) else json.dumps(part)
 
 
 def _to_lines(rows: Sequence[Mapping[str, Any]]) -> bytes:

@@ -44,6 +44,8 @@ from gymexp.record.directory import Ended, RunDirectory
 from gymexp.record.places import cache_dir
 from gymexp.run import services
 from gymexp.run.control_endpoint import Control
+from gymexp.run.system_records import SystemRecorder
+from gymexp.run.timeline import Timeline
 from gymexp.view.progress import View
 
 log = logging.getLogger(__name__)
@@ -100,8 +102,8 @@ class Controller:
         self._ended: Ended | None = None
         self._outcome: str | None = None  # how the run ended, in words
         self._ranks: list[Service] = []  # the trainer's processes
-        self._has_played = False
-        self._num_entries = 0  # the trainer's log entries shown so far
+        self._timeline = Timeline(directory)
+        self._system: SystemRecorder | None = None
 
     async def run(self, gym_python: Path, site: Path) -> dict[str, Any]:
         gym = self._config.gym
@@ -124,13 +126,14 @@ class Controller:
         writing = asyncio.create_task(self._keep_status(supervisor))
         async with control:
             try:
-                self._note(event="start")
+                self._timeline.note(event="start")
                 self._catch_signals(supervisor)
                 nodes: list[Node] = [local]
                 if others:
                     self._directory.result.unlink(missing_ok=True)
                     nodes = await others.join(control.url)
                     self._placement = place(self._config, [node.gpus for node in nodes])
+                self._system = SystemRecorder(self._directory, lambda: supervisor.services, self._own_gpus())
                 endpoints = await self._open_engines(nodes)
                 gateway_url = ports.url_of(gateway_sock)
                 gym_args = gym_python, site, gateway_url, sockets, local.address, keys
@@ -160,12 +163,14 @@ class Controller:
             finally:
                 self._stopping = True
                 self._facts["phase"] = "stop"
+                if self._system:
+                    self._system.close()
                 await supervisor.close([rank.name for rank in self._ranks], ["gateway"])
                 if others:
                     await others.close()
                 writing.cancel()
                 self._write_status(supervisor)
-                self._note(event="end")
+                self._timeline.note(event="end")
                 if self._end_signal is None:
                     for number, handler in self._old_handlers.items():
                         signal.signal(number, handler)
@@ -202,6 +207,11 @@ class Controller:
             self._directory.write_result({"error": f"{failure}\n{advice}"})
             return ServiceError(f"{failure}\n{advice}")
         return failure
+
+    def _own_gpus(self) -> list[str]:
+        """Returns the GPUs that the run uses on this node, as CUDA_VISIBLE_DEVICES names them."""
+        shares = [*self._placement.training, *self._placement.replicas]
+        return sorted({gpu for share in shares if share.node == 0 for gpu in share.gpus})
 
     async def _open_engines(self, nodes: Sequence[Node]) -> list[Endpoint]:
         """Returns each engine's endpoint: a socket for the hf engine; a reserved port for vLLM, which opens
@@ -348,25 +358,12 @@ class Controller:
         for number in numbers:
             self._old_handlers[number] = signal.signal(number, handle)
 
-    def _note(self, **fields: Any) -> None:
-        """Appends a line to timeline.jsonl. `seconds` counts from this process's start, which is when the
-        user gave the command."""
-        since = round(clock.since_start(), 2)
-        self._directory.note({"time": round(time.time(), 3), "seconds": since, **fields})
-
     def _on_progress(self, facts: dict[str, Any]) -> None:
-        if facts.get("phase") != self._facts.get("phase"):
-            self._note(phase=facts.get("phase"))
-        if facts.get("done") and not self._has_played:
-            self._has_played = True
-            self._note(event="first rollout")
-        entries = facts.pop("entries", [])
+        entries = self._timeline.follow(self._facts, facts)
         self._facts = facts
         self._view.update(facts)
         for entry in entries:
-            if entry["number"] > self._num_entries:  # the trainer sends entries again if our reply was lost
-                self._num_entries = entry["number"]
-                self._view.log(entry["step"], entry["logs"])
+            self._view.log(entry["step"], entry["logs"])
 
     def _write_status(self, supervisor: Supervisor) -> None:
         states = {s.name: s.state for s in supervisor.services.values()}

@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from gymexp.record.optuna_study import Judge
     from gymexp.training.trainer import PolicyTrainer
 
-_MAX_UNSENT_ENTRIES = 1000
+_MAX_UNSENT_ENTRIES = 5_000
+_ENTRIES_A_MESSAGE = 100  # a message that is too large would be refused again and again
 _TASKS_IN_A_FRAME = 8  # of a file of held-out rollouts, each of another task
 
 
@@ -57,7 +58,7 @@ class MetricsFile(TrainerCallback):
 
 class ProgressReporter:
     """Sends the run's progress to the controller from a thread of its own: the newest value of each fact, and
-    every log entry. Training never waits for a controller that does not answer."""
+    every entry, which is a log entry or a span. Training never waits for a controller that is silent."""
 
     def __init__(self, control_url: str | None) -> None:
         """control_url: None on the other ranks, which report nothing."""
@@ -76,11 +77,18 @@ class ProgressReporter:
 
     def report_log(self, step: int, logs: Mapping[str, Any]) -> None:
         """Reports one log entry of a step."""
-        self._entries.append({"number": next(self._numbers), "step": step, "logs": dict(logs)})
+        self._add({"step": step, "logs": dict(logs)})
+
+    def report_span(self, span: Mapping[str, Any]) -> None:
+        """Reports one span of a step (`gymexp.training.spans`)."""
+        self._add({"span": dict(span)})
+
+    def _add(self, entry: dict[str, Any]) -> None:
+        self._entries.append({"number": next(self._numbers)} | entry)
         self._has_news.set()
 
     def close(self, timeout_s: float = 5.0) -> None:
-        """Waits until the controller has all log entries, or for `timeout_s`."""
+        """Waits until the controller has all entries, or for `timeout_s`."""
         until = time.monotonic() + timeout_s
         while self._url and self._entries and time.monotonic() < until:
             time.sleep(0.02)
@@ -101,7 +109,7 @@ class ProgressReporter:
         while True:
             self._has_news.wait()
             self._has_news.clear()
-            entries = list(self._entries)
+            entries = list(itertools.islice(self._entries, _ENTRIES_A_MESSAGE))
             body = json.dumps(self._latest | {"entries": entries}).encode()
             try:
                 request = urllib.request.Request(f"{self._url}/progress", body, header_of(RUN))
@@ -110,6 +118,8 @@ class ProgressReporter:
                     self._entries.popleft()
             except OSError:
                 time.sleep(1.0)
+                self._has_news.set()
+            if self._entries:
                 self._has_news.set()
             time.sleep(0.2)
 
@@ -165,7 +175,6 @@ class Evaluation(TrainerCallback):
     def run(self, step: int) -> dict[str, float]:
         """Plays the held-out tasks on the first rank, logs the metrics, and returns them on every rank."""
         trainer = self.trainer
-        trainer.sync_weights()
 
         def play() -> dict[str, float]:
             self._reporter.report(phase="evaluate", step=step)
@@ -176,7 +185,9 @@ class Evaluation(TrainerCallback):
             self._rollouts.write(f"eval-{step:06d}", outcomes, group_size=_TASKS_IN_A_FRAME)
             return metrics | {"eval_seconds": time.monotonic() - began}
 
-        metrics = on_main_rank(trainer.accelerator, play)
+        with trainer.spans.phase("evaluation", step):
+            trainer.sync_weights()
+            metrics = on_main_rank(trainer.accelerator, play)
         trainer.log_evaluation(dict(metrics), metrics["eval_seconds"])
         self.newest = metrics
         return metrics

@@ -10,6 +10,7 @@ from typing import get_args
 
 from gymexp.config.schema import EnvConfig
 from gymexp.record.metric_names import name_of
+from gymexp.rollout.items import num_tool_calls, num_tool_errors
 from gymexp.rollout.outcome import Cause, Failed, Limit, Outcome, Rollout, Truncated, task_of
 
 _CAUSES = [cause for cause in get_args(Cause) if cause != "prompt_too_long"]  # which counts by itself
@@ -22,10 +23,11 @@ def rollout_metrics(outcomes: Sequence[Outcome], envs: Mapping[str, EnvConfig]) 
     tokens: tokens that the policy sampled in a rollout. seconds: duration of the attempt that counted.
     failed_<cause> and truncated_<limit>: the shares that `failed` and `truncated` consist of. nll: mean
     -log-probability of a sampled token (nats) under the distribution that it was drawn from, in training an
-    estimate of the policy's entropy. tool_calls: of a rollout. retried: failed attempts per rollout that were
-    repeated. token_mismatches: number of attempts whose tokens were not exact. refused: share of rollouts
-    whose answer the environment refused; they have the reward env.<name>.refused_reward. prompts_too_long:
-    share of rollouts without a reward because their prompt did not fit; these do not count as failed.
+    estimate of the policy's entropy. tool_calls, tool_errors: of a rollout; errors are those that an output
+    admits (`items.is_error`). retried: failed attempts per rollout that were repeated. token_mismatches:
+    number of attempts whose tokens were not exact. refused: share of rollouts whose answer the environment
+    refused; they have the reward env.<name>.refused_reward. prompts_too_long: share of rollouts without a
+    reward because their prompt did not fit; these do not count as failed.
     """
     by_env: dict[str, list[Outcome]] = defaultdict(list)
     for outcome in outcomes:
@@ -64,7 +66,8 @@ def _metrics_of_played(played: Sequence[Rollout], config: EnvConfig) -> dict[str
         "tokens": fmean(sum(len(t.completion_ids) for t in r.turns) for r in played),
         "seconds": fmean(r.seconds.get("total", 0.0) for r in played),
         "nll": -fmean(logprobs),
-        "tool_calls": fmean(sum(i.get("type") == "function_call" for i in r.items) for r in played),
+        "tool_calls": fmean(num_tool_calls(r.items) for r in played),
+        "tool_errors": fmean(num_tool_errors(r.items) for r in played),
     }
 
 

@@ -1,8 +1,9 @@
-"""Work that one of the trainer's processes does for all of them."""
+"""The trainer's ranks: work that the first one does for all of them; devices of ranks without GPUs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
@@ -28,3 +29,14 @@ def on_main_rank(accelerator: Accelerator, work: Callable[[], T]) -> T:
     if box[1] is not None:
         raise box[1]
     return box[0]
+
+
+@cache
+def know_cpu_ranks() -> None:
+    """Lets torch.load accept the devices cpu:0, cpu:1, …, which accelerate gives to ranks without GPUs. By
+    itself torch.load accepts only cpu."""
+    import torch
+
+    torch.serialization.register_package(
+        50, lambda _: None, lambda storage, device: storage if device.startswith("cpu:") else None
+    )

@@ -12,6 +12,7 @@ import hashlib
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from gymexp.config.schema import RunConfig
@@ -21,12 +22,18 @@ from gymexp.rollout.collect import Collector, check_failed_share
 from gymexp.rollout.outcome import Failed, Outcome, Task
 from gymexp.rollout.play import Distribution, Sampling
 from gymexp.rollout.rollout_files import RolloutWriter
+from gymexp.rollout.trained import Trained
 from gymexp.training.metrics import group_metrics, rollout_metrics
 from gymexp.training.ranks import on_main_rank
+from gymexp.training.trained_values import Row, trained_of
 
 if TYPE_CHECKING:
     from gymexp.training.engine_client import Engine
     from gymexp.training.trainer import PolicyTrainer
+
+# The records of training keep a value for each token up to this number of tokens a step. Such a step writes
+# about 20 MB with the log-probabilities and the weights of each token.
+_MAX_KEPT_TOKENS = 1_000_000
 
 
 def seed_of(run_seed: int, step: int | None, key: str, index: int) -> int:
@@ -68,13 +75,18 @@ class Rollouts:
         self.seconds = 0.0  # duration of the last call
         self._step: int | None = None  # the current training step, which may need several collections
         self._num_played: Counter[str] = Counter()  # rollouts of each task in the current step
+        self._rows = _Rows(-1)
 
     def __call__(self, prompts: list[str], trainer: PolicyTrainer) -> dict[str, list[Any]]:
         """Plays this rank's prompts (task keys, each repeated num_generations times) and returns the batch in
         the form that `rollout_func` of `trl.GRPOTrainer` must return."""
         began = time.monotonic()
         step = trainer.state.global_step
-        outcomes = self._for_all_ranks(prompts, trainer, step)
+        all_outcomes = self._for_all_ranks(prompts, trainer, step)
+        start = trainer.accelerator.process_index * len(prompts)
+        own = slice(start, start + len(prompts))
+        outcomes = all_outcomes[own]
+        self._rows = (self._rows if step == self._rows.step else _Rows(step)).after(all_outcomes, own)
         batch = build_batch(
             outcomes,
             placeholder_id=trainer.pad_token_id,
@@ -129,7 +141,7 @@ class Rollouts:
         return self._num_played
 
     def _for_all_ranks(self, prompts: list[str], trainer: PolicyTrainer, step: int) -> list[Outcome]:
-        """Plays the prompts of all ranks on the first rank. Returns the outcomes of this rank's prompts."""
+        """Plays the prompts of all ranks on the first rank. Returns the outcomes of all ranks' prompts."""
         from accelerate.utils import gather_object
 
         accelerator = trainer.accelerator
@@ -146,9 +158,7 @@ class Rollouts:
             trainer.add_metrics(group_metrics(outcomes, num_generations, self._config.env))
             return outcomes
 
-        outcomes = on_main_rank(accelerator, play)
-        start = accelerator.process_index * len(prompts)
-        return outcomes[start : start + len(prompts)]
+        return on_main_rank(accelerator, play)
 
     def write(
         self,
@@ -160,3 +170,47 @@ class Rollouts:
         """Writes outcomes to a file of rollouts, as `RolloutWriter.write` does. On the first rank only."""
         assert self._writer is not None
         self._writer.write(name, outcomes, group_size, earlier)
+
+    def write_trained(self, batch: Mapping[str, Any], trainer: PolicyTrainer) -> None:
+        """Writes what the trainer made of the rollouts that the last call played. Every rank must call it.
+
+        batch: this rank's part, as TRL's `_generate_and_score_completions` returns it.
+        """
+        from accelerate.utils import gather_object
+
+        rows = self._rows
+        trained: list[Trained] = gather_object(trained_of(batch, rows.own))
+        num_generations = trainer.grpo.num_generations
+        assert num_generations
+        if self._writer:
+            name = f"step-{rows.step + 1:06d}"
+            self._writer.write_trained(name, trained, num_generations, rows.first)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The rollouts of the last collection, for the records of training.
+
+    step: optimizer steps done before. own: those of this rank. first: the number of the collection's first
+    rollout in its step. num_rollouts, num_tokens: of the step so far, over all ranks.
+    """
+
+    step: int
+    own: Sequence[Row] = ()
+    first: int = 0
+    num_rollouts: int = 0
+    num_tokens: int = 0
+
+    def after(self, outcomes: Sequence[Outcome], own: slice) -> _Rows:
+        """Returns the rows after one more collection of the step. outcomes: of all ranks, in their order.
+        own: this rank's."""
+        rows, num_tokens = [], self.num_tokens
+        for outcome in outcomes:
+            if isinstance(outcome, Failed):
+                rows.append(Row(1, has_reward=False, keeps_tokens=False))
+                continue
+            turns = outcome.rollout.turns
+            size = len(turns[-1].prompt_ids) + len(turns[-1].completion_ids) - len(turns[0].prompt_ids)
+            num_tokens += size
+            rows.append(Row(size, has_reward=True, keeps_tokens=num_tokens <= _MAX_KEPT_TOKENS))
+        return _Rows(self.step, rows[own], self.num_rollouts, self.num_rollouts + len(rows), num_tokens)

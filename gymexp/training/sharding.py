@@ -84,3 +84,17 @@ def keep_precision(args: GRPOConfig) -> None:
 
     plugin: dict[str, Any] = args.fsdp_plugin_args
     plugin["mixed_precision_policy"] = MixedPrecisionPolicy(getattr(torch, dtype), reduce_dtype=torch.float32)
+
+
+def gather_head(model: Any, *_: Any) -> None:
+    """Gathers the output head's weight before a forward pass.
+
+    FSDP2 gathers a module's weight when the module is called, but TRL reads the head's weight without calling
+    the head. If the head is sharded as a module of its own (beside an adapter), the backward pass fails
+    without this hook.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    head = model.get_output_embeddings()
+    if isinstance(head, FSDPModule):
+        head.unshard()

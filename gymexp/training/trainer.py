@@ -6,7 +6,6 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +28,10 @@ from gymexp.record.directory import RunDirectory
 from gymexp.rollout.outcome import Outcome
 from gymexp.training import batches, checkpoints, drift, padding
 from gymexp.training.engine_client import ServerSampling
-from gymexp.training.ranks import on_main_rank
+from gymexp.training.ranks import know_cpu_ranks, on_main_rank
 from gymexp.training.rollout_func import Rollouts
+from gymexp.training.sharding import gather_head
+from gymexp.training.spans import Spans, StepSpans
 
 log = logging.getLogger(__name__)
 
@@ -45,27 +46,6 @@ class _NoSilentFailures(logging.Filter):
 def reward(reward: list[float | None], **_: Any) -> list[float | None]:
     """Returns the environments' rewards, which `rollout_func` returned; None for a rollout without one."""
     return reward
-
-
-def gather_head(model: Any, *_: Any) -> None:
-    """Gathers the output head's weight before a forward pass.
-
-    FSDP2 gathers a module's weight when the module is called, but TRL reads the head's weight without calling
-    the head. If the head is sharded as a module of its own (beside an adapter), the backward pass fails
-    without this hook.
-    """
-    head = model.get_output_embeddings()
-    if isinstance(head, FSDPModule):
-        head.unshard()
-
-
-@cache
-def know_cpu_ranks() -> None:
-    """Lets torch.load accept the devices cpu:0, cpu:1, …, which accelerate gives to ranks without GPUs. By
-    itself torch.load accepts only cpu."""
-    torch.serialization.register_package(
-        50, lambda _: None, lambda storage, device: storage if device.startswith("cpu:") else None
-    )
 
 
 class PolicyTrainer(GRPOTrainer):
@@ -88,6 +68,7 @@ class PolicyTrainer(GRPOTrainer):
         self._rollouts = rollouts
         self._seconds = dict.fromkeys(("rollout", "sync", "logprobs", "update", "evaluation"), 0.0)
         self._step_began = time.monotonic()
+        self.spans = Spans()
         self.pad_token_id: int = tokenizer.pad_token_id  # pyright: ignore[reportAttributeAccessIssue]
         self.grpo = args
         self._directory = directory
@@ -101,7 +82,7 @@ class PolicyTrainer(GRPOTrainer):
             args=self.grpo,
             train_dataset=Dataset.from_dict({"prompt": [task.key for task in prepared.train]}),
             processing_class=tokenizer,
-            rollout_func=rollouts,  # pyright: ignore[reportArgumentType]
+            rollout_func=self._play,  # pyright: ignore[reportArgumentType]
             peft_config=lora.build_peft_config(config.model.lora, model) if config.model.lora.r else None,
         )
         # TRL counts a rollout as truncated unless its last token is one of these.
@@ -109,6 +90,7 @@ class PolicyTrainer(GRPOTrainer):
         if self.is_fsdp_enabled:
             self.model.register_forward_pre_hook(gather_head)  # pyright: ignore[reportOptionalMemberAccess]
         self._schedule = batches.build_schedule(args, len(prepared.train))
+        self.add_callback(StepSpans(self.spans))
         self.add_callback(batches.Epochs(lambda: self._schedule))
         self.remove_callback(PrinterCallback)  # The live view shows the numbers, and metrics.jsonl has them.
 
@@ -146,6 +128,11 @@ class PolicyTrainer(GRPOTrainer):
         if not self.use_vllm or (step == self._engine_version and not self._engine.shared):
             return
         began = time.monotonic()
+        with self.spans.phase("sync", step):
+            self._send_weights(step)
+        self._seconds["sync"] += time.monotonic() - began
+
+    def _send_weights(self, step: int) -> None:
         if self._engine.shared:
             torch.cuda.empty_cache()  # vLLM is about to wake up on this GPU and needs the memory.
         if self._tensor_specs is None:
@@ -156,7 +143,6 @@ class PolicyTrainer(GRPOTrainer):
             for _ in self.named_weights():
                 pass  # This rank only takes part in gathering the parameters.
         self._engine_version = step
-        self._seconds["sync"] += time.monotonic() - began
 
     def named_weights(self) -> NamedTensors:
         """Yields the policy's parameters in `model.dtype`, under the names of its checkpoint. With LoRA, the
@@ -206,7 +192,13 @@ class PolicyTrainer(GRPOTrainer):
 
         outcomes: this rank's part of the batch. Raises DriftError or DrawError, on every rank alike.
         """
-        self._checks.check(self, outcomes)
+        with self.spans.phase("logprobs", self.state.global_step + 1):
+            self._checks.check(self, outcomes)
+
+    def _play(self, prompts: list[str], trainer: Any) -> dict[str, list[Any]]:
+        """TRL's `rollout_func`."""
+        with self.spans.phase("rollout", self.state.global_step + 1):
+            return self._rollouts(prompts, self)
 
     def train_from(self, checkpoint: Path | None) -> None:
         """Trains to the end, from a checkpoint or, if that is None, from the start."""
@@ -219,7 +211,10 @@ class PolicyTrainer(GRPOTrainer):
             self.args.max_steps = self._schedule.num_steps(self.args.num_train_epochs)
         self._step_began = time.monotonic()
         self._seconds = dict.fromkeys(self._seconds, 0.0)
-        self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        try:
+            self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        finally:
+            self.spans.end_all()
 
     def _get_train_sampler(self, dataset: Any = None) -> batches.TaskSampler:
         return batches.TaskSampler(self._tasks, self._config.dataset, self._schedule, self.grpo)
@@ -289,8 +284,10 @@ class PolicyTrainer(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: Any) -> Any:
         began, sync_before = time.monotonic(), self._seconds["sync"]
-        output = super()._generate_and_score_completions(inputs)
-        self._log_effective_sample(output)
+        with self.spans.phase("logprobs", self.state.global_step + 1):
+            output = super()._generate_and_score_completions(inputs)
+            self._log_effective_sample(output)
+            self._rollouts.write_trained(output, self)
         if self.use_vllm and self._engine.shared:
             # The engine sleeps now. If this step collects again, another sync must wake it.
             self._last_loaded_step = -1
@@ -342,13 +339,15 @@ class PolicyTrainer(GRPOTrainer):
             super().save_model(output_dir, _internal_call)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        target = self._directory / f"checkpoint-{self.state.global_step}"
-        with checkpoints.writing(target) if self.accelerator.is_main_process else nullcontext():
-            super()._save_checkpoint(model, trial)
-            if self.state.global_step % self._schedule.steps_per_batch:
-                batches.save_generation(target, self.args.process_index, self._buffered_inputs)
-            self.accelerator.wait_for_everyone()  # Every rank must have written its part before the seal.
-        self._prune()
+        step = self.state.global_step
+        target = self._directory / f"checkpoint-{step}"
+        with self.spans.phase("checkpoint", step):
+            with checkpoints.writing(target) if self.accelerator.is_main_process else nullcontext():
+                super()._save_checkpoint(model, trial)
+                if step % self._schedule.steps_per_batch:
+                    batches.save_generation(target, self.args.process_index, self._buffered_inputs)
+                self.accelerator.wait_for_everyone()  # Every rank must have written its part before the seal.
+            self._prune()
 
     def _prune(self) -> None:
         if self.accelerator.is_main_process:
@@ -359,6 +358,10 @@ class PolicyTrainer(GRPOTrainer):
         """Writes the final weights to `<run>/model`. With LoRA, the adapter is merged into them, and written
         to `<run>/adapter` as well. Nothing may be trained or sampled afterwards.
         """
+        with self.spans.phase("save", self.state.global_step):
+            self._save_policy(run)
+
+    def _save_policy(self, run: Path) -> None:
         main = self.accelerator.is_main_process
         policy: Any = self.accelerator.unwrap_model(self.model)
         weights = {name: tensor.cpu() for name, tensor in self.named_weights() if main}

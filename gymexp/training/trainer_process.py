@@ -147,6 +147,7 @@ def work(run: RunDirectory, config: RunConfig, stop_requested: threading.Event) 
         stop = StopOnRequest(lambda: stop_requested.is_set() or evaluation.pruned is not None)
         evaluation.trainer = stop.trainer = trainer
         if main_rank:
+            trainer.spans.report = reporter.report_span
             trainer.add_callback(MetricsFile(run.metrics, first_step))
         for callback in (Steps(reporter), evaluation, stop):
             trainer.add_callback(callback)

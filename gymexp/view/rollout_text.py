@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from gymexp.rollout.rollout_files import text_of
+from gymexp.rollout.items import text_of
 
 _FOLD = 2_000  # characters of one message that are shown; `full` shows all
 _NAME_WIDTH = 9

@@ -68,6 +68,9 @@ class MadeUp:
             "reward": batch.rewards,
         }
 
+    def write_trained(self, batch: Any, trainer: Any) -> None:
+        """Nothing keeps it."""
+
 
 class StopAt(TrainerCallback):
     def __init__(self, step: int) -> None:

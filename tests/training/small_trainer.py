@@ -86,6 +86,9 @@ class MadeUp:
                 row["logprobs"] = [v * m for v, m in zip(noisy, row["env_mask"], strict=True)]
         return {key: [row[key] for row in self.rows] for key in self.rows[0]}
 
+    def write_trained(self, batch: Any, trainer: Any) -> None:
+        """Nothing keeps it."""
+
 
 def logprobs_of(trainer: Any, row: dict[str, Any]) -> list[float]:
     """By the model's plain forward pass."""

@@ -25,6 +25,7 @@ from gymexp.rollout.rollout_files import RolloutWriter, read_outcomes
 from gymexp.training import callbacks
 from gymexp.training.callbacks import Evaluation, MetricsFile, ProgressReporter, Steps, StopOnRequest
 from gymexp.training.rollout_func import Rollouts
+from gymexp.training.spans import Spans
 
 HELD_OUT = {
     name: [Task(f"{name}/validation/{i}", name, "a", {}) for i in range(3)] for name in ("maze", "sudoku")
@@ -54,6 +55,7 @@ class Trainer:
         self.stopped = False
         self.grpo = SimpleNamespace(temperature=0.8)
         self.logged: list[tuple[dict[str, float], float]] = []
+        self.spans = Spans()
         self.accelerator = SimpleNamespace(
             num_processes=num_processes,
             is_main_process=True,

@@ -72,6 +72,7 @@ def test_each_environment_has_its_own_numbers():
         "a/seconds": 2.0,
         "a/nll": pytest.approx(0.15),
         "a/tool_calls": 0,
+        "a/tool_errors": 0,
         "b/rollouts": 2,
         "b/failed": 0.5,
         "b/prompts_too_long": 0,
@@ -93,6 +94,7 @@ def test_each_environment_has_its_own_numbers():
         "b/seconds": 2.0,
         "b/nll": pytest.approx(0.15),
         "b/tool_calls": 0,
+        "b/tool_errors": 0,
     }
 
 
@@ -156,12 +158,14 @@ def test_two_groups_of_one_task_are_two_groups():
     assert metrics["a/groups_mixed"] == pytest.approx(1 / 3)
 
 
-def test_tool_calls_and_the_mean_of_all_sampled_tokens_log_probabilities_are_counted():
-    calls = [{"type": "function_call"}, {"type": "function_call_output"}, {"type": "function_call"}]
+def test_tool_calls_their_errors_and_the_mean_of_all_sampled_tokens_log_probabilities_are_counted():
+    output = {"type": "function_call_output", "output": '{"detail":"Not Found"}'}
+    calls = [{"type": "function_call"}, output, {"type": "function_call"}]
     turns = [Turn([1], [2], [-1.0]), Turn([1], [2, 3, 4], [-0.2, -0.2, -0.2])]
     rollout = Completed(Rollout(task("a"), turns, 1.0, calls))
     metrics = rollout_metrics([rollout, played("a", 0.0)], ENVS)
-    assert metrics["a/tool_calls"] == 1 and metrics["a/nll"] == pytest.approx(1.9 / 6)
+    assert (metrics["a/tool_calls"], metrics["a/tool_errors"]) == (1, 0.5)
+    assert metrics["a/nll"] == pytest.approx(1.9 / 6)
 
 
 def test_rewards_as_large_as_float32_holds_have_a_mean_and_a_deviation():
