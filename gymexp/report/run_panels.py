@@ -119,7 +119,7 @@ def config_panel(records: RunRecords) -> Panel:
         "Configuration",
         about,
         tables=[Table(["key", "default", "value", "set by"], rows)],
-        texts=texts,
+        texts=texts, wide=True,
     )
 
 
