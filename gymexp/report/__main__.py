@@ -1,6 +1,6 @@
 """Write report.html: one page that shows what a run learned, where its time went, and what to look at.
 
-python -m gymexp.report outputs/<name>/<date_time>          of a run, at any time; a run makes its own as it goes on
+python -m gymexp.report outputs/<name>/<date_time>    of a run at any time; a run makes its own
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-# A figure of plotly.js, {"data": […], "layout": {…}}. Its colours are CSS variables, which charts.js resolves.
+# A figure of plotly.js: {"data": […], "layout": {…}}. charts.js resolves its colours: CSS variables.
 Figure = dict[str, Any]
 
 

@@ -80,7 +80,7 @@ def _tokens_of(records: RunRecords, env: str, share: float) -> list[Number | Non
 
 def ending_panel(records: RunRecords) -> Panel:
     """Panel 13: rollouts that a limit cut off, that were refused, and that failed, by cause."""
-    about = "Share of a step's rollouts that a limit cut off, that the environment refused, or that failed for good."
+    about = "Share of a step's rollouts that a limit cut off, that the environment refused, or that failed."
     steps, charts = records.step_numbers, []
     for env in records.envs:
         names = (
@@ -155,7 +155,7 @@ def solved_shares(rows: Iterable[Record], env: str) -> dict[str, float]:
 
 def task_panel(records: RunRecords) -> Panel:
     """Panel 19: which tasks are solved when: held-out as a heat map, training as a table."""
-    about = "Each row of a map is a held-out task, the always solved at the top. Tasks of training: solved how often."
+    about = "A row of a map is a held-out task, the always solved at the top. Training: solved how often."
     if not records.rows:
         return Panel("tasks", "Tasks", about, notes=[NO_INDEX if records.steps else NO_STEPS])
     charts: list[Chart] = []
@@ -215,8 +215,8 @@ def _mean(values: Sequence[Number]) -> float:
 def hacking_panel(records: RunRecords) -> Panel:
     """Panel 20: reward against length, and how alike the answers of a group are."""
     about = (
-        "Signs that an environment's reward is gamed rather than earned: reward that grows with length alone, "
-        "or one answer for every rollout of a group. They are signs, not proof: read the rollouts."
+        "Signs that an environment's reward is gamed rather than earned: reward that grows with length "
+        "alone, or one answer for every rollout of a group. They are signs, not proof: read the rollouts."
     )
     if not records.rows_of_step:
         return Panel(

@@ -119,7 +119,8 @@ def config_panel(records: RunRecords) -> Panel:
         "Configuration",
         about,
         tables=[Table(["key", "default", "value", "set by"], rows)],
-        texts=texts, wide=True,
+        texts=texts,
+        wide=True,
     )
 
 
