@@ -5,6 +5,7 @@ python -m gymexp.report outputs/<name>/<date_time>    of a run at any time; a ru
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 from gymexp.cli.terminal import guarded, parser_of
@@ -16,6 +17,7 @@ from gymexp.report.page import write_report
 def main() -> None:
     parser = parser_of("report", __doc__ or "")
     parser.add_argument("run", type=Path, metavar="DIR", help="the directory of a run or of an evaluation")
+    gc.disable()  # the records of a long run are millions of objects, which live until the end
     say(write_report(parser.parse_args().run.resolve()))
 
 

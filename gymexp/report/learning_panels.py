@@ -208,8 +208,7 @@ def _quantiles(records: RunRecords, env: str) -> tuple[list[Number | None], list
     lows: list[Number | None] = []
     highs: list[Number | None] = []
     for step in records.step_numbers:
-        rows = records.rows_of_step.get(step, ())
-        rewards = sorted(r["reward"] for r in rows if r["env"] == env and r.get("reward") is not None)
+        rewards = sorted(row["reward"] for row in records.scored.get((step, env), ()))
         lows.append(quantile(rewards, 0.1) if rewards else None)
         highs.append(quantile(rewards, 0.9) if rewards else None)
     return lows, highs

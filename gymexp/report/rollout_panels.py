@@ -41,7 +41,7 @@ def _per_step(
     """Returns a value of the environment's scored training rollouts at each of `steps`."""
     values: list[Number | None] = []
     for step in records.step_numbers:
-        rows = [r for r in records.rows_of_step.get(step, ()) if r["env"] == env and "tokens" in r]
+        rows = records.scored.get((step, env))
         values.append(compute(rows) if rows else None)
     return values
 
@@ -54,7 +54,7 @@ def length_panel(records: RunRecords) -> Panel:
     charts: list[Chart] = []
     colours, steps = figures.colours_of(records.envs), records.step_numbers
     for env in records.envs:
-        tokens = [_tokens_of(records, env, share) for share in (0.5, 0.95, 1.0)]
+        tokens = _token_quantiles(records, env, (0.5, 0.95, 1.0))
         traces = figures.line("mean", steps, records.env_series(env, "tokens"), colours[env])
         traces += figures.line("p50", steps, tokens[0], "--c9", dash="dot")
         traces += figures.line("p95", steps, tokens[1], colours[env], faint=True)
@@ -74,8 +74,12 @@ def length_panel(records: RunRecords) -> Panel:
     return Panel("lengths", "Lengths", about, charts, notes=notes)
 
 
-def _tokens_of(records: RunRecords, env: str, share: float) -> list[Number | None]:
-    return _per_step(records, env, lambda rows: quantile(sorted(row["tokens"] for row in rows), share))
+def _token_quantiles(records: RunRecords, env: str, shares: Sequence[float]) -> list[list[Number | None]]:
+    """Returns the quantiles of a rollout's tokens, one series for each share."""
+    ordered = [
+        sorted(row["tokens"] for row in records.scored.get((step, env), ())) for step in records.step_numbers
+    ]
+    return [[quantile(tokens, share) if tokens else None for tokens in ordered] for share in shares]
 
 
 def ending_panel(records: RunRecords) -> Panel:
@@ -227,7 +231,7 @@ def hacking_panel(records: RunRecords) -> Panel:
     last = sorted(records.rows_of_step)[-_LAST_STEPS:]
     traces: list[dict[str, Any]] = []
     for env in records.envs:
-        rows = [r for step in last for r in records.rows_of_step[step] if r["env"] == env and "tokens" in r]
+        rows = [row for step in last for row in records.scored.get((step, env), ())]
         traces += _dots(env, rows, colours[env])
     layout = figures.layout("reward", "sampled tokens", height=280)
     layout |= {"hovermode": "closest"}
