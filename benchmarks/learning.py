@@ -20,7 +20,6 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,6 +27,7 @@ from omegaconf import OmegaConf
 
 from gymexp.errors import GymexpError
 from gymexp.rollout.rollout_files import read_outcomes
+from gymexp.statistics import Change, paired_change
 from gymexp.training.drift import MAX_DRIFT
 
 if TYPE_CHECKING:
@@ -173,31 +173,32 @@ def read_held_out(run: Run) -> dict[str, list[float | None]]:
     return rewards
 
 
-def paired_changes(runs: Sequence[Run], env: str) -> np.ndarray:
-    """Returns changes_NT: the reward after less the reward before, for each run and held-out task. Tasks of
-    which any run has a failed rollout are left out."""
+def paired_changes(runs: Sequence[Run], env: str) -> tuple[list[Change], Change]:
+    """Returns the change of the held-out rewards of each run, and that of the means over runs of each task.
+    Tasks of which any run has a failed rollout are left out. Raises GymexpError if fewer than two remain."""
     held_out = [read_held_out(run) for run in runs]
     tasks = [task for task in held_out[0] if task.startswith(f"{env}/")]
     complete = [task for task in tasks if all(None not in rewards.get(task, [None]) for rewards in held_out)]
-    pairs: Any = [[rewards[task] for task in complete] for rewards in held_out]
-    return np.diff(np.array(pairs, float), axis=2)[:, :, 0]
-
-
-def margin(changes_T: np.ndarray) -> float:
-    """Returns half of the 95 % interval of a mean over tasks, by Student's t on paired differences."""
-    num = len(changes_T)
-    return student_t(0.975, num - 1) * changes_T.std(ddof=1) / math.sqrt(num)
-
-
-def student_t(probability: float, df: int) -> float:
-    """Returns the quantile of Student's t, for df >= 20 to 1e-4. Source: Abramowitz and Stegun, 26.7.5."""
-    z = NormalDist().inv_cdf(probability)
-    terms = (
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+    pairs_NT2: Any = [[rewards[task] for task in complete] for rewards in held_out]
+    pairs_NT2 = np.array(pairs_NT2, float).reshape(len(runs), -1, 2)
+    *of_runs, of_means = (
+        paired_change(
+            dict(zip(complete, pairs_T2[:, 0], strict=True)), dict(zip(complete, pairs_T2[:, 1], strict=True))
+        )
+        for pairs_T2 in [*pairs_NT2, pairs_NT2.mean(axis=0)]
     )
-    return z + sum(term / df**power for power, term in enumerate(terms, 1))
+    found = [change for change in of_runs if change]
+    if of_means is None:
+        raise GymexpError(
+            f"env.{env} must have two held-out tasks that no evaluation failed at, got {len(complete)}: "
+            "run with more held-out tasks"
+        )
+    return found, of_means
+
+
+def margin(change: Change) -> float:
+    """Returns half of the width of a change's 95 % interval."""
+    return (change.high - change.low) / 2
 
 
 def count_rollouts(runs: Sequence[Run], prefix: str) -> dict[str, float]:
@@ -249,15 +250,15 @@ def build_summary(name: str, runs: Sequence[Run]) -> str:
     for env in runs[0].config["env"]:
         steps, rewards_NS = series(runs, f"eval_{env}/reward")
         columns_3N = np.stack([rewards_NS[:, 0], rewards_NS[:, -1], rewards_NS[:, -1] - rewards_NS[:, 0]])
-        changes_NT = paired_changes(runs, env)
-        for run, (before, after, change), changes_T in zip(runs, columns_3N.T, changes_NT, strict=True):
-            changed = f"{change:+.3f} ± {margin(changes_T):.3f}"
+        of_runs, of_means = paired_changes(runs, env)
+        for run, (before, after, change), paired in zip(runs, columns_3N.T, of_runs, strict=True):
+            changed = f"{change:+.3f} ± {margin(paired):.3f}"
             rows.append(f"| {env} | {run.seed} | {before:.3f} | {after:.3f} | {changed} |")
         before, after, change = columns_3N.mean(axis=1)
         spread = [f" ({sd:.3f})" if len(runs) > 1 else "" for sd in deviation(columns_3N.T)]
         rows.append(
             f"| **{env}** | **mean** | **{before:.3f}{spread[0]}** | **{after:.3f}{spread[1]}** | "
-            f"**{change:+.3f} ± {margin(changes_NT.mean(axis=0)):.3f}{spread[2]}** |"
+            f"**{change:+.3f} ± {margin(of_means):.3f}{spread[2]}** |"
         )
     trained, held_out = count_rollouts(runs, ""), count_rollouts(runs, "eval_")
     counts = "\n".join(

@@ -35,8 +35,9 @@ def train(
     from gymexp.record.places import cache_dir
     from gymexp.run import controller
     from gymexp.training import arguments, checkpoints, schedule, sharding
+    from gymexp.view.held_out import read_held_out
     from gymexp.view.progress import View
-    from gymexp.view.table import held_out_table, read_changes
+    from gymexp.view.table import held_out_table
 
     open_files.raise_limit()
     view = View()
@@ -80,10 +81,10 @@ def train(
         result = controller.run(config, run, python, site, placement, view, allocation, checkpoint)
     if result["held_out"]:
         try:
-            changes = read_changes(run.rollouts, result["step"])
+            held_out = read_held_out(run.rollouts)
         except OSError as error:  # the run is finished, whatever can be read of it
-            changes = {}
+            held_out = {}
             view.say(f"no intervals, as the index of the rollouts cannot be read: {error}")
-        view.say(held_out_table(result, changes))
+        view.say(held_out_table(result, held_out))
     view.say(f"run directory: {run.path}")
     return result

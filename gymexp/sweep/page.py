@@ -8,7 +8,21 @@ from statistics import fmean
 
 from gymexp.sweep.plots import colours, curves, finals
 from gymexp.sweep.sweep import Sweep
-from gymexp.sweep.table import SEED, Group, Row, Spread, counted, envs_of, groups_of, number, ranked, short
+from gymexp.sweep.table import (
+    INTERVALS,
+    SEED,
+    Group,
+    Row,
+    Spread,
+    between,
+    counted,
+    envs_of,
+    groups_of,
+    number,
+    ranked,
+    scored,
+    short,
+)
 from gymexp.view.progress import duration
 
 _STYLE = """
@@ -50,7 +64,7 @@ def results_html(sweep: Sweep, rows: Sequence[Row]) -> str:
         f"<h1>{escape(sweep.path.parent.name)} · {escape(sweep.path.name)}</h1>",
         f"<p>{escape(counted(sweep))}</p>",
         "<h2>Configurations, the best first</h2>",
-        "<p>Held-out reward before → after training; ± is the finished seeds' sample standard deviation.</p>",
+        f"<p>Held-out reward before → after training. {escape(INTERVALS)}</p>",
         _table(
             [
                 "",
@@ -59,6 +73,7 @@ def results_html(sweep: Sweep, rows: Sequence[Row]) -> str:
                 *envs,
                 *_mean_column(envs),
                 "best",
+                "scored",
                 "time",
                 "tokens/s",
                 "others",
@@ -71,7 +86,18 @@ def results_html(sweep: Sweep, rows: Sequence[Row]) -> str:
         *(["<h2>After training, against each swept key</h2>", against] if against else []),
         "<h2>Jobs</h2>",
         _table(
-            ["job", "", *map(short, sweep.keys), "state", "step", "held-out", "time", "restarts", "why"],
+            [
+                "job",
+                "",
+                *map(short, sweep.keys),
+                "state",
+                "step",
+                "held-out",
+                "scored",
+                "time",
+                "restarts",
+                "why",
+            ],
             [_job_cells(row, sweep.keys, colour[group.name]) for group in groups for row in group.rows],
         ),
         "</body></html>",
@@ -92,6 +118,7 @@ def _group_cells(group: Group, keys: Sequence[str], envs: Sequence[str], colour:
         _cell(group.seeds),
         *(_cell(_change(group.before(env), group.after(env))) for env in columns),
         _cell(number(group.after().best)),
+        _cell(scored(group.finished) or "–"),
         _cell(duration(fmean(row.wall_s for row in group.rows))),
         _cell(f"{fmean(rates):.0f}" if rates else "–"),
         _cell(escape(group.others), "dim"),
@@ -101,7 +128,11 @@ def _group_cells(group: Group, keys: Sequence[str], envs: Sequence[str], colour:
 def _job_cells(row: Row, keys: Sequence[str], colour: str) -> list[str]:
     run = row.job.run
     last = run.status.get("max_steps")
-    held_out = "<br>".join(f"{escape(e)} {number(b)} → {number(a)}" for e, (b, a) in row.held_out.items())
+    held_out = "<br>".join(
+        f"{escape(env)} {number(before)} → {number(after)}"
+        + (between(row.over_tasks[env].after) if env in row.over_tasks else "")
+        for env, (before, after) in row.held_out.items()
+    )
     return [
         _cell(str(row.job.num)),
         _cell(_dot(colour)),
@@ -109,6 +140,7 @@ def _job_cells(row: Row, keys: Sequence[str], colour: str) -> list[str]:
         _cell(run.state, run.state),
         _cell(f"{run.step}/{last}" if last else ""),
         _cell(held_out or "–"),
+        _cell(scored([row]) or "–"),
         _cell(duration(row.wall_s)),
         _cell(str(run.status.get("restarts") or "")),
         _cell(escape(run.why), "why"),
@@ -118,7 +150,7 @@ def _job_cells(row: Row, keys: Sequence[str], colour: str) -> list[str]:
 def _change(before: Spread, after: Spread) -> str:
     if after.mean is None:
         return "–"
-    spread = f' <span class="dim">± {after.std:.3f}</span>' if after.std is not None else ""
+    spread = f'<span class="dim">{between(after.interval)}</span>' if after.interval else ""
     text = f'<span class="dim">{number(before.mean)} →</span> {number(after.mean)}{spread}'
     if before.mean is None:
         return text

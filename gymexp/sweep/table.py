@@ -10,10 +10,16 @@ from statistics import fmean, stdev
 from typing import Any
 
 from gymexp.record.run_state import tokens_per_s, wall_seconds
+from gymexp.statistics import Interval, mean_over_tasks
 from gymexp.sweep.sweep import Job, Sweep
+from gymexp.view.held_out import HeldOut, read_held_out
 from gymexp.view.progress import duration
 
 SEED = "seed"
+INTERVALS = (
+    "[ ]: the 95 % interval of the reward after training, over the finished seeds; of a single run over its "
+    "held-out tasks, which says nothing of other seeds."
+)
 
 
 @dataclass(frozen=True)
@@ -21,13 +27,15 @@ class Row:
     """One run's results.
 
     held_out: `{env: (before, after)}`, the mean held-out reward before training and at the newest evaluation
-    after a training step; None if not measured. tokens_per_s: None if no tokens were counted.
+    after a training step; None if not measured. tokens_per_s: None if no tokens were counted. over_tasks: of
+    each environment whose held-out rollouts are in the index, the intervals and counts.
     """
 
     job: Job
     held_out: dict[str, tuple[float | None, float | None]]
     wall_s: float
     tokens_per_s: float | None
+    over_tasks: dict[str, HeldOut]
 
     @property
     def finished(self) -> bool:
@@ -46,20 +54,24 @@ class Row:
 @dataclass(frozen=True)
 class Spread:
     """Statistics of the finished seeds' rewards: mean, sample standard deviation (None with fewer than two
-    rewards), best, and the number of rewards."""
+    rewards), best, number of rewards, and 95 % interval (None if it is unknown)."""
 
     mean: float | None
     std: float | None
     best: float | None
     n: int
+    interval: Interval | None
 
     @classmethod
-    def of(cls, values: Sequence[float | None]) -> Spread:
+    def of(cls, values: Sequence[float | None], over_tasks: Interval | None = None) -> Spread:
+        """over_tasks: the interval if there is a single reward; that of several is over them."""
         measured = [value for value in values if value is not None]
         if not measured:
-            return cls(None, None, None, 0)
-        std = stdev(measured) if len(measured) > 1 else None
-        return cls(fmean(measured), std, max(measured), len(measured))
+            return cls(None, None, None, 0, None)
+        if len(measured) == 1:
+            return cls(measured[0], None, measured[0], 1, over_tasks)
+        interval = mean_over_tasks({str(seed): value for seed, value in enumerate(measured)})
+        return cls(fmean(measured), stdev(measured), max(measured), len(measured), interval)
 
 
 @dataclass(frozen=True)
@@ -80,7 +92,9 @@ class Group:
     def after(self, env: str | None = None) -> Spread:
         """Returns the finished runs' held-out rewards after training as a Spread; env None: of the means over
         the environments."""
-        return Spread.of([row.reward(env)[1] for row in self.finished])
+        measured = [row.over_tasks[env] for row in self.finished if env in row.over_tasks]
+        over_tasks = measured[0].after if len(measured) == 1 else None
+        return Spread.of([row.reward(env)[1] for row in self.finished], over_tasks)
 
     def before(self, env: str | None = None) -> Spread:
         """Returns the finished runs' held-out rewards before training as a Spread; env as in `after`."""
@@ -100,7 +114,16 @@ class Group:
 
 def rows_of(sweep: Sweep) -> list[Row]:
     """Returns a row for each job of the sweep."""
-    return [Row(j, j.run.held_out, wall_seconds(j.run), tokens_per_s(j.run)) for j in sweep.jobs]
+    return [
+        Row(
+            job,
+            job.run.held_out,
+            wall_seconds(job.run),
+            tokens_per_s(job.run),
+            read_held_out(job.run.path / "rollouts"),
+        )
+        for job in sweep.jobs
+    ]
 
 
 def groups_of(rows: Sequence[Row]) -> list[Group]:
@@ -165,12 +188,12 @@ def reason(job: Job) -> str:
 
 def results_table(rows: Sequence[Row], keys: Sequence[str]) -> str:
     """Returns a table with a line for each configuration, the best first. Rewards are means over the finished
-    seeds, ± their sample standard deviation; time and tokens/s are means over all runs."""
+    seeds, with the intervals that INTERVALS explains; time and tokens/s are means over all runs."""
     keys = [key for key in keys if key != SEED]
     envs = envs_of(rows)
     mean_column = ["mean"] if len(envs) > 1 else []
     lines: list[Sequence[str]] = [
-        (*map(short, keys), "finished", *envs, *mean_column, "best", "time", "tokens/s", "others")
+        (*map(short, keys), "finished", *envs, *mean_column, "best", "scored", "time", "tokens/s", "others")
     ]
     for group in ranked(groups_of(rows)):
         column_envs = (*envs, *([None] if mean_column else []))  # None: the mean over the environments
@@ -180,14 +203,23 @@ def results_table(rows: Sequence[Row], keys: Sequence[str]) -> str:
             (
                 *(group.swept.get(key, "") for key in keys),
                 group.seeds,
-                *(_arrow(before.mean, after.mean, after.std) for before, after in spreads),
+                *(_arrow(before.mean, after.mean, after.interval) for before, after in spreads),
                 number(group.after().best),
+                scored(group.finished),
                 duration(fmean(row.wall_s for row in group.rows)),
                 f"{rate:.0f}" if (rate := _mean(rates)) else "–",
                 group.others,
             )
         )
-    return columns(lines)
+    return "\n".join([columns(lines), INTERVALS])
+
+
+def scored(rows: Sequence[Row]) -> str:
+    """Returns how many held-out rollouts of the runs' newest evaluations were scored, planned and failed:
+    `238/240, 2 failed`. Empty if no run has an index of its rollouts."""
+    found = [of_env for row in rows for of_env in row.over_tasks.values()]
+    num_scored, num_failed = sum(f.num_scored for f in found), sum(f.num_failed for f in found)
+    return f"{num_scored}/{num_scored + num_failed}, {num_failed} failed" if found else ""
 
 
 def ranked(groups: Sequence[Group]) -> list[Group]:
@@ -199,12 +231,14 @@ def ranked(groups: Sequence[Group]) -> list[Group]:
 def results_csv(rows: Sequence[Row], keys: Sequence[str]) -> str:
     """Returns the results as CSV: a line of kind `run` for each job, then a line of kind `seeds` for each
     configuration. Its rewards are mean, `_std` and best over the finished runs; wall_s and tokens_per_s are
-    means over all runs."""
+    means over all runs. `_low` and `_high` are the ends of the 95 % interval: of a run over its held-out
+    tasks, of a configuration with several finished runs over these."""
     envs = envs_of(rows)
     head = ["kind", "job", *keys, "state", "why", "n", "step"]
     for name in (*envs, "mean"):
         head += [f"{name}_before", f"{name}_after", f"{name}_after_std"]
-    head += ["best", "wall_s", "tokens_per_s", "restarts", "directory"]
+        head += [f"{name}_after_low", f"{name}_after_high"]
+    head += ["held_out_scored", "held_out_failed", "best", "wall_s", "tokens_per_s", "restarts", "directory"]
     out = io.StringIO()
     writer = csv.DictWriter(out, head, restval="", lineterminator="\n")
     writer.writeheader()
@@ -216,6 +250,11 @@ def results_csv(rows: Sequence[Row], keys: Sequence[str]) -> str:
         record |= {"restarts": run.status.get("restarts") or 0}
         for name, (before, after) in (row.held_out | {"mean": row.mean}).items():
             record |= {f"{name}_before": before, f"{name}_after": after}
+        for env, found in row.over_tasks.items():
+            record |= _ends(env, found.after)
+        if row.over_tasks:
+            record["held_out_scored"] = sum(found.num_scored for found in row.over_tasks.values())
+            record["held_out_failed"] = sum(found.num_failed for found in row.over_tasks.values())
         writer.writerow(record)
     for group in groups_of(rows):
         record = {"kind": "seeds", **group.swept, "state": group.others, "n": len(group.finished)}
@@ -225,11 +264,15 @@ def results_csv(rows: Sequence[Row], keys: Sequence[str]) -> str:
                 f"{name}_before": before.mean,
                 f"{name}_after": after.mean,
                 f"{name}_after_std": after.std,
-            }
+            } | _ends(name, after.interval)
         record |= {"best": group.after().best, "wall_s": round(fmean(row.wall_s for row in group.rows), 1)}
         record |= {"tokens_per_s": _mean([row.tokens_per_s for row in group.rows])}
         writer.writerow(record)
     return out.getvalue()
+
+
+def _ends(name: str, interval: Interval | None) -> dict[str, float]:
+    return {f"{name}_after_low": interval.low, f"{name}_after_high": interval.high} if interval else {}
 
 
 def short(key: str) -> str:
@@ -250,10 +293,15 @@ def number(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
 
 
-def _arrow(before: float | None, after: float | None, std: float | None = None) -> str:
+def _arrow(before: float | None, after: float | None, interval: Interval | None = None) -> str:
     if before is None and after is None:
         return "–"
-    return f"{number(before)} → {number(after)}" + (f" ± {std:.3f}" if std is not None else "")
+    return f"{number(before)} → {number(after)}{between(interval)}"
+
+
+def between(interval: Interval | None) -> str:
+    """Returns the ends of an interval as ` [0.412, 0.588]`, or "" for None."""
+    return f" [{interval.low:.3f}, {interval.high:.3f}]" if interval else ""
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

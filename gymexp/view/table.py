@@ -2,62 +2,79 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gymexp.rollout.rollout_files import read_index
-from gymexp.statistics import Change, holm, paired_change
+from gymexp.statistics import Interval, holm
+from gymexp.view.held_out import HeldOut
 
 _NOTE = (
-    "change, 95 % interval and p are over the tasks that both evaluations scored, paired by task; p is by "
-    "sign flips,\nadjusted for the number of environments (Holm). They say nothing of other training seeds."
+    "± and [ ] are 95 % intervals over tasks and samples; they say nothing of other training seeds. change,\n"
+    "its interval and p are over the tasks that both evaluations scored, paired by task; p is by sign flips\n"
+    "and adjusted for the number of environments (Holm). Of true changes as large as detectable, such a\n"
+    "comparison finds four of five."
 )
-_MIN_TASKS = 6  # with fewer, an interval may have no width, and no p is below 0.05
 
 
-def read_changes(rollouts: Path, step: int) -> dict[str, Change]:
-    """Returns the change of each environment's held-out rewards from before training to the evaluation after
-    `step`. An environment with fewer than six tasks that both
-    evaluations scored is left out.
+def held_out_table(result: Mapping[str, Any], held_out: Mapping[str, HeldOut]) -> str:
+    """Returns the table of a result.json as plain text; "" if nothing was evaluated.
+
+    Below the table is a line for each environment with the rollouts that were scored, planned and failed.
     """
-    by_env: dict[str, dict[str, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
-    for row in read_index(rollouts):
-        if row.get("reward") is not None:
-            by_env[row["env"]][row["file"]][row["key"]] = row["reward"]
-    changes = {
-        env: paired_change(files.get("eval-000000", {}), files.get(f"eval-{step:06d}", {}))
-        for env, files in by_env.items()
-    }
-    return {env: change for env, change in changes.items() if change and change.num_tasks >= _MIN_TASKS}
-
-
-def held_out_table(result: Mapping[str, Any], changes: Mapping[str, Change]) -> str:
-    """Returns the table of a result.json as plain text; "" if nothing was evaluated."""
-    p_values = dict(zip(changes, holm([change.p for change in changes.values()]), strict=True))
-    rows = []
-    for env, metrics in result.get("held_out", {}).items():
-        before, after = metrics.get("reward", [None, None])
-        change = _number(after - before, "+") if before is not None and after is not None else "–"
-        row = [env, _number(before), _number(after), change]
-        if found := changes.get(env):
-            p = p_values[env]
-            row[3] = _number(found.mean, "+")
-            row += [f"[{found.low:+.3f}, {found.high:+.3f}]", "<0.001" if p < 0.001 else f"{p:.3f}"]
-            failed = int(max(filter(None, metrics.get("rollouts", [0])), default=0)) - found.num_tasks
-            tasks = f"{found.better} better, {found.worse} worse of {found.num_tasks}"
-            row.append(tasks + (f", {failed} failed in one" if failed > 0 else ""))
-        rows.append(row)
-    if not rows:
+    of_result: Mapping[str, Mapping[str, Any]] = result.get("held_out", {})
+    if not of_result:
         return ""
-    head = ["held-out reward", "before", "after", "change"]
+    changes = {env: found.change for env, found in held_out.items() if found.change}
+    p_values = dict(zip(changes, holm([change.p for change in changes.values()]), strict=True))
+    table = [["held-out reward", "before", "after", "change"]]
     if changes:
-        head += ["95 % interval", "p", "tasks"]
-    table = [head, *(row + ["–"] * (len(head) - len(row)) for row in rows)]
-    widths = [max(len(row[i]) for row in table) for i in range(len(head))]
+        table[0] += ["95 % interval", "p", "detectable", "tasks"]
+    for env, metrics in of_result.items():
+        before, after = metrics.get("reward", [None, None])
+        found = held_out.get(env)
+        change = _number(after - before, "+") if before is not None and after is not None else "–"
+        row = [
+            env,
+            _with_interval(before, found and found.before),
+            _with_interval(after, found and found.after),
+            change,
+        ]
+        if paired := changes.get(env):
+            p = p_values[env]
+            row[3] = _number(paired.mean, "+")
+            row += [f"[{paired.low:+.3f}, {paired.high:+.3f}]", "<0.001" if p < 0.001 else f"{p:.3f}"]
+            row += [_number(paired.detectable)]
+            row += [f"{paired.better} better, {paired.worse} worse of {paired.num_tasks}"]
+        table.append(row + ["–"] * (len(table[0]) - len(row)))
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in table]
-    return "\n".join([*lines, _NOTE] if changes else lines)
+    lines += [line for env, metrics in of_result.items() if (line := _counts(env, metrics))]
+    return "\n".join([*lines, _NOTE] if held_out else lines)
+
+
+def _counts(env: str, metrics: Mapping[str, Sequence[float | None]]) -> str:
+    """Returns the numbers of rollouts that were scored, planned and failed in each evaluation, and if any
+    failed, the mean reward with these as 0. Empty if the evaluations did not count them."""
+    parts = []
+    for place, name in enumerate(("before", "after")):
+        num, failed, too_long, reward = (
+            metrics.get(metric, [None, None])[place]
+            for metric in ("rollouts", "failed", "prompts_too_long", "reward")
+        )
+        if num is None or failed is None:
+            continue
+        unscored = round(num * (failed + (too_long or 0.0)))
+        part = f"{name} {num - unscored:.0f} of {num:.0f} scored, {unscored} failed"
+        if unscored and reward is not None:
+            part += f" (reward {reward * (num - unscored) / num:.3f} with these as 0)"
+        parts.append(part)
+    return f"{env}: {'; '.join(parts)}" if parts else ""
+
+
+def _with_interval(value: float | None, interval: Interval | None) -> str:
+    return _number(value) + (
+        f" ± {(interval.high - interval.low) / 2:.3f}" if value is not None and interval else ""
+    )
 
 
 def _number(value: float | None, sign: str = "") -> str:

@@ -44,6 +44,13 @@ def test_human_evals_own_example():
     assert pass_at_k(6, 3, 1) == pytest.approx(0.4999999999999999)
 
 
+def test_the_figures_of_inspects_reducers():
+    """`pass_at(k)` and `pass_k(k)` of inspect-ai 0.3.285, on eight samples of which four succeed."""
+    theirs = {1: (0.5, 0.5), 2: (0.7857142857142857, 0.21428571428571427), 3: (0.9285714285714286, 1 / 14)}
+    for k, figures in (theirs | {5: (1.0, 0.0)}).items():
+        assert (pass_at_k(8, 4, k), pass_hat_k(8, 4, k)) == pytest.approx(figures)
+
+
 def test_edges():
     assert [f(4, 4, 4) for f in (pass_at_k, pass_hat_k)] == [1.0, 1.0]
     assert [f(4, 0, 1) for f in (pass_at_k, pass_hat_k)] == [0.0, 0.0]

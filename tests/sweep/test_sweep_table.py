@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 
 import pytest
+from scipy import stats
 from written_runs import write_run
 
 from gymexp.sweep import sweep_reader
 from gymexp.sweep.page import results_html
-from gymexp.sweep.table import groups_of, results_csv, rows_of, status_table
+from gymexp.sweep.table import groups_of, results_csv, results_table, rows_of, status_table
 
 
 @pytest.fixture
@@ -52,6 +54,42 @@ def test_seeds_are_one_row_with_mean_sample_deviation_and_best(sweep):
     assert first.after().mean == pytest.approx((0.85 + 0.575) / 2)
     assert (second.seeds, second.others) == ("0/2", "1 failed, 1 lost")
     assert second.after().mean is None, "what has not finished is not averaged"
+
+
+def write_held_out(run, after: list[float | None]) -> None:
+    """The index of an evaluation before training, and of one after four steps; None is a failed rollout."""
+    (run / "rollouts").mkdir()
+    rows = [
+        {"file": file, "env": "sudoku", "key": f"sudoku/{task}"}
+        | ({} if reward is None else {"reward": reward})
+        for file, rewards in (("eval-000000", [0.5] * len(after)), ("eval-000004", after))
+        for task, reward in enumerate(rewards)
+    ]
+    (run / "rollouts" / "index.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_intervals_are_over_seeds_or_over_the_tasks_of_a_single_run(sweep):
+    after = [0.0, 0.5, 1.0, 1.0, 0.5, 1.0, None]
+    for name in ("0", "1"):
+        write_held_out(sweep.path / name, after)
+    rows = rows_of(sweep)
+    seeds = stats.t.interval(0.95, 1, 0.85, stats.sem([0.8, 0.9]))
+    tasks = stats.t.interval(0.95, 5, 2 / 3, stats.sem(after[:6]))
+    text, lines = (
+        results_table(rows, sweep.keys),
+        list(csv.DictReader(io.StringIO(results_csv(rows, sweep.keys)))),
+    )
+    assert f"→ 0.850 [{seeds[0]:.3f}, {seeds[1]:.3f}]" in text and " 12/14, 2 failed " in text
+    for line, expected in ((lines[0], tasks), (lines[4], seeds)):
+        assert [float(line[f"sudoku_after_{end}"]) for end in ("low", "high")] == pytest.approx(
+            list(expected)
+        )
+    assert (lines[0]["held_out_scored"], lines[0]["held_out_failed"]) == ("6", "1")
+    page = results_html(sweep, rows)
+    assert f"[{tasks[0]:.3f}, {tasks[1]:.3f}]" in page and f"[{seeds[0]:.3f}, {seeds[1]:.3f}]" in page
+    assert "<td>6/7, 1 failed</td>" in page and "<td>12/14, 2 failed</td>" in page
+    alone = groups_of(rows[:1])[0].after("sudoku").interval
+    assert alone and (alone.low, alone.high) == pytest.approx(tasks)
 
 
 def test_the_csv_has_a_line_a_run_and_one_a_configuration(sweep):
