@@ -47,7 +47,7 @@ def open_browser(width: int = 1280, height: int = 900) -> Iterator:
 
 
 def console_of(driver) -> list[str]:
-    """What the browser has logged since the last call: errors, warnings, and refusals of the page's policy."""
+    """What the browser has logged since the last call: errors, warnings, refusals of the page's policy."""
     return [f"{entry['level']}: {entry['message']}" for entry in driver.get_log("browser")]
 
 

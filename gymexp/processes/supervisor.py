@@ -148,6 +148,11 @@ class Supervisor:
         """Makes `close` kill processes without waiting for their end, even if `close` already runs."""
         self._term_grace_s = 0.0
 
+    @property
+    def hurried(self) -> bool:
+        """Whether `hurry` has been called."""
+        return self._term_grace_s == 0
+
     async def close(self, *first: Sequence[str]) -> None:
         """Ends all services and leaves no process behind.
 

@@ -23,7 +23,10 @@
       const parts = [1, 3, 5].map((at) => parseInt(hex.slice(at, at + 2), 16));
       return `rgba(${parts.join(",")},${opacity})`;
     }
-    if (Array.isArray(value)) return typeof value[0] === "number" ? value : value.map((v) => withColours(v, style));
+    if (Array.isArray(value)) {
+      const isNumeric = value.length > 2 && typeof value[0] === "number";
+      return isNumeric ? value : value.map((v) => withColours(v, style));
+    }
     if (value === null || typeof value !== "object") return value;
     return Object.fromEntries(Object.entries(value).map(([key, v]) => [key, withColours(v, style)]));
   };

@@ -46,8 +46,11 @@ def compact(value: Number | None) -> Number | None:
 
 
 def bucketed(steps: Sequence[int], values: Values) -> tuple[list[int], Values, Values, Values]:
-    """Returns (steps, minima, means, maxima) of at most 500 buckets of neighbouring steps. A series of at most
-    2,000 points stays as it is, with equal minima, means and maxima. A bucket without a value has None."""
+    """Returns (steps, minima, means, maxima) of at most 500 buckets of neighbouring steps.
+
+    A series of at most 2,000 points stays as it is, with equal minima, means and maxima. A bucket without a
+    value has None.
+    """
     if len(steps) <= MAX_POINTS:
         return list(steps), values, values, values
     size = math.ceil(len(steps) / _NUM_BUCKETS)
@@ -148,7 +151,7 @@ def points(
 def stack(
     steps: Sequence[int], parts: Mapping[str, Values], colours: Mapping[str, str]
 ) -> list[dict[str, Any]]:
-    """Returns the traces of series that are stacked on each other; parts that are 0 throughout are left out."""
+    """Returns the traces of series that are stacked on each other, without those that are 0 throughout."""
     traces: list[dict[str, Any]] = []
     for name, values in parts.items():
         if any(values):

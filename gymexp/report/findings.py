@@ -59,7 +59,8 @@ def held_out_change(changes: Sequence[HeldOut]) -> Finding | None:
             continue
         text = f"{one.env} {one.before:.3f} → {one.after:.3f}"
         if one.change:
-            text += f" ({one.change.mean:+.3f}, 95 % interval [{one.change.low:+.3f}, {one.change.high:+.3f}], p {p_text(one.p)})"
+            low, high = one.change.low, one.change.high
+            text += f" ({one.change.mean:+.3f}, 95 % interval [{low:+.3f}, {high:+.3f}], p {p_text(one.p)})"
             clear.append(one.change.low > 0 or one.change.high < 0)
         parts.append(text)
     if not parts:
@@ -94,7 +95,8 @@ def gap_growth(env: str, train: Values, evaluations: Sequence[tuple[int, Number]
     gain, held = trained[1] - trained[0], evaluations[-1][1] - evaluations[0][1]
     if gain - held <= GAP_GROWTH:
         return None
-    text = f"{env}: training reward changed by {gain:+.3f}, held-out reward by {held:+.3f}: it may learn its tasks by heart."
+    text = f"{env}: training reward changed by {gain:+.3f}, held-out reward by {held:+.3f}: "
+    text += "the policy may learn its tasks by heart."
     return Finding(text, "reward")
 
 
@@ -107,7 +109,8 @@ def entropy_fall(entropy: Values, reward: Values) -> Finding | None:
     middle = len(half) // 2
     if abs(fmean(half[middle:]) - fmean(half[:middle])) >= FLAT_CHANGE:
         return None
-    text = f"Entropy fell from {both[0]:.3g} to {both[1]:.3g} nats while the reward is flat: exploration may be over."
+    text = f"Entropy fell from {both[0]:.3g} to {both[1]:.3g} nats while the reward is flat: "
+    text += "exploration may be over."
     return Finding(text, "entropy")
 
 
@@ -118,7 +121,8 @@ def length_growth(env: str, tokens: Values, success: Values) -> Finding | None:
         return None
     if solved[1] - solved[0] >= FLAT_CHANGE:
         return None
-    text = f"{env}: rollouts grew from {both[0]:.0f} to {both[1]:.0f} tokens, and success did not ({solved[0]:.2f} → {solved[1]:.2f})."
+    text = f"{env}: rollouts grew from {both[0]:.0f} to {both[1]:.0f} tokens, "
+    text += f"and success did not ({solved[0]:.2f} → {solved[1]:.2f})."
     return Finding(text, "lengths")
 
 
@@ -168,7 +172,8 @@ def one_falls(by_env: Mapping[str, Values]) -> Finding | None:
     env = min(changes, key=lambda name: changes[name])
     if changes[env] >= ENV_FALL or fmean(changes.values()) <= MEAN_RISE:
         return None
-    text = f"{env} gets worse ({changes[env]:+.3f} in training) while the mean rises ({fmean(changes.values()):+.3f})."
+    mean = fmean(changes.values())
+    text = f"{env} gets worse ({changes[env]:+.3f} in training) while the mean rises ({mean:+.3f})."
     return Finding(text, "reward")
 
 

@@ -75,7 +75,7 @@ def held_out(records: RunRecords) -> list[HeldOut]:
 
 
 def _reward_by_evaluation(records: RunRecords, env: str) -> dict[int, Number]:
-    """Returns the mean held-out reward by the step of the evaluation, from the metrics, else from rollouts."""
+    """Returns the mean held-out reward by the evaluation's step, from the metrics, else from rollouts."""
     rewards = dict(records.held_out_series(env, "reward"))
     for step, rows in records.rows_of_evaluation.items():
         if step not in rewards and (by_task := _mean_by_task(rows, env)):
@@ -208,8 +208,7 @@ def _quantiles(records: RunRecords, env: str) -> tuple[list[Number | None], list
     lows: list[Number | None] = []
     highs: list[Number | None] = []
     for step in records.step_numbers:
-        rows = records.rows_of_step.get(step, ())
-        rewards = sorted(r["reward"] for r in rows if r["env"] == env and r.get("reward") is not None)
+        rewards = sorted(row["reward"] for row in records.scored.get((step, env), ()))
         lows.append(quantile(rewards, 0.1) if rewards else None)
         highs.append(quantile(rewards, 0.9) if rewards else None)
     return lows, highs
@@ -305,8 +304,8 @@ def _pass_table(records: RunRecords) -> Table | None:
 def groups_panel(records: RunRecords) -> Panel:
     """Panel 5: groups by kind, of each environment. Only a mixed group gives a gradient."""
     about = (
-        "A group is the rollouts of one task in a step. Only a mixed one has a gradient: where all rewards are "
-        "equal, every advantage is 0."
+        "A group is the rollouts of one task in a step. Only a mixed one has a gradient: where all rewards "
+        "are equal, every advantage is 0."
     )
     charts: list[Chart] = []
     colours = {kind.replace("_", " "): colour for kind, colour in KINDS.items()}

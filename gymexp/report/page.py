@@ -1,4 +1,4 @@
-"""Makes report.html: one file without anything from elsewhere, whose policy lets no script but its own run."""
+"""Makes report.html: one file that needs nothing else, whose policy lets only its own scripts run."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-# A figure of plotly.js, {"data": […], "layout": {…}}. Its colours are CSS variables, which charts.js resolves.
+# A figure of plotly.js: {"data": […], "layout": {…}}. charts.js resolves its colours: CSS variables.
 Figure = dict[str, Any]
 
 
@@ -22,11 +22,14 @@ class Chart:
 
 @dataclass(frozen=True)
 class Table:
-    """A table of texts. numeric: the columns that are aligned to the right."""
+    """A table of texts. numeric: the columns that are aligned to the right. dots: a colour for each row, as
+    in a chart; links: where the first cell of each row leads, "" to nowhere."""
 
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
     numeric: Sequence[int] = ()
+    dots: Sequence[str] = ()
+    links: Sequence[str] = ()
 
 
 @dataclass(frozen=True)

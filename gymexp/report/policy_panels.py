@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
@@ -23,10 +24,10 @@ def max_drift(records: RunRecords) -> float:
 
 
 def entropy_panel(records: RunRecords) -> Panel:
-    """Panel 6: TRL's entropy of the policy, and the mean -log-probability of sampled tokens by environment."""
+    """Panel 6: TRL's entropy of the policy, and each environment's mean -log-probability of a token."""
     about = (
-        "The policy's entropy over all tokens (TRL's), and for each environment the mean -log-probability of a "
-        "sampled token: at temperature 1 an unbiased estimate of the entropy there. In nats."
+        "The policy's entropy over all tokens (TRL's), and for each environment the mean -log-probability of "
+        "a sampled token: at temperature 1 an unbiased estimate of the entropy there. In nats."
     )
     colours = figures.colours_of(records.envs)
     traces = figures.line(
@@ -60,8 +61,9 @@ def kl_panel(records: RunRecords) -> Panel:
 
 
 def ratio_panel(records: RunRecords) -> Panel:
-    """Panel 8: importance ratio of trainer to engine, difference of log-probabilities, drift with its bound."""
-    about = "Whether the tokens were sampled from the policy that is trained: the trainer's probabilities against the engine's."
+    """Panel 8: ratio of trainer to engine, difference of log-probabilities, drift with its bound."""
+    about = "Whether tokens were sampled from the policy that is trained: the trainer's probabilities "
+    about += "against the engine's."
     steps, charts, notes = records.step_numbers, [], []
     ratio = "sampling/importance_sampling_ratio"
     traces: list[dict[str, Any]] = []
@@ -70,8 +72,8 @@ def ratio_panel(records: RunRecords) -> Panel:
     charts += figures.over_steps("importance ratio", traces, "ratio")
     if not traces:
         notes.append(
-            "Importance ratio: TRL measures it with vLLM's correction alone; with one update a batch on weights "
-            "that also sampled, it is 1 by construction."
+            "Importance ratio: TRL measures it with vLLM's correction alone; with one update a batch on "
+            "weights that also sampled, it is 1 by construction."
         )
     traces = []
     for part, colour in {"mean": "--c1", "max": "--c2"}.items():
@@ -101,8 +103,6 @@ def _drift_charts(records: RunRecords) -> list[Chart]:
         chart.figures[""]["layout"]["yaxis"] |= {"type": "log", "exponentformat": "power", "nticks": 6}
         value = max_drift(records)
         # On a logarithmic axis, plotly takes a note's position as the logarithm, but a shape's as the value.
-        import math
-
         chart.figures[""]["layout"]["annotations"][0]["y"] = round(math.log10(value), 4) if value > 0 else 0
     return charts
 

@@ -41,7 +41,7 @@ def _per_step(
     """Returns a value of the environment's scored training rollouts at each of `steps`."""
     values: list[Number | None] = []
     for step in records.step_numbers:
-        rows = [r for r in records.rows_of_step.get(step, ()) if r["env"] == env and "tokens" in r]
+        rows = records.scored.get((step, env))
         values.append(compute(rows) if rows else None)
     return values
 
@@ -54,7 +54,7 @@ def length_panel(records: RunRecords) -> Panel:
     charts: list[Chart] = []
     colours, steps = figures.colours_of(records.envs), records.step_numbers
     for env in records.envs:
-        tokens = [_tokens_of(records, env, share) for share in (0.5, 0.95, 1.0)]
+        tokens = _token_quantiles(records, env, (0.5, 0.95, 1.0))
         traces = figures.line("mean", steps, records.env_series(env, "tokens"), colours[env])
         traces += figures.line("p50", steps, tokens[0], "--c9", dash="dot")
         traces += figures.line("p95", steps, tokens[1], colours[env], faint=True)
@@ -74,13 +74,17 @@ def length_panel(records: RunRecords) -> Panel:
     return Panel("lengths", "Lengths", about, charts, notes=notes)
 
 
-def _tokens_of(records: RunRecords, env: str, share: float) -> list[Number | None]:
-    return _per_step(records, env, lambda rows: quantile(sorted(row["tokens"] for row in rows), share))
+def _token_quantiles(records: RunRecords, env: str, shares: Sequence[float]) -> list[list[Number | None]]:
+    """Returns the quantiles of a rollout's tokens, one series for each share."""
+    ordered = [
+        sorted(row["tokens"] for row in records.scored.get((step, env), ())) for step in records.step_numbers
+    ]
+    return [[quantile(tokens, share) if tokens else None for tokens in ordered] for share in shares]
 
 
 def ending_panel(records: RunRecords) -> Panel:
     """Panel 13: rollouts that a limit cut off, that were refused, and that failed, by cause."""
-    about = "Share of a step's rollouts that a limit cut off, that the environment refused, or that failed for good."
+    about = "Share of a step's rollouts that a limit cut off, that the environment refused, or that failed."
     steps, charts = records.step_numbers, []
     for env in records.envs:
         names = (
@@ -155,7 +159,7 @@ def solved_shares(rows: Iterable[Record], env: str) -> dict[str, float]:
 
 def task_panel(records: RunRecords) -> Panel:
     """Panel 19: which tasks are solved when: held-out as a heat map, training as a table."""
-    about = "Each row of a map is a held-out task, the always solved at the top. Tasks of training: solved how often."
+    about = "A row of a map is a held-out task, the always solved at the top. Training: solved how often."
     if not records.rows:
         return Panel("tasks", "Tasks", about, notes=[NO_INDEX if records.steps else NO_STEPS])
     charts: list[Chart] = []
@@ -215,8 +219,8 @@ def _mean(values: Sequence[Number]) -> float:
 def hacking_panel(records: RunRecords) -> Panel:
     """Panel 20: reward against length, and how alike the answers of a group are."""
     about = (
-        "Signs that an environment's reward is gamed rather than earned: reward that grows with length alone, "
-        "or one answer for every rollout of a group. They are signs, not proof: read the rollouts."
+        "Signs that an environment's reward is gamed rather than earned: reward that grows with length "
+        "alone, or one answer for every rollout of a group. They are signs, not proof: read the rollouts."
     )
     if not records.rows_of_step:
         return Panel(
@@ -227,7 +231,7 @@ def hacking_panel(records: RunRecords) -> Panel:
     last = sorted(records.rows_of_step)[-_LAST_STEPS:]
     traces: list[dict[str, Any]] = []
     for env in records.envs:
-        rows = [r for step in last for r in records.rows_of_step[step] if r["env"] == env and "tokens" in r]
+        rows = [row for step in last for row in records.scored.get((step, env), ())]
         traces += _dots(env, rows, colours[env])
     layout = figures.layout("reward", "sampled tokens", height=280)
     layout |= {"hovermode": "closest"}

@@ -120,6 +120,7 @@ def config_panel(records: RunRecords) -> Panel:
         about,
         tables=[Table(["key", "default", "value", "set by"], rows)],
         texts=texts,
+        wide=True,
     )
 
 

@@ -158,6 +158,16 @@ class RunRecords:
         return _by_step(self.rows, "eval-")
 
     @cached_property
+    def scored(self) -> dict[tuple[int, str], list[Record]]:
+        """The training rollouts that did not fail, by (step, environment)."""
+        found: dict[tuple[int, str], list[Record]] = defaultdict(list)
+        for step, rows in self.rows_of_step.items():
+            for row in rows:
+                if row.get("reward") is not None and "tokens" in row:
+                    found[step, row["env"]].append(row)
+        return found
+
+    @cached_property
     def step_numbers(self) -> list[int]:
         """The optimizer steps of `steps`."""
         return [entry["step"] for entry in self.steps]

@@ -49,15 +49,14 @@ def seconds_panel(records: RunRecords) -> Panel:
 def gantt_panel(records: RunRecords) -> Panel:
     """Panel 16: the phases and the rollouts of a chosen step on the clock; the last step first."""
     about = (
-        "Each thin bar is a rollout, from its start to its end: dark while the policy samples (its total, drawn "
-        "at the start), light while the environment works. Before it, faint: it waits for its turn."
+        "Each thin bar is a rollout, from its start to its end. Dark: the policy samples (its total, drawn "
+        "at the start); light: the environment works. Before it, faint: it waits for its turn."
     )
     title = "One step on the clock"
     if not records.spans:
         return Panel("gantt", title, about, notes=[NO_SPANS if records.steps else NO_STEPS], wide=True)
-    steps = sorted({span.step for span in records.spans if span.name in ("rollout", "update")})[
-        -_GANTT_STEPS:
-    ]
+    played = {span.step for span in records.spans if span.name == "rollout"}
+    steps = sorted(played or {span.step for span in records.spans if span.name == "update"})[-_GANTT_STEPS:]
     choices = {f"step {step}": _gantt(records, step) for step in reversed(steps)}
     if not choices:
         return Panel("gantt", title, about, notes=[NO_STEPS], wide=True)
@@ -210,12 +209,12 @@ def _of_gpu(sample: Sample, index: int, field: str) -> Number | None:
 
 
 def _by_process(samples: Sequence[Sample], field: str) -> dict[str, Values]:
-    """Returns the series of the eight processes with the highest values."""
+    """Returns the series of the four processes with the highest values."""
     peaks: dict[str, float] = {}
     for sample in samples:
         for name, value in getattr(sample, field).items():
             peaks[name] = max(peaks.get(name, 0.0), value)
-    names = sorted(peaks, key=lambda name: -peaks[name])[:8]
+    names = sorted(peaks, key=lambda name: -peaks[name])[:4]
     return {name: [getattr(sample, field).get(name) for sample in samples] for name in names}
 
 
@@ -235,6 +234,6 @@ def _over_minutes(title: str, minutes: Sequence[float], series: dict[str, Values
     ]
     if not traces:
         return []
-    layout = figures.layout(y, "minutes since the first measurement", height=230)
+    layout = figures.layout(y, "minutes since the first measurement", height=290)
     layout["yaxis"] |= {"rangemode": "tozero"}
     return [Chart(title, {"": {"data": traces, "layout": layout}}, "minutes")]

@@ -43,6 +43,7 @@ from gymexp.record.directory import Ended, RunDirectory
 from gymexp.record.places import cache_dir
 from gymexp.run import services
 from gymexp.run.control_endpoint import Control
+from gymexp.run.report_process import Reports
 from gymexp.run.system_records import SystemRecorder
 from gymexp.run.timeline import Timeline
 from gymexp.run.work import TRAINING, Work
@@ -127,6 +128,7 @@ class Controller:
         if task:
             others = control.nodes = Nodes(local, task, self._directory.path, keys.run, supervisor.fail)
         writing = asyncio.create_task(self._keep_status(supervisor))
+        self._reports = Reports(self._directory.path, lambda: supervisor.hurried)
         async with control:
             try:
                 self._timeline.note(event="start")
@@ -174,6 +176,7 @@ class Controller:
                 writing.cancel()
                 self._write_status(supervisor)
                 self._timeline.note(event="end")
+                await self._reports.end(by_signal=self._end_signal is not None)
                 if self._end_signal is None:
                     for number, handler in self._old_handlers.items():
                         signal.signal(number, handler)
@@ -365,6 +368,7 @@ class Controller:
         self._view.update(facts)
         for entry in entries:
             self._view.log(entry["step"], entry["logs"])
+            self._reports.ask(entry["logs"])
 
     def _write_status(self, supervisor: Supervisor) -> None:
         states = {s.name: s.state for s in supervisor.services.values()}

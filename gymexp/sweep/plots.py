@@ -1,82 +1,64 @@
-"""A sweep's plots as SVG for its page: text and axes in the page's colour, each configuration in its own."""
+"""A sweep's charts for its page: reward curves of the configurations over each other, and final rewards."""
 
 from __future__ import annotations
 
-import io
-import math
 from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Any
 
-import matplotlib
-from matplotlib import colormaps
-from matplotlib.axes import Axes
-from matplotlib.colors import to_hex
-from matplotlib.figure import Figure
-
 from gymexp.record.metric_names import of_each_env
+from gymexp.report import figures
+from gymexp.report.panel import Chart
 from gymexp.sweep.table import SEED, Group, Row, short
-
-_INK = "#0a0b0c"  # a colour that nothing else has, so that `_svg` can replace it by the page's text colour
-_INKED = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "grid.color")
-_STYLE: dict[Any, Any] = dict.fromkeys(_INKED, _INK) | {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "gymexp",  # makes the same file from the same numbers
-    "font.size": 9,
-    "axes.titlesize": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "grid.alpha": 0.2,
-    "lines.linewidth": 1.8,
-}
 
 
 def colours(groups: Sequence[Group]) -> dict[str, str]:
-    """Returns a colour for each configuration, by its name: distinct ones for up to 10 configurations, else
-    colours along a scale."""
-    few = len(groups) <= 10
-    scale = colormaps["tab10" if few else "turbo"]
-    positions = [i if few else 0.08 + 0.84 * i / (len(groups) - 1) for i in range(len(groups))]
-    return {group.name: to_hex(scale(at)) for group, at in zip(groups, positions, strict=True)}
+    """Returns a colour for each configuration, by its name; after ten they repeat."""
+    return figures.colours_of([group.name for group in groups])
 
 
-def curves(env: str, groups: Sequence[Group], colour: Mapping[str, str]) -> str:
-    """Returns an SVG of the held-out and the training reward of one environment over steps: the mean over
+def curves(env: str, groups: Sequence[Group], colour: Mapping[str, str]) -> list[Chart]:
+    """Returns the charts of the held-out and the training reward of one environment over steps: the mean over
     seeds, ± their sample standard deviation."""
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(11.6, 3.4), layout="constrained")
-        axes = figure.subplots(1, 2, sharey=True)
-        for ax, held_out in zip(axes, (True, False), strict=True):
-            for group in groups:
-                _band(ax, [_series(row, env, held_out) for row in group.rows], colour[group.name], held_out)
-            ax.set(title=f"{env}: {'held-out' if held_out else 'training'} reward", xlabel="step")
-            ax.xaxis.get_major_locator().set_params(integer=True)
-            ax.grid(True)
-        return _svg(figure)
+    charts: list[Chart] = []
+    for held_out in (True, False):
+        traces: list[dict[str, Any]] = []
+        for group in groups:
+            series = [_series(row, env, held_out) for row in group.rows]
+            traces += _mean_and_spread(group.name, series, colour[group.name], held_out)
+        title = f"{env}: {'held-out' if held_out else 'training'} reward"
+        charts += figures.over_steps(title, traces, "reward", height=300)
+    return charts
 
 
-def finals(groups: Sequence[Group], keys: Sequence[str], colour: Mapping[str, str]) -> str:
-    """Returns an SVG of each finished run's held-out reward after training (mean over the environments)
-    against each swept key. Returns an empty text if no run has finished, or only seeds are swept."""
-    keys = [key for key in keys if key != SEED]
+def finals(groups: Sequence[Group], keys: Sequence[str], colour: Mapping[str, str]) -> list[Chart]:
+    """Returns charts of each finished run's held-out reward after training (mean over the environments)
+    against each swept key; none if no run has finished, or only seeds are swept."""
     finished = [(g, row) for g in groups for row in g.finished if row.mean[1] is not None]
-    if not keys or not finished:
-        return ""
-    num_columns = min(len(keys), 3)
-    num_rows = math.ceil(len(keys) / num_columns)
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(3.9 * num_columns, 3.0 * num_rows), layout="constrained")
-        axes = list(figure.subplots(num_rows, num_columns, squeeze=False, sharey=True).flat)
-        for ax, key in zip(axes, keys, strict=False):
-            points = [(g, row, g.swept[key]) for g, row in finished if key in g.swept]
-            at = _positions(ax, list(dict.fromkeys(value for *_, value in points)))
-            for group, row, value in points:
-                ax.plot(at[value], row.mean[1], "o", color=colour[group.name], alpha=0.85, markersize=6)
-            ax.set(ylabel="held-out reward" if ax is axes[0] else "", xlabel=short(key))
-            ax.grid(True)
-        for ax in axes[len(keys) :]:
-            ax.set_visible(False)
-        return _svg(figure)
+    charts: list[Chart] = []
+    for key in keys:
+        points = [(g, row, g.swept[key]) for g, row in finished if key in g.swept]
+        if key == SEED or not points:
+            continue
+        values = list(dict.fromkeys(value for *_, value in points))
+        layout = figures.layout("held-out reward", figures.label(short(key)), height=270)
+        layout |= {"hovermode": "closest", "showlegend": False}
+        at, axis = _positions(values)
+        layout["xaxis"] |= axis
+        traces = [
+            {
+                "type": "scatter",
+                "mode": "markers",
+                "name": figures.label(group.name),
+                "x": [at[value] for g, _, value in points if g is group],
+                "y": [figures.compact(row.mean[1]) for g, row, _ in points if g is group],
+                "marker": {"color": colour[group.name], "size": 9, "opacity": 0.85},
+            }
+            for group in groups
+            if any(g is group for g, *_ in points)
+        ]
+        charts.append(Chart(short(key), {"": {"data": traces, "layout": layout}}))
+    return charts
 
 
 def _series(row: Row, env: str, held_out: bool) -> dict[int, float]:
@@ -89,42 +71,36 @@ def _series(row: Row, env: str, held_out: bool) -> dict[int, float]:
     return series
 
 
-def _band(ax: Axes, seeds: Sequence[Mapping[int, float]], colour: str, held_out: bool) -> None:
-    """Draw the mean over seeds as a line, and ± their sample standard deviation as a band."""
+def _mean_and_spread(
+    name: str, seeds: Sequence[Mapping[int, float]], colour: str, held_out: bool
+) -> list[dict[str, Any]]:
+    """Returns the traces of the mean over seeds, and of ± their sample standard deviation as a band."""
     steps = sorted({step for series in seeds for step in series})
     values = [[series[step] for series in seeds if step in series] for step in steps]
     means = [fmean(rewards) for rewards in values]
     spread = [stdev(rewards) if len(rewards) > 1 else 0.0 for rewards in values]
-    ax.plot(steps, means, color=colour, marker="o" if held_out else None, markersize=3.5)
+    if not steps:
+        return []
+    traces: list[dict[str, Any]] = []
     if any(spread):
-        low, high = ([m + sign * s for m, s in zip(means, spread, strict=True)] for sign in (-1, 1))
-        ax.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
+        at, lows, _, _ = figures.bucketed(steps, [m - s for m, s in zip(means, spread, strict=True)])
+        highs = figures.bucketed(steps, [m + s for m, s in zip(means, spread, strict=True)])[3]
+        traces += figures.band(at, lows, highs, colour, name)
+    if held_out:
+        return traces + figures.points(name, steps, means, colour)
+    return traces + figures.line(name, steps, means, colour)
 
 
-def _positions(ax: Axes, values: Sequence[str]) -> dict[str, float]:
-    """Returns each value's position on the x axis, and sets the axis up: numbers keep their value, on a
-    logarithmic axis if they span a decade or more, and other values stand side by side."""
+def _positions(values: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns each value's position on the x axis, and the axis: numbers keep their value, on a logarithmic
+    axis if they span a decade or more, and other values stand side by side."""
     try:
         at = {value: float(value) for value in values}
     except ValueError:
-        at = {value: float(i) for i, value in enumerate(values)}
-        ax.set_xticks(list(at.values()), list(at), rotation=20 if max(map(len, values)) > 12 else 0)
-        ax.margins(x=0.3)
-        return at
+        return {value: figures.label(value) for value in values}, {"type": "category"}
     numbers = at.values()
-    if min(numbers) > 0 and max(numbers) >= 10 * min(numbers):
-        ax.set_xscale("log")
+    is_log = min(numbers) > 0 and max(numbers) >= 10 * min(numbers)
+    axis: dict[str, Any] = {"type": "log" if is_log else "linear"}
     if len(at) <= 5:
-        ax.set_xticks(list(numbers), list(at))
-        ax.minorticks_off()
-    ax.margins(x=0.15)
-    return at
-
-
-def _svg(figure: Figure) -> str:
-    """Returns the figure as an `<svg>` element whose text has the page's colour."""
-    out = io.StringIO()
-    no_metadata: dict[str, Any] = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    figure.savefig(out, format="svg", transparent=True, metadata=no_metadata)
-    svg = out.getvalue()
-    return svg[svg.index("<svg") :].replace(_INK, "currentColor")
+        axis |= {"tickmode": "array", "tickvals": list(numbers), "ticktext": list(map(figures.label, at))}
+    return dict(at), axis

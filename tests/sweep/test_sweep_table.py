@@ -5,11 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 
 import pytest
 from scipy import stats
 from written_runs import write_run
 
+from gymexp.report.page import plotly_script
 from gymexp.sweep import sweep_reader
 from gymexp.sweep.page import results_html
 from gymexp.sweep.table import groups_of, results_csv, results_table, rows_of, status_table
@@ -87,7 +89,7 @@ def test_intervals_are_over_seeds_or_over_the_tasks_of_a_single_run(sweep):
     assert (lines[0]["held_out_scored"], lines[0]["held_out_failed"]) == ("6", "1")
     page = results_html(sweep, rows)
     assert f"[{tasks[0]:.3f}, {tasks[1]:.3f}]" in page and f"[{seeds[0]:.3f}, {seeds[1]:.3f}]" in page
-    assert "<td>6/7, 1 failed</td>" in page and "<td>12/14, 2 failed</td>" in page
+    assert ">6/7, 1 failed</td>" in page and ">12/14, 2 failed</td>" in page
     alone = groups_of(rows[:1])[0].after("sudoku").interval
     assert alone and (alone.low, alone.high) == pytest.approx(tasks)
 
@@ -101,6 +103,14 @@ def test_the_csv_has_a_line_a_run_and_one_a_configuration(sweep):
 
 def test_the_page_needs_no_other_file_and_escapes_what_it_shows(sweep):
     page = results_html(sweep, rows_of(sweep))
-    assert page.count("<svg") == 3, "an environment each, and the swept key"
+    assert page.count('class="chart"') == 5, (
+        "an environment's held-out and training reward, and the swept key"
+    )
     assert "&lt;landed&gt;" in page and "<landed>" not in page
-    assert "<script" not in page and "<link" not in page
+    assert " src=" not in page.replace(plotly_script(), "") and "<link" not in page
+
+
+def test_a_job_leads_to_the_report_of_its_run_if_it_has_one(sweep):
+    (sweep.path / "1" / "report.html").write_text("made")
+    page = results_html(sweep, rows_of(sweep)).replace(plotly_script(), "")
+    assert re.findall(r'<a href="([^#"]+)">(\d)</a>', page) == [("1/report.html", "1")]

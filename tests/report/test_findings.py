@@ -1,0 +1,163 @@
+"""Each rule finds what is past its threshold, and nothing that is just before it."""
+
+from __future__ import annotations
+
+import pytest
+from made_runs import make_run
+
+from gymexp.report import findings
+from gymexp.report.bottleneck import Bottleneck, Setup, find_bottleneck, sentence, tail_seconds
+from gymexp.report.learning_panels import HeldOut
+from gymexp.report.run_records import read_records
+from gymexp.statistics import paired_change
+
+
+def ramp(first: float, last: float, each: int = 10) -> list[float]:
+    return [first] * each + [last] * each
+
+
+def test_flat_groups_need_more_than_half_in_each_of_ten_steps():
+    kinds = {"mixed": [0.4] * 10, "all_solved": [0.1] * 10, "none_solved": [0.5] * 10}
+    found = findings.flat_groups([0.6] * 10, kinds)
+    assert found and "60% of the groups" in found.text and "none solved" in found.text
+    assert findings.flat_groups([0.6] * 9 + [0.5], kinds) is None
+    assert findings.flat_groups([0.6] * 9, kinds) is None
+
+
+def test_the_gap_of_training_and_held_out_has_to_grow_by_more_than_a_tenth():
+    found = findings.gap_growth("sudoku", ramp(0.2, 0.6), [(0, 0.2), (20, 0.25)])
+    assert found and "+0.400" in found.text and "+0.050" in found.text
+    assert findings.gap_growth("sudoku", ramp(0.2, 0.6), [(0, 0.2), (20, 0.51)]) is None
+    assert findings.gap_growth("sudoku", ramp(0.2, 0.6), [(0, 0.2)]) is None
+
+
+def test_entropy_has_to_fall_below_a_fifth_while_the_reward_is_flat():
+    assert findings.entropy_fall(ramp(1.0, 0.19), [0.5] * 20)
+    assert findings.entropy_fall(ramp(1.0, 0.21), [0.5] * 20) is None
+    assert findings.entropy_fall(ramp(1.0, 0.19), [0.5] * 15 + [0.6] * 5) is None
+
+
+def test_length_has_to_grow_by_half_without_success():
+    assert findings.length_growth("e", ramp(100, 150), ramp(0.5, 0.51))
+    assert findings.length_growth("e", ramp(100, 149), ramp(0.5, 0.51)) is None
+    assert findings.length_growth("e", ramp(100, 150), ramp(0.5, 0.53)) is None
+
+
+@pytest.mark.parametrize(
+    ("rule", "above", "at"),
+    [
+        (lambda values: findings.truncations("e", values), 0.11, 0.1),
+        (lambda values: findings.failures("e", values, {"timeout": values}), 0.021, 0.02),
+        (lambda values: findings.high_drift(values, 0.02), 0.0101, 0.01),
+        (findings.clipping, 0.21, 0.2),
+    ],
+)
+def test_a_share_has_to_be_above_its_threshold(rule, above, at):
+    assert rule([above] * 10)
+    assert rule([at] * 10) is None
+    assert rule([]) is None and rule([None] * 10) is None
+
+
+def test_failures_name_their_commonest_cause():
+    found = findings.failures("e", [0.1], {"timeout": [0.02], "engine": [0.08]})
+    assert found and "10.0%" in found.text and "engine" in found.text and "timeout" not in found.text
+
+
+def test_one_environment_has_to_fall_while_the_mean_rises():
+    found = findings.one_falls({"a": ramp(0.5, 0.44), "b": ramp(0.2, 0.4)})
+    assert found and found.text.startswith("a gets worse")
+    assert findings.one_falls({"a": ramp(0.5, 0.46), "b": ramp(0.2, 0.4)}) is None
+    assert findings.one_falls({"a": ramp(0.5, 0.44), "b": ramp(0.2, 0.29)}) is None
+    assert findings.one_falls({"a": ramp(0.5, 0.44)}) is None
+
+
+def test_slower_steps_name_the_part_that_grew():
+    parts = {"rollout": [9.0, *ramp(6, 9.1)], "update": [2.0, *ramp(2, 2.1)]}
+    found = findings.slower_steps([20.0, *ramp(10, 13)], parts)
+    assert found and "13.0 s" in found.text and "rollout (+3.1 s)" in found.text
+    assert findings.slower_steps([20.0, *ramp(10, 12.9)], parts) is None
+    assert findings.slower_steps(ramp(10, 13), parts) is None, "the first step warms up"
+
+
+def test_a_drop_is_three_robust_deviations_below_what_was_usual():
+    noisy = [0.8, 0.78, 0.82, 0.79, 0.81, 0.8, 0.77, 0.83, 0.8, 0.8, 0.8]
+    dropped = [*noisy, 0.5, 0.52, 0.5]
+    found = findings.sudden_drop(range(1, 15), {"sudoku": dropped, "other": [0.5] * 14})
+    assert found and "sudoku" in found.text and "at step 12" in found.text
+    assert findings.sudden_drop(range(1, 15), {"sudoku": [*noisy, 0.77, 0.78, 0.77]}) is None
+    assert findings.sudden_drop(range(1, 15), {"sudoku": [*noisy, 0.5, 0.8, 0.8]}) is not None
+    assert findings.sudden_drop(range(1, 12), {"sudoku": noisy}) is None
+
+
+def test_the_held_out_change_is_good_only_with_an_interval_above_0():
+    before = {str(i): 0.0 for i in range(20)}
+    clear = paired_change(before, {key: 1.0 if int(key) < 15 else 0.0 for key in before})
+    unclear = paired_change(before, {key: 1.0 if key == "0" else 0.0 for key in before})
+    good = findings.held_out_change([HeldOut("e", 0, 9, 0.0, 0.75, clear, 0.001)])
+    assert (
+        good
+        and good.mark == "good"
+        and "0.000 → 0.750" in good.text
+        and "no more than noise" not in good.text
+    )
+    poor = findings.held_out_change([HeldOut("e", 0, 9, 0.0, 0.05, unclear, 1.0)])
+    assert poor and poor.mark == "fact" and "no more than noise" in poor.text
+    assert findings.held_out_change([]) is None
+
+
+def rows(ends: list[float], env: str = "slow", policy: float = 0.0, queue: float = 0.0) -> list[dict]:
+    seconds = [{"total": end, "policy": policy * end, "queue": queue} for end in ends]
+    return [{"env": env, "began": 1000.0, "seconds": one} for one in seconds]
+
+
+def step(number: int, **seconds: float) -> dict:
+    whole = {"step": number, "time/step": sum(seconds.values())}
+    return whole | {f"time/{phase}": value for phase, value in seconds.items()}
+
+
+def test_the_tail_begins_when_fewer_than_a_quarter_play():
+    assert tail_seconds(rows([1, 2, 3, 4, 5, 6, 7, 8])) == pytest.approx(2), "after six of eight ended"
+    assert tail_seconds(rows([1, 1, 1, 9])) == pytest.approx(8)
+    assert tail_seconds(rows([1, 2, 3])) is None
+
+
+def test_the_largest_phase_is_the_bottleneck():
+    found = find_bottleneck([step(2, rollout=2, update=7, other=1)], {})
+    assert found == Bottleneck("update", 0.7)
+    assert "train_gpus" in sentence(found, Setup(True, True, {}))
+    assert find_bottleneck([], {}) is None
+
+
+@pytest.mark.parametrize(
+    ("played", "cause", "remedy"),
+    [
+        (rows([1, 1, 1, 1, 1, 1, 1, 9]), "tail", "Overlapping"),
+        (rows([2] * 8, queue=8), "queue", "env.slow.max_concurrency"),
+        (rows([9] * 8, policy=0.2), "environment", "env.slow.replicas (now 3)"),
+        (rows([9] * 8, policy=0.8), "policy", "placement.rollout_gpus"),
+    ],
+)
+def test_slow_rollouts_have_a_cause_and_a_remedy(played, cause, remedy):
+    fast = rows([0.5] * 8, env="fast")
+    found = find_bottleneck([step(2, rollout=9, update=1)], {2: [*fast, *played]})
+    assert found and (found.phase, found.env, found.cause) == ("rollout", "slow", cause)
+    assert remedy in sentence(found, Setup(False, True, {"slow": 3}))
+
+
+def test_idle_gpus_that_only_train_should_be_colocated():
+    found = Bottleneck("rollout", 0.6, "e", "policy", 0.9)
+    assert "engine.colocate=true" in sentence(found, Setup(True, True, {}))
+    assert "engine.colocate" not in sentence(
+        Bottleneck("rollout", 0.4, "e", "policy", 0.9), Setup(True, True, {})
+    )
+    assert "A GPU" in sentence(found, Setup(False, False, {}))
+
+
+def test_a_run_has_at_most_six_findings_and_each_leads_to_a_panel(tmp_path):
+    from gymexp.report.page import PANELS
+
+    records = read_records(make_run(tmp_path / "run"))
+    found = findings.find(records)
+    assert 2 <= len(found) <= 6
+    assert {one.panel for one in found} <= {build(records).id for build in PANELS}
+    assert sum("Bottleneck" in one.text for one in found) == 1
