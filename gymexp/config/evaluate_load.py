@@ -65,8 +65,9 @@ def load_evaluation(cfg: DictConfig, overrides: Sequence[str]) -> EvaluateConfig
     plain = OmegaConf.create(OmegaConf.to_container(cfg, resolve=False))
     try:
         config = OmegaConf.merge(OmegaConf.structured(EvaluateConfig), plain)
-        if OmegaConf.is_missing(config, "model.path") and OmegaConf.is_missing(config, "model.name"):
-            OmegaConf.update(config, "model", {"name": "", "path": ""})
+        for key in ("name", "path"):  # no option of the group `model` is chosen
+            if OmegaConf.is_missing(config.model, key):
+                config.model[key] = ""
         made = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
         raise ConfigError(explain_error(error)) from None
