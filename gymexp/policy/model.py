@@ -54,8 +54,8 @@ def check_tokenizer(tokenizer: Any, path: str | Path) -> None:
         raise ConfigError(f"model.path must name a model whose tokenizer has an end token, got {str(path)!r}")
 
 
-def load_model(config: ModelConfig) -> PreTrainedModel:
-    """Returns the policy to train, on the CPU.
+def load_model(config: ModelConfig, dtype: str | None = None) -> PreTrainedModel:
+    """Returns the policy to train, on the CPU. dtype: of all weights, if they will not be trained.
 
     Weights that the optimizer updates are float32, although the arithmetic is in `model.dtype`: a step of
     1e-6 is lost on a bfloat16 weight of 0.02, whose neighbours are 6e-5 or more away. With an adapter the
@@ -68,7 +68,7 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
         AutoModelForCausalLM,
         config,
         "model",
-        dtype=config.dtype if config.lora.r else "float32",
+        dtype=dtype or (config.dtype if config.lora.r else "float32"),
         attn_implementation=config.attn_implementation,
     )
     _make_savable(model.generation_config, config.path)

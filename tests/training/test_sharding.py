@@ -19,8 +19,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from whole_run import ROOT, TINY
 
 from gymexp.cluster.placement import Placement, Share
-from gymexp.config.schema import EnvConfig, RunConfig
+from gymexp.config.load import to_yaml
+from gymexp.config.schema import DataConfig, EnvConfig, LoraConfig, ModelConfig, RunConfig
 from gymexp.errors import ConfigError
+from gymexp.policy.checkpoint_model import materialize, write_adapter
 from gymexp.training import sharding
 
 PATIENCE_S = 200
@@ -133,8 +135,36 @@ def test_shards_train_go_on_from_a_checkpoint_and_end_as_a_whole_policy_does(
     if lora:
         name = "adapter/adapter_model.safetensors"
         assert differ(tmp_path / name, expected / name) < 1e-4
+    becomes_the_final_model(tmp_path, lora=4 if lora else None, path=more.get("path", str(TINY)))
     said = json.loads((tmp_path / "model" / "config.json").read_text())
     assert said == json.loads((expected / "model" / "config.json").read_text())
+
+
+def becomes_the_final_model(run: Path, lora: int | None, path: str, dtype: str = "float32") -> None:
+    """The shards of the last checkpoint make the very files that the ranks wrote together at the end."""
+    data = DataConfig("jsonl", train_file="t", validation_file="v")
+    model = ModelConfig("tiny", path, dtype=dtype, lora=LoraConfig(lora))
+    (run / "config.yaml").write_text(
+        to_yaml(RunConfig("r", model=model, env={"e": EnvConfig("c", "a", data=data)}))
+    )
+    made = materialize(run, run / "checkpoints" / "checkpoint-2", run / "made")
+    final = {p.name: p.read_bytes() for p in (run / "model").iterdir()}
+    assert made == run / "made" and {p.name: p.read_bytes() for p in made.iterdir()} == final
+    if lora:
+        write_adapter(run, run / "checkpoints" / "checkpoint-2", run / "apart")
+        name = "adapter_model.safetensors"
+        assert differ(run / "apart" / name, run / "adapter" / name) == 0
+
+
+@pytest.mark.ranks
+@with_deepspeed
+@pytest.mark.parametrize("lora", [None, 4], ids=["all", "adapter"])
+@pytest.mark.parametrize("stage", [2, 3])
+def test_what_deepspeed_holds_in_16_bits_becomes_a_plain_model_too(tmp_path, stage, lora):
+    """Its optimizer alone has the weights in float32."""
+    trainer = {"deepspeed": {"zero_optimization": {"stage": stage}}}
+    train(tmp_path, 2, trainer, dtype="bfloat16", lora=lora)
+    becomes_the_final_model(tmp_path, lora, str(TINY), dtype="bfloat16")
 
 
 @pytest.mark.ranks

@@ -13,7 +13,10 @@ from safetensors.torch import load_file
 from small_trainer import MadeUp, build_trainer, save_policy
 from torch import nn
 
+from gymexp.config.load import to_yaml
+from gymexp.config.schema import DataConfig, EnvConfig, LoraConfig
 from gymexp.errors import ServiceError
+from gymexp.policy.checkpoint_model import materialize, write_adapter
 from gymexp.training import checkpoints
 from gymexp.training.drift import without_dropout
 
@@ -217,6 +220,41 @@ def test_the_final_weights_are_the_trained_ones_in_the_models_dtype(build, tmp_p
     saved = load_file(tmp_path / "model" / "model.safetensors")
     assert torch.equal(saved["lm_head.weight"], trainer.model.lm_head.weight.detach().to(torch.bfloat16))
     assert (tmp_path / "model" / "tokenizer_config.json").exists() and not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.parametrize("lora", [LoraConfig(), LoraConfig(r=4)], ids=["all", "adapter"])
+def test_a_checkpoint_becomes_the_very_files_of_the_final_model(policy, tmp_path, lora):
+    trainer = build_trainer(
+        policy,
+        tmp_path / "checkpoints",
+        MadeUp(),
+        dtype="bfloat16",
+        lora=lora,
+        learning_rate=0.1,
+        max_grad_norm=1.0,
+    )
+    trainer.train_from(None)
+    trainer.save_now()
+    trainer.save_policy(tmp_path)
+    config = trainer._config
+    config.env["e"] = EnvConfig("c", "a", data=DataConfig("jsonl", train_file="t", validation_file="v"))
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    checkpoint = tmp_path / "checkpoints" / "checkpoint-1"
+    made = materialize(tmp_path, checkpoint, tmp_path / "made")
+    expected = {p.name: p.read_bytes() for p in (tmp_path / "model").iterdir()}
+    assert made == tmp_path / "made" and {p.name: p.read_bytes() for p in made.iterdir()} == expected
+    before = load_file(policy / "model.safetensors")
+    after = load_file(made / "model.safetensors")
+    assert any(not torch.equal(after[name], before[name].bfloat16()) for name in before), "it has learned"
+    (tmp_path / "result.json").write_text('{"step": 1, "stopped": false}')
+    assert materialize(tmp_path, checkpoint, tmp_path / "again") == tmp_path / "model"
+    (tmp_path / "result.json").unlink()
+    if lora.r:
+        write_adapter(tmp_path, checkpoint, tmp_path / "apart")
+        ours, theirs = (
+            load_file(d / "adapter_model.safetensors") for d in (tmp_path / "apart", tmp_path / "adapter")
+        )
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def test_a_run_that_goes_on_from_its_last_checkpoint_trains_no_step_more(build, monkeypatch):
