@@ -137,6 +137,7 @@ def trained(base, folder: Path) -> Path:
     run = folder / "trained"
     config = from_yaml(base[0] / "config.yaml")
     config.model.path, config.trainer = str(TINY), {"temperature": 0.7}
+    config.evaluation.temperature = None  # as in training
     run.mkdir()
     (run / "config.yaml").write_text(to_yaml(config))
     shutil.copytree(base[0] / "data", run / "data")
@@ -152,8 +153,8 @@ def trained(base, folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def endpoint() -> Iterator[tuple[str, list[web.Request]]]:
-    """An OpenAI-compatible server that wants a key, refuses the third request for a while, and repeats the key
-    in its answers."""
+    """An OpenAI-compatible server that wants a key, refuses the third request for a while, and repeats the
+    key in its answers."""
     asked: list[web.Request] = []
 
     async def chat(request: web.Request) -> web.Response:

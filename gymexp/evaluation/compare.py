@@ -21,9 +21,9 @@ from gymexp.rollout.rollout_files import read_index
 from gymexp.statistics import Change, holm, paired_change
 
 _NOTE = (
-    "The change is paired by task: its 95 % interval is Student's t over the tasks, p is by sign flips and\n"
-    "adjusted for the number of rows (Holm). detectable: the smallest change that so many such tasks find four\n"
-    "times of five. They say nothing of other training seeds."
+    "The change is paired by task: its 95 % interval is Student's t over the tasks, p is by sign flips\n"
+    "and adjusted for the number of rows (Holm). detectable: the smallest change that so many such tasks\n"
+    "find four times of five. They say nothing of other training seeds."
 )
 
 
