@@ -225,6 +225,14 @@ def test_a_model_a_checkpoint_and_an_endpoint_are_compared_in_one_table(base, tr
     assert re.search(r"with a space/of_endpoint +sudoku +8 ", said)
 
 
+def test_the_probe_names_what_the_grader_pays_for_each_reply(folder, gym_python):
+    directory = folder / "probed"
+    said = evaluate(BASE[0], *BASE[3:], "policy=probe", "evaluation.num_tasks=2", f"output_dir='{directory}'")
+    rows = re.findall(r"\nprobe: (\w+) +sudoku +2 +1 +2/2 +0 +(\d\.\d{3})", said)
+    assert [name for name, _ in rows] == ["empty", "prompt", "yes", "refusal", "digits"]
+    assert all(float(reward) < 0.1 for _, reward in rows) and "finding" not in said, "a strict grader"
+
+
 def test_ctrl_c_keeps_what_was_scored_and_says_how_to_go_on(folder, gym_python):
     directory = folder / "interrupted"
     slow = [*BASE, "evaluation.samples=40", "engine.max_batch_size=1", f"output_dir='{directory}'"]
