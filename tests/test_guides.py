@@ -81,6 +81,21 @@ BY_OTHER_TESTS = {
     "python -m gymexp.export outputs/<name>/<date_time> --inspect rollouts.eval": (
         "tests/export/test_inspect_log.py::test_inspect_reads_back_the_samples_scores_and_messages"
     ),
+    "python -m gymexp.evaluate run=outputs/<name>/<date_time>": (
+        "tests/test_runs.py::test_an_evaluation_of_a_run_plays_what_the_runs_own_last_evaluation_did"
+    ),
+    "python -m gymexp.evaluate checkpoint=outputs/<name>/<date_time>/checkpoints/checkpoint-16": (
+        "tests/test_evaluations.py::test_a_model_a_checkpoint_and_an_endpoint_are_compared_in_one_table"
+    ),
+    "python -m gymexp.evaluate 'compare=[outputs/eval/a,outputs/eval/b,outputs/<name>/<date_time>]'": (
+        "tests/test_evaluations.py::test_a_model_a_checkpoint_and_an_endpoint_are_compared_in_one_table"
+    ),
+    "python -m gymexp.evaluate resume=outputs/eval/<name>/<date_time>": (
+        "tests/test_evaluations.py::test_one_that_is_killed_half_way_and_resumed_writes_the_same_bytes"
+    ),
+    "python -m gymexp.evaluate 'env=[sudoku]' policy=probe": (
+        "tests/test_evaluations.py::test_the_probe_names_what_the_grader_pays_for_each_reply"
+    ),
     "make setup": ".ci/run::make lint",
     "make test": ".ci/run::make test",
     "source .venv/bin/activate": ".ci/run::.venv/bin/python",
@@ -102,6 +117,11 @@ SAME_AS = {
     ),
 }
 NOT_HERE = {
+    "python -m gymexp.evaluate 'env=[sudoku,workplace]' model=qwen3_4b": (
+        "a GPU; tests/test_evaluations.py evaluates the tiny model"
+    ),
+    "python -m gymexp.evaluate 'env=[sudoku]' endpoint.url=https://api.openai.com/v1 "
+    "endpoint.model=gpt-5-mini endpoint.key_env=OPENAI_API_KEY": "a key; tests/test_evaluations.py has an endpoint on loopback",
     "make demo": "ten minutes; run by hand from a fresh clone before each release",
     "pip install -e '.[vllm]'": "vLLM with CUDA is 10 GB; tests/test_vllm_runs.py uses its build for CPUs",
     "pip install -e '.[optuna]'": "`make setup` installs it with the tools",

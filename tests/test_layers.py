@@ -115,6 +115,8 @@ def loaded_by(module: str) -> dict[str, str]:
     "module",
     [
         "gymexp.train",
+        "gymexp.evaluate",
+        "gymexp.run.evaluate",
         "gymexp.prepare",
         "gymexp.coldstart.__main__",
         "gymexp.config.schema",

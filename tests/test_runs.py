@@ -197,6 +197,26 @@ def test_the_same_configuration_plays_the_same_tasks_and_samples_the_same_first_
         assert sampled[0] == sampled[1]
 
 
+def test_an_evaluation_of_a_run_plays_what_the_runs_own_last_evaluation_did(pair, folder):
+    """Reward, tokens and log-probabilities of each rollout: the same tasks, seeds and weights."""
+    directory = folder / "again"
+    subprocess.run(
+        [sys.executable, "-m", "gymexp.evaluate", f"run={pair[0].directory}", f"output_dir='{directory}'"],
+        check=True,
+        cwd=ROOT,
+        timeout=PATIENCE_S,
+    )
+
+    def played(run: Path, name: str) -> dict:
+        rows = [row for row in read_index(run / "rollouts") if row["file"] == name]
+        return {
+            row["key"]: tuple(row[k] for k in ("reward", "tokens", "nll", "seed", "text")) for row in rows
+        }
+
+    own = played(pair[0].directory, f"eval-{STEPS:06d}")
+    assert len(own) == 8 and played(directory, f"eval-{STEPS:06d}") == own
+
+
 def test_an_adapter_is_trained_goes_on_after_an_interruption_and_ends_in_the_weights(started, gym_python):
     changes = [
         "model.lora.r=4",

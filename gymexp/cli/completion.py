@@ -6,7 +6,7 @@ Hydra knows the choices of an override, but its own shell function completes onl
 
 from __future__ import annotations
 
-COMMANDS = ("train", "prepare", "status", "rollouts", "export", "sweep", "doctor", "coldstart")
+COMMANDS = ("train", "evaluate", "prepare", "status", "rollouts", "export", "sweep", "doctor", "coldstart")
 # For bash, and for zsh after `bashcompinit`. The query to Hydra names the module as if it were a program.
 _SHELL = r"""
 _gymexp_complete() {

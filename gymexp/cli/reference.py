@@ -19,6 +19,7 @@ from typing import Any
 
 from omegaconf import MISSING, OmegaConf
 
+from gymexp.config.evaluate_schema import EndpointConfig, EvaluateConfig, PlayConfig
 from gymexp.config.group_options import CONF_DIR
 from gymexp.config.schema import EnvConfig, RunConfig
 from gymexp.training import argument_rules
@@ -41,6 +42,10 @@ _TRAINER = """\
 argument that is not set has TRL's default, except for those in the first table, which `conf/train.yaml` and
 `conf/trainer/grpo.yaml` set ([why](results.md#why-the-defaults-are-what-they-are)). Another option of
 `conf/trainer/` sets other values, and `model=tiny` sets its own learning rate.
+"""
+_EVALUATE = """\
+An evaluation ([guide](guides/evaluate.md)) has the groups `model`, `env`, `dataset`, `engine`, `gym`,
+`rollout` and `evaluation` of a run, and these keys. It refuses the keys of a run that have no effect on it.
 """
 _FATES = """\
 [`training/argument_rules.py`](../gymexp/training/argument_rules.py) lists what gymexp does with each
@@ -100,7 +105,7 @@ def reference() -> str:
         if at == "env.<name>.":
             parts.append(f"{_ENV}\n")
         parts.append(_table(("key", "type", "default", "meaning"), map(_row, rows(schema, at))))
-    return "\n".join([*parts, *_trainer()])
+    return "\n".join([*parts, *_trainer(), *_evaluate()])
 
 
 def _below(schema: type, field: dataclasses.Field[Any]) -> type | None:
@@ -142,6 +147,17 @@ def _trainer() -> Iterator[str]:
     yield _table(("argument", "only value", "why", "instead"), refusals)
     yield "**Harmless**: nothing reads the argument.\n"
     yield _table(("argument", "why"), ((f"`{k}`", why) for k, why in argument_rules.HARMLESS.items()))
+
+
+def _evaluate() -> Iterator[str]:
+    """Yields the part on the keys that `gymexp.evaluate` has beside a run's."""
+    yield "## Keys of `gymexp.evaluate` alone\n"
+    yield _paragraph(_EVALUATE)
+    own = [row for row in rows(EvaluateConfig, "") if row[0] not in ("env", "trainer")]
+    of_play = [row for row in rows(PlayConfig, "evaluation.") if row[3]]
+    yield _table(
+        ("key", "type", "default", "meaning"), map(_row, [*own, *rows(EndpointConfig, "endpoint."), *of_play])
+    )
 
 
 def _trainer_of_conf() -> Mapping[str, Any]:

@@ -47,7 +47,7 @@ _OF_THE_RUN = (
     r"(model(?!\.(dtype|max_model_len|attn_implementation)$)|dataset|env\.\w+\."
     r"(data|config_path|agent))(\.|$)"
 )
-_OPEN = ("model.chat_template_kwargs", "engine.args", "trainer")
+_OPEN = ("model.chat_template_kwargs", "engine.args", "trainer", "env")
 _SOURCES = "model=…, checkpoint=…, run=…, endpoint.url=… or policy=probe"
 
 
@@ -65,8 +65,9 @@ def load_evaluation(cfg: DictConfig, overrides: Sequence[str]) -> EvaluateConfig
     plain = OmegaConf.create(OmegaConf.to_container(cfg, resolve=False))
     try:
         config = OmegaConf.merge(OmegaConf.structured(EvaluateConfig), plain)
-        if OmegaConf.is_missing(config, "model.path") and OmegaConf.is_missing(config, "model.name"):
-            OmegaConf.update(config, "model", {"name": "", "path": ""})
+        for key in ("name", "path"):  # no option of the group `model` is chosen
+            if OmegaConf.is_missing(config.model, key):
+                config.model[key] = ""
         made = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
         raise ConfigError(explain_error(error)) from None
@@ -153,6 +154,9 @@ def _policy_problems(config: EvaluateConfig, source: str, keys: Sequence[str]) -
 
 def of_model(config: EvaluateConfig) -> RunConfig:
     """Returns the run configuration of an evaluation that names its own environments. Raises ConfigError."""
+    for name, env in config.env.items():
+        if not env.get("config_path"):
+            raise ConfigError(f"env.{name} is not among the selected environments: add it to env=[…]")
     plain = dataclasses.asdict(config)
     shared = {key: plain[key] for key in ("env", "dataset", "engine", "gym", "rollout")}
     name = config.name or config.model.name or "probe"
@@ -184,6 +188,8 @@ def of_run(run: RunConfig, cfg: DictConfig, overrides: Sequence[str], data_of_ru
             continue
         if (data_of_run and re.match(_OF_THE_RUN, key)) or re.match(r"model(\.(name|path|revision)|$)", key):
             raise ConfigError(f"{key} must be left out with run=… and checkpoint=…, where the run decides it")
+        if data_of_run and key.startswith("env.") and (name := key.split(".")[1]) not in run.env:
+            raise ConfigError(f"{key}: the run has no environment {name}, but {', '.join(run.env)}")
         OmegaConf.update(base, key, OmegaConf.select(cfg, key), merge=key != "env", force_add=True)
     loaded = loading.load(base)
     evaluation = dataclasses.replace(loaded.evaluation, every_steps=0, before=False, after=False)

@@ -8,7 +8,6 @@ from typing import Any
 from gymexp.config.schema import (
     DatasetConfig,
     EngineConfig,
-    EnvConfig,
     EvaluationConfig,
     GymConfig,
     LauncherConfig,
@@ -53,7 +52,8 @@ class EvaluateConfig:
     compare: list[str] = field(default_factory=list)
     split: str = "validation"  # validation or train
     model: ModelConfig = field(default_factory=ModelConfig)
-    env: dict[str, EnvConfig] = field(default_factory=dict)
+    # the environments, as in a run; with run= also single keys of the run's own, e.g. env.sudoku.timeout_s=60
+    env: dict[str, Any] = field(default_factory=dict)
     endpoint: EndpointConfig = field(default_factory=EndpointConfig)
     evaluation: PlayConfig = field(default_factory=PlayConfig)
     dataset: DatasetConfig = field(default_factory=DatasetConfig)

@@ -7,6 +7,7 @@ the plan, and the file is removed.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -59,6 +60,8 @@ class KeptOutcomes:
     def remove(self) -> None:
         """Removes the file, once the outcomes are in `rollouts/`."""
         self._path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # another policy's file is there
+            self._path.parent.rmdir()
 
     def _take(self, record: dict[str, Any], sample: int) -> None:
         """Notes an outcome of the file, unless its task is no longer of the evaluation. A failure takes the

@@ -2,7 +2,16 @@
 
 import pytest
 
-from gymexp.cluster.placement import Placement, Share, num_nodes, place, visible_gpus
+from gymexp.cluster.placement import (
+    Placement,
+    Share,
+    num_nodes,
+    place,
+    place_evaluation,
+    place_text_policy,
+    transfer_of,
+    visible_gpus,
+)
 from gymexp.config.schema import EngineConfig, PlacementConfig, RunConfig
 from gymexp.errors import ConfigError
 
@@ -156,3 +165,22 @@ def test_nodes_that_do_not_fit_are_named(nodes, engine, said):
 def test_a_run_has_as_many_nodes_as_sample_and_train():
     assert num_nodes(PlacementConfig()) == 1
     assert num_nodes(PlacementConfig(rollout_nodes=2, train_nodes=3)) == 5
+
+
+@pytest.mark.parametrize(
+    ("gpus", "size", "replicas"),
+    [(4, 1, [["0"], ["1"], ["2"], ["3"]]), (4, 2, [["0", "1"], ["2", "3"]]), (1, 1, [["0"]]), (0, 1, [[]])],
+)
+def test_in_an_evaluation_all_gpus_sample_and_none_trains(gpus, size, replicas):
+    config = RunConfig(engine=EngineConfig(kind="vllm", tensor_parallel_size=size))
+    placement = place_evaluation(config, [str(i) for i in range(gpus)])
+    assert placement == Placement("vllm", [Share(0, [])], [Share(0, some) for some in replicas])
+    assert not placement.shared and transfer_of(config, placement) == "disk"
+
+
+def test_an_evaluation_with_the_hf_engine_takes_one_gpu_and_replicas_must_fit():
+    hf = RunConfig(engine=EngineConfig(kind="hf"))
+    assert place_evaluation(hf, ["0", "1"]) == Placement("hf", [Share(0, ["0"])], [])
+    with pytest.raises(ConfigError, match=r"engine\.tensor_parallel_size must divide .* 3, got 2"):
+        place_evaluation(RunConfig(engine=EngineConfig(kind="vllm", tensor_parallel_size=2)), ["0", "1", "2"])
+    assert not place_text_policy().in_trainer and not place_text_policy().replicas

@@ -16,6 +16,7 @@ from aiohttp import web
 from loopback import serving
 
 from gymexp.errors import TokenMismatch
+from gymexp.rollout.batch import build_batch
 from gymexp.rollout.outcome import Completed, Task, Truncated, Turn, outcome_to_json
 from gymexp.rollout.play import RolloutFailure, Sampling, play, read_reply, request_body
 
@@ -276,3 +277,41 @@ def test_an_agent_that_does_not_answer_in_time_or_is_away_is_named_with_its_url(
     with pytest.raises(RolloutFailure, match=r"http://127\.0\.0\.1:9/run: ClientConnectorError") as failed:
         asyncio.run(away())
     assert failed.value.cause == "environment"
+
+
+def text(content: str = "hello") -> dict:
+    return {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": content}]}
+
+
+CALL = {"type": "function_call", "name": "search", "arguments": "{}"}
+OUTPUT = {"type": "function_call_output", "output": "x"}
+
+
+@pytest.mark.parametrize(
+    ("items", "turns"),
+    [
+        ([text()], 1),
+        ([{"type": "reasoning", "summary": []}, CALL, CALL, OUTPUT, OUTPUT, text()], 2),
+        ([CALL, OUTPUT, CALL, OUTPUT, {"type": "message", "role": "user", "content": "go on"}, text()], 3),
+    ],
+)
+def test_a_policy_of_text_alone_has_no_turns_with_tokens_but_a_number_of_them(items, turns):
+    played = read_reply(TASK, answer(*items), vocab_size=None, seconds=1.0)
+    assert isinstance(played, Completed)
+    assert played.rollout.turns == [] and played.rollout.usage == {"turns": turns}
+    assert played.rollout.reward == 0.5 and played.rollout.items == items
+
+
+def test_a_policy_of_text_alone_is_cut_by_the_limits_of_length_and_turns_too():
+    assert read_reply(TASK, cut(answer(text())), None, 1.0).limit == "length"
+    assert read_reply(TASK, answer(CALL, OUTPUT), None, 1.0, max_steps=1).limit == "turns"
+    with pytest.raises(RolloutFailure, match="longer than"):
+        read_reply(TASK, cut({"reward": 0.0, "response": {"output": []}}), None, 1.0)
+
+
+def test_training_never_takes_an_answer_of_text_alone():
+    with pytest.raises(RolloutFailure, match="no token ids"):
+        read_reply(TASK, answer(text()), vocab_size=100, seconds=1.0)
+    outcome = read_reply(TASK, answer(text()), vocab_size=None, seconds=1.0)
+    with pytest.raises(AssertionError, match="cannot be trained on"):
+        build_batch([outcome], placeholder_id=0, mask_truncated=False)
