@@ -38,6 +38,7 @@ class RunIndex:
         self.version = 0  # rises whenever the table changes
         self.progress = 0.0  # share of the index that the first refresh has read
         self.is_ready = False
+        self._is_fixed = False
         self.error = ""
         self._lock = threading.Lock()
         self._refreshing = threading.Lock()
@@ -80,9 +81,19 @@ class RunIndex:
         record = parsed(lines[at["line"]]) if at["line"] < len(lines) else None
         return record if isinstance(record, dict) and record.get("number") == row["number"] else None
 
+    def keep(self, groups: Sequence[tuple[str, int]]) -> int:
+        """Removes the rollouts of all other groups, (file, group), from the table, which is not refreshed any
+        more. Returns the number of rollouts that are left."""
+        with self._lock:
+            self._db.execute("CREATE TEMP TABLE kept (file TEXT, grp INTEGER)")
+            self._db.executemany("INSERT INTO kept VALUES (?, ?)", groups)
+            self._db.execute("DELETE FROM rollouts WHERE (file, grp) NOT IN (SELECT file, grp FROM kept)")
+            self._is_fixed = True
+            return self._db.execute("SELECT COUNT(*) FROM rollouts").fetchone()[0]
+
     def refresh(self) -> None:
         """Reads what the run has written since the last call. A call during another one returns at once."""
-        if not self._refreshing.acquire(blocking=False):
+        if self._is_fixed or not self._refreshing.acquire(blocking=False):
             return
         try:
             self.error = ""
@@ -247,6 +258,8 @@ def _old_rows(
             }
         )  # fmt: skip
         played[key] = played.get(key, 0) + 1
+        if row and row["outcome"] == "failed":
+            row |= dict.fromkeys(("success", "turns", "tokens", "tool_calls"))
         if row:
             yield row
 

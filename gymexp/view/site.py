@@ -46,7 +46,9 @@ _CSV = (
 
 @dataclass
 class Site:
-    """The viewed runs and how their pages are rendered. link: of a run, by page. asset: of a file of the look.
+    """The viewed runs and how their pages are rendered.
+
+    link: of a run, by page. asset: of a file of the look. home: the address of the first page.
     left_out: what an export says of the rollouts that it lacks; "" for a server."""
 
     runs: dict[str, ViewedRun]
