@@ -43,6 +43,8 @@ RUN = {
     "python -m gymexp.status outputs/<name>/<date_time> --follow": "",
     "python -m gymexp.rollouts outputs/<name>/<date_time>": "",
     "python -m gymexp.rollouts outputs/<name>/<date_time> --worst": "",
+    "python -m gymexp.view outputs/<name>/<date_time> --export page": "",
+    "python -m gymexp.view outputs/<name>/<date_time> --export part --steps 1:5 --env sudoku --limit 200": "",
     "python -m gymexp.train resume=outputs/<name>/<date_time>": "trainer.max_steps=2",
     "python -m gymexp.train resume=latest": "",  # which is finished
     "python -m gymexp.train -m 'env=[sudoku]' trainer.max_steps=10 seed=0,1": f"{ONE_STEP} {SUDOKU_DATA}",
@@ -67,6 +69,12 @@ BY_OTHER_TESTS = {
     ),
     "python -m gymexp.train 'env=[workplace]' env.workplace.data.source=generate": (
         "tests/whole_run.py::experiment=quickstart"
+    ),
+    "python -m gymexp.view outputs/<name>/<date_time>": (
+        "tests/view/test_view_command.py::test_the_command_serves_until_it_is_interrupted"
+    ),
+    "python -m gymexp.view outputs/<name>/<date_time> --port 8000": (
+        "tests/view/test_view_command.py::test_a_port_that_is_taken_is_named"
     ),
     "make setup": ".ci/run::make lint",
     "make test": ".ci/run::make test",

@@ -6,7 +6,7 @@ Hydra knows the choices of an override, but its own shell function completes onl
 
 from __future__ import annotations
 
-COMMANDS = ("train", "prepare", "status", "rollouts", "sweep", "doctor", "coldstart")
+COMMANDS = ("train", "prepare", "status", "view", "rollouts", "sweep", "doctor", "coldstart")
 # For bash, and for zsh after `bashcompinit`. The query to Hydra names the module as if it were a program.
 _SHELL = r"""
 _gymexp_complete() {
@@ -30,10 +30,11 @@ _gymexp_complete() {
     case "$name" in
         sweep) [[ "$rest" == *" "* ]] || words="status collect resubmit" ;;
         status) words="--follow" ;;
+        view) words="--port --host --tokenizer --export --steps --env --limit" ;;
         rollouts) words="--step --eval --env --worst --best --number --full" ;;
         doctor) words="--init --force" ;;
     esac
-    if [[ "$name" == sweep || "$name" == status || "$name" == rollouts || "$word" == -* ]]; then
+    if [[ "$name" =~ ^(sweep|status|rollouts|view)$ || "$word" == -* ]]; then
         COMPREPLY=($(compgen -W "$words" -- "$word"))
         return
     fi

@@ -1,4 +1,4 @@
-"""Writes the viewer's pages for a selection of rollouts to a folder, which a browser opens without a server."""
+"""Writes the viewer's pages for some rollouts to a folder, which a browser opens without a server."""
 
 from __future__ import annotations
 
@@ -74,8 +74,8 @@ def _range(steps: str | None) -> tuple[int, int]:
 def _chosen(run: ViewedRun, first: int, last: int, env: str | None, most: int) -> list[tuple[str, int]]:
     """Returns (file, group) of the groups to export: whole ones, the newest steps first."""
     groups = run.index.query(
-        "SELECT file, grp, COUNT(*) AS num FROM rollouts WHERE step BETWEEN ? AND ? AND (? IS NULL OR env = ?) "
-        "GROUP BY file, grp ORDER BY step DESC, file DESC, grp",
+        "SELECT file, grp, COUNT(*) AS num FROM rollouts WHERE step BETWEEN ? AND ? "
+        "AND (? IS NULL OR env = ?) GROUP BY file, grp ORDER BY step DESC, file DESC, grp",
         (first, last, env, env),
     )
     chosen, num = [], 0

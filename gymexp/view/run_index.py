@@ -25,6 +25,7 @@ COLUMNS = {
     "line": int,
 }  # fmt: skip
 _SPLITS = {"step": "train", "eval": "held-out"}
+_MAX_TEXT = 120  # characters, as in the index
 _OUTCOMES = ("completed", "truncated", "failed")
 _TYPES = {str: "TEXT", int: "INTEGER", float: "REAL"}
 
@@ -254,7 +255,7 @@ def _old_rows(
                 "began": rollout.get("began"), "seconds": rollout.get("seconds"),
                 "seed": rollout.get("seed"), "replica": rollout.get("replica"),
                 "weights_version": rollout.get("weights_version"),
-                "text": record.get("detail") or _last_words(items),
+                "text": str(record.get("detail") or _last_words(items))[:_MAX_TEXT],
             }
         )  # fmt: skip
         played[key] = played.get(key, 0) + 1
@@ -271,5 +272,5 @@ def _list(value: Any) -> list[Any]:
 def _last_words(items: Sequence[Mapping[str, Any]]) -> str:
     for item in reversed(items):
         if item.get("type", "message") == "message":
-            return text_of(item.get("content"))[:120]
+            return text_of(item.get("content"))
     return ""

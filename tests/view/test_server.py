@@ -21,11 +21,12 @@ def viewer(tmp_path_factory):
         yield one
 
 
+TABS = ("", "/tokens", "/task", "/verdict", "/raw")
 PAGES = [
     "", "steps", "steps?split=train", "step/step-000002", "step/eval-000000?sort=mean&order=down",
     "group/step-000002/0", "group/step-000002/0?a=1&b=2", "tasks", "tasks?split=train&kind=sometimes",
     "rollouts", "rollouts?env=office&outcome=failed", "rollouts?text=script&sort=reward&order=down",
-    *[f"rollout/step-000002/{n}{tab}" for n in range(4) for tab in ("", "/tokens", "/task", "/verdict", "/raw")],
+    *[f"rollout/step-000002/{n}{tab}" for n in range(4) for tab in TABS],
     "rollout/step-000002/0/tokens?heat=ratio", "text/step-000002/2/2", "text/step-000002/0/verdict?page=2",
     "config", "logs", "log/office.log", "compare", "side/step-000002/0?of=step-000001&other=0",
 ]  # fmt: skip
