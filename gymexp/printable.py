@@ -51,11 +51,13 @@ def say_error(error: object) -> None:
     print(f"error: {printable(str(error))}", file=sys.stderr, flush=True)
 
 
-def log_to_stderr(format_: str = "%(asctime)s %(name)s %(levelname)s %(message)s") -> None:
-    """Sends log records of level INFO and above to standard error, made printable."""
+def log_to_stderr(
+    format_: str = "%(asctime)s %(name)s %(levelname)s %(message)s", level: int = logging.INFO
+) -> None:
+    """Sends log records of this level and above to standard error, made printable."""
     handler = logging.StreamHandler()
     handler.setFormatter(_Formatter(format_))
-    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    logging.basicConfig(level=level, handlers=[handler])
 
 
 class _Formatter(logging.Formatter):

@@ -44,6 +44,8 @@ RUN = {
     "python -m gymexp.rollouts outputs/<name>/<date_time>": "",
     "python -m gymexp.rollouts outputs/<name>/<date_time> --worst": "",
     "python -m gymexp.export outputs/<name>/<date_time> --to policy": "",
+    "python -m gymexp.view outputs/<name>/<date_time> --export page": "",
+    "python -m gymexp.view outputs/<name>/<date_time> --export part --steps 1:5 --env sudoku --limit 200": "",
     "python -m gymexp.train resume=outputs/<name>/<date_time>": "trainer.max_steps=2",
     "python -m gymexp.train resume=latest": "",  # which is finished
     "python -m gymexp.train -m 'env=[sudoku]' trainer.max_steps=10 seed=0,1": f"{ONE_STEP} {SUDOKU_DATA}",
@@ -95,6 +97,12 @@ BY_OTHER_TESTS = {
     ),
     "python -m gymexp.evaluate 'env=[sudoku]' policy=probe": (
         "tests/test_evaluations.py::test_the_probe_names_what_the_grader_pays_for_each_reply"
+    ),
+    "python -m gymexp.view outputs/<name>/<date_time>": (
+        "tests/view/test_view_command.py::test_the_command_serves_until_it_is_interrupted"
+    ),
+    "python -m gymexp.view outputs/<name>/<date_time> --port 8000": (
+        "tests/view/test_view_command.py::test_a_port_that_is_taken_is_named"
     ),
     "make setup": ".ci/run::make lint",
     "make test": ".ci/run::make test",

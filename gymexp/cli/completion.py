@@ -6,7 +6,19 @@ Hydra knows the choices of an override, but its own shell function completes onl
 
 from __future__ import annotations
 
-COMMANDS = ("train", "evaluate", "prepare", "status", "rollouts", "export", "sweep", "doctor", "coldstart")
+COMMANDS = (
+    "train",
+    "evaluate",
+    "prepare",
+    "status",
+    "view",
+    "report",
+    "rollouts",
+    "export",
+    "sweep",
+    "doctor",
+    "coldstart",
+)
 # For bash, and for zsh after `bashcompinit`. The query to Hydra names the module as if it were a program.
 _SHELL = r"""
 _gymexp_complete() {
@@ -30,11 +42,12 @@ _gymexp_complete() {
     case "$name" in
         sweep) [[ "$rest" == *" "* ]] || words="status collect resubmit" ;;
         status) words="--follow" ;;
+        view) words="--port --host --tokenizer --export --steps --env --limit" ;;
         rollouts) words="--step --eval --env --worst --best --number --full" ;;
         export) words="--to --checkpoint --adapter --push --public --inspect --eval --steps --env --limit" ;;
         doctor) words="--init --force" ;;
     esac
-    if [[ "$name" =~ ^(sweep|status|rollouts|export)$ || "$word" == -* ]]; then
+    if [[ "$name" =~ ^(sweep|status|view|report|rollouts|export)$ || "$word" == -* ]]; then
         COMPREPLY=($(compgen -W "$words" -- "$word"))
         return
     fi

@@ -17,7 +17,7 @@ from gymexp.doctor import disks, gpus, machine, machine_file, nemo_gym, network,
 from gymexp.doctor.configuration import composed
 from gymexp.doctor.finding import Check, Finding, run_checks
 from gymexp.errors import GymexpError
-from gymexp.printable import say, say_error
+from gymexp.printable import log_to_stderr, say, say_error
 
 CHECKS = (
     Check("python", machine.python, 15),
@@ -43,7 +43,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if (arguments.force and not arguments.init) or (arguments.init and arguments.overrides):
         parser.error("--init takes no overrides, and --force is for --init alone")
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    log_to_stderr("%(message)s", logging.WARNING)
     try:
         failed = _init(arguments.force) if arguments.init else _check(arguments.overrides)
     except GymexpError as error:
@@ -56,7 +56,7 @@ def main() -> None:
 
 def _init(force: bool) -> bool:
     """Write the machine file. Returns False, as nothing failed."""
-    print(f"{machine_file.write(force)}\nwritten to {machine_file.PATH}")
+    say(f"{machine_file.write(force)}\nwritten to {machine_file.PATH}")
     if remark := machine_file.remark():
         say(remark)
     return False
@@ -69,7 +69,7 @@ def _check(overrides: list[str]) -> bool:
     for finding in findings:
         say(_line(finding))
     count = Counter(finding.level for finding in findings)
-    print(f"\n{count['ok']} ok, {count['warn']} to look at, {count['fail']} failed")
+    say(f"\n{count['ok']} ok, {count['warn']} to look at, {count['fail']} failed")
     return count["fail"] > 0
 
 

@@ -21,6 +21,7 @@ Context = dict[str, Any]
 _STEP_SORTS = ("group", "key", "mean", "change", "kind", "tokens", "seconds")
 _TASK_SORTS = ("key", "kind", "visits", "solved", "best", "first", "last", "change")
 _LOG_BYTES = 64_000
+ALL = "all"  # the page of an export, which has no others
 
 
 def run_page(run: ViewedRun, place: Place, arguments: Arguments) -> Context:
@@ -55,7 +56,9 @@ def steps_page(run: ViewedRun, place: Place, arguments: Arguments) -> Context:
 
 
 def paged(rows: list[Any], arguments: Arguments) -> tuple[int, list[Any], int]:
-    """Returns (page from 1, its rows, number of pages)."""
+    """Returns (page from 1, its rows, number of pages). With the argument `page` "all": all rows."""
+    if arguments.get("page") == ALL:
+        return 1, rows, 1
     pages = max(1, -(-len(rows) // PAGE))
     page = min(max(1, whole_number(arguments, "page", 1)), pages)
     return page, rows[(page - 1) * PAGE : page * PAGE], pages
@@ -150,12 +153,14 @@ def tasks_page(run: ViewedRun, place: Place, arguments: Arguments) -> Context:
     }
 
 
-def rollouts_page(run: ViewedRun, place: Place, arguments: Arguments, limit: int = PAGE) -> Context:
-    """The rollouts that the URL's arguments select, `limit` a page."""
+def rollouts_page(run: ViewedRun, place: Place, arguments: Arguments) -> Context:
+    """The rollouts that the URL's arguments select."""
     chosen = selection(arguments)
     num = run.index.query(f"SELECT COUNT(*) AS num FROM rollouts WHERE {chosen.where}", chosen.parameters)
+    is_whole = arguments.get("page") == ALL
+    limit = max(PAGE, num[0]["num"]) if is_whole else PAGE
     pages = max(1, -(-num[0]["num"] // limit))
-    page = min(max(1, whole_number(arguments, "page", 1)), pages)
+    page = 1 if is_whole else min(max(1, whole_number(arguments, "page", 1)), pages)
     rows = run.index.query(
         f"SELECT * FROM rollouts WHERE {chosen.where} ORDER BY {chosen.order} LIMIT :limit OFFSET :offset",
         chosen.parameters | {"limit": limit, "offset": (page - 1) * limit},

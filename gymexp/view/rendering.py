@@ -14,8 +14,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from gymexp.printable import printable
-from gymexp.view.progress import duration
+from gymexp.printable import duration, printable
 from gymexp.view.visible_text import beginning, size_of, visible
 
 _TEMPLATES = Path(__file__).parent / "templates"

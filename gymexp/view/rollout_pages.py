@@ -154,7 +154,8 @@ def _rollout(
     chosen = selection(arguments)
     before, after = _neighbours(run, chosen, row)
     others = run.index.query(
-        "SELECT file, step, split, number, reward, idx FROM rollouts WHERE key = ? ORDER BY step, file, number",
+        "SELECT file, step, split, number, reward, idx FROM rollouts WHERE key = ? "
+        "ORDER BY step, file, number",
         (row["key"],),
     )
     in_group = [o for o in others if o["file"] == row["file"]]
@@ -203,7 +204,7 @@ def _log(run: ViewedRun, record: Mapping[str, Any]) -> str:
 
 
 def _expected(task: Mapping[str, Any] | None) -> dict[str, str]:
-    """Returns the fields of a task's row from which an environment scores, where they have the usual names."""
+    """Returns the fields of a task's row from which an environment scores, if their names are usual ones."""
     names = ("expected_answer", "answer", "ground_truth", "expected", "solution", "target")
     found = {name: task[name] for name in names if name in task} if task else {}
     return {name: value if isinstance(value, str) else pretty(value) for name, value in found.items()}

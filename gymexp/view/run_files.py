@@ -42,8 +42,8 @@ class RunFiles:
             return None
         if not real.is_relative_to(self.path):
             raise RunDirectoryError(
-                f"{path} must be a file of the run directory, but is a link that leads out of it: replace the "
-                "link by the file"
+                f"{path} must be a file of the run directory, but is a link that leads out of it: "
+                "replace the link by the file"
             )
         try:
             # Without O_NONBLOCK the open of a named pipe would wait for its writer.

@@ -25,6 +25,7 @@ COLUMNS = {
     "line": int,
 }  # fmt: skip
 _SPLITS = {"step": "train", "eval": "held-out"}
+_MAX_TEXT = 120  # characters, as in the index
 _OUTCOMES = ("completed", "truncated", "failed")
 _TYPES = {str: "TEXT", int: "INTEGER", float: "REAL"}
 
@@ -38,6 +39,7 @@ class RunIndex:
         self.version = 0  # rises whenever the table changes
         self.progress = 0.0  # share of the index that the first refresh has read
         self.is_ready = False
+        self._is_fixed = False
         self.error = ""
         self._lock = threading.Lock()
         self._refreshing = threading.Lock()
@@ -80,9 +82,19 @@ class RunIndex:
         record = parsed(lines[at["line"]]) if at["line"] < len(lines) else None
         return record if isinstance(record, dict) and record.get("number") == row["number"] else None
 
+    def keep(self, groups: Sequence[tuple[str, int]]) -> int:
+        """Removes the rollouts of all other groups, (file, group), from the table, which is not refreshed any
+        more. Returns the number of rollouts that are left."""
+        with self._lock:
+            self._db.execute("CREATE TEMP TABLE kept (file TEXT, grp INTEGER)")
+            self._db.executemany("INSERT INTO kept VALUES (?, ?)", groups)
+            self._db.execute("DELETE FROM rollouts WHERE (file, grp) NOT IN (SELECT file, grp FROM kept)")
+            self._is_fixed = True
+            return self._db.execute("SELECT COUNT(*) FROM rollouts").fetchone()[0]
+
     def refresh(self) -> None:
         """Reads what the run has written since the last call. A call during another one returns at once."""
-        if not self._refreshing.acquire(blocking=False):
+        if self._is_fixed or not self._refreshing.acquire(blocking=False):
             return
         try:
             self.error = ""
@@ -243,10 +255,12 @@ def _old_rows(
                 "began": rollout.get("began"), "seconds": rollout.get("seconds"),
                 "seed": rollout.get("seed"), "replica": rollout.get("replica"),
                 "weights_version": rollout.get("weights_version"),
-                "text": record.get("detail") or _last_words(items),
+                "text": str(record.get("detail") or _last_words(items))[:_MAX_TEXT],
             }
         )  # fmt: skip
         played[key] = played.get(key, 0) + 1
+        if row and row["outcome"] == "failed":
+            row |= dict.fromkeys(("success", "turns", "tokens", "tool_calls"))
         if row:
             yield row
 
@@ -258,5 +272,5 @@ def _list(value: Any) -> list[Any]:
 def _last_words(items: Sequence[Mapping[str, Any]]) -> str:
     for item in reversed(items):
         if item.get("type", "message") == "message":
-            return text_of(item.get("content"))[:120]
+            return text_of(item.get("content"))
     return ""

@@ -156,10 +156,10 @@ async def serve(site: Site, port: int, ready: Callable[[Access], None]) -> None:
             f"--port must be free on this machine, but {port} is not: {error.strerror}"
         ) from None
     access = Access(listener.getsockname()[1])
-    runner = web.AppRunner(build_app(site, access), access_log=None)
+    runner = web.AppRunner(build_app(site, access), access_log=None, shutdown_timeout=1.0)
     await runner.setup()
     try:
-        await web.SockSite(runner, listener, shutdown_timeout=1.0).start()
+        await web.SockSite(runner, listener).start()
         ready(access)
         await asyncio.Event().wait()
     finally:

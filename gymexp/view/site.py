@@ -10,6 +10,7 @@ from typing import Any
 
 from gymexp.printable import printable
 from gymexp.view import pages, rollout_pages
+from gymexp.view.charts_page import ChartCache
 from gymexp.view.compare_page import compare_page
 from gymexp.view.filters import selection
 from gymexp.view.links import Link, with_changes
@@ -45,7 +46,9 @@ _CSV = (
 
 @dataclass
 class Site:
-    """The viewed runs and how their pages are rendered. link: of a run, by page. asset: of a file of the look.
+    """The viewed runs and how their pages are rendered.
+
+    link: of a run, by page. asset: of a file of the look. home: the address of the first page.
     left_out: what an export says of the rollouts that it lacks; "" for a server."""
 
     runs: dict[str, ViewedRun]
@@ -53,7 +56,7 @@ class Site:
     asset: Callable[[str], str]
     home: str
     left_out: str = ""
-    panels: Callable[[ViewedRun], dict[str, Any]] | None = None
+    charts: ChartCache = field(default_factory=ChartCache, repr=False)
     _templates: Any = field(default_factory=build_environment, repr=False)
 
     def render(
@@ -74,7 +77,7 @@ class Site:
             ]
             context |= side_by_side(*two)
         if page == "run":
-            context["report"] = self.panels(run) if self.panels else None
+            context["report"] = self.charts.charts_of(run)
         return self._html(template, run, page, arguments, context)
 
     def front(self) -> str:

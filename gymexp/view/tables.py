@@ -15,8 +15,10 @@ _HEAT = 40  # visits of a task that its row shows
 
 
 def kind_of(rollouts: Sequence[Mapping[str, Any]]) -> str:
-    """Returns the kind of a group, as training/metrics.py counts it: mixed, its rewards differ; all solved and
-    none solved, they are equal; failed, fewer than two of its rollouts have a reward."""
+    """Returns the kind of a group, as training/metrics.py counts it.
+
+    mixed: its rewards differ. all solved, none solved: they are equal. failed: fewer than two have a reward.
+    """
     rewards = [r["reward"] for r in rollouts if r["reward"] is not None]
     if len(rewards) < 2:
         return "failed"

@@ -1,4 +1,4 @@
-"""The tokens of a rollout with their text, log-probabilities and mask, from its turns. Runs no code of others.
+"""The tokens of a rollout with their text, log-probabilities and mask. Runs no code of others.
 
 The text comes from tokenizer.json by the library `tokenizers`: of the run directory, of gymexp's own models,
 of Hugging Face's cache, or of a directory that the user names. A path in a stranger's config.yaml is not

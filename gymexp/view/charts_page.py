@@ -1,0 +1,62 @@
+"""The report's findings and panels for the page of a run."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup
+
+from gymexp.report.findings import Finding, find
+from gymexp.report.page import PANELS, guard_ids, in_script, plotly_script
+from gymexp.report.panel import Figure, Panel
+from gymexp.report.run_records import RunReader
+from gymexp.view.viewed_run import ViewedRun
+
+
+@dataclass(frozen=True)
+class Charts:
+    """findings, panels: of the report. numbers: of each figure by its identity, its place in `figures`.
+    figures: as JSON that may stand in a page. guard_ids: of elements that keep plotly from styling."""
+
+    findings: Sequence[Finding]
+    panels: Sequence[Panel]
+    numbers: dict[int, int]
+    figures: Markup
+    guard_ids: Sequence[str]
+
+    def number_of(self, figure: Figure) -> int:
+        """Returns the place of a figure in `figures`."""
+        return self.numbers[id(figure)]
+
+
+class ChartCache:
+    """Makes the charts of a run, and makes them anew once the run has changed."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._readers: dict[str, RunReader] = {}
+        self._made: dict[str, tuple[int, Charts]] = {}
+
+    def charts_of(self, run: ViewedRun) -> Charts:
+        """Returns the charts of this moment. Raises RunDirectoryError if a file leads out of the run."""
+        run.check()
+        with self._lock:
+            made = self._made.get(run.slug)
+            if made is None or made[0] != run.version:
+                reader = self._readers.setdefault(run.slug, RunReader(run.path))
+                version = run.version
+                self._made[run.slug] = made = version, _build(reader)
+            return made[1]
+
+
+def _build(reader: RunReader) -> Charts:
+    records = reader.read()
+    panels = [build(records) for build in PANELS]
+    figures: list[Figure] = []
+    numbers: dict[int, int] = {}
+    for figure in (f for panel in panels for chart in panel.charts for f in chart.figures.values()):
+        numbers[id(figure)] = len(figures)
+        figures.append(figure)
+    return Charts(find(records), panels, numbers, Markup(in_script(figures)), guard_ids(plotly_script()))
