@@ -263,8 +263,8 @@ def read_outcomes(path: Path) -> Iterator[dict[str, Any]]:
 def _summary(outcome: Outcome, success_rewards: Mapping[str, float]) -> dict[str, Any]:
     """Returns what the index has of an outcome beside its place. tokens: that the policy sampled. nll: their
     mean -log-probability in nats; None for a policy that gives no token ids. tool_errors: as
-    `num_tool_errors` counts. text: the beginning of the last message. success_rewards: by environment; without one, success is
-    None."""
+    `num_tool_errors` counts. text: the beginning of the last message. success_rewards: by environment;
+    without one, success is None."""
     task = task_of(outcome)
     row: dict[str, Any] = {"key": task.key, "env": task.env, "outcome": type(outcome).__name__.lower()}
     row["failures"] = outcome.failures
