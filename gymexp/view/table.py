@@ -10,9 +10,9 @@ from gymexp.view.held_out import HeldOut
 
 _INTERVALS = "± and [ ] are 95 % intervals over tasks and samples; they say nothing of other training seeds."
 _CHANGES = (
-    "change, its interval and p are over the tasks that both evaluations scored, paired by task; p is by sign\n"
-    "flips and adjusted for the number of environments (Holm). Of true changes as large as detectable, such a\n"
-    "comparison finds four of five."
+    "change, its interval and p are over the tasks that both evaluations scored, paired by task; p is by\n"
+    "sign flips and adjusted for the number of environments (Holm). Of true changes as large as detectable,\n"
+    "such a comparison finds four of five."
 )
 
 
