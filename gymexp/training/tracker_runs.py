@@ -108,7 +108,7 @@ class _Wandb:
 
         if name.startswith("eval-"):  # wandb shows a table of each step badly, as one that is replaced
             columns = _columns(step, chosen)
-            rows = [list(row) for row in zip(*columns.values(), strict=True)]
+            rows: Any = [list(row) for row in zip(*columns.values(), strict=True)]
             table = wandb.Table(columns=list(columns), data=rows)
             self._run.log({f"rollouts/{name}": table, "step": step})
 
@@ -118,7 +118,7 @@ class _Wandb:
 
 class _Trackio:
     def __init__(self, config: RunConfig, place: Place) -> None:
-        import trackio
+        import trackio  # pyright: ignore[reportMissingImports]
 
         # A run of another directory may have the same name; trackio would continue that one.
         name, known = place.identity("trackio", f"{place.name} {secrets.token_hex(2)}")
@@ -140,7 +140,7 @@ class _Trackio:
         self._run.log(dict(numbers), step=step)
 
     def log_rollouts(self, step: int, name: str, chosen: Chosen) -> None:
-        import trackio
+        import trackio  # pyright: ignore[reportMissingImports]
 
         traces = [
             trackio.Trace(messages(outcome), metadata={**facts(outcome, why), "step": step, "file": name})
@@ -149,7 +149,7 @@ class _Trackio:
         self._run.log({"eval_rollouts" if name.startswith("eval-") else "rollouts": traces}, step=step)
 
     def finish(self, failed: bool) -> None:
-        import trackio
+        import trackio  # pyright: ignore[reportMissingImports]
 
         self._run.finish()
         if self._space and self._static_space is not False:
@@ -161,9 +161,9 @@ class _Mlflow:
     MLFLOW_TRACKING_URI says where the runs are."""
 
     def __init__(self, config: RunConfig, place: Place) -> None:
-        from mlflow import MlflowClient
-        from mlflow.entities import Param
-        from mlflow.utils.validation import MAX_PARAM_VAL_LENGTH, MAX_PARAMS_TAGS_PER_BATCH
+        from mlflow import MlflowClient  # pyright: ignore[reportMissingImports]
+        from mlflow.entities import Param  # pyright: ignore[reportMissingImports]
+        from mlflow.utils.validation import MAX_PARAM_VAL_LENGTH, MAX_PARAMS_TAGS_PER_BATCH  # pyright: ignore[reportMissingImports]
 
         self._client = MlflowClient()
         file = place.path / "mlflow_run_id"
@@ -184,7 +184,7 @@ class _Mlflow:
             self._client.log_batch(self._run_id, params=params[start : start + MAX_PARAMS_TAGS_PER_BATCH])
 
     def log(self, step: int, numbers: Mapping[str, float]) -> None:
-        from mlflow.entities import Metric
+        from mlflow.entities import Metric  # pyright: ignore[reportMissingImports]
 
         now_ms = round(time.time() * 1000)
         metrics = [Metric(name, value, now_ms, step) for name, value in numbers.items()]

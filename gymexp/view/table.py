@@ -8,11 +8,11 @@ from typing import Any
 from gymexp.statistics import Interval, holm
 from gymexp.view.held_out import HeldOut
 
-_NOTE = (
-    "± and [ ] are 95 % intervals over tasks and samples; they say nothing of other training seeds. change,\n"
-    "its interval and p are over the tasks that both evaluations scored, paired by task; p is by sign flips\n"
-    "and adjusted for the number of environments (Holm). Of true changes as large as detectable, such a\n"
-    "comparison finds four of five."
+_INTERVALS = "± and [ ] are 95 % intervals over tasks and samples; they say nothing of other training seeds."
+_CHANGES = (
+    "change, its interval and p are over the tasks that both evaluations scored, paired by task; p is by\n"
+    "sign flips and adjusted for the number of environments (Holm). Of true changes as large as detectable,\n"
+    "such a comparison finds four of five."
 )
 
 
@@ -49,7 +49,8 @@ def held_out_table(result: Mapping[str, Any], held_out: Mapping[str, HeldOut]) -
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in table]
     lines += [line for env, metrics in of_result.items() if (line := _counts(env, metrics))]
-    return "\n".join([*lines, _NOTE] if held_out else lines)
+    lines += [_INTERVALS] if held_out else []
+    return "\n".join([*lines, _CHANGES] if changes else lines)
 
 
 def _counts(env: str, metrics: Mapping[str, Sequence[float | None]]) -> str:

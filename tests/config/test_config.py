@@ -228,6 +228,8 @@ def test_every_sweep_composes_and_every_point_of_it_loads(name):
             r"env\.sudoku\.wieght is not a known key; did you mean env\.sudoku\.weight\?",
         ),
         ("dataset.order=random", r"dataset\.order must be one of interleave, shuffle, got 'random'"),
+        ("tracker.rollouts=201", r"tracker\.rollouts must be between 0 and 200, got 201: trackers are slow"),
+        ("tracker.kind=comet", r"tracker\.kind must be .*mlflow"),
         ("rollout.max_failed_share=2", r"rollout\.max_failed_share must be between 0 and 1, got 2\.0"),
         ("env.sudoku.data.source=s3", r"env\.sudoku\.data\.source must be one of .*got 's3'"),
         ("gym.runtime=cli", r"gym\.checkout must name"),

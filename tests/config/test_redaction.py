@@ -8,12 +8,32 @@ from pathlib import Path
 
 import pytest
 
-from gymexp.config.redaction import in_override, secrets_at, without_secrets
+from gymexp.config.redaction import in_override, redacted, secrets_at, without_secrets
 from gymexp.config.rules import problems_of
 from gymexp.config.schema import EngineConfig, EnvConfig, LauncherConfig, ModelConfig, RunConfig
 
 ROOT = Path(__file__).parent.parent.parent
 TOKEN = "hf_" + "aB3" * 10
+
+
+def test_a_configuration_for_others_has_no_secret(monkeypatch):
+    monkeypatch.setenv("MY_SERVICE_KEY", "canary-0123")
+    config = {
+        "api_key": "x",
+        "setup": ["module load cuda", "export WANDB_API_KEY=0123456789abcdef"],
+        "url": "https://me:hunter2@example.org/x",
+        "note": "see canary-0123",
+        "max_steps": 3,
+        "path": None,
+    }
+    assert redacted(config) == {
+        "api_key": "***",
+        "setup": ["module load cuda", "***"],
+        "url": "***",
+        "note": "see ***",
+        "max_steps": 3,
+        "path": None,
+    }
 
 
 @pytest.mark.parametrize(

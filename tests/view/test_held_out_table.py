@@ -87,6 +87,15 @@ def test_the_table_has_intervals_and_adjusted_p(tmp_path):
     assert note.startswith("± and [ ] are 95 % intervals over tasks")
 
 
+def test_a_single_evaluation_has_its_interval_alone(tmp_path):
+    write(tmp_path, 10, {"sudoku": [0.0, 1.0] * 4})
+    text = held_out_table({"held_out": {"sudoku": {"reward": [None, 0.5]}}}, read_held_out(tmp_path))
+    half = stats.t.ppf(0.975, 7) * stats.sem([0.0, 1.0] * 4)
+    head, row, note = text.splitlines()
+    assert head.split()[-1] == "change" and row.split() == ["sudoku", "–", "0.500", "±", f"{half:.3f}", "–"]
+    assert note.startswith("± and [ ] are")
+
+
 def test_without_an_index_the_table_has_no_intervals(tmp_path):
     held_out = {"sudoku": {"reward": [0.25, 0.5], "rollouts": [8, 8], "failed": [0.0, 0.0]}}
     head, row, counts = held_out_table({"held_out": held_out}, read_held_out(tmp_path)).splitlines()
