@@ -6,7 +6,7 @@ Hydra knows the choices of an override, but its own shell function completes onl
 
 from __future__ import annotations
 
-COMMANDS = ("train", "prepare", "status", "rollouts", "sweep", "doctor", "coldstart")
+COMMANDS = ("train", "prepare", "status", "report", "rollouts", "sweep", "doctor", "coldstart")
 # For bash, and for zsh after `bashcompinit`. The query to Hydra names the module as if it were a program.
 _SHELL = r"""
 _gymexp_complete() {
@@ -33,7 +33,7 @@ _gymexp_complete() {
         rollouts) words="--step --eval --env --worst --best --number --full" ;;
         doctor) words="--init --force" ;;
     esac
-    if [[ "$name" == sweep || "$name" == status || "$name" == rollouts || "$word" == -* ]]; then
+    if [[ "$name" =~ ^(sweep|status|rollouts|report)$ || "$word" == -* ]]; then
         COMPREPLY=($(compgen -W "$words" -- "$word"))
         return
     fi
