@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gymexp.report import figures
@@ -218,7 +218,7 @@ def _by_process(samples: Sequence[Sample], field: str) -> dict[str, Values]:
     return {name: [getattr(sample, field).get(name) for sample in samples] for name in names}
 
 
-def _over_minutes(title: str, minutes: Sequence[float], series: dict[str, Values], y: str) -> list[Chart]:
+def _over_minutes(title: str, minutes: Sequence[float], series: Mapping[str, Values], y: str) -> list[Chart]:
     colours = figures.colours_of(list(series))
     traces = [
         {
