@@ -49,8 +49,8 @@ def seconds_panel(records: RunRecords) -> Panel:
 def gantt_panel(records: RunRecords) -> Panel:
     """Panel 16: the phases and the rollouts of a chosen step on the clock; the last step first."""
     about = (
-        "Each thin bar is a rollout, from its start to its end. Dark: the policy samples (its total, drawn "
-        "at the start); light: the environment works. Before it, faint: it waits for its turn."
+        "Each thin bar is a rollout, from its start to its end. Strong: the policy samples (its total, "
+        "drawn at the start); pale: the environment works. Before it, faint: it waits for its turn."
     )
     title = "One step on the clock"
     if not records.spans:
