@@ -41,6 +41,7 @@ RUN = {
     "python -m gymexp.train 'env=[sudoku]' trainer.max_steps=10": f"{ONE_STEP} {SUDOKU_DATA}",
     "python -m gymexp.status outputs/<name>/<date_time>": "",
     "python -m gymexp.status outputs/<name>/<date_time> --follow": "",
+    "python -m gymexp.report outputs/<name>/<date_time>": "",
     "python -m gymexp.rollouts outputs/<name>/<date_time>": "",
     "python -m gymexp.rollouts outputs/<name>/<date_time> --worst": "",
     "python -m gymexp.export outputs/<name>/<date_time> --to policy": "",

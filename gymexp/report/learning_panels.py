@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -71,7 +72,7 @@ def held_out(records: RunRecords) -> list[HeldOut]:
     p_values = dict(
         zip((o.env for o in changed), holm([o.change.p for o in changed if o.change]), strict=True)
     )
-    return [HeldOut(*(vars(one) | {"p": p_values.get(one.env)}).values()) for one in found]
+    return [dataclasses.replace(one, p=p_values.get(one.env)) for one in found]
 
 
 def _reward_by_evaluation(records: RunRecords, env: str) -> dict[int, Number]:

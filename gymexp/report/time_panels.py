@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gymexp.report import figures
@@ -49,8 +49,8 @@ def seconds_panel(records: RunRecords) -> Panel:
 def gantt_panel(records: RunRecords) -> Panel:
     """Panel 16: the phases and the rollouts of a chosen step on the clock; the last step first."""
     about = (
-        "Each thin bar is a rollout, from its start to its end. Dark: the policy samples (its total, drawn "
-        "at the start); light: the environment works. Before it, faint: it waits for its turn."
+        "Each thin bar is a rollout, from its start to its end. Strong: the policy samples (its total, "
+        "drawn at the start); pale: the environment works. Before it, faint: it waits for its turn."
     )
     title = "One step on the clock"
     if not records.spans:
@@ -218,7 +218,7 @@ def _by_process(samples: Sequence[Sample], field: str) -> dict[str, Values]:
     return {name: [getattr(sample, field).get(name) for sample in samples] for name in names}
 
 
-def _over_minutes(title: str, minutes: Sequence[float], series: dict[str, Values], y: str) -> list[Chart]:
+def _over_minutes(title: str, minutes: Sequence[float], series: Mapping[str, Values], y: str) -> list[Chart]:
     colours = figures.colours_of(list(series))
     traces = [
         {
