@@ -108,7 +108,9 @@ NOT_HERE = {
         "a GPU; tests/test_evaluations.py evaluates the tiny model"
     ),
     "python -m gymexp.evaluate 'env=[sudoku]' endpoint.url=https://api.openai.com/v1 "
-    "endpoint.model=gpt-5-mini endpoint.key_env=OPENAI_API_KEY": "a key; tests/test_evaluations.py has an endpoint on loopback",
+    "endpoint.model=gpt-5-mini endpoint.key_env=OPENAI_API_KEY": (
+        "a key; tests/test_evaluations.py has an endpoint on loopback"
+    ),
     "make demo": "ten minutes; run by hand from a fresh clone before each release",
     "pip install -e '.[vllm]'": "vLLM with CUDA is 10 GB; tests/test_vllm_runs.py uses its build for CPUs",
     "pip install -e '.[optuna]'": "`make setup` installs it with the tools",
