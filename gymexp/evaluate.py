@@ -4,9 +4,9 @@ python -m gymexp.evaluate 'env=[sudoku,workplace]' model=qwen3_4b           a mo
 python -m gymexp.evaluate run=outputs/<name>/<date_time> checkpoints=all    what a run has trained
 python -m gymexp.evaluate checkpoint=outputs/<name>/<date_time>/checkpoints/checkpoint-16
 python -m gymexp.evaluate 'env=[sudoku]' endpoint.url=https://…/v1 endpoint.model=…
-endpoint.key_env=OPENAI_API_KEY python -m gymexp.evaluate 'env=[sudoku]' policy=probe
-what the grader pays for nothing python -m gymexp.evaluate resume=outputs/eval/<name>/<date_time>
-one that ended early python -m gymexp.evaluate 'compare=[outputs/eval/a/…,outputs/eval/b/…]'     plays nothing
+python -m gymexp.evaluate 'env=[sudoku]' policy=probe                       what a grader pays for nothing
+python -m gymexp.evaluate resume=outputs/eval/<name>/<date_time>            one that ended early
+python -m gymexp.evaluate 'compare=[outputs/eval/a/…,outputs/eval/b/…]'     plays nothing
 
 The arguments are Hydra overrides: group=option selects a file of conf/, key=value sets a key.
 docs/guides/evaluate.md explains them. An evaluation writes to outputs/eval/<name>/<date_time>/.

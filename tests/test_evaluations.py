@@ -152,7 +152,7 @@ def trained(base, folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def endpoint() -> Iterator[tuple[str, list[web.Request]]]:
+def endpoint() -> Iterator[str]:
     """An OpenAI-compatible server that wants a key, refuses the third request for a while, and repeats the
     key in its answers."""
     asked: list[web.Request] = []
@@ -174,11 +174,11 @@ def endpoint() -> Iterator[tuple[str, list[web.Request]]]:
     app = web.Application()
     app.add_routes([web.post("/v1/chat/completions", chat)])
     with serving(app) as url:
-        yield f"{url}/v1", asked
+        yield f"{url}/v1"
 
 
 def test_a_model_a_checkpoint_and_an_endpoint_are_compared_in_one_table(base, trained, endpoint, folder):
-    url, asked = endpoint
+    url = endpoint
     checkpoint = trained / "checkpoints" / "checkpoint-2"
     of_run, of_endpoint = folder / "of_checkpoint", folder / "of_endpoint"
     evaluate(f"checkpoint={checkpoint}", f"output_dir='{of_run}'", "evaluation.samples=8")
@@ -194,9 +194,6 @@ def test_a_model_a_checkpoint_and_an_endpoint_are_compared_in_one_table(base, tr
     ]
     said = evaluate(*there, f"output_dir='{of_endpoint}'", code=1)
     assert "endpoint.key_env=THEIR_KEY must name an environment variable that is set" in said
-    said = evaluate(*there, f"output_dir='{of_endpoint}.wrong'", code=1, THEIR_KEY="wrong-key-0123")
-    assert "answered 401" in said and "with the key of endpoint.key_env" in said
-    asked.clear()
     process = subprocess.Popen(
         command(*there, f"output_dir='{of_endpoint}'"),
         stdout=subprocess.PIPE,

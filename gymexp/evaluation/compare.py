@@ -13,10 +13,11 @@ from statistics import fmean
 
 from gymexp.data.prepare import load_prepared
 from gymexp.errors import ConfigError, RunDirectoryError
-from gymexp.evaluation.plan import PLAN, TASKS, Plan, task_hashes, tasks_of
+from gymexp.evaluation.plan import TASKS, Plan, task_hashes, tasks_of
 from gymexp.evaluation.results import env_of
 from gymexp.evaluation.results_table import aligned
 from gymexp.files import read_json
+from gymexp.record.directory import PLAN
 from gymexp.rollout.rollout_files import read_index
 from gymexp.statistics import Change, holm, paired_change
 

@@ -20,9 +20,10 @@ from gymexp.config.schema import RunConfig
 from gymexp.data.prepare import Prepared
 from gymexp.errors import RunDirectoryError
 from gymexp.files import read_json, replace_file
+from gymexp.record.directory import PLAN
 from gymexp.rollout.outcome import Task
 
-PLAN, TASKS = "evaluation.json", "tasks.json"
+TASKS = "tasks.json"
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 _SMALL = ("*.json", "*.jinja", "*.model", "additional_chat_templates/*")
 _OF_TRAINING = {"complete.json", "trainer_state.json"}  # beside the weights in a checkpoint

@@ -27,6 +27,7 @@ from gymexp.printable import printable_in
 from gymexp.record.code_snapshot import _versions, snapshot
 
 _LOCK = ".lock"
+PLAN = "evaluation.json"  # what an evaluation plays; a run has no such file
 # Files that Hydra, a sweep or a job may write to a run's directory before the run begins.
 _BEFORE_A_RUN = {
     ".hydra",
@@ -160,10 +161,14 @@ class RunDirectory:
 
     @classmethod
     def reopen(cls, path: Path, command: str = "train") -> RunDirectory:
-        """Locks the directory of a run to resume. Raises RunDirectoryError if it has no config.yaml."""
+        """Locks the directory of a run to resume. Raises RunDirectoryError if it has no config.yaml, or
+        if another command made it."""
         run = cls(path, command)
         if not run.config.exists():
             raise RunDirectoryError(f"resume must name a run directory, but {path} has no config.yaml")
+        if (made_by := "evaluate" if (path / PLAN).exists() else "train") != command:
+            other = RunDirectory(path, made_by).resume_command
+            raise RunDirectoryError(f"resume: {path} is of gymexp.{made_by}; go on with: {other}")
         run._lock()
         return run
 

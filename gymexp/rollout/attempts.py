@@ -85,7 +85,7 @@ async def with_attempts(
             timeout=aiohttp.ClientTimeout(total=_TIMEOUT_S),
         ) as response:
             fields = orjson.loads(await response.read())["attempts"]
-        attempts = [one and Attempt(one["versions"], one["seconds"], one["usage"]) for one in fields]
+        attempts = [one and Attempt(**one) for one in fields]
         return [_with_attempt(*pair) for pair in zip(outcomes, attempts, strict=True)]
     except (aiohttp.ClientError, TimeoutError, KeyError, TypeError, ValueError) as error:
         raise ServiceError(f"the gateway did not say which weights sampled: {error!r}") from None

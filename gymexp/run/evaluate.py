@@ -53,6 +53,7 @@ def evaluate(config: EvaluateConfig, cfg: DictConfig, overrides: Sequence[str]) 
     view = View()
     for remark in launcher_variables.remarks():
         view.say(remark)
+    run, request = None, None
     if config.resume:
         run = RunDirectory.reopen(Path(config.resume).expanduser().resolve(), _COMMAND)
         plan, run_config = Plan.read(run.path), from_yaml(run.config)
@@ -60,7 +61,6 @@ def evaluate(config: EvaluateConfig, cfg: DictConfig, overrides: Sequence[str]) 
     else:
         request = resolve(config, cfg, overrides, view.say)
         plan, run_config = request.plan, request.config
-        run = None
     _check_key(plan)
     open_files.concurrency(run_config.env)
     is_text = plan.policies[0].is_text
@@ -70,6 +70,7 @@ def evaluate(config: EvaluateConfig, cfg: DictConfig, overrides: Sequence[str]) 
     configs = [env.config_path for env in run_config.env.values()]
     python = ensure_python(run_config.gym, configs, cache_dir(), view.say)
     if run is None:
+        assert request is not None
         prepared = _prepare(request, config, python, view.say)
         run = RunDirectory.claim(_directory(config, run_config), _COMMAND)
         plan, run_config = _write(run, request, prepared, overrides, view.say)

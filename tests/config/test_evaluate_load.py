@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+import shlex
+from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -26,6 +29,7 @@ def loaded(*overrides: str):
     return load_evaluation(composed(*overrides), overrides)
 
 
+ROOT = Path(__file__).parent.parent.parent
 SUDOKU = ("env=[sudoku]", "model=tiny")
 ENDPOINT = ("env=[sudoku]", "endpoint.url=http://127.0.0.1:1/v1", "endpoint.model=m")
 
@@ -143,3 +147,21 @@ def test_other_environments_than_the_runs_come_with_all_their_tasks():
     config = of_run(run, composed(*overrides), overrides, data_of_run=False)
     assert list(config.env) == ["sudoku"] and config.env["sudoku"].data.validation_size == 30
     assert config.evaluation.num_tasks is None and config.evaluation.temperature == 0.7
+
+
+def recommended() -> list[str]:
+    """What follows `python -m gymexp.evaluate` in the guide and in the command's help."""
+    texts = [ROOT / "docs" / "guides" / "evaluate.md", ROOT / "gymexp" / "evaluate.py"]
+    text = "\n".join(path.read_text().replace("\\\n", " ") for path in texts)
+    return sorted(
+        set(re.findall(r"^python -m gymexp\.evaluate ([^\n#]+?)(?: {2,}.*| *#.*)?$", text, re.MULTILINE))
+    )
+
+
+def test_there_are_commands_to_look_at():
+    assert len(recommended()) > 9
+
+
+@pytest.mark.parametrize("command", recommended())
+def test_each_command_that_is_recommended_is_taken(command):
+    loaded(*shlex.split(re.sub(r"<\w+>|…", "x", command).replace("https://x/v1", "https://example.org/v1")))

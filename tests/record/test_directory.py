@@ -158,3 +158,14 @@ def test_the_latest_run_is_the_one_that_was_written_to_last(tmp_path):
     status = tmp_path / "b/2026-01-01_10-00-00" / "status.json"
     status.write_text("{}")
     assert latest_run(tmp_path) == status.parent
+
+
+@pytest.mark.parametrize(("command", "other"), [("train", "evaluate"), ("evaluate", "train")])
+def test_a_directory_is_resumed_by_the_command_that_made_it_alone(tmp_path, command, other):
+    (tmp_path / "config.yaml").write_text("")
+    if other == "evaluate":
+        (tmp_path / "evaluation.json").write_text("{}")
+    with pytest.raises(
+        RunDirectoryError, match=rf"is of gymexp\.{other}; go on with: python -m gymexp\.{other} "
+    ):
+        RunDirectory.reopen(tmp_path, command)
