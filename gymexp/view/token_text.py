@@ -137,7 +137,7 @@ def pieces(tokenizer: Tokenizer | None, ids: Sequence[int]) -> list[tuple[int, i
     before, first = 0, 0
     for i, id_ in enumerate(ids):
         if id_ in special and first == i:
-            found.append((i, i + 1, special[id_].content, True))
+            found.append((i, i + 1, special[id_].content, special[id_].special))
             before = first = i + 1
             continue
         text = _decode(tokenizer, ids[before : i + 1])

@@ -58,7 +58,7 @@
   const line = (box, name, value) => {
     if (value === "") return;
     const row = document.createElement("div");
-    row.textContent = `${name} ${value}`;
+    row.textContent = `${name} ${value}`.trim();
     box.append(row);
   };
   const hover = (token) => {
