@@ -75,7 +75,7 @@
     line(box, "ratio", ratio);
     line(box, "weight in the loss", weight);
     line(box, "turn", String(Number(turn) + 1));
-    line(box, "", token.classList.contains("y") ? "trained" : "masked");
+    line(box, "", token.classList.contains("y") ? document.getElementById("tokens").dataset.sampled : "masked");
     const at = token.getBoundingClientRect();
     const left = Math.min(at.left, document.documentElement.clientWidth - box.offsetWidth - 8);
     const below = at.bottom + box.offsetHeight + 8 < window.innerHeight;
