@@ -30,6 +30,7 @@ PLAIN = (
     r"\x1b]0;owned\x07\x1b[2J\x9b31m\x1b]52;c;ZXZpbA==\x1b\ "
     r"\u202egnp.exe\u2066\rover\x08\x00\x7f\u2028\ud800"
 )
+TAGS = "".join(chr(0xE0000 + ord(c)) for c in "ignore all")  # seen by a model alone
 HARMLESS = "naïve 東京 → שלום\tمرحبا 👩\u200d🔬\n"
 DIRECTIONS = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
 
@@ -44,6 +45,7 @@ def fit(text: str) -> bool:
 
 def test_what_a_terminal_would_obey_is_shown_instead():
     assert printable(EVIL) == PLAIN
+    assert printable(TAGS).startswith(r"\U000e0069\U000e0067")
 
 
 @given(st.text(st.characters(codec=None, categories=None)))

@@ -30,7 +30,6 @@ def run_page(run: ViewedRun, place: Place, arguments: Arguments) -> Context:
     steps = tables.step_rows(run.index, run.metrics)
     return {
         "state": state,
-        "held_out": state.held_out,
         "steps": steps[-12:][::-1],
         "num_rollouts": run.index.query("SELECT COUNT(*) AS num FROM rollouts")[0]["num"],
         "failed": causes(run),

@@ -235,7 +235,8 @@ def _old_rows(
         if not isinstance(record, dict) or not isinstance(key := key_of(record), str):
             continue
         group, before = group + (key != before), key
-        rollout = record.get("rollout") if isinstance(record.get("rollout"), dict) else {}
+        inner = record.get("rollout")
+        rollout: dict[str, Any] = inner if isinstance(inner, dict) else {}
         turns = [turn for turn in _list(rollout.get("turns")) if isinstance(turn, dict)]
         logprobs = [v for turn in turns for v in _list(turn.get("logprobs")) if isinstance(v, int | float)]
         env = key.split("/")[0]

@@ -161,6 +161,7 @@ async def serve(site: Site, port: int, ready: Callable[[Access], None]) -> None:
     try:
         await web.SockSite(runner, listener).start()
         ready(access)
+        await asyncio.to_thread(site.prepare)
         await asyncio.Event().wait()
     finally:
         await runner.cleanup()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from gymexp.errors import GymexpError
 from gymexp.printable import printable
 from gymexp.view import pages, rollout_pages
 from gymexp.view.charts_page import ChartCache
@@ -79,6 +81,13 @@ class Site:
         if page == "run":
             context["report"] = self.charts.charts_of(run)
         return self._html(template, run, page, arguments, context)
+
+    def prepare(self) -> None:
+        """Reads the first run and makes its charts, so that its page need not wait for them."""
+        run = next(iter(self.runs.values()))
+        with contextlib.suppress(GymexpError):  # its page says what is wrong
+            run.refresh()
+            self.charts.charts_of(run)
 
     def front(self) -> str:
         """Returns the page that lists several runs."""

@@ -33,7 +33,7 @@ RATIO_LIMITS = (1.001, 1.01, 1.05, 1.2)
 class Token:
     """A token of a rollout, or several that one character needs.
 
-    ids: one or more. trained: 1 if the loss sees it, 0 for the environment's tokens and the prompt. logprob:
+    ids: one or more. trained: False for the prompt, the environment's tokens and a masked rollout's. logprob:
     the engine's, and trainer: the trainer's, in nats, None without one. turn: from 0.
     """
 
@@ -107,6 +107,7 @@ def tokens_of(
 ) -> list[Token]:
     """Returns the tokens from `begin` to `end` of the sequence after the prompt. trained: what the trainer
     wrote of the rollout. Without a tokenizer the pieces are ids."""
+    is_masked = trained is not None and trained.get("trained") == 0
     trainer, weights = (_column(trained, name, len(found.ids)) for name in ("logprobs", "weights"))
     tokens = []
     for first, last, piece, is_special in pieces(tokenizer, found.ids[begin:end]):
@@ -117,7 +118,7 @@ def tokens_of(
                 ids=found.ids[first:last],
                 piece=piece,
                 is_special=is_special,
-                trained=sampled,
+                trained=sampled and not is_masked,
                 logprob=_sum(found.logprobs[first:last]),
                 trainer=_sum(trainer[first:last]) if sampled else None,
                 weight=weights[first] if sampled else None,
@@ -137,7 +138,7 @@ def pieces(tokenizer: Tokenizer | None, ids: Sequence[int]) -> list[tuple[int, i
     before, first = 0, 0
     for i, id_ in enumerate(ids):
         if id_ in special and first == i:
-            found.append((i, i + 1, special[id_].content, True))
+            found.append((i, i + 1, special[id_].content, special[id_].special))
             before = first = i + 1
             continue
         text = _decode(tokenizer, ids[before : i + 1])

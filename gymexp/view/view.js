@@ -58,7 +58,7 @@
   const line = (box, name, value) => {
     if (value === "") return;
     const row = document.createElement("div");
-    row.textContent = `${name} ${value}`;
+    row.textContent = `${name} ${value}`.trim();
     box.append(row);
   };
   const hover = (token) => {
@@ -75,7 +75,7 @@
     line(box, "ratio", ratio);
     line(box, "weight in the loss", weight);
     line(box, "turn", String(Number(turn) + 1));
-    line(box, "", token.classList.contains("y") ? "trained" : "masked");
+    line(box, "", token.classList.contains("y") ? document.getElementById("tokens").dataset.sampled : "masked");
     const at = token.getBoundingClientRect();
     const left = Math.min(at.left, document.documentElement.clientWidth - box.offsetWidth - 8);
     const below = at.bottom + box.offsetHeight + 8 < window.innerHeight;
@@ -133,30 +133,35 @@
 
   // News of a live run: the page is fetched again, and its content replaced.
   const openParts = () => [...main().querySelectorAll("details")].map((part) => part.open);
+  const drawnFrom = (place) => ["#figures", ".state"].map((one) => (place.querySelector(one) || {}).textContent).join();
   const renew = async () => {
-    if (document.getElementById("figures")) {
-      location.reload(); // its charts are drawn once
-      return;
-    }
     if (typing(document.activeElement) || String(getSelection())) return; // the reader is in the middle of something
     const answer = await fetch(location.href, { headers: { Accept: "text/html" } });
     if (!answer.ok) return;
     const page = new DOMParser().parseFromString(await answer.text(), "text/html");
     const fresh = page.getElementById("main");
     if (!fresh || fresh.innerHTML === main().innerHTML) return;
+    if (document.getElementById("figures")) { // charts are drawn once a page
+      if (drawnFrom(fresh) !== drawnFrom(main())) location.reload();
+      return;
+    }
     const open = openParts();
     const marked = [...main().querySelectorAll("tr.row")].findIndex((row) => row.classList.contains("marked"));
     main().replaceWith(document.adoptNode(fresh));
     main().querySelectorAll("details").forEach((part, at) => { if (open[at]) part.open = true; });
     if (marked >= 0) mark(marked);
   };
-  let isStale = false;
-  const news = () => {
-    isStale = document.hidden;
-    if (!isStale) renew().catch(() => { isStale = true; });
+  // A browser keeps six connections to a host, so that only the tab that is seen has one for news.
+  let source = null;
+  const listen = (isBack) => {
+    if (source) source.close();
+    source = null;
+    if (document.hidden) return;
+    source = new EventSource(document.body.dataset.events);
+    source.addEventListener("message", () => { renew().catch(() => {}); });
+    if (isBack) renew().catch(() => {});
   };
-  document.addEventListener("visibilitychange", () => { if (isStale) news(); });
-  const source = new EventSource(document.body.dataset.events);
-  source.addEventListener("message", news);
-  window.addEventListener("pagehide", () => source.close());
+  document.addEventListener("visibilitychange", () => listen(true));
+  window.addEventListener("pagehide", () => { if (source) source.close(); });
+  listen(false);
 })();
