@@ -106,6 +106,7 @@ def _license_of(model: ModelConfig, ask_hub: bool) -> str | None:
         path = Path(resolve_path(model.path)) / "README.md"
     text = path.read_text(encoding="utf-8", errors="replace") if path and path.is_file() else ""
     try:
-        return ModelCard(text, ignore_metadata_errors=True).data.license if text.startswith("---") else None
+        card = ModelCard(text, ignore_metadata_errors=True) if text.startswith("---") else None
+        return card.data.to_dict().get("license") if card else None
     except ValueError:
         return None

@@ -77,7 +77,7 @@ def write_adapter(run: Path, checkpoint: Path, to: Path) -> None:
         for name in _ADAPTER:
             shutil.copyfile(source / name, to / name)
     else:
-        _with_adapter(model, checkpoint).save_pretrained(to)
+        _with_adapter(model, checkpoint).save_pretrained(str(to))
         (to / "README.md").unlink(missing_ok=True)  # peft's template of a model card
     load_tokenizer(_source(model, checkpoint)).save_pretrained(to)
 
@@ -227,21 +227,25 @@ def _read_tensors(checkpoint: Path) -> NamedTensors:
 def _read_distributed(directory: Path) -> NamedTensors:
     """Yields the tensors of a distributed checkpoint of torch's. accelerate puts them below "model"."""
     import torch
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+    from torch.distributed.checkpoint.state_dict_loader import load
 
-    metadata = dcp.FileSystemReader(directory).read_metadata().state_dict_metadata
+    metadata = FileSystemReader(directory).read_metadata().state_dict_metadata
     for key, entry in metadata.items():
-        if isinstance(entry, dcp.metadata.TensorStorageMetadata):
+        if isinstance(entry, TensorStorageMetadata):
             state = {key: torch.empty(entry.size, dtype=entry.properties.dtype)}
             with warnings.catch_warnings(action="ignore", category=UserWarning):  # of a single process
-                dcp.load(state, checkpoint_id=directory, no_dist=True)
+                load(state, checkpoint_id=directory, no_dist=True)
             yield key.removeprefix("model."), state[key]
 
 
 def _read_zero(checkpoint: Path) -> NamedTensors:
     """Yields the tensors of a ZeRO checkpoint, in float32. Raises ConfigError without DeepSpeed."""
     try:
-        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+        from deepspeed.utils.zero_to_fp32 import (  # pyright: ignore[reportMissingImports]
+            get_fp32_state_dict_from_zero_checkpoint,
+        )
     except ImportError:
         raise ConfigError(
             f"{checkpoint} has shards of DeepSpeed's, which deepspeed itself must read, but it is not "
