@@ -112,6 +112,7 @@ OWN = {
     "gymexp/gateway/tokenizer_check.py",
     "gymexp/cli/reference.py",
     "gymexp/doctor/disk_probe.py",
+    "gymexp/evaluation/whole_model.py",
     "gymexp/data/workplace/make.py",
     "gymexp/sweep/slurm.py",
 }

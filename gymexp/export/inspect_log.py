@@ -24,7 +24,8 @@ from gymexp.export.selection import select, step_of
 from gymexp.files import read_lines, replacing
 from gymexp.printable import say
 from gymexp.record.run_state import read_run
-from gymexp.rollout.rollout_files import read_outcome, text_of
+from gymexp.rollout.items import text_of
+from gymexp.rollout.rollout_files import read_outcome
 
 # The versions whose API the writer uses. Tested with 0.3.285.
 INSPECT = "inspect-ai>=0.3.200,<0.4"

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain, zip_longest
 from typing import Any
 
-from gymexp.rollout.outcome import Failed, Outcome, Truncated, task_of
 from gymexp.rollout.items import text_of
+from gymexp.rollout.outcome import Failed, Outcome, Truncated, task_of
 
 
 def choose(outcomes: Sequence[Outcome], limit: int, seed: str) -> list[tuple[str, Outcome]]:
