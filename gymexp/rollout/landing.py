@@ -35,6 +35,7 @@ class Landing:
         self._landed: dict[int, _Played] = {}  # not kept yet
         self._kept: dict[int, Outcome] = {}
         self._full = asyncio.Event()
+        self._ending = False
         for index, rollout in enumerate(rollouts):
             rollout.add_done_callback(lambda done, index=index: self._land(index, done))
         self._keeping = asyncio.create_task(self._keep_regularly())
@@ -47,7 +48,7 @@ class Landing:
             self._full.set()
 
     async def _keep_regularly(self) -> None:
-        while True:
+        while not self._ending:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._full.wait(), EVERY_S)
             self._full.clear()
@@ -87,6 +88,7 @@ class Landing:
 
     async def _end(self) -> None:
         """Ends the regular batches. Raises the error that ended them before."""
-        self._keeping.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._keeping
+        # A cancellation could be lost: before Python 3.12, `wait_for` drops one that comes with the event.
+        self._ending = True
+        self._full.set()
+        await self._keeping

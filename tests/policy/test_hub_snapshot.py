@@ -22,6 +22,7 @@ from gymexp.policy.model import end_token_ids, load_tokenizer
 from gymexp.processes.access_keys import Keys
 from gymexp.record.directory import RunDirectory
 from gymexp.run import services
+from gymexp.run.work import TRAINING
 
 REPO = "acme/tiny"
 V2 = "beef" + 36 * "0"
@@ -198,7 +199,9 @@ def test_gateway_and_vllm_are_started_with_the_directory_of_the_pinned_commit(of
     config = RunConfig(model=pin("v2"))
     placement = Placement("hf", replicas=[], training=[Share(0, [])])
     with socket.create_server(("127.0.0.1", 0)) as sock:
-        service = services.gateway(config, placement, RunDirectory(tmp_path), sock, ["http://e"], Keys.new())
+        service = services.gateway(
+            config, placement, RunDirectory(tmp_path), sock, ["http://e"], Keys.new(), TRAINING
+        )
         asyncio.run(service.start())
     assert started[0][started[0].index("--tokenizer") + 1] == str(hub_snapshot.directory_of(model(V2)))
     command = vllm.serve_command(config.model, config.engine, 8001, vllm.Version(0, 31), "disk")

@@ -58,6 +58,16 @@ def test_outcomes_come_back_in_order_and_complete_whatever_the_order_in_which_th
     asyncio.run(run())
 
 
+def test_a_collection_ends_whose_last_batch_is_full_as_its_last_rollout_lands():
+    async def run() -> None:
+        rollouts, landed = land(Kept(), *[0.01] * landing.AT_ONCE)
+        await asyncio.gather(*rollouts)
+        done, _ = await asyncio.wait([asyncio.create_task(landed.all())], timeout=5)
+        assert done and len(done.pop().result()) == landing.AT_ONCE
+
+    asyncio.run(run())
+
+
 @pytest.mark.parametrize(("at_once", "every_s"), [(2, 60.0), (99, 0.1)])
 def test_they_are_kept_as_soon_as_there_are_enough_and_after_some_time(monkeypatch, at_once, every_s):
     monkeypatch.setattr(landing, "AT_ONCE", at_once)

@@ -77,6 +77,8 @@ class MadeUp:
             "reward": [draw.random() for _ in prompts],
         }
 
+    def write_trained(self, batch: Any, trainer: PolicyTrainer) -> None: ...
+
 
 class StopAfter(TrainerCallback):
     def __init__(self, step: int | None) -> None:

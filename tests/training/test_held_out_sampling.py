@@ -15,6 +15,7 @@ from gymexp.rollout.play import Distribution, Sampling, request_body
 from gymexp.rollout.rollout_files import RolloutWriter
 from gymexp.training.callbacks import Evaluation, held_out_distribution
 from gymexp.training.rollout_func import Rollouts
+from gymexp.training.spans import Spans
 
 TASK = Task("e/0", "e", "a", {"responses_create_params": {"input": [], "temperature": 0.3, "top_p": 0.2}})
 ASKED = {"temperature": 0.7, "top_p": 0.9, "top_k": 7, "min_p": 0.05, "repetition_penalty": 1.2}
@@ -50,6 +51,7 @@ class Trainer(SimpleNamespace):
             pad_token_id=0,
         )
         self.state = SimpleNamespace(global_step=0)
+        self.spans = Spans()
 
     def add_metrics(self, metrics: Any) -> None: ...
     def check_samples(self, outcomes: Any) -> None: ...
