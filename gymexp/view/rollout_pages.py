@@ -141,6 +141,8 @@ def pretty(value: Any) -> str:
 
 def _read(run: ViewedRun, place: Place) -> tuple[dict[str, Any], dict[str, Any]]:
     row = run.index.row(place["file"], whole_number(place, "number", -1)) if place.get("number") else None
+    if row is None and not run.index.is_ready:
+        raise BadAddress(f"{run.index.progress:.0%} of the run's rollouts are read: load the page again")
     if row is None:
         raise BadAddress(f"the run has no rollout {place.get('number')} of {place['file']}")
     return row, run.files.read_record(row)

@@ -93,8 +93,9 @@ class RunIndex:
             return self._db.execute("SELECT COUNT(*) FROM rollouts").fetchone()[0]
 
     def refresh(self) -> None:
-        """Reads what the run has written since the last call. A call during another one returns at once."""
-        if self._is_fixed or not self._refreshing.acquire(blocking=False):
+        """Reads what the run has written since the last call. A call during another one returns at once, but
+        during the first one it waits, as there is nothing yet to show."""
+        if self._is_fixed or not self._refreshing.acquire(blocking=not self.is_ready):
             return
         try:
             self.error = ""

@@ -51,7 +51,7 @@ class ViewedRun:
     def refresh(self) -> None:
         """Reads what the run has written since the last call."""
         with self._lock:
-            if time.monotonic() - self._looked_at < _FRESH_S:
+            if self.index.is_ready and time.monotonic() - self._looked_at < _FRESH_S:
                 return
             self._looked_at = time.monotonic()
         self.index.refresh()
