@@ -89,9 +89,9 @@ class Endpoint:
 
     async def answer(self, body: Mapping[str, Any]) -> Answer:
         try:
-            reply = await self._ask(self._request_of(body))
+            reply = await self._ask_within_context(self._request_of(body))
         except _Refused as refusal:
-            if refusal.status in (400, 413, 422) and _TOO_LONG.search(refusal.text):
+            if _is_too_long(refusal):
                 # NeMo Gym ends a rollout as truncated if a 400 has these words.
                 raise chat.BadRequest(f"context length exceeded: {refusal.text}") from None
             raise EngineError(f"endpoint.url={self._url}: {_for_nemo_gym(str(refusal))}") from None
@@ -99,6 +99,16 @@ class Endpoint:
             return _read_reply(reply, body)
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise EngineError(f"endpoint.url={self._url} answered no chat completion: {error!r}") from None
+
+    async def _ask_within_context(self, request: dict[str, Any]) -> Any:
+        """Returns the answer as `_ask` does, also where the prompt and `max_tokens` together are longer than
+        the endpoint's context. Without a limit the reply may then take the rest of the context, which is less."""
+        try:
+            return await self._ask(request)
+        except _Refused as refusal:
+            if not _is_too_long(refusal) or "max_tokens" not in request:
+                raise
+            return await self._ask({name: value for name, value in request.items() if name != "max_tokens"})
 
     async def problem(self) -> str:
         """Sends a request of one word. Other refusals than those of the key, the model and the path leave the
@@ -190,6 +200,10 @@ class Endpoint:
         if self._key:
             data = data.replace(self._key.encode(), b"***")
         return response.status, response.headers, data
+
+
+def _is_too_long(refusal: _Refused) -> bool:
+    return refusal.status in (400, 413, 422) and _TOO_LONG.search(refusal.text) is not None
 
 
 def _read_reply(reply: Any, body: Mapping[str, Any]) -> Answer:

@@ -183,6 +183,20 @@ def test_a_broken_connection_is_tried_again():
     assert status == 500 and "ClientConnector" in reply["error"]["message"]
 
 
+def test_a_limit_that_the_context_has_no_room_for_does_not_end_the_rollout():
+    """vLLM 0.26 and OpenAI refuse such a request, though the prompt fits. The rollout would count as cut off."""
+    text = (
+        "This model's maximum context length is 1024 tokens. However, you requested 1024 output tokens "
+        "and your prompt contains at least 70 input tokens, for a total of at least 1094 tokens."
+    )
+    script = Script((400, text), completion())
+    status, reply = ask(script, max_tokens=1024)
+    assert status == 200 and reply["choices"][0]["message"]["content"] == "hello"
+    assert script.bodies[0]["max_tokens"] == 1024 and "max_tokens" not in script.bodies[1]
+    script = Script((400, text), (400, text))
+    assert ask(script, max_tokens=1024)[0] == 400 and not script.entries
+
+
 def test_a_prompt_that_is_too_long_is_told_in_words_that_nemo_gym_knows():
     status, reply = ask(
         Script((400, '{"error": {"code": "context_length_exceeded", "message": "too much"}}'))
