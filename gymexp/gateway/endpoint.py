@@ -102,7 +102,8 @@ class Endpoint:
 
     async def _ask_within_context(self, request: dict[str, Any]) -> Any:
         """Returns the answer as `_ask` does, also where the prompt and `max_tokens` together are longer than
-        the endpoint's context. Without a limit the reply may then take the rest of the context, which is less."""
+        the endpoint's context. Without a limit the reply may then take the rest of the context, which is
+        less than `max_tokens`."""
         try:
             return await self._ask(request)
         except _Refused as refusal:

@@ -184,7 +184,7 @@ def test_a_broken_connection_is_tried_again():
 
 
 def test_a_limit_that_the_context_has_no_room_for_does_not_end_the_rollout():
-    """vLLM 0.26 and OpenAI refuse such a request, though the prompt fits. The rollout would count as cut off."""
+    """vLLM 0.26 refuses such a request, though the prompt fits, and the rollout would count as cut off."""
     text = (
         "This model's maximum context length is 1024 tokens. However, you requested 1024 output tokens "
         "and your prompt contains at least 70 input tokens, for a total of at least 1094 tokens."
