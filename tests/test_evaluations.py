@@ -101,7 +101,11 @@ def test_one_that_is_killed_half_way_and_resumed_writes_the_same_bytes(base, fol
     )
     try:
         landed, until = directory / "landing" / "eval-000000.jsonl.zst", time.monotonic() + PATIENCE_S
-        while not landed.exists() and began.poll() is None and time.monotonic() < until:
+        while (
+            not (landed.exists() and landed.stat().st_size)
+            and began.poll() is None
+            and time.monotonic() < until
+        ):
             time.sleep(0.002)
         children = psutil.Process(began.pid).children(recursive=True)
     finally:

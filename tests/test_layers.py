@@ -68,6 +68,15 @@ def test_imports_point_down(module):
     assert not above, f"{module} imports from above: {', '.join(above)}"
 
 
+@pytest.mark.parametrize("module", MODULES)
+def test_no_module_uses_asyncios_wait_for(module):
+    """Before Python 3.12 it drops a cancellation that comes as its awaitable ends, and a loop around it then
+    goes on for ever, as two did. `asyncio.timeout` drops none."""
+    nodes = ast.walk(ast.parse(MODULES[module].read_text()))
+    called = [ast.unparse(node.func) for node in nodes if isinstance(node, ast.Call)]
+    assert "asyncio.wait_for" not in called
+
+
 def test_no_modules_import_each_other_within_functions_either():
     graph = {name: imports(path) & MODULES.keys() for name, path in MODULES.items()}
     done: set[str] = set()

@@ -131,7 +131,8 @@ class RemoteNode:
         with contextlib.suppress(OSError):  # `serve` notices a closed connection when it reads
             while True:
                 try:
-                    message = await asyncio.wait_for(self._outbox.get(), _HEARTBEAT_S)
+                    async with asyncio.timeout(_HEARTBEAT_S):
+                        message = await self._outbox.get()
                 except TimeoutError:
                     message = {"do": "beat"}
                 await self.socket.send_json(message)

@@ -122,7 +122,8 @@ class GymHost:
             elif "error" in message:
                 break
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._process.wait(), 10 * _HOST_FIRST_S)
+            async with asyncio.timeout(10 * _HOST_FIRST_S):
+                await self._process.wait()
         await asyncio.sleep(_HOST_FIRST_S)
         error = ServiceError(f"NeMo Gym's host ended. {reason(self.log)}")
         waiting = [self._loaded, *self._ends.values()]

@@ -50,7 +50,8 @@ class Landing:
     async def _keep_regularly(self) -> None:
         while not self._ending:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._full.wait(), EVERY_S)
+                async with asyncio.timeout(EVERY_S):
+                    await self._full.wait()
             self._full.clear()
             await self._flush()
 
@@ -88,7 +89,6 @@ class Landing:
 
     async def _end(self) -> None:
         """Ends the regular batches. Raises the error that ended them before."""
-        # A cancellation could be lost: before Python 3.12, `wait_for` drops one that comes with the event.
         self._ending = True
         self._full.set()
         await self._keeping

@@ -88,7 +88,8 @@ class Control:
                 changed = self._changed
                 await response.write(self._state())
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(changed.wait(), _BEAT_S)
+                    async with asyncio.timeout(_BEAT_S):
+                        await changed.wait()
         return response
 
     async def _restart(self, request: web.Request) -> web.Response:

@@ -87,8 +87,9 @@ class Reports:
         finally:
             if child is not None:
                 child.kill_tree()
-                with contextlib.suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(child.wait(), _KILL_S)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(_KILL_S):
+                        await child.wait()
 
     async def _wait(self, child: Child, until: float) -> int | None:
         """Returns the exit code, or None if the process still runs at its deadline, or the run hurries."""
