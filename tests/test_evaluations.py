@@ -36,8 +36,8 @@ BASE = [
     "engine=hf",
     *(f"env.sudoku.data.{split}_size={size}" for split, size in (("train", 16), ("validation", 8))),
 ]
-# One rollout at a time: in a batch of others its log-probabilities differ in their last digits, which may change
-# a draw. It also leaves time to interrupt an evaluation.
+# One rollout at a time: in a batch of others its log-probabilities differ in their last digits, which may
+# change a draw. It also leaves time to interrupt an evaluation.
 ONE_BY_ONE = ["engine.max_batch_size=1", "env.sudoku.max_concurrency=1"]
 GRID = "1 2 3 4\n3 4 1 2\n2 1 4 3\n4 3 2 1"
 
