@@ -60,9 +60,8 @@ printf '%s\\n' "${{COMPREPLY[@]}}"
 """
 
 
-def complete(line: str) -> list[str]:
+def complete(line: str, bin_: Path = Path(sys.executable).parent) -> list[str]:
     """What bash offers for a line, at its end."""
-    bin_ = Path(sys.executable).parent
     env = os.environ | {"PATH": f"{bin_}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
     shell = CHOICES.format(script=completion.script())
     done = subprocess.run(
@@ -89,3 +88,13 @@ def complete(line: str) -> list[str]:
 )
 def test_bash_completes(line, offered):
     assert set(complete(line)) == offered
+
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="no bash")
+def test_bash_completes_where_the_path_has_a_space_and_pip_starts_python_through_sh(tmp_path):
+    bin_ = tmp_path / "a b"
+    bin_.mkdir()
+    for name, line in (("gymexp", "exit 1"), ("python", f'exec "{sys.executable}" "$@"')):
+        (bin_ / name).write_text(f"#!/bin/sh\n{line}\n")
+        (bin_ / name).chmod(0o755)
+    assert complete("gymexp doctor engine=v", bin_) == ["engine=vllm"]

@@ -31,7 +31,10 @@ _gymexp_complete() {
         python="${BASH_REMATCH[1]}" name="${BASH_REMATCH[2]}" rest="${BASH_REMATCH[3]}"
     elif [[ "$line" =~ $command ]]; then
         name="${BASH_REMATCH[2]}" rest="${BASH_REMATCH[3]}"
-        python="$(head -n 1 "$(command -v "${BASH_REMATCH[1]}")" | cut -c 3-)"
+        local program="$(command -v "${BASH_REMATCH[1]}")"
+        python="$(head -n 1 "$program" | cut -c 3-)"
+        # pip starts Python through sh if its path has a space.
+        [[ "$python" == */sh ]] && python="$(dirname "$program")/python"
         [[ -x "$python" ]] || python=python
     elif [[ "$line" =~ $first ]]; then
         COMPREPLY=($(compgen -W "@COMMANDS@" -- "$word"))
