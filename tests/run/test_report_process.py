@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -33,8 +34,15 @@ def made(run: Path) -> int:
     return len((run / "made").read_text()) if (run / "made").exists() else 0
 
 
-def children() -> list[psutil.Process]:
-    return psutil.Process().children(recursive=True)
+@pytest.fixture
+def left() -> Callable[[], set[psutil.Process]]:
+    """Returns the processes that a test has left so far, without those of tests before it."""
+    others = children()
+    return lambda: children() - others
+
+
+def children() -> set[psutil.Process]:
+    return set(psutil.Process().children(recursive=True))
 
 
 def test_a_report_is_made_at_an_evaluation_and_at_the_end_and_not_at_other_entries(run):
@@ -86,7 +94,7 @@ def test_one_that_cannot_start_is_no_failure(run):
     assert made(run) == 0
 
 
-def test_one_that_hangs_ends_at_its_deadline_and_leaves_no_process(run):
+def test_one_that_hangs_ends_at_its_deadline_and_leaves_no_process(run, left):
     async def live() -> float:
         reports = Reports(run, lambda: False, HANG, every_s=0.1, deadline_s=1.5)
         until = time.monotonic() + 20
@@ -98,10 +106,10 @@ def test_one_that_hangs_ends_at_its_deadline_and_leaves_no_process(run):
 
     assert asyncio.run(live()) < 6
     assert "it took more than 2 s" in (run / "logs" / "report.log").read_text()
-    assert not children()
+    assert not left()
 
 
-def test_a_run_that_hurries_waits_for_no_report(run):
+def test_a_run_that_hurries_waits_for_no_report(run, left):
     hurried = False
 
     async def live() -> float:
@@ -117,7 +125,7 @@ def test_a_run_that_hurries_waits_for_no_report(run):
         return time.monotonic() - began
 
     assert asyncio.run(live()) < 3
-    assert not children()
+    assert not left()
 
 
 def test_the_process_has_a_low_priority(run):
