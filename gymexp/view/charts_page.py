@@ -1,4 +1,4 @@
-"""The report's findings and panels for the page of a run."""
+"""Panels of charts, and the report's findings, as the pages show them."""
 
 from __future__ import annotations
 
@@ -53,10 +53,14 @@ class ChartCache:
 
 def _build(reader: RunReader) -> Charts:
     records = reader.read()
-    panels = [build(records) for build in PANELS]
+    return charts_of_panels([build(records) for build in PANELS], find(records))
+
+
+def charts_of_panels(panels: Sequence[Panel], findings: Sequence[Finding] = ()) -> Charts:
+    """Returns panels as a page's template needs them."""
     figures: list[Figure] = []
     numbers: dict[int, int] = {}
     for figure in (f for panel in panels for chart in panel.charts for f in chart.figures.values()):
         numbers[id(figure)] = len(figures)
         figures.append(figure)
-    return Charts(find(records), panels, numbers, Markup(in_script(figures)), guard_ids(plotly_script()))
+    return Charts(findings, panels, numbers, Markup(in_script(figures)), guard_ids(plotly_script()))
