@@ -91,12 +91,10 @@ class RunIndex:
     ) -> None:
         """Keeps what a search has read, (file, number, what was found, whether it could be read), unless rows
         were taken back since this generation."""
+        rows = [(needle, *one) for one in found]
         with self._lock:
             if generation == self.generation:
-                self._db.executemany(
-                    "INSERT OR REPLACE INTO searched VALUES (?, ?, ?, ?, ?)",
-                    [(needle, *one) for one in found],
-                )
+                self._db.executemany("INSERT OR REPLACE INTO searched VALUES (?, ?, ?, ?, ?)", rows)
 
     def forget_search(self, needle: str) -> None:
         """Removes what a search has found."""

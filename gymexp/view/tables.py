@@ -124,8 +124,8 @@ def _group(number: int, rollouts: list[Row], last_seen: Mapping[str, Row]) -> Ro
 
 
 def _last_seen(index: RunIndex, rollouts: Sequence[Row]) -> dict[str, Row]:
-    """Returns of each task the newest earlier file of the same split, with its mean reward there, the number of
-    visits until then and of rollouts that were solved in them."""
+    """Returns of each task the newest earlier file of the same split, with its mean reward there, the number
+    of visits until then, and how many of their rollouts were solved."""
     if not rollouts:
         return {}
     found = index.query(

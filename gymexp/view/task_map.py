@@ -21,8 +21,8 @@ def task_map(tasks: Sequence[Row], split: str) -> Panel:
     "<file>/<group>" of its group.
     """
     about = (
-        "A row is a task, the always solved at the top and the never solved at the bottom; a column is a step. "
-        "Point at a cell to see the task, click to open its group."
+        "A row is a task, the always solved at the top and the never solved at the bottom; a column is a "
+        "step. Point at a cell to see the task, click to open its group."
     )
     envs = sorted({task["env"] for task in tasks})
     charts = [_chart(env, [task for task in tasks if task["env"] == env], split) for env in envs]

@@ -1,8 +1,8 @@
 """Finds the rollouts whose task or conversation holds a text, in the background.
 
-A rollout takes milliseconds to read, so that all of a large run take minutes. A search reads the rollouts that
-the other filters select, the newest first, and keeps what it found; a page shows how far it is. Rollouts that a
-live run adds are read when the page asks again.
+A rollout takes milliseconds to read, so that all of a large run take minutes. A search reads the rollouts
+that the other filters select, the newest first, and keeps what it found; a page shows how far it is. Rollouts
+that a live run adds are read when the page asks again.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class TextSearch:
 
     def _progress(self, chosen: Selection) -> Progress:
         [found] = self._index.query(
-            "SELECT COUNT(*) AS num, COUNT(s.number) AS searched, COUNT(*) FILTER (WHERE NOT s.is_read) AS lost "
+            "SELECT COUNT(*) AS num, COUNT(s.number) AS searched, COALESCE(SUM(NOT s.is_read), 0) AS lost "
             f"FROM (SELECT file, number FROM rollouts WHERE {chosen.others}) AS r "
             "LEFT JOIN searched AS s ON s.needle = :needle AND s.file = r.file AND s.number = r.number",
             chosen.parameters,
@@ -172,8 +172,8 @@ def in_line(line: bytes, key: str, needle: str) -> str | None:
 
 
 def excerpt(texts: Iterable[tuple[str, str]], needle: str) -> str | None:
-    """Returns who wrote a text, and its part around the first occurrence of a casefolded needle, in a line; None
-    if no text holds it."""
+    """Returns who wrote a text, and its part around the first occurrence of a casefolded needle, in a line;
+    None if no text holds it."""
     for who, text in texts:
         folded = text.casefold()
         at = folded.find(needle)

@@ -36,7 +36,7 @@ def conversation(middle: str) -> list[dict]:
 
 @pytest.fixture
 def run(tmp_path):
-    """Three steps of two groups. A word of its own is in each rollout's middle; one is 1234567890 everywhere."""
+    """Three steps of two groups. A word of its own is in each rollout's middle."""
     path = tmp_path / "run"
     (path / "data").mkdir(parents=True)
     (path / "config.yaml").write_text("name: tiny\n")
