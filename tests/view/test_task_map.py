@@ -95,7 +95,7 @@ def test_of_many_tasks_and_steps_an_even_part_and_the_newest_are_shown_and_the_p
 
 def test_hostile_keys_are_text_in_the_map_and_stay_apart(tmp_path):
     keys = [f"sudoku/train/<b>{EVIL}{'x' * 60}{end}" for end in "12"]
-    index = written(tmp_path, {"step-000001": dict.fromkeys(keys, [1.0, 0.0])})
+    index = written(tmp_path, {"step-000001": {key: [1.0, 0.0] for key in keys}})
     names = trace_of(index)["y"]
     assert len(set(names)) == 2 and not OBEYED & set("".join(names)) and "<" not in "".join(names)
     with served(tmp_path) as viewer:
