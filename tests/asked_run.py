@@ -116,8 +116,8 @@ def _said(text: str) -> dict[str, Any]:
 
 
 def _sudoku(key: str, reward: float, at: float, step: int, rng: random.Random) -> Rollout:
-    answer = f"answer {rng.randint(0, 2)}"
-    turn = Turn([1, 386], [2038, 207, 2], [round(-rng.random(), 4) for _ in range(3)])
+    answer = "the solution" if reward else f"answer {rng.randint(0, 2)}"
+    turn = Turn([1, 386], [849, 30, 2], [round(-rng.random(), 4) for _ in range(3)])
     return Rollout(
         _task(key), [turn], reward, [_said(answer)], step - 1, {"total": 1.0, "policy": 0.8, "queue": 0.1},
         verdict={"extracted_answer": answer, "score": reward}, began=at + 0.1, seed=rng.randrange(1 << 30),

@@ -24,7 +24,7 @@ _STEP_SORTS = ("group", "key", "mean", "spread", "change", "kind", "tokens", "se
 _STEP_FILTERS = ("env", "outcome", "why", "min", "max", "text")
 _TASK_SORTS = ("key", "kind", "visits", "solved", "best", "first", "last", "change")
 _LOG_BYTES = 64_000
-SEARCH_S = 0.7  # seconds that a page waits for a search before it shows how far it is
+SEARCH_S = 0.4  # seconds that a page waits for a search before it shows how far it is
 ALL = "all"  # the page of an export, which has no others
 
 

@@ -65,6 +65,12 @@ class Site:
         self, run: ViewedRun, page: str, place: Mapping[str, str], arguments: Mapping[str, str]
     ) -> str:
         """Returns a page as HTML. Raises BadAddress if there is none, RunDirectoryError if a file is gone."""
+        with run.search.resting():
+            return self._render(run, page, place, arguments)
+
+    def _render(
+        self, run: ViewedRun, page: str, place: Mapping[str, str], arguments: Mapping[str, str]
+    ) -> str:
         if page == "compare":
             return self._html("compare.html", run, page, arguments, compare_page(self.runs, run, arguments))
         if page == "side":

@@ -48,7 +48,7 @@ def _chart(env: str, tasks: Sequence[Row], split: str) -> Chart:
         "customdata": [[_place(row.get(step)) for step in steps] for row in cells],
         "zmin": 0,
         "zmax": 1,
-        "colorscale": [[0, "--low"], [0.5, "--middle"], [1, "--high"]],
+        "colorscale": [[0, "--low"], [0.5, "--line"], [1, "--high"]],
         "colorbar": {
             "thickness": 10,
             "title": {"text": "solved", "side": "right"},
@@ -59,9 +59,9 @@ def _chart(env: str, tasks: Sequence[Row], split: str) -> Chart:
         "xgap": 1 if len(steps) <= 60 else 0,
         "ygap": 1 if len(shown) <= 100 else 0,
     }
-    layout = figures.layout("tasks", _AXES[split], height=min(620, 140 + 5 * len(shown)))
+    layout = figures.layout("tasks", _AXES[split], height=min(440, 140 + 4 * len(shown)))
     layout["xaxis"] |= {"type": "category", "showgrid": False}
-    layout["yaxis"] |= {"type": "category", "showgrid": False, "showticklabels": False}
+    layout["yaxis"] |= {"type": "category", "showgrid": False, "showticklabels": False, "ticks": ""}
     layout |= {"hovermode": "closest", "showlegend": False}
     parts = [f"{len(shown)} of {len(tasks)} tasks" if every > 1 else f"{len(tasks)} tasks"]
     parts += [f"the last {len(steps)} of {num_steps} steps"] if num_steps > len(steps) else []

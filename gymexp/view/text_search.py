@@ -3,14 +3,17 @@
 A rollout takes milliseconds to read, so that all of a large run take minutes. A search reads the rollouts
 that the other filters select, the newest first, and keeps what it found; a page shows how far it is. Rollouts
 that a live run adds are read when the page asks again.
+
+Python runs one thread at a time, and a page's thread would wait for the search's at every row that it gets
+from sqlite. So the search rests while a page is made.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import re
 import threading
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +25,8 @@ from gymexp.view.run_files import RunFiles, key_of, parsed
 from gymexp.view.run_index import RunIndex
 from gymexp.view.task_rows import TaskRows
 
-_AT_ONCE = 4_000  # rollouts, between two looks for a newer question
+_AT_ONCE = 1_000  # rollouts, between two looks for a newer question
+_REST_S = 1.0  # at most, for each rollout
 _KEPT = 8  # needles whose results are kept
 _AROUND = (40, 100)  # characters shown before and after the beginning of what was found
 _LETTERS = re.compile(r"[^\W\d_]+")
@@ -51,6 +55,7 @@ class TextSearch:
         self._changed = threading.Condition()
         self._wanted: Selection | None = None  # None while no thread works
         self._needles: list[str] = []
+        self._num_pages = 0  # that are made now, without those that wait for the search
         self.version = 0  # rises whenever a search has read some rollouts
 
     def find(self, chosen: Selection, patience_s: float) -> Progress | None:
@@ -58,19 +63,32 @@ class TextSearch:
         Returns how far it is; None if the selection has no text."""
         if chosen.needle is None:
             return None
-        found = self._progress(chosen)
-        if found.is_done:
+        if (found := self._progress(chosen)).is_done:
             return found
-        until = time.monotonic() + patience_s
         with self._changed:
-            is_idle, self._wanted = self._wanted is None, chosen
+            is_idle = self._wanted is None
+            if chosen != self._wanted:
+                self._wanted = chosen
             self._forget_others(chosen.needle)
             if is_idle:
                 threading.Thread(target=self._work, name="text search", daemon=True).start()
-            while not found.is_done and (left := until - time.monotonic()) > 0:
-                self._changed.wait(left)
-                found = self._progress(chosen)
-        return found
+            self._num_pages -= 1
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._wanted != chosen, patience_s)
+            self._num_pages += 1
+        return self._progress(chosen)
+
+    @contextlib.contextmanager
+    def resting(self) -> Iterator[None]:
+        """Lets the search rest while a page is made, except in `find`."""
+        with self._changed:
+            self._num_pages += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._num_pages -= 1
+                self._changed.notify_all()
 
     def _progress(self, chosen: Selection) -> Progress:
         [found] = self._index.query(
@@ -105,6 +123,7 @@ class TextSearch:
             if self._wanted is not chosen:
                 return False
             self._wanted = None
+            self._changed.notify_all()
             return True
 
     def _read_some(self, chosen: Selection) -> bool:
@@ -122,9 +141,7 @@ class TextSearch:
             if self._wanted is not chosen:
                 return False
             self._index.keep_searched(needle, list(self._in_frame(list(frame), needle)), generation)
-            with self._changed:
-                self.version += 1
-                self._changed.notify_all()
+            self.version += 1
         return not rows
 
     def _in_frame(
@@ -140,6 +157,8 @@ class TextSearch:
             lines = []
         asked: dict[str, str | None] = {}
         for row in rows:
+            with self._changed:
+                self._changed.wait_for(lambda: self._num_pages <= 0, _REST_S)
             key = row["key"]
             if key not in asked:
                 asked[key] = self._in_task(key, needle) or excerpt([("key", key)], needle)

@@ -242,3 +242,18 @@ def test_an_export_says_that_its_filter_is_over_its_table(run, tmp_path: Path):
     text = (tmp_path / "page" / "rollouts.html").read_text()
     assert "the viewer of the run itself searches whole conversations" in text
     assert 'name="text"' not in text and "searched" not in text
+
+
+def test_a_search_rests_while_a_page_is_made(run):
+    [viewed] = runs_at([run], None).values()
+    viewed.refresh()
+    read = []
+    read_frame = viewed.files.read_frame
+    viewed.files.read_frame = lambda *of: read.append(of) or read_frame(*of)  # type: ignore[method-assign]
+    question = selection({"text": "answered"})
+    with viewed.search.resting():
+        viewed.search.find(question, 0)
+        time.sleep(0.3)
+        assert len(read) <= 1, "a frame is begun, and none of its rollouts looked at"
+        found = viewed.search.find(question, 30)
+        assert found is not None and found.is_done, "while the page waits for it, it goes on"

@@ -292,8 +292,8 @@ def test_6_which_environment_slows_the_step_and_is_it_the_policy_or_the_environm
     assert f"rollouts are {share:.0%} of a step" in finding and f"{slow} ends last most often" in finding
     assert f"{1 - policy:.0%} of its rollouts' time is the environment, not the policy" in finding
     reader.click("Rollouts")
-    reader.click("s", "//th")
-    reader.click("s", "//th")
+    for _ in range(2):
+        reader.open(reader.driver.find_element("link text", "s"))
     file, number = reader.driver.execute_script(
         "return document.querySelector('tr.row a.go').pathname.split('/').slice(-2)"
     )
@@ -326,6 +326,7 @@ def test_7_is_training_on_policy_and_exact(reader, runs):
     assert len(tokens) == len(trained) == 3
     for token, engine, trainer in zip(tokens, rollout["turns"][0]["logprobs"], trained, strict=True):
         webdriver.ActionChains(reader.driver).move_to_element(token).perform()
+        wait_for(reader.driver, "!document.getElementById('hover').hidden", 5)
         lines = dict(line.rsplit(" ", 1) for line in reader.text("#hover").splitlines() if "ratio" in line)
         assert float(lines["ratio"]) == pytest.approx(math.exp(trainer - engine), abs=2e-4)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
+import threading
 import time
 
 import pytest
@@ -147,7 +149,8 @@ def test_ten_thousand_rollouts_are_painted_within_two_seconds_and_paged(driver, 
     run = write_large_run(tmp_path / "run", 10_000)
     with served(run) as viewer:
         address = open_first(driver, viewer)
-        for page in ("", "step/step-000009", "rollouts?sort=reward&order=down", "rollout/step-000009/17"):
+        pages = ("", "step/step-000009", "rollouts?sort=reward&order=down", "rollout/step-000009/17", "tasks")
+        for page in (*pages, "rollouts?text=hm", "compare?a=step-000001&b=step-000009"):
             paints = []
             for _ in range(3):
                 driver.get(address + page)
@@ -212,3 +215,56 @@ def test_an_export_opens_from_files_alone(driver, run, tmp_path):
     addresses = driver.execute_script(f"return {links}")
     assert all(url.startswith(((tmp_path / "page").as_uri(), "data:,")) for url in addresses)
     is_quiet(driver, (tmp_path / "page").as_uri())
+
+
+def test_a_text_is_searched_while_the_page_is_read(driver, tmp_path):
+    run = write_large_run(tmp_path / "run", 10_000)
+    with served(run) as viewer:
+        address = open_first(driver, viewer)
+        read, open_ = viewer.run.files.read_frame, threading.Event()
+        frames = itertools.count()
+
+        def slow(name: str, offset: int, length: int) -> list[bytes]:
+            if next(frames) >= 3:
+                assert open_.wait(60)
+            return read(name, offset, length)
+
+        viewer.run.files.read_frame = slow
+        for page in (
+            "rollouts?text=hm",
+            "rollouts?text=Nowhere+to+be+found",
+            "tasks",
+            "step/step-000009?text=hm",
+        ):
+            driver.get(address + page)
+            paint = wait_for(driver, f"{FIRST_PAINT} && {FIRST_PAINT}.startTime")
+            print(f"{page} during a search: first paint {paint:.0f} ms")
+            assert paint < 2000, page
+        driver.get(f"{address}rollouts?text=Nowhere")
+        assert "searched 0 of 10112 rollouts" in driver.find_element("tag name", "main").text
+        open_.set()
+        wait_for(driver, "document.body.innerText.includes('searched 10112 of 10112 rollouts')")
+        assert driver.execute_script("return document.getElementById('count').textContent") == "0"
+        is_quiet(driver, viewer.base)
+
+
+def test_a_link_is_copied_without_the_token(driver, run):
+    with served(run) as viewer:
+        address = open_first(driver, viewer)
+        allowed = {"origin": viewer.base, "permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"]}
+        driver.execute_cdp_cmd("Browser.grantPermissions", allowed)
+        page = f"{address}rollouts?env=office&sort=reward"
+        for opened in (
+            f"{page}&token={viewer.access.token}",
+            f"{address}rollout/step-000002/0/tokens?heat=ratio",
+        ):
+            driver.get(opened)
+            driver.find_element("id", "copy-link").click()
+            wait_for(driver, "document.getElementById('copy-link').textContent === 'copied'")
+            copied = driver.execute_async_script("navigator.clipboard.readText().then(arguments[0])")
+            assert copied == opened.split("&token=")[0]
+        is_quiet(driver, viewer.base)
+        # A browser that lets no page write to its clipboard but by a command.
+        driver.execute_script("navigator.clipboard.writeText = () => Promise.reject(new Error('no'))")
+        driver.find_element("id", "copy-link").click()
+        wait_for(driver, "document.getElementById('copy-link').textContent === 'copied'")
