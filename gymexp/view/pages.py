@@ -88,6 +88,7 @@ def step_page(run: ViewedRun, place: Place, arguments: Arguments) -> Context:
     return {
         "file": file,
         "chosen": chosen.arguments,
+        "filtered": chosen.arguments.keys() - {"env"},
         "list_of": chosen.arguments | {"split": row["split"], "from": row["step"], "to": row["step"]},
         "search": search,
         "reasons": reasons(run),

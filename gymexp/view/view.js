@@ -25,8 +25,10 @@
     const key = event.key;
     if (key === "/") {
       const filter = document.getElementById("filter");
-      if (filter) filter.focus();
-      else return;
+      if (!filter) return;
+      const folded = filter.closest("details");
+      if (folded) folded.open = true;
+      filter.focus();
     } else if (key === "Enter") {
       const link = document.querySelector("tr.marked a.go");
       if (!link || event.target.closest("a, button, summary")) return;
@@ -69,7 +71,8 @@
     if (!token) return;
     const [ids, logprob, trainer, ratio, weight, turn] = token.dataset.t.split(";");
     box.textContent = "";
-    line(box, "piece", JSON.stringify(token.textContent));
+    const piece = token.textContent;
+    line(box, "piece", JSON.stringify(piece.length > 80 ? `${piece.slice(0, 80)}…` : piece));
     line(box, ids.includes(" ") ? "ids" : "id", ids);
     if (logprob !== "") line(box, "log-probability", `${logprob} nats (${(100 * Math.exp(logprob)).toFixed(1)} %)`);
     line(box, "trainer", trainer);

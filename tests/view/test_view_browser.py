@@ -211,6 +211,11 @@ def test_an_export_opens_from_files_alone(driver, run, tmp_path):
     assert driver.execute_script("return document.querySelector('#tokens').className").endswith(
         "heat-trained"
     )
+    driver.get((tmp_path / "page" / "tasks.html").as_uri())
+    wait_for(driver, "document.documentElement.dataset.drawn")
+    driver.find_element(By.CSS_SELECTOR, ".chart .nsewdrag").click()  # its only cell
+    wait_for(driver, "location.pathname.endsWith('/page/step-000002-group-0.html')", 10)
+    driver.get((tmp_path / "page" / "step-000002-0-tokens.html").as_uri())
     links = "[...document.querySelectorAll('a[href], link[href], script[src]')].map((a) => a.href || a.src)"
     addresses = driver.execute_script(f"return {links}")
     assert all(url.startswith(((tmp_path / "page").as_uri(), "data:,")) for url in addresses)
