@@ -12,7 +12,8 @@ from typing import Any
 
 from gymexp.report.bottleneck import Setup, find_bottleneck, sentence
 from gymexp.report.figures import Number, Values
-from gymexp.report.learning_panels import KINDS, HeldOut, held_out, p_text
+from gymexp.report.held_out import HeldOut, p_text
+from gymexp.report.learning_panels import KINDS, held_out
 from gymexp.report.policy_panels import max_drift
 from gymexp.report.rollout_panels import causes
 from gymexp.report.run_records import RunRecords
@@ -51,13 +52,13 @@ def ends(values: Values) -> tuple[float, float] | None:
     return (fmean(measured[:WINDOW]), fmean(measured[-WINDOW:])) if len(measured) >= 2 * WINDOW else None
 
 
-def held_out_change(changes: Sequence[HeldOut]) -> Finding | None:
+def held_out_change(changes: Mapping[str, HeldOut]) -> Finding | None:
     """The change of the held-out reward from the first evaluation to the last, with intervals."""
     parts, clear = [], []
-    for one in changes:
-        if one.before is None or one.after is None:
+    for env, one in changes.items():
+        if one.reward_before is None or one.reward_after is None:
             continue
-        text = f"{one.env} {one.before:.3f} → {one.after:.3f}"
+        text = f"{env} {one.reward_before:.3f} → {one.reward_after:.3f}"
         if one.change:
             low, high = one.change.low, one.change.high
             text += f" ({one.change.mean:+.3f}, 95 % interval [{low:+.3f}, {high:+.3f}], p {p_text(one.p)})"
@@ -68,7 +69,7 @@ def held_out_change(changes: Sequence[HeldOut]) -> Finding | None:
     verdict = (
         "" if not clear else "" if all(clear) else " An interval with 0 in it is no more than noise may give."
     )
-    up = bool(clear) and all(one.change is None or one.change.low > 0 for one in changes)
+    up = bool(clear) and all(one.change is None or one.change.low > 0 for one in changes.values())
     return Finding(f"Held-out reward: {'; '.join(parts)}.{verdict}", "held-out", "good" if up else "fact")
 
 

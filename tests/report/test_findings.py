@@ -7,7 +7,7 @@ from made_runs import make_run
 
 from gymexp.report import findings
 from gymexp.report.bottleneck import Bottleneck, Setup, find_bottleneck, sentence, tail_seconds
-from gymexp.report.learning_panels import HeldOut
+from gymexp.report.held_out import HeldOut
 from gymexp.report.run_records import read_records
 from gymexp.statistics import paired_change
 
@@ -93,16 +93,16 @@ def test_the_held_out_change_is_good_only_with_an_interval_above_0():
     before = {str(i): 0.0 for i in range(20)}
     clear = paired_change(before, {key: 1.0 if int(key) < 15 else 0.0 for key in before})
     unclear = paired_change(before, {key: 1.0 if key == "0" else 0.0 for key in before})
-    good = findings.held_out_change([HeldOut("e", 0, 9, 0.0, 0.75, clear, 0.001)])
+    good = findings.held_out_change({"e": HeldOut(0.0, 0.75, change=clear, p=0.001)})
     assert (
         good
         and good.mark == "good"
         and "0.000 → 0.750" in good.text
         and "no more than noise" not in good.text
     )
-    poor = findings.held_out_change([HeldOut("e", 0, 9, 0.0, 0.05, unclear, 1.0)])
+    poor = findings.held_out_change({"e": HeldOut(0.0, 0.05, change=unclear, p=1.0)})
     assert poor and poor.mark == "fact" and "no more than noise" in poor.text
-    assert findings.held_out_change([]) is None
+    assert findings.held_out_change({}) is None
 
 
 def rows(ends: list[float], env: str = "slow", policy: float = 0.0, queue: float = 0.0) -> list[dict]:
