@@ -77,6 +77,7 @@ def held_out_panel(records: RunRecords) -> Panel:
                 (max(0.0, mean - interval.low), max(0.0, interval.high - mean)) if interval else (0, 0)
             )
         traces = figures.points(env, steps, [rewards[step] for step in steps], colours[env], reaches)
+        traces[-1]["meta"] = figures.EVALUATION
         charts += figures.over_steps(env, traces, "reward")
         charts[-1].figures[""]["layout"]["showlegend"] = False
     if not charts:
@@ -179,7 +180,7 @@ def success_panel(records: RunRecords) -> Panel:
             reaches = [_success_reach(records, env, step, by_step[step]) for step in steps]
             values = [by_step[step] for step in steps]
             traces += figures.points(f"{env} held-out", steps, values, colours[env], reaches)
-            traces[-1]["line"] |= {"dash": "dot"}
+            traces[-1] |= {"meta": figures.EVALUATION, "line": traces[-1]["line"] | {"dash": "dot"}}
     charts = figures.over_steps("", traces, "success", range=[-0.02, 1.02])
     return Panel("success", "Success", about, charts, notes=[] if charts else [NO_STEPS])
 

@@ -19,7 +19,14 @@ from gymexp.config.redaction import without_secrets
 from gymexp.files import replace_file
 from gymexp.printable import duration, printable, printable_in
 from gymexp.record.run_state import wall_seconds
-from gymexp.report import learning_panels, policy_panels, rollout_panels, run_panels, time_panels
+from gymexp.report import (
+    hacking_panel,
+    learning_panels,
+    policy_panels,
+    rollout_panels,
+    run_panels,
+    time_panels,
+)
 from gymexp.report.findings import Finding, find
 from gymexp.report.panel import Figure, Panel
 from gymexp.report.run_records import RunRecords, read_records
@@ -47,7 +54,7 @@ PANELS: Sequence[Callable[[RunRecords], Panel]] = (
     time_panels.rate_panel,
     time_panels.machine_panel,
     rollout_panels.task_panel,
-    rollout_panels.hacking_panel,
+    hacking_panel.hacking_panel,
     run_panels.event_panel,
     run_panels.config_panel,
     run_panels.version_panel,
@@ -118,8 +125,8 @@ def page(
             for figure in chart.figures.values():
                 numbers[id(figure)] = len(figures)
                 figures.append(figure)
-    plotly, script, style = plotly_script(), _own("charts.js"), _own("page.css")
-    has_charts = bool(figures)
+    plotly = plotly_script() if figures else ""
+    script, style = _own("charts.js"), _own("page.css")
     return (
         _environment()
         .get_template("report.html.jinja")
@@ -134,11 +141,11 @@ def page(
             reload_s=reload_s,
             made=time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
             figures=in_script(figures),
-            policy=content_policy([plotly, script] if has_charts else [], [style, ""]),
-            plotly=plotly if has_charts else "",
+            policy=content_policy([script, plotly] if plotly else [script], [style, ""]),
+            plotly=plotly,
             script=script,
             style=style,
-            guard_ids=guard_ids(plotly) if has_charts else [],
+            guard_ids=guard_ids(plotly),
         )
     )
 

@@ -12,19 +12,22 @@ from gymexp.report.findings import Finding, find
 from gymexp.report.page import PANELS, guard_ids, in_script, plotly_script
 from gymexp.report.panel import Figure, Panel
 from gymexp.report.run_records import RunReader
+from gymexp.view.tables import files_of
 from gymexp.view.viewed_run import ViewedRun
 
 
 @dataclass(frozen=True)
 class Charts:
     """findings, panels: of the report. numbers: of each figure by its identity, its place in `figures`.
-    figures: as JSON that may stand in a page. guard_ids: of elements that keep plotly from styling."""
+    figures: as JSON that may stand in a page. guard_ids: of elements that keep plotly from styling.
+    files: the names of the steps and evaluations that have a page."""
 
     findings: Sequence[Finding]
     panels: Sequence[Panel]
     numbers: dict[int, int]
     figures: Markup
     guard_ids: Sequence[str]
+    files: Sequence[str]
 
     def number_of(self, figure: Figure) -> int:
         """Returns the place of a figure in `figures`."""
@@ -47,11 +50,11 @@ class ChartCache:
             if made is None or made[0] != run.version:
                 reader = self._readers.setdefault(run.slug, RunReader(run.path))
                 version = run.version
-                self._made[run.slug] = made = version, _build(reader)
+                self._made[run.slug] = made = version, _build(reader, files_of(run.index))
             return made[1]
 
 
-def _build(reader: RunReader) -> Charts:
+def _build(reader: RunReader, files: Sequence[str]) -> Charts:
     records = reader.read()
     panels = [build(records) for build in PANELS]
     figures: list[Figure] = []
@@ -59,4 +62,6 @@ def _build(reader: RunReader) -> Charts:
     for figure in (f for panel in panels for chart in panel.charts for f in chart.figures.values()):
         numbers[id(figure)] = len(figures)
         figures.append(figure)
-    return Charts(find(records), panels, numbers, Markup(in_script(figures)), guard_ids(plotly_script()))
+    return Charts(
+        find(records), panels, numbers, Markup(in_script(figures)), guard_ids(plotly_script()), files
+    )
