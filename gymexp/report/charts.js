@@ -69,7 +69,9 @@
     if (typeof point.customdata === "string") return point.customdata;
     const kind = point.data.meta || (chart.dataset.axis === "step" && "step");
     if (!pages || !kind) return null;
-    const file = `${kind}-${String(Number(point.x)).padStart(6, "0")}`;
+    const step = Number(point.x);
+    if (!Number.isInteger(step)) return null;
+    const file = `${kind}-${String(step).padStart(6, "0")}`;
     const files = pages.dataset.files;
     return files && !files.split(" ").includes(file) ? null : pages.dataset.step.replace(/step-000000(?!.*step-0)/, file);
   };

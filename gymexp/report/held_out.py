@@ -93,8 +93,10 @@ def _of_env(first: Sequence[Row], last: Sequence[Row], env: str) -> HeldOut:
     of_env = [row for row in last if row["env"] == env]
     num_scored = sum(row.get("reward") is not None for row in of_env)
     return HeldOut(
-        *rewards,
-        *intervals,
+        rewards[0],
+        rewards[1],
+        intervals[0],
+        intervals[1],
         change=change if change and change.num_tasks >= MIN_TASKS else None,
         num_scored=num_scored,
         num_failed=len(of_env) - num_scored,

@@ -165,7 +165,7 @@ def task_panel(records: RunRecords) -> Panel:
     for env in records.envs:
         by_step = {step: solved_shares(of, env) for step, of in records.rows_of_evaluation.items()}
         by_step = {step: shares for step, shares in by_step.items() if shares}
-        charts += [_heat_map(env, by_step)] if by_step else []
+        charts += [_heat_map(records, env, by_step)] if by_step else []
         for kind, of in (
             ("held-out, all evaluations", records.rows_of_evaluation),
             ("training", records.rows_of_step),
@@ -179,21 +179,22 @@ def task_panel(records: RunRecords) -> Panel:
     return Panel("tasks", "Tasks", about, charts, [Table(head, rows, (2, 3, 4, 5))], wide=True)
 
 
-def _heat_map(env: str, by_step: dict[int, dict[str, float]]) -> Chart:
+def _heat_map(records: RunRecords, env: str, by_step: dict[int, dict[str, float]]) -> Chart:
     keys = {key for shares in by_step.values() for key in shares}
     means = {key: _mean([s[key] for s in by_step.values() if key in s]) for key in keys}
     order = sorted(keys, key=lambda key: (means[key], key))  # plotly draws the first row at the bottom
     if len(order) > _MAX_TASKS:
         order = [order[i * len(order) // _MAX_TASKS] for i in range(_MAX_TASKS)]
     steps = list(by_step)[-60:]
-    layout = figures.layout("tasks", "evaluation after step", height=min(420, 140 + 3 * len(order)))
+    over = "policy" if records.is_evaluation else "evaluation after step"
+    layout = figures.layout("tasks", over, height=min(420, 140 + 3 * len(order)))
     layout["yaxis"] |= {"showticklabels": False, "showgrid": False}
     layout["xaxis"] |= {"type": "category", "showgrid": False}
     layout |= {"hovermode": "closest", "showlegend": False}
     trace = {
         "type": "heatmap",
         "meta": figures.EVALUATION,
-        "x": [str(step) for step in steps],
+        "x": [figures.label(records.name_of_evaluation(step)) for step in steps],
         "y": [figures.label(key.removeprefix(f"{env}/validation/")) for key in order],
         "z": [[figures.compact(by_step[step].get(key)) for step in steps] for key in order],
         "zmin": 0,
@@ -205,7 +206,7 @@ def _heat_map(env: str, by_step: dict[int, dict[str, float]]) -> Chart:
             "outlinewidth": 0,
             "len": 1,
         },
-        "hovertemplate": "task %{y}<br>after step %{x}: solved %{z}<extra></extra>",
+        "hovertemplate": "task %{y}<br>%{x}: solved %{z}<extra></extra>",
     }
     layout["yaxis"]["type"] = "category"
     return Chart(f"{env}: {len(keys)} held-out tasks", {"": {"data": [trace], "layout": layout}})

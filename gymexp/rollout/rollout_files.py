@@ -157,19 +157,24 @@ def load_index(directory: Path, file: str | None = None) -> list[dict[str, Any]]
     name of the only file whose lines are returned. Raises RunDirectoryError if a file is damaged.
     """
     rows = read_index(directory)
-    older = [name for name in _older_names(directory, rows) if file in (None, name)]
-    success_rewards = _read_success_rewards(directory.parent / "config.yaml") if older else {}
-    made = [row for name in older for row in _index_of(directory, name, success_rewards)]
-    return [*made, *(row for row in rows if file in (None, row["file"]))]
+    older = load_older(directory, (name for name in older_names(directory, rows) if file in (None, name)))
+    return [*older, *(row for row in rows if file in (None, row["file"]))]
+
+
+def load_older(directory: Path, names: Iterable[str]) -> list[dict[str, Any]]:
+    """Returns lines of the index for files that were written before the run had one. names: of
+    `older_names`. Raises RunDirectoryError if a file is damaged."""
+    success_rewards = _read_success_rewards(directory.parent / "config.yaml")
+    return [row for name in names for row in _index_of(directory, name, success_rewards)]
 
 
 def read_names(directory: Path) -> list[str]:
     """Returns the names of the files of rollouts that `load_index` has lines of."""
     rows = read_index(directory)
-    return sorted({*_older_names(directory, rows), *(row["file"] for row in rows)})
+    return sorted({*older_names(directory, rows), *(row["file"] for row in rows)})
 
 
-def _older_names(directory: Path, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def older_names(directory: Path, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Returns the names of the files that were written before the run had its index, whose lines are `rows`.
 
     A run that began without an index may have been resumed with one. Files of later steps than its first

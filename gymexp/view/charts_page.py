@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from gymexp.report.findings import Finding, find
-from gymexp.report.page import PANELS, guard_ids, in_script, plotly_script
+from gymexp.report.findings import Finding
+from gymexp.report.page import findings_of, guard_ids, in_script, panels_of, plotly_script
 from gymexp.report.panel import Figure, Panel
 from gymexp.report.run_records import RunReader
 from gymexp.view.tables import files_of
@@ -48,7 +48,7 @@ class ChartCache:
         with self._lock:
             made = self._made.get(run.slug)
             if made is None or made[0] != run.version:
-                reader = self._readers.setdefault(run.slug, RunReader(run.path))
+                reader = self._readers.setdefault(run.slug, RunReader(run.path, is_own=False))
                 version = run.version
                 self._made[run.slug] = made = version, _build(reader, files_of(run.index))
             return made[1]
@@ -56,12 +56,12 @@ class ChartCache:
 
 def _build(reader: RunReader, files: Sequence[str]) -> Charts:
     records = reader.read()
-    panels = [build(records) for build in PANELS]
+    panels = panels_of(records)
     figures: list[Figure] = []
     numbers: dict[int, int] = {}
     for figure in (f for panel in panels for chart in panel.charts for f in chart.figures.values()):
         numbers[id(figure)] = len(figures)
         figures.append(figure)
     return Charts(
-        find(records), panels, numbers, Markup(in_script(figures)), guard_ids(plotly_script()), files
+        findings_of(records), panels, numbers, Markup(in_script(figures)), guard_ids(plotly_script()), files
     )
