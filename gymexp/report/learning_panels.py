@@ -79,7 +79,10 @@ def held_out_panel(records: RunRecords) -> Panel:
         traces = figures.points(env, steps, [rewards[step] for step in steps], colours[env], reaches)
         traces[-1]["meta"] = figures.EVALUATION
         charts += figures.over_steps(env, traces, "reward")
-        charts[-1].figures[""]["layout"]["showlegend"] = False
+        layout = charts[-1].figures[""]["layout"]
+        layout["showlegend"] = False
+        if len(steps) == 1 and records.steps:  # plotly would show the steps from -1 to 1
+            layout["xaxis"]["range"] = [-0.5, max(steps[0], records.step_numbers[-1]) + 0.5]
     if not charts:
         return Panel("held-out", panel, about, notes=["No evaluation has ended yet."], wide=True)
     notes = [] if records.rows else [f"No intervals: {NO_INDEX}"]
@@ -105,8 +108,8 @@ def _held_out_table(records: RunRecords) -> Table:
         rows.append(
             [
                 env,
-                number(before),
-                number(after),
+                number(after if before is None else before),
+                number(None if before is None else after),
                 number(change.mean if change else plain, "+"),
                 f"[{change.low:+.3f}, {change.high:+.3f}]" if change else "–",
                 p_text(one.p),

@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 from gymexp.report import figures
 from gymexp.report.figures import Number
-from gymexp.report.learning_panels import NO_INDEX, NO_STEPS, quantile
+from gymexp.report.learning_panels import KINDS, NO_INDEX, NO_STEPS, quantile
 from gymexp.report.panel import Chart, Panel, Table
 from gymexp.report.run_records import Record, RunRecords
 from gymexp.rollout.outcome import Cause
@@ -188,7 +188,7 @@ def _heat_map(records: RunRecords, env: str, by_step: dict[int, dict[str, float]
     steps = list(by_step)[-60:]
     over = "policy" if records.is_evaluation else "evaluation after step"
     layout = figures.layout("tasks", over, height=min(420, 140 + 3 * len(order)))
-    layout["yaxis"] |= {"showticklabels": False, "showgrid": False}
+    layout["yaxis"] |= {"showticklabels": False, "showgrid": False, "ticks": ""}
     layout["xaxis"] |= {"type": "category", "showgrid": False}
     layout |= {"hovermode": "closest", "showlegend": False}
     trace = {
@@ -199,7 +199,7 @@ def _heat_map(records: RunRecords, env: str, by_step: dict[int, dict[str, float]
         "z": [[figures.compact(by_step[step].get(key)) for step in steps] for key in order],
         "zmin": 0,
         "zmax": 1,
-        "colorscale": [[0, "--low"], [0.5, "--middle"], [1, "--high"]],
+        "colorscale": [[0, KINDS["none_solved"]], [0.5, "--middle"], [1, KINDS["all_solved"]]],
         "colorbar": {
             "thickness": 10,
             "title": {"text": "solved", "side": "right"},
