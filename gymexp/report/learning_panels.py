@@ -171,7 +171,10 @@ def _quantiles(records: RunRecords, env: str) -> tuple[list[Number | None], list
 
 def success_panel(records: RunRecords) -> Panel:
     """Panel 3: share of rollouts that count as solved, in training and held-out."""
-    about = "Share of rollouts with at least env.<name>.success_reward. Lines: training; points: held-out."
+    about = (
+        "Share of rollouts with at least env.<name>.success_reward. Lines: training, the "
+        "median of 10 steps; points: held-out."
+    )
     colours = figures.colours_of(records.envs)
     traces: list[dict[str, Any]] = []
     for env in records.envs:
@@ -205,7 +208,7 @@ def pass_panel(records: RunRecords) -> Panel:
     for env in records.envs:
         shares = [_solved_share(records.rows_of_step.get(step, ()), env) for step in records.step_numbers]
         traces += figures.line(env, records.step_numbers, running_median(shares), colours[env])
-    charts = figures.over_steps("training groups solved at least once", traces, "share", range=[-0.02, 1.02])
+    charts = figures.over_steps("training groups solved at least once, median of 10 steps", traces, "share", range=[-0.02, 1.02])
     tables = [table for table in [_pass_table(records)] if table]
     notes = []
     if not tables:

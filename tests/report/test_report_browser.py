@@ -10,8 +10,11 @@ from pathlib import Path
 import pytest
 from browser import console_of, open_browser, requests_of, scrolls_sideways, set_look, wait_for
 from made_runs import make_run
+from viewed_runs import served
 
 from gymexp.report.page import write_report
+from gymexp.view.export import export
+from gymexp.view.viewed_run import runs_at
 
 pytestmark = pytest.mark.browser
 HOSTILE = "<img src=x onerror=alert(1)></script><script>alert(2)<∕script>"
@@ -162,4 +165,29 @@ def test_a_panels_data_is_saved_as_csv_with_numbers_as_numbers(tmp_path):
         head, *rows = download(driver, tmp_path / "map", "#tasks > button")
         assert head == ["chart", "series", "evaluation after step", "of", "value"]
         assert len(rows) == 2 * 20 * 4 and {float(row[4]) for row in rows} == {0.0, 1.0}
+        assert console_of(driver) == []
+
+
+def test_a_click_on_a_point_opens_the_page_of_its_step_in_the_viewer_and_in_an_export(tmp_path):
+    run = make_run(tmp_path / "run", steps=9)
+    with open_browser() as driver, served(run) as viewer:
+        driver.get(viewer.access.url)
+        wait_for(driver, DRAWN)
+        click_on(driver, "#reward", 5)
+        wait_for(driver, "location.pathname.endsWith('/step/step-000005')")
+        driver.back()
+        wait_for(driver, DRAWN)
+        click_on(driver, "#held-out", 6)
+        wait_for(driver, "location.pathname.endsWith('/step/eval-000006')")
+        assert console_of(driver) == []
+    export(runs_at([run], None), tmp_path / "out", "5:6", None, None)
+    page = (tmp_path / "out" / "index.html").as_uri()
+    with open_browser() as driver:
+        driver.get(page)
+        wait_for(driver, DRAWN)
+        click_on(driver, "#reward", 7)
+        time.sleep(0.5)
+        assert driver.current_url == page, "the export does not have step 7"
+        click_on(driver, "#reward", 5)
+        wait_for(driver, "location.pathname.endsWith('/out/step-000005.html')")
         assert console_of(driver) == []
