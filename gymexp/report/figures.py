@@ -228,7 +228,12 @@ def layout(y: str, x: str, height: int = 250) -> dict[str, Any]:
         "xaxis": axis | {"title": titled | {"text": x}},
         "yaxis": axis | {"title": titled | {"text": y}},
         "hovermode": "x unified",
-        "hoverlabel": {"namelength": -1, "bgcolor": "--card", "bordercolor": "--line", "font": {"color": "--ink", "size": 12}},
+        "hoverlabel": {
+            "namelength": -1,
+            "bgcolor": "--card",
+            "bordercolor": "--line",
+            "font": {"color": "--ink", "size": 12},
+        },
         "legend": {
             "orientation": "h",
             "x": 0,

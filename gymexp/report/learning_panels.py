@@ -208,7 +208,9 @@ def pass_panel(records: RunRecords) -> Panel:
     for env in records.envs:
         shares = [_solved_share(records.rows_of_step.get(step, ()), env) for step in records.step_numbers]
         traces += figures.line(env, records.step_numbers, running_median(shares), colours[env])
-    charts = figures.over_steps("training groups solved at least once, median of 10 steps", traces, "share", range=[-0.02, 1.02])
+    charts = figures.over_steps(
+        "training groups solved at least once, median of 10 steps", traces, "share", range=[-0.02, 1.02]
+    )
     tables = [table for table in [_pass_table(records)] if table]
     notes = []
     if not tables:
