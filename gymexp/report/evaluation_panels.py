@@ -36,13 +36,13 @@ def results_panel(records: RunRecords) -> Panel:
     ]
     has_failed = any(one["failed"] for _, _, one in _results(records))
     head += ["failures as 0"] if has_failed else []
-    head += ["turns", "tokens p50 / p95", "truncated", "tasks solved always / sometimes / never"]
+    head += ["turns", "tokens p50 / p95", "truncated", "always / sometimes / never solved"]
     rows: list[list[str]] = []
     for label, env, one in _results(records):
         row = [label, env, f"{one['scored']}/{one['planned']}", str(one["failed"])]
         row += [*_with_interval(one["reward"]), *_with_interval(one["success"])]
         row += [number((one["reward_failures_as_zero"] or {}).get("mean"))] if has_failed else []
-        row += [_short(one["turns"]), f"{_short(one['tokens_p50'])} / {_short(one['tokens_p95'])}"]
+        row += [_short(one["turns"]), f"{_whole(one['tokens_p50'])} / {_whole(one['tokens_p95'])}"]
         row += [_percent(one["truncated"]), f"{one['always']} / {one['sometimes']} / {one['never']}"]
         rows.append(row)
     table = Table(head, rows, range(2, len(head)))
@@ -77,8 +77,7 @@ def _over_policies(metric: str, series: Mapping[str, Mapping[str, Mapping[str, f
         means = [one["mean"] for one in intervals]
         reaches = [(one["mean"] - one["low"], one["high"] - one["mean"]) for one in intervals]
         traces += figures.points(env, range(len(means)), means, colour, reaches)
-        traces[-1] |= {"x": [figures.label(label) for label in series[env]]}
-        traces[-1] |= {"mode": "markers"} if len(means) == 1 else {}
+        traces[-1] |= {"x": [figures.label(label) for label in series[env]], "mode": "markers"}
     if not traces:
         return []
     layout = figures.layout(metric, "", height=260)
@@ -196,6 +195,10 @@ def _with_interval(interval: Mapping[str, float] | None) -> Sequence[str]:
 
 def _short(value: float | None) -> str:
     return "–" if value is None else f"{value:.4g}"
+
+
+def _whole(value: float | None) -> str:
+    return "–" if value is None else f"{value:.0f}"
 
 
 def _percent(share: float | None) -> str:

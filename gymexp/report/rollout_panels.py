@@ -157,7 +157,7 @@ def solved_shares(rows: Iterable[Record], env: str) -> dict[str, float]:
 
 def task_panel(records: RunRecords) -> Panel:
     """Panel 19: which tasks are solved when: held-out as a heat map, training as a table."""
-    about = "A row of a map is a held-out task, the always solved at the top. Training: solved how often."
+    about = "A row of a map is a held-out task, the always solved at the top."
     if not records.rows:
         return Panel("tasks", "Tasks", about, notes=[NO_INDEX if records.steps else NO_STEPS])
     charts: list[Chart] = []
