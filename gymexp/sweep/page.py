@@ -39,10 +39,8 @@ def results_html(sweep: Sweep, rows: Sequence[Row]) -> str:
     if sweep.study:
         panels.append(Panel("study", "Study", tables=[Table(["study"], [[line] for line in sweep.study])]))
     if charts := [chart for env in envs for chart in curves(env, groups, colour)]:
-        about = (
-            "Each line is the mean over a configuration's seeds, in its colour of the table above. Its area: "
-        )
-        about += "± their standard deviation."
+        about = "Each line is the mean over a configuration's seeds, in its colour of the table above. "
+        about += "Its area: ± their standard deviation."
         panels.append(Panel("curves", "Reward over steps", about, charts, wide=True))
     if charts := finals(groups, sweep.keys, colour):
         about = "Each point is a finished run: its held-out reward after training, mean over environments. "
