@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 from gymexp.report import figures
 from gymexp.report.figures import Number
-from gymexp.report.learning_panels import KINDS, NO_INDEX, NO_STEPS, quantile
+from gymexp.report.learning_panels import NO_INDEX, NO_STEPS, quantile
 from gymexp.report.panel import Chart, Panel, Table
 from gymexp.report.run_records import Record, RunRecords
 from gymexp.rollout.outcome import Cause
@@ -199,7 +199,7 @@ def _heat_map(records: RunRecords, env: str, by_step: dict[int, dict[str, float]
         "z": [[figures.compact(by_step[step].get(key)) for step in steps] for key in order],
         "zmin": 0,
         "zmax": 1,
-        "colorscale": [[0, KINDS["none_solved"]], [0.5, "--middle"], [1, KINDS["all_solved"]]],
+        "colorscale": [[0, "--low"], [0.5, "--middle"], [1, "--high"]],
         "colorbar": {
             "thickness": 10,
             "title": {"text": "solved", "side": "right"},
