@@ -66,7 +66,7 @@
   // data-files the names of those that there are, if not all.
   const pages = document.querySelector("[data-step]");
   const addressOf = (chart, point) => {
-    if (typeof point.customdata === "string") return point.customdata;
+    if (point.data.meta === "page") return point.customdata; // of each point its own
     const kind = point.data.meta || (chart.dataset.axis === "step" && "step");
     if (!pages || !kind) return null;
     const step = Number(point.x);

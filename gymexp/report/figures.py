@@ -22,6 +22,7 @@ _NUM_BUCKETS = 500
 _MAX_LABEL = 48  # characters
 _COLOURS = tuple(f"--c{number}" for number in range(1, 11))
 STEP_AXIS = "step"
+PAGE = "page"  # the meta of a trace whose customdata are the addresses to which a click leads
 EVALUATION = "eval"  # the meta of a trace whose x are the steps of evaluations, to which a click leads
 
 

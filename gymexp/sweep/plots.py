@@ -56,6 +56,7 @@ def finals(groups: Sequence[Group], keys: Sequence[str], colour: Mapping[str, st
                 "name": figures.label(group.name),
                 "x": [at[value] for g, _, value in points if g is group],
                 "y": [figures.compact(row.mean[1]) for g, row, _ in points if g is group],
+                "meta": figures.PAGE,
                 "customdata": [report_of(row) or None for g, row, _ in points if g is group],
                 "marker": {"color": colour[group.name], "size": 9, "opacity": 0.85},
             }

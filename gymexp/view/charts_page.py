@@ -1,4 +1,4 @@
-"""The report's findings and panels for the page of a run."""
+"""Panels of charts, and the report's findings, as the pages show them."""
 
 from __future__ import annotations
 
@@ -56,12 +56,16 @@ class ChartCache:
 
 def _build(reader: RunReader, files: Sequence[str]) -> Charts:
     records = reader.read()
-    panels = panels_of(records)
+    return charts_of_panels(panels_of(records), findings_of(records), files)
+
+
+def charts_of_panels(
+    panels: Sequence[Panel], findings: Sequence[Finding] = (), files: Sequence[str] = ()
+) -> Charts:
+    """Returns panels as a page's template needs them. files: of `Charts`."""
     figures: list[Figure] = []
     numbers: dict[int, int] = {}
     for figure in (f for panel in panels for chart in panel.charts for f in chart.figures.values()):
         numbers[id(figure)] = len(figures)
         figures.append(figure)
-    return Charts(
-        findings_of(records), panels, numbers, Markup(in_script(figures)), guard_ids(plotly_script()), files
-    )
+    return Charts(findings, panels, numbers, Markup(in_script(figures)), guard_ids(plotly_script()), files)

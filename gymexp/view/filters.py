@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from gymexp.errors import GymexpError
@@ -26,18 +26,33 @@ class BadAddress(GymexpError):
 
 @dataclass(frozen=True)
 class Selection:
-    """where, parameters: of the rows. order: of the rows, without the page."""
+    """where, parameters: of the rows. order: of the rows, without the page.
+
+    others: `where` without the text, which a search narrows down further. arguments: of the URL."""
 
     where: str
+    others: str
     parameters: dict[str, Any]
     order: str
-    arguments: dict[str, str]  # those of the URL that made the selection
+    arguments: dict[str, str]
+
+    @property
+    def needle(self) -> str | None:
+        """The casefolded text that the rollouts must hold; None for any."""
+        return self.parameters["needle"]
+
+    def within(self, file: str) -> Selection:
+        """Returns the part of the selection in one file of rollouts."""
+        here = " AND file = :in_file"
+        parameters = self.parameters | {"in_file": file}
+        return replace(self, where=self.where + here, others=self.others + here, parameters=parameters)
 
 
 def selection(arguments: Mapping[str, str]) -> Selection:
     """Returns what the arguments of a URL select. Raises BadAddress if one is not of its kind."""
     given = {name: arguments[name].strip() for name in NAMES if arguments.get(name, "").strip()}
-    conditions, parameters = ["1"], dict[str, Any]()
+    conditions: list[str] = ["1"]
+    parameters: dict[str, Any] = {"needle": None}
     for name, column in (
         ("env", "env"),
         ("split", "split"),
@@ -57,14 +72,19 @@ def selection(arguments: Mapping[str, str]) -> Selection:
         if name in given:
             conditions.append(condition)
             parameters[name] = _number(name, given[name])
+    others = " AND ".join(conditions)
     if "text" in given:
+        # The index has the task's key and the last words; the rest is there once the search has read it.
         escaped = given["text"].replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_")
-        conditions.append("(text LIKE :text ESCAPE '\\' OR key LIKE :text ESCAPE '\\')")
-        parameters["text"] = f"%{escaped}%"
+        conditions.append(
+            "(text LIKE :text ESCAPE '\\' OR key LIKE :text ESCAPE '\\' OR (file, number) IN "
+            "(SELECT file, number FROM searched WHERE needle = :needle AND found IS NOT NULL))"
+        )
+        parameters |= {"text": f"%{escaped}%", "needle": given["text"].casefold()}
     column, direction = sorting(arguments, SORTS, "step")
     expressions = [f"{part} {direction}" for part in SORTS[column].split(", ")]
     order = ", ".join([f"{expressions[0].split()[0]} IS NULL", *expressions, "file", "number"])
-    return Selection(" AND ".join(conditions), parameters, order, given)
+    return Selection(" AND ".join(conditions), others, parameters, order, given)
 
 
 def sorting(arguments: Mapping[str, str], columns: Mapping[str, Any], default: str) -> tuple[str, str]:

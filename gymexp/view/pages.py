@@ -12,15 +12,19 @@ from typing import Any
 from gymexp.config.redaction import without_secrets
 from gymexp.errors import RunDirectoryError
 from gymexp.view import tables
-from gymexp.view.filters import PAGE, SORTS, BadAddress, selection, sorting, whole_number
+from gymexp.view.charts_page import charts_of_panels
+from gymexp.view.filters import PAGE, BadAddress, selection, sorting, whole_number
+from gymexp.view.task_map import task_map
 from gymexp.view.viewed_run import ViewedRun
 
 Place = Mapping[str, str]
 Arguments = Mapping[str, str]
 Context = dict[str, Any]
-_STEP_SORTS = ("group", "key", "mean", "change", "kind", "tokens", "seconds")
+_STEP_SORTS = ("group", "key", "mean", "spread", "change", "kind", "tokens", "seconds", "distinct")
+_STEP_FILTERS = ("env", "outcome", "why", "min", "max", "text")
 _TASK_SORTS = ("key", "kind", "visits", "solved", "best", "first", "last", "change")
 _LOG_BYTES = 64_000
+SEARCH_S = 0.7  # seconds that a page waits for a search before it shows how far it is
 ALL = "all"  # the page of an export, which has no others
 
 
@@ -65,30 +69,46 @@ def paged(rows: list[Any], arguments: Arguments) -> tuple[int, list[Any], int]:
 
 def step_page(run: ViewedRun, place: Place, arguments: Arguments) -> Context:
     """The groups of a step or an evaluation."""
-    file, env = place["file"], arguments.get("env", "")
-    column, direction = sorting(arguments, dict.fromkeys(_STEP_SORTS), "group")
-    groups = tables.group_rows(run.index, file, env)
-    names = tables.files_of(run.index)
+    file, names = place["file"], tables.files_of(run.index)
     if file not in names:
         raise BadAddress(f"the run has no rollouts of {file}")
+    column, direction = sorting(arguments, dict.fromkeys(_STEP_SORTS), "group")
+    wanted = {name: arguments.get(name, "") for name in _STEP_FILTERS}
+    chosen = selection(wanted).within(file)
+    search = run.search.find(chosen, SEARCH_S)
+    here = run.index.query(f"SELECT DISTINCT grp FROM rollouts WHERE {chosen.where}", chosen.parameters)
+    numbers = {row["grp"] for row in here}
+    groups = [group for group in tables.group_rows(run.index, file) if group["group"] in numbers]
     kinds = {kind: sum(group["kind"] == kind for group in groups) for kind in tables.KINDS}
     if kind := arguments.get("kind"):
         groups = [group for group in groups if group["kind"] == kind]
     page, rows, pages = paged(tables.sorted_rows(groups, column, direction), arguments)
-    here = names.index(file)
+    at = names.index(file)
+    [row] = run.index.query("SELECT step, split FROM rollouts WHERE file = ? LIMIT 1", (file,))
     return {
         "file": file,
+        "chosen": chosen.arguments,
+        "list_of": chosen.arguments | {"split": row["split"], "from": row["step"], "to": row["step"]},
+        "search": search,
+        "reasons": reasons(run),
         "groups": rows,
         "kinds": kinds,
         "kind": kind or "",
+        "num_groups": len(groups),
         "num_rollouts": sum(len(group["rollouts"]) for group in groups),
         "envs": tables.environments(run.index),
-        "env": env,
+        "env": wanted["env"],
         "page": page,
         "pages": pages,
-        "before": names[here - 1] if here else None,
-        "after": names[here + 1] if here + 1 < len(names) else None,
+        "before": names[at - 1] if at else None,
+        "after": names[at + 1] if at + 1 < len(names) else None,
     }
+
+
+def reasons(run: ViewedRun) -> list[str]:
+    """Returns the causes and limits that rollouts of the run ended by."""
+    found = run.index.query("SELECT DISTINCT why FROM rollouts WHERE why <> '' ORDER BY why LIMIT 100")
+    return [row["why"] for row in found]
 
 
 def group_page(run: ViewedRun, place: Place, arguments: Arguments) -> Context:
@@ -139,6 +159,7 @@ def tasks_page(run: ViewedRun, place: Place, arguments: Arguments) -> Context:
         tasks = [task for task in tasks if task["kind"] == kind]
     page, rows, pages = paged(tables.sorted_rows(tasks, column, direction), arguments)
     return {
+        "report": charts_of_panels([task_map(tasks, split)]),
         "rows": rows,
         "num": len(tasks),
         "kinds": kinds,
@@ -155,25 +176,27 @@ def tasks_page(run: ViewedRun, place: Place, arguments: Arguments) -> Context:
 def rollouts_page(run: ViewedRun, place: Place, arguments: Arguments) -> Context:
     """The rollouts that the URL's arguments select."""
     chosen = selection(arguments)
+    search = run.search.find(chosen, SEARCH_S)
     num = run.index.query(f"SELECT COUNT(*) AS num FROM rollouts WHERE {chosen.where}", chosen.parameters)
     is_whole = arguments.get("page") == ALL
     limit = max(PAGE, num[0]["num"]) if is_whole else PAGE
     pages = max(1, -(-num[0]["num"] // limit))
     page = 1 if is_whole else min(max(1, whole_number(arguments, "page", 1)), pages)
     rows = run.index.query(
-        f"SELECT * FROM rollouts WHERE {chosen.where} ORDER BY {chosen.order} LIMIT :limit OFFSET :offset",
+        "SELECT *, (SELECT found FROM searched AS s WHERE s.needle = :needle AND s.file = rollouts.file "
+        f"AND s.number = rollouts.number) AS found FROM rollouts WHERE {chosen.where} "
+        f"ORDER BY {chosen.order} LIMIT :limit OFFSET :offset",
         chosen.parameters | {"limit": limit, "offset": (page - 1) * limit},
     )
-    reasons = run.index.query("SELECT DISTINCT why FROM rollouts WHERE why <> '' ORDER BY why LIMIT 100")
     return {
         "rows": rows,
         "num": num[0]["num"],
         "page": page,
         "pages": pages,
         "chosen": chosen.arguments,
-        "columns": SORTS,
+        "search": search,
         "envs": tables.environments(run.index),
-        "reasons": [row["why"] for row in reasons],
+        "reasons": reasons(run),
     }
 
 

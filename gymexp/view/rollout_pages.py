@@ -11,7 +11,7 @@ import orjson
 
 from gymexp.view.filters import BadAddress, selection, whole_number
 from gymexp.view.messages import Message, conversation_of, verdict_of
-from gymexp.view.pages import Arguments, Context, Place
+from gymexp.view.pages import SEARCH_S, Arguments, Context, Place
 from gymexp.view.token_text import NLL_LIMITS, RATIO_LIMITS, flat, tokens_of
 from gymexp.view.viewed_run import ViewedRun
 from gymexp.view.visible_text import PART
@@ -154,6 +154,7 @@ def _rollout(
     """Returns a rollout's row, its record, and what all its pages show: its numbers and its neighbours."""
     row, record = _read(run, place)
     chosen = selection(arguments)
+    run.search.find(chosen, SEARCH_S)
     before, after = _neighbours(run, chosen, row)
     others = run.index.query(
         "SELECT file, step, split, number, reward, idx FROM rollouts WHERE key = ? "

@@ -37,6 +37,7 @@ class RunIndex:
         self.files = files
         self.num_damaged = 0
         self.version = 0  # rises whenever the table changes
+        self.generation = 0  # rises whenever rows are taken back
         self.progress = 0.0  # share of the index that the first refresh has read
         self.is_ready = False
         self._is_fixed = False
@@ -55,6 +56,9 @@ class RunIndex:
             "CREATE INDEX by_key ON rollouts (key); CREATE INDEX by_step ON rollouts (step);"
             "CREATE TABLE trained (file TEXT, number INTEGER, offset INTEGER, length INTEGER, line INTEGER, "
             "PRIMARY KEY (file, number)) WITHOUT ROWID;"
+            # What a search for a text has read of a rollout. found: the text's place; NULL without one.
+            "CREATE TABLE searched (needle TEXT, file TEXT, number INTEGER, found TEXT, is_read INTEGER, "
+            "PRIMARY KEY (needle, file, number)) WITHOUT ROWID;"
         )
 
     def query(self, sql: str, parameters: Sequence[Any] | Mapping[str, Any] = ()) -> list[dict[str, Any]]:
@@ -81,6 +85,21 @@ class RunIndex:
             return None
         record = parsed(lines[at["line"]]) if at["line"] < len(lines) else None
         return record if isinstance(record, dict) and record.get("number") == row["number"] else None
+
+    def keep_searched(
+        self, needle: str, found: Sequence[tuple[str, int, str | None, bool]], generation: int
+    ) -> None:
+        """Keeps what a search has read, (file, number, what was found, whether it could be read), unless rows
+        were taken back since this generation."""
+        rows = [(needle, *one) for one in found]
+        with self._lock:
+            if generation == self.generation:
+                self._db.executemany("INSERT OR REPLACE INTO searched VALUES (?, ?, ?, ?, ?)", rows)
+
+    def forget_search(self, needle: str) -> None:
+        """Removes what a search has found."""
+        with self._lock:
+            self._db.execute("DELETE FROM searched WHERE needle = ?", (needle,))
 
     def keep(self, groups: Sequence[tuple[str, int]]) -> int:
         """Removes the rollouts of all other groups, (file, group), from the table, which is not refreshed any
@@ -118,6 +137,8 @@ class RunIndex:
                     if is_anew:
                         self._db.execute(f"DELETE FROM {table}")
                         if table == "rollouts":
+                            self._db.execute("DELETE FROM searched")
+                            self.generation += 1
                             self._old.clear()
                             self.num_damaged = 0
                             self._followed["train_index"].forget()  # its columns were in the rows
@@ -160,6 +181,8 @@ class RunIndex:
             with self._lock:
                 self._db.execute("BEGIN")
                 self._db.execute("DELETE FROM rollouts WHERE file = ?", (stem,))
+                self._db.execute("DELETE FROM searched WHERE file = ?", (stem,))
+                self.generation += 1
                 self._insert("rollouts", rows)
                 self._db.execute("COMMIT")
             self._old = {m for m in self._old if m[0] != stem} | {mark}

@@ -17,7 +17,7 @@ from gymexp.errors import GymexpError
 from gymexp.view.access import HEADERS, LOOPBACK, Access
 from gymexp.view.filters import BadAddress
 from gymexp.view.links import PAGES, server_link
-from gymexp.view.site import Site, as_csv
+from gymexp.view.site import Site, as_csv, is_searched
 from gymexp.view.viewed_run import ViewedRun
 
 _HERE = Path(__file__).parent
@@ -120,6 +120,8 @@ async def _page(site: Site, page: str, request: web.Request) -> web.StreamRespon
     arguments = {name: value for name, value in request.query.items()}
     place = dict(request.match_info)
     if page == "csv":
+        while not await asyncio.to_thread(is_searched, run, arguments):
+            pass  # a part of the rows would look like all of them
         text = await asyncio.to_thread(as_csv, run, arguments)
         headers = {"Content-Disposition": f'attachment; filename="{run.slug}.csv"'}
         body = text.encode("utf-8", errors="backslashreplace")
@@ -132,12 +134,12 @@ async def _events(site: Site, request: web.Request) -> web.StreamResponse:
     run = _run(site, request)
     answer = web.StreamResponse(headers={**HEADERS, "Content-Type": "text/event-stream"})
     await answer.prepare(request)
-    shown = run.version
+    shown = run.version, run.search.version
     with contextlib.suppress(ConnectionError, asyncio.CancelledError):
         while True:
             await asyncio.to_thread(run.refresh)
-            is_new = run.version != shown
-            shown = run.version
+            is_new = shown != (run.version, run.search.version)
+            shown = run.version, run.search.version
             await answer.write(b"data: changed\n\n" if is_new else b": still here\n\n")
             await asyncio.sleep(_POLL_S)
     return answer

@@ -126,6 +126,12 @@ class Site:
         )
 
 
+def is_searched(run: ViewedRun, arguments: Mapping[str, str]) -> bool:
+    """Goes on with the search for a URL's text for about a second; returns whether it has ended."""
+    found = run.search.find(selection(arguments), 1.0)
+    return found is None or found.is_done
+
+
 def as_csv(run: ViewedRun, arguments: Mapping[str, str]) -> str:
     """Returns the rollouts that a URL selects as CSV. A cell that a spreadsheet would take for a formula gets
     a leading apostrophe."""

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from statistics import fmean, median
+from statistics import fmean, median, pstdev
 from typing import Any
 
 from gymexp.view.run_index import RunIndex
 
 Row = dict[str, Any]
 KINDS = ("mixed", "all solved", "none solved", "failed")
-_HEAT = 40  # visits of a task that its row shows
 
 
 def kind_of(rollouts: Sequence[Mapping[str, Any]]) -> str:
@@ -102,6 +101,8 @@ def _group(number: int, rollouts: list[Row], last_seen: Mapping[str, Row]) -> Ro
     seconds = [r["total_s"] for r in rollouts if r["total_s"] is not None]
     tokens = [r["tokens"] for r in rollouts if r["tokens"] is not None]
     key = rollouts[0]["key"]
+    advantages = [r["advantage"] for r in rollouts if r["advantage"] is not None]
+    said = Counter(r["text"] for r in rollouts if r["text"]).most_common()
     reward, seen = mean(r["reward"] for r in rollouts), last_seen.get(key)
     change = reward - seen["reward"] if seen and reward is not None and seen["reward"] is not None else None
     return {
@@ -112,6 +113,9 @@ def _group(number: int, rollouts: list[Row], last_seen: Mapping[str, Row]) -> Ro
         "rollouts": rollouts,
         "mean": reward,
         "kind": kind_of(rollouts),
+        "spread": pstdev(advantages) if advantages else None,
+        "said": said[:1],
+        "distinct": len(said) or None,
         "tokens": (median(tokens), max(tokens)) if tokens else None,
         "seconds": (median(seconds), max(seconds)) if seconds else None,
         "seen": seen,
@@ -120,20 +124,22 @@ def _group(number: int, rollouts: list[Row], last_seen: Mapping[str, Row]) -> Ro
 
 
 def _last_seen(index: RunIndex, rollouts: Sequence[Row]) -> dict[str, Row]:
-    """Returns of each task the newest earlier file of the same split, with its mean reward there."""
+    """Returns of each task the newest earlier file of the same split, with its mean reward there, the number
+    of visits until then, and how many of their rollouts were solved."""
     if not rollouts:
         return {}
     found = index.query(
-        "SELECT key, file, step, AVG(reward) AS reward, COUNT(*) AS num FROM rollouts "
+        "SELECT key, file, step, AVG(reward) AS reward, COUNT(*) OVER w AS visits, "
+        "SUM(SUM(success)) OVER w AS solved FROM rollouts "
         "WHERE split = :split AND step < :step AND key IN (SELECT key FROM rollouts WHERE file = :file) "
-        "GROUP BY key, file ORDER BY step",
+        "GROUP BY key, file WINDOW w AS (PARTITION BY key) ORDER BY step",
         {name: rollouts[0][name] for name in ("split", "step", "file")},
     )
     return {row["key"]: row for row in found}
 
 
 def task_rows(index: RunIndex, split: str, env: str) -> list[Row]:
-    """Returns a row a task: how often it was solved, its visits, its best reward."""
+    """Returns a row a task: how often it was solved, its visits as `history`, its best reward."""
     visits: dict[str, list[Row]] = defaultdict(list)
     for row in index.query(
         "SELECT key, env, file, step, MIN(grp) AS grp, AVG(reward) AS reward, MAX(reward) AS best, "
@@ -161,7 +167,7 @@ def _task(key: str, visits: list[Row]) -> Row:
         "first": rewards[0] if rewards else None,
         "last": rewards[-1] if rewards else None,
         "change": rewards[-1] - rewards[0] if len(rewards) > 1 else None,
-        "heat": visits[-_HEAT:],
+        "history": visits,
     }
 
 

@@ -1,6 +1,7 @@
 "use strict";
-// What the viewer's pages do beyond links and forms: keys, the tokens' colours and hover, news of a live run, and
-// sorting and filtering the tables of an export. Every page works without it.
+// What the viewer's pages do beyond links and forms: keys, the tokens' colours and hover, news of a live run, the
+// map of tasks, the button that copies a link, and sorting and filtering the tables of an export. Every page works
+// without it.
 (() => {
   const main = () => document.getElementById("main");
   const typing = (target) => target instanceof HTMLElement && target.closest("input, select, textarea");
@@ -86,6 +87,46 @@
   document.addEventListener("click", (event) => {
     if (event.target.closest(".tokens .tk")) hover(event.target.closest(".tokens .tk"));
   });
+
+  // A cell of the map of tasks opens its group, once the charts are drawn.
+  const openCells = () => {
+    for (const chart of document.querySelectorAll("[data-group] .chart")) {
+      const address = chart.closest("[data-group]").dataset.group;
+      chart.on("plotly_click", ({ points: [cell] }) => {
+        if (!cell.customdata) return;
+        const [file, group] = cell.customdata.split("/");
+        location.assign(address.replace("~file", file).replace("~group", group));
+      });
+    }
+  };
+  new MutationObserver(openCells).observe(document.documentElement, { attributeFilter: ["data-drawn"] });
+
+  // Copies the address of the page, which never has the token for long.
+  const copied = async (text) => {
+    try {
+      await navigator.clipboard.writeText(text);
+    } catch { // an older browser, or one that lets no file copy
+      const field = document.createElement("textarea");
+      field.value = text;
+      document.body.append(field);
+      field.select();
+      const isCopied = document.execCommand("copy");
+      field.remove();
+      return isCopied;
+    }
+    return true;
+  };
+  const copy = document.getElementById("copy-link");
+  if (copy) {
+    copy.hidden = false;
+    copy.addEventListener("click", async () => {
+      const address = new URL(location.href);
+      address.searchParams.delete("token");
+      const isCopied = await copied(address.href);
+      copy.textContent = isCopied ? "copied" : "not copied: the browser forbids it";
+      setTimeout(() => { copy.textContent = "copy link"; }, 2000);
+    });
+  }
 
   // An export has no server that sorts and filters.
   const isExport = !document.body.dataset.events;

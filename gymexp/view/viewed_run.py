@@ -16,6 +16,7 @@ from gymexp.view.follow import Followed
 from gymexp.view.run_files import RunFiles, parsed
 from gymexp.view.run_index import RunIndex
 from gymexp.view.task_rows import TaskRows
+from gymexp.view.text_search import TextSearch
 from gymexp.view.token_text import find_tokenizer
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ class ViewedRun:
         self.name = " / ".join(self.path.parts[-2:])
         self.index = RunIndex(self.files)
         self.tasks = TaskRows(self.files)
+        self.search = TextSearch(self.files, self.index, self.tasks)
         self._own_tokenizer = tokenizer
         self._metrics = Followed(self.files, "metrics.jsonl")
         self._entries: dict[int, dict[str, Any]] = {}

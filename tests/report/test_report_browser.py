@@ -11,8 +11,12 @@ import pytest
 from browser import console_of, open_browser, requests_of, scrolls_sideways, set_look, wait_for
 from made_runs import make_run
 from viewed_runs import served
+from written_runs import write_run
 
 from gymexp.report.page import write_report
+from gymexp.sweep.page import results_html
+from gymexp.sweep.sweep_reader import read_sweep
+from gymexp.sweep.table import rows_of
 from gymexp.view.export import export
 from gymexp.view.viewed_run import runs_at
 
@@ -191,3 +195,31 @@ def test_a_click_on_a_point_opens_the_page_of_its_step_in_the_viewer_and_in_an_e
         click_on(driver, "#reward", 5)
         wait_for(driver, "location.pathname.endsWith('/out/step-000005.html')")
         assert console_of(driver) == []
+
+
+def test_a_point_of_a_sweeps_page_leads_to_the_report_of_its_run(tmp_path):
+    for number, rate in enumerate(("1e-5", "1e-4")):
+        write_run(tmp_path / str(number), [f"trainer.learning_rate={rate}", "seed=0"], gain=number)
+    (tmp_path / "1" / "report.html").write_text("<title>of run 1</title>")
+    sweep = read_sweep(tmp_path)
+    (tmp_path / "sweep.html").write_text(results_html(sweep, rows_of(sweep)))
+    with open_browser() as driver:
+        page = (tmp_path / "sweep.html").as_uri()
+        driver.get(page)
+        wait_for(driver, DRAWN)
+        assert (
+            not scrolls_sideways(driver) and console_of(driver) == [] and set(requests_of(driver)) == {page}
+        )
+        points = driver.find_elements("css selector", "#finals .chart path.point")
+        click_on_element(driver, points[0])
+        time.sleep(0.5)
+        assert driver.current_url == page, "run 0 has no report"
+        click_on_element(driver, points[1])
+        wait_for(driver, "document.title === 'of run 1'")
+
+
+def click_on_element(driver, element) -> None:
+    from selenium.webdriver import ActionChains
+
+    driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", element)
+    ActionChains(driver).move_to_element(element).pause(0.3).click().perform()

@@ -25,6 +25,7 @@ TABS = ("", "/tokens", "/task", "/verdict", "/raw")
 PAGES = [
     "", "steps", "steps?split=train", "step/step-000002", "step/eval-000000?sort=mean&order=down",
     "group/step-000002/0", "group/step-000002/0?a=1&b=2", "tasks", "tasks?split=train&kind=sometimes",
+    "tasks?split=train&sort=best", "step/step-000002?text=alert", "rollouts?text=ALERT&split=train",
     "rollouts", "rollouts?env=office&outcome=failed", "rollouts?text=script&sort=reward&order=down",
     *[f"rollout/step-000002/{n}{tab}" for n in range(4) for tab in TABS],
     "rollout/step-000002/0/tokens?heat=ratio", "text/step-000002/2/2", "text/step-000002/0/verdict?page=2",
