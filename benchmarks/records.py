@@ -23,6 +23,7 @@ seconds of a busy machine say little. The seconds of a step are by the wall cloc
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import os
@@ -62,6 +63,8 @@ ROUNDS = 5
 SPANS = 8  # of a step: rollout, sync, logprobs, update, and the parts into which they divide each other
 SERVICES = 12
 ENVS = {"e": EnvConfig("c", "a")}
+# Of a verifier that answers with much: the index takes twelve of its fields.
+VERDICT = {f"field_{n}": n for n in range(12)} | {"is_correct": True, "judge_output": "word " * 2_000}
 
 
 def seconds_of(work: Callable[[], Any]) -> float:
@@ -82,7 +85,8 @@ def made_up(count: int, tokens: int, draw: random.Random) -> list[Outcome]:
         logprobs = [math.log(1 - draw.random()) for _ in ids]
         turn = Turn([draw.randrange(VOCABULARY) for _ in range(500)], ids, logprobs)
         items = [{"type": "message", "content": "word " * tokens}]
-        outcomes.append(Completed(Rollout(Task(f"e/{number // GROUP}", "e", "a", {}), [turn], 1.0, items)))
+        task = Task(f"e/{number // GROUP}", "e", "a", {})
+        outcomes.append(Completed(Rollout(task, [turn], 1.0, items, verdict=VERDICT)))
     return outcomes
 
 
@@ -163,7 +167,7 @@ def real_step(run: Path) -> dict[str, float]:
     file = run / "rollouts" / f"{read_names(run / 'rollouts')[-1]}.jsonl.zst"
     outcomes = [outcome_from_json(record) for record in read_outcomes(file)]
     as_e = [
-        Completed(Rollout(Task(o.rollout.task.key, "e", "a", {}), o.rollout.turns, 1.0, o.rollout.items))
+        Completed(dataclasses.replace(o.rollout, task=Task(o.rollout.task.key, "e", "a", {})))
         for o in outcomes
         if isinstance(o, Completed)
     ]

@@ -151,7 +151,7 @@ def _remedy(found: Bottleneck, setup: Setup) -> str:
     if found.cause == "tail":
         return (
             "Overlapping rollouts with the update would mend it, which gymexp does not do yet; "
-            f"env.{env}.max_output_tokens and max_steps bound the longest."
+            f"env.{env}.max_output_tokens and env.{env}.max_steps bound the longest."
         )
     if found.cause == "queue":
         return f"A higher env.{env}.max_concurrency, or more env.{env}.replicas, would mend it."

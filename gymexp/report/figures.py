@@ -22,6 +22,8 @@ _NUM_BUCKETS = 500
 _MAX_LABEL = 48  # characters
 _COLOURS = tuple(f"--c{number}" for number in range(1, 11))
 STEP_AXIS = "step"
+PAGE = "page"  # the meta of a trace whose customdata are the addresses to which a click leads
+EVALUATION = "eval"  # the meta of a trace whose x are the steps of evaluations, to which a click leads
 
 
 def label(text: object) -> str:
@@ -112,8 +114,9 @@ def band(steps: Sequence[int], lows: Values, highs: Values, colour: str, group: 
         "showlegend": False,
         "legendgroup": label(group),
     }
-    upper = outer | {"y": [compact(value) for value in highs]}
+    upper = outer | {"name": f"{label(group)}, high", "y": [compact(value) for value in highs]}
     lower = outer | {
+        "name": f"{label(group)}, low",
         "y": [compact(value) for value in lows],
         "fill": "tonexty",
         "fillcolor": f"{colour}@0.15",
@@ -226,7 +229,12 @@ def layout(y: str, x: str, height: int = 250) -> dict[str, Any]:
         "xaxis": axis | {"title": titled | {"text": x}},
         "yaxis": axis | {"title": titled | {"text": y}},
         "hovermode": "x unified",
-        "hoverlabel": {"bgcolor": "--card", "bordercolor": "--line", "font": {"color": "--ink", "size": 12}},
+        "hoverlabel": {
+            "namelength": -1,
+            "bgcolor": "--card",
+            "bordercolor": "--line",
+            "font": {"color": "--ink", "size": 12},
+        },
         "legend": {
             "orientation": "h",
             "x": 0,

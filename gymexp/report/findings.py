@@ -12,10 +12,11 @@ from typing import Any
 
 from gymexp.report.bottleneck import Setup, find_bottleneck, sentence
 from gymexp.report.figures import Number, Values
-from gymexp.report.learning_panels import KINDS, HeldOut, held_out, p_text
+from gymexp.report.held_out import HeldOut, mean_by_task, p_text
+from gymexp.report.learning_panels import KINDS, held_out
 from gymexp.report.policy_panels import max_drift
 from gymexp.report.rollout_panels import causes
-from gymexp.report.run_records import RunRecords
+from gymexp.report.run_records import Record, RunRecords
 
 MAX_FINDINGS = 6
 WINDOW = 10  # steps at the beginning and at the end that are compared
@@ -51,13 +52,13 @@ def ends(values: Values) -> tuple[float, float] | None:
     return (fmean(measured[:WINDOW]), fmean(measured[-WINDOW:])) if len(measured) >= 2 * WINDOW else None
 
 
-def held_out_change(changes: Sequence[HeldOut]) -> Finding | None:
+def held_out_change(changes: Mapping[str, HeldOut]) -> Finding | None:
     """The change of the held-out reward from the first evaluation to the last, with intervals."""
     parts, clear = [], []
-    for one in changes:
-        if one.before is None or one.after is None:
+    for env, one in changes.items():
+        if one.reward_before is None or one.reward_after is None:
             continue
-        text = f"{one.env} {one.before:.3f} → {one.after:.3f}"
+        text = f"{env} {one.reward_before:.3f} → {one.reward_after:.3f}"
         if one.change:
             low, high = one.change.low, one.change.high
             text += f" ({one.change.mean:+.3f}, 95 % interval [{low:+.3f}, {high:+.3f}], p {p_text(one.p)})"
@@ -68,7 +69,7 @@ def held_out_change(changes: Sequence[HeldOut]) -> Finding | None:
     verdict = (
         "" if not clear else "" if all(clear) else " An interval with 0 in it is no more than noise may give."
     )
-    up = bool(clear) and all(one.change is None or one.change.low > 0 for one in changes)
+    up = bool(clear) and all(one.change is None or one.change.low > 0 for one in changes.values())
     return Finding(f"Held-out reward: {'; '.join(parts)}.{verdict}", "held-out", "good" if up else "fact")
 
 
@@ -196,10 +197,21 @@ def slower_steps(seconds: Values, parts: Mapping[str, Values]) -> Finding | None
     return Finding(f"A step takes {after:.1f} s, at the beginning {before:.1f} s{part}.", "seconds")
 
 
-def sudden_drop(steps: Sequence[int], by_env: Mapping[str, Values]) -> Finding | None:
-    """The largest drop of an environment's training reward below the median of the ten steps before, if it is
-    at least three robust standard deviations and 0.05, and the mean of the three steps after it stays low."""
-    worst: tuple[float, str, int, float, float] | None = None
+@dataclass(frozen=True)
+class Drop:
+    """A sudden drop of an environment's training reward. place: of its first step among the values. usual,
+    low: the median of the ten steps before, the mean of the three steps from there."""
+
+    env: str
+    place: int
+    usual: float
+    low: float
+
+
+def largest_drop(by_env: Mapping[str, Values]) -> Drop | None:
+    """Returns the largest drop below the median of the ten steps before, if it is at least three robust
+    standard deviations and 0.05, and the mean of three steps stays low."""
+    worst: Drop | None = None
     for env, values in by_env.items():
         for i in range(WINDOW, len(values) - 2):
             before = present(values[i - WINDOW : i])
@@ -207,15 +219,68 @@ def sudden_drop(steps: Sequence[int], by_env: Mapping[str, Values]) -> Finding |
             if len(before) < WINDOW or len(after) < 3:
                 continue
             usual = median(before)
-            spread = 1.4826 * median([abs(value - usual) for value in before])
             drop = usual - fmean(after)
-            enough = drop >= max(DROP_SDS * spread, DROP_LEAST) and usual - after[0] >= DROP_LEAST
-            if enough and (worst is None or drop > worst[0]):
-                worst = (drop, env, steps[i], usual, fmean(after))
-    if worst is None:
+            enough = drop >= max(DROP_SDS * _spread(before), DROP_LEAST) and usual - after[0] >= DROP_LEAST
+            if enough and (worst is None or drop > worst.usual - worst.low):
+                worst = Drop(env, i, usual, fmean(after))
+    return worst
+
+
+def _spread(values: Sequence[Number]) -> float:
+    """Returns a robust standard deviation."""
+    return 1.4826 * median([abs(value - median(values)) for value in values])
+
+
+def moved_with(place: int, series: Mapping[str, Values]) -> list[str]:
+    """Returns what changed as much as a drop at this place, each as text: by three robust standard
+    deviations and by a tenth."""
+    moved: list[str] = []
+    for name, values in series.items():
+        before, after = present(values[max(0, place - WINDOW) : place]), present(values[place : place + 3])
+        if len(before) == WINDOW and len(after) == 3:
+            usual, now = median(before), fmean(after)
+            if abs(now - usual) >= max(DROP_SDS * _spread(before), 0.1 * abs(usual), 1e-3):
+                moved.append(f"{name} {usual:.3g} → {now:.3g}")
+    return moved
+
+
+def fallen_tasks(rows_of_step: Mapping[int, Sequence[Record]], env: str, step: int) -> list[str]:
+    """Returns the two tasks of a step and of the two after it whose mean reward fell most since they were
+    played before, each as text. Empty if none was."""
+    before: dict[str, float] = {}
+    falls: dict[str, tuple[float, float]] = {}
+    for at in sorted(rows_of_step):
+        if at > step + 2:
+            break
+        now = mean_by_task(rows_of_step[at], env)
+        if at >= step:
+            falls |= {key: (before[key], reward) for key, reward in now.items() if key in before}
+        else:
+            before |= now
+    fallen = [(was - now, key) for key, (was, now) in falls.items() if was > now]
+    return [f"{key} {falls[key][0]:.2f} → {falls[key][1]:.2f}" for _, key in sorted(fallen, reverse=True)[:2]]
+
+
+def sudden_drop(drop: Drop | None, step: int, moved: Sequence[str], tasks: Sequence[str]) -> Finding | None:
+    """A sudden drop, with what changed in the same step and the tasks that fell most."""
+    if drop is None:
         return None
-    _, env, step, usual, low = worst
-    return Finding(f"{env}: reward dropped from {usual:.3f} to {low:.3f} at step {step}.", "reward")
+    text = f"{drop.env}: reward dropped from {drop.usual:.3f} to {drop.low:.3f} at step {step}"
+    text += f"; with it {', '.join(moved)}" if moved else "; nothing else changed as much"
+    text += f"; most on {' and '.join(tasks)}" if tasks else ""
+    return Finding(f"{text}.", "reward")
+
+
+def _drop(records: RunRecords, by_env: Mapping[str, Values]) -> Finding | None:
+    drop = largest_drop(by_env)
+    if drop is None:
+        return None
+    names = {"tokens": "tokens", "nll": "entropy", "truncated": "cut off", "failed": "failed"}
+    series = {text: records.env_series(drop.env, metric) for metric, text in names.items()}
+    series |= {"gradient norm": records.series("grad_norm"), "drift": records.series("drift")}
+    step = records.step_numbers[drop.place]
+    moved = moved_with(drop.place, series)
+    return sudden_drop(drop, step, moved, fallen_tasks(records.rows_of_step, drop.env, step))
 
 
 def all_well(failed: float, truncated: float, mismatches: int, drift: Values, limit: float) -> Finding:
@@ -241,7 +306,7 @@ def setup_of(records: RunRecords) -> Setup:
 def find(records: RunRecords) -> list[Finding]:
     """Returns at most six findings of a run: what it learned, its bottleneck, then what to look at."""
     by_env = {env: records.env_series(env, "reward") for env in records.envs}
-    looks: list[Finding | None] = [sudden_drop(records.step_numbers, by_env), one_falls(by_env)]
+    looks: list[Finding | None] = [_drop(records, by_env), one_falls(by_env)]
     for env in records.envs:
         series = lambda metric, env=env: records.env_series(env, metric)  # noqa: E731
         looks.append(

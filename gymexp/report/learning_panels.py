@@ -5,26 +5,16 @@ from __future__ import annotations
 import dataclasses
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
 from gymexp.report import figures
 from gymexp.report.figures import Number
+from gymexp.report.held_out import HeldOut, compared, mean_by_task, number, p_text, rewards_by_task
 from gymexp.report.panel import Chart, Panel, Table
 from gymexp.report.run_records import Record, RunRecords
-from gymexp.statistics import (
-    Change,
-    EnvSummary,
-    Interval,
-    holm,
-    paired_change,
-    reward_interval,
-    success_interval,
-    summarize,
-)
+from gymexp.statistics import EnvSummary, Interval, reward_interval, success_interval, summarize
 
-MIN_TASKS = 6  # with fewer, an interval may have no width, and no p is below 0.05
 NO_STEPS = "No optimizer step has ended yet."
 NO_INDEX = "rollouts/index.jsonl is missing: this run was made before gymexp kept an index of rollouts."
 KINDS = {
@@ -40,61 +30,32 @@ SENTENCE = (
 _SMOOTH = 10  # steps of the running median
 
 
-@dataclass(frozen=True)
-class HeldOut:
-    """An environment's first and last evaluation. change: the paired change of its reward, with its p-value
-    adjusted for the number of environments; None with too few tasks that both have scored, or no index."""
-
-    env: str
-    first_step: int
-    last_step: int
-    before: Number | None
-    after: Number | None
-    change: Change | None
-    p: float | None
-
-
-def held_out(records: RunRecords) -> list[HeldOut]:
-    """Returns the first and the last evaluation of each environment that was evaluated."""
-    found: list[HeldOut] = []
-    for env in records.envs:
-        rewards = _reward_by_evaluation(records, env)
-        if rewards:
-            first, last = min(rewards), max(rewards)
-            change = None
-            if first != last:
-                by_task = [_mean_by_task(records.rows_of_evaluation.get(s, []), env) for s in (first, last)]
-                change = paired_change(*by_task)
-                change = change if change and change.num_tasks >= MIN_TASKS else None
-            before = rewards[first] if first != last else None
-            found.append(HeldOut(env, first, last, before, rewards[last], change, None))
-    changed = [one for one in found if one.change]
-    p_values = dict(
-        zip((o.env for o in changed), holm([o.change.p for o in changed if o.change]), strict=True)
-    )
-    return [dataclasses.replace(one, p=p_values.get(one.env)) for one in found]
+def held_out(records: RunRecords) -> dict[str, HeldOut]:
+    """Returns the first and the newest evaluation of each environment that was evaluated. Its mean rewards
+    are those of the metrics, if a run has them."""
+    rewards = {env: of_env for env in records.envs if (of_env := _reward_by_evaluation(records, env))}
+    steps = sorted({step for of_env in rewards.values() for step in of_env})
+    if not steps:
+        return {}
+    first, last = (records.rows_of_evaluation.get(step, []) for step in (steps[0], steps[-1]))
+    found = compared(first if len(steps) > 1 else [], last)
+    return {
+        env: dataclasses.replace(
+            found.get(env, HeldOut(None, None)),
+            reward_before=of_env.get(steps[0]) if len(steps) > 1 else None,
+            reward_after=of_env.get(steps[-1]),
+        )
+        for env, of_env in rewards.items()
+    }
 
 
 def _reward_by_evaluation(records: RunRecords, env: str) -> dict[int, Number]:
     """Returns the mean held-out reward by the evaluation's step, from the metrics, else from rollouts."""
     rewards = dict(records.held_out_series(env, "reward"))
     for step, rows in records.rows_of_evaluation.items():
-        if step not in rewards and (by_task := _mean_by_task(rows, env)):
+        if step not in rewards and (by_task := mean_by_task(rows, env)):
             rewards[step] = sum(by_task.values()) / len(by_task)
     return rewards
-
-
-def rewards_by_task(rows: Iterable[Record], env: str) -> dict[str, list[float]]:
-    """Returns the rewards of each task of an environment, without failed rollouts."""
-    rewards: dict[str, list[float]] = defaultdict(list)
-    for row in rows:
-        if row["env"] == env and isinstance(row.get("reward"), int | float):
-            rewards[row["key"]].append(row["reward"])
-    return rewards
-
-
-def _mean_by_task(rows: Iterable[Record], env: str) -> dict[str, float]:
-    return {key: sum(values) / len(values) for key, values in rewards_by_task(rows, env).items()}
 
 
 def held_out_panel(records: RunRecords) -> Panel:
@@ -116,8 +77,12 @@ def held_out_panel(records: RunRecords) -> Panel:
                 (max(0.0, mean - interval.low), max(0.0, interval.high - mean)) if interval else (0, 0)
             )
         traces = figures.points(env, steps, [rewards[step] for step in steps], colours[env], reaches)
+        traces[-1]["meta"] = figures.EVALUATION
         charts += figures.over_steps(env, traces, "reward")
-        charts[-1].figures[""]["layout"]["showlegend"] = False
+        layout = charts[-1].figures[""]["layout"]
+        layout["showlegend"] = False
+        if len(steps) == 1 and records.steps:  # plotly would show the steps from -1 to 1
+            layout["xaxis"]["range"] = [-0.5, max(steps[0], records.step_numbers[-1]) + 0.5]
     if not charts:
         return Panel("held-out", panel, about, notes=["No evaluation has ended yet."], wide=True)
     notes = [] if records.rows else [f"No intervals: {NO_INDEX}"]
@@ -136,35 +101,24 @@ def _held_out_table(records: RunRecords) -> Table:
     ]
     head += ["detectable", "scored"]
     rows = []
-    for one in held_out(records):
-        change = one.change
-        last_rows = [r for r in records.rows_of_evaluation.get(one.last_step, []) if r["env"] == one.env]
-        scored = sum(r.get("reward") is not None for r in last_rows)
-        plain = one.after - one.before if one.before is not None and one.after is not None else None
+    for env, one in held_out(records).items():
+        change, planned = one.change, one.num_scored + one.num_failed
+        before, after = one.reward_before, one.reward_after
+        plain = after - before if before is not None and after is not None else None
         rows.append(
             [
-                one.env,
-                number(one.before),
-                number(one.after),
+                env,
+                number(after if before is None else before),
+                number(None if before is None else after),
                 number(change.mean if change else plain, "+"),
                 f"[{change.low:+.3f}, {change.high:+.3f}]" if change else "–",
                 p_text(one.p),
                 f"{change.better} / {change.same} / {change.worse}" if change else "–",
                 f"±{change.detectable:.3f}" if change else "–",
-                f"{scored}/{len(last_rows)}" if last_rows else "–",
+                f"{one.num_scored}/{planned}" if planned else "–",
             ]
         )
     return Table(head, rows, range(1, 9))
-
-
-def number(value: Number | None, sign: str = "") -> str:
-    """Returns a number with three decimals; a dash for None."""
-    return "–" if value is None else f"{value:{sign}.3f}"
-
-
-def p_text(p: float | None) -> str:
-    """Returns a p-value as text; a dash for None."""
-    return "–" if p is None else "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def reward_panel(records: RunRecords) -> Panel:
@@ -217,7 +171,10 @@ def _quantiles(records: RunRecords, env: str) -> tuple[list[Number | None], list
 
 def success_panel(records: RunRecords) -> Panel:
     """Panel 3: share of rollouts that count as solved, in training and held-out."""
-    about = "Share of rollouts with at least env.<name>.success_reward. Lines: training; points: held-out."
+    about = (
+        "Share of rollouts with at least env.<name>.success_reward. Lines: training, the "
+        "median of 10 steps; points: held-out."
+    )
     colours = figures.colours_of(records.envs)
     traces: list[dict[str, Any]] = []
     for env in records.envs:
@@ -229,7 +186,7 @@ def success_panel(records: RunRecords) -> Panel:
             reaches = [_success_reach(records, env, step, by_step[step]) for step in steps]
             values = [by_step[step] for step in steps]
             traces += figures.points(f"{env} held-out", steps, values, colours[env], reaches)
-            traces[-1]["line"] |= {"dash": "dot"}
+            traces[-1] |= {"meta": figures.EVALUATION, "line": traces[-1]["line"] | {"dash": "dot"}}
     charts = figures.over_steps("", traces, "success", range=[-0.02, 1.02])
     return Panel("success", "Success", about, charts, notes=[] if charts else [NO_STEPS])
 
@@ -251,7 +208,9 @@ def pass_panel(records: RunRecords) -> Panel:
     for env in records.envs:
         shares = [_solved_share(records.rows_of_step.get(step, ()), env) for step in records.step_numbers]
         traces += figures.line(env, records.step_numbers, running_median(shares), colours[env])
-    charts = figures.over_steps("training groups solved at least once", traces, "share", range=[-0.02, 1.02])
+    charts = figures.over_steps(
+        "training groups solved at least once, median of 10 steps", traces, "share", range=[-0.02, 1.02]
+    )
     tables = [table for table in [_pass_table(records)] if table]
     notes = []
     if not tables:

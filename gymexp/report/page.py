@@ -19,8 +19,17 @@ from gymexp.config.redaction import without_secrets
 from gymexp.files import replace_file
 from gymexp.printable import duration, printable, printable_in
 from gymexp.record.run_state import wall_seconds
-from gymexp.report import learning_panels, policy_panels, rollout_panels, run_panels, time_panels
-from gymexp.report.findings import Finding, find
+from gymexp.report import (
+    evaluation_panels,
+    hacking_panel,
+    learning_panels,
+    policy_panels,
+    rollout_panels,
+    run_panels,
+    time_panels,
+)
+from gymexp.report.evaluation_panels import find_in_evaluation
+from gymexp.report.findings import MAX_FINDINGS, Finding, find
 from gymexp.report.panel import Figure, Panel
 from gymexp.report.run_records import RunRecords, read_records
 
@@ -47,7 +56,18 @@ PANELS: Sequence[Callable[[RunRecords], Panel]] = (
     time_panels.rate_panel,
     time_panels.machine_panel,
     rollout_panels.task_panel,
-    rollout_panels.hacking_panel,
+    hacking_panel.hacking_panel,
+    run_panels.event_panel,
+    run_panels.config_panel,
+    run_panels.version_panel,
+)
+EVALUATION_PANELS: Sequence[Callable[[RunRecords], Panel]] = (
+    evaluation_panels.results_panel,
+    evaluation_panels.samples_panel,
+    evaluation_panels.endings_panel,
+    rollout_panels.task_panel,
+    hacking_panel.hacking_panel,
+    time_panels.machine_panel,
     run_panels.event_panel,
     run_panels.config_panel,
     run_panels.version_panel,
@@ -62,25 +82,35 @@ def write_report(path: Path) -> Path:
     return report
 
 
+def panels_of(records: RunRecords) -> list[Panel]:
+    """Returns the panels of a run, or of an evaluation."""
+    return [build(records) for build in (EVALUATION_PANELS if records.is_evaluation else PANELS)]
+
+
+def findings_of(records: RunRecords) -> list[Finding]:
+    """Returns the findings of a run, or of an evaluation."""
+    return (find_in_evaluation if records.is_evaluation else find)(records)[:MAX_FINDINGS]
+
+
 def run_page(records: RunRecords) -> str:
-    """Returns the page of a run."""
-    panels = [build(records) for build in PANELS]
+    """Returns the page of a run, or of an evaluation."""
     run = records.run
     last = run.status.get("max_steps")
     done = f"step {run.step}/{last}" if last else f"step {run.step}" if run.step else ""
-    facts = [done, duration(wall_seconds(run)) if records.events else "", *_time_left(records)]
+    facts = ["evaluation" if records.is_evaluation else done]
+    facts += [duration(wall_seconds(run)) if records.events else "", *_time_left(records)]
     facts += [", ".join(records.envs), str(records.setting("model.name", ""))]
     facts += [
         f"commit {records.commit[:8]}{' with changes' if records.is_dirty else ''}" if records.commit else ""
     ]
     return page(
         title=f"{path_name(records.path)}",
-        state=run.state if not records.is_evaluation else "evaluation",
+        state=run.state,
         why=without_secrets(run.why),
         facts=[fact for fact in facts if fact],
-        findings=find(records),
-        panels=panels,
-        reload_s=RELOAD_S if run.state in ("running", "waiting") and not records.is_evaluation else None,
+        findings=findings_of(records),
+        panels=panels_of(records),
+        reload_s=RELOAD_S if run.state in ("running", "waiting") else None,
     )
 
 
@@ -118,8 +148,8 @@ def page(
             for figure in chart.figures.values():
                 numbers[id(figure)] = len(figures)
                 figures.append(figure)
-    plotly, script, style = plotly_script(), _own("charts.js"), _own("page.css")
-    has_charts = bool(figures)
+    plotly = plotly_script() if figures else ""
+    script, style = _own("charts.js"), _own("page.css")
     return (
         _environment()
         .get_template("report.html.jinja")
@@ -134,11 +164,11 @@ def page(
             reload_s=reload_s,
             made=time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
             figures=in_script(figures),
-            policy=content_policy([plotly, script] if has_charts else [], [style, ""]),
-            plotly=plotly if has_charts else "",
+            policy=content_policy([script, plotly] if plotly else [script], [style, ""]),
+            plotly=plotly,
             script=script,
             style=style,
-            guard_ids=guard_ids(plotly) if has_charts else [],
+            guard_ids=guard_ids(plotly),
         )
     )
 

@@ -100,7 +100,7 @@ def _drift_charts(records: RunRecords) -> list[Chart]:
     charts = figures.over_steps("drift: mean |Δ log-probability|, checked now and then", traces, "nats")
     for chart in charts:
         chart.figures[""]["layout"] |= figures.threshold(max_drift(records), "rollout.max_drift")
-        chart.figures[""]["layout"]["yaxis"] |= {"type": "log", "exponentformat": "power", "nticks": 6}
+        chart.figures[""]["layout"]["yaxis"] |= {"type": "log", "exponentformat": "power", "dtick": 1}
         value = max_drift(records)
         # On a logarithmic axis, plotly takes a note's position as the logarithm, but a shape's as the value.
         chart.figures[""]["layout"]["annotations"][0]["y"] = round(math.log10(value), 4) if value > 0 else 0

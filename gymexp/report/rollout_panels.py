@@ -1,4 +1,4 @@
-"""Panels of rollouts: lengths, how they ended, tools, tasks, and signs of a reward that is gamed."""
+"""Panels of rollouts: lengths, how they ended, tools, tasks."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ from gymexp.report.run_records import Record, RunRecords
 from gymexp.rollout.outcome import Cause
 
 _MAX_TASKS = 400  # of a heat map, each environment; the most and the least solved beyond that are left out
-_MAX_DOTS = 1_500  # rollouts in a scatter plot of one environment
-_LAST_STEPS = 5
 _ENDINGS = {
     "truncated_length": "--c2",
     "truncated_turns": "--c6",
@@ -35,7 +33,7 @@ def causes() -> list[str]:
     return [cause for cause in get_args(Cause) if cause != "prompt_too_long"]
 
 
-def _per_step(
+def per_step(
     records: RunRecords, env: str, compute: Callable[[list[Record]], Number | None]
 ) -> list[Number | None]:
     """Returns a value of the environment's scored training rollouts at each of `steps`."""
@@ -145,7 +143,7 @@ def _error_shares(records: RunRecords, env: str) -> list[Number | None]:
         calls = sum(row.get("tool_calls", 0) for row in counted)
         return sum(row["tool_errors"] for row in counted) / calls if calls else None
 
-    return _per_step(records, env, share)
+    return per_step(records, env, share)
 
 
 def solved_shares(rows: Iterable[Record], env: str) -> dict[str, float]:
@@ -159,7 +157,7 @@ def solved_shares(rows: Iterable[Record], env: str) -> dict[str, float]:
 
 def task_panel(records: RunRecords) -> Panel:
     """Panel 19: which tasks are solved when: held-out as a heat map, training as a table."""
-    about = "A row of a map is a held-out task, the always solved at the top. Training: solved how often."
+    about = "A row of a map is a held-out task, the always solved at the top."
     if not records.rows:
         return Panel("tasks", "Tasks", about, notes=[NO_INDEX if records.steps else NO_STEPS])
     charts: list[Chart] = []
@@ -167,7 +165,7 @@ def task_panel(records: RunRecords) -> Panel:
     for env in records.envs:
         by_step = {step: solved_shares(of, env) for step, of in records.rows_of_evaluation.items()}
         by_step = {step: shares for step, shares in by_step.items() if shares}
-        charts += [_heat_map(env, by_step)] if by_step else []
+        charts += [_heat_map(records, env, by_step)] if by_step else []
         for kind, of in (
             ("held-out, all evaluations", records.rows_of_evaluation),
             ("training", records.rows_of_step),
@@ -181,20 +179,22 @@ def task_panel(records: RunRecords) -> Panel:
     return Panel("tasks", "Tasks", about, charts, [Table(head, rows, (2, 3, 4, 5))], wide=True)
 
 
-def _heat_map(env: str, by_step: dict[int, dict[str, float]]) -> Chart:
+def _heat_map(records: RunRecords, env: str, by_step: dict[int, dict[str, float]]) -> Chart:
     keys = {key for shares in by_step.values() for key in shares}
     means = {key: _mean([s[key] for s in by_step.values() if key in s]) for key in keys}
     order = sorted(keys, key=lambda key: (means[key], key))  # plotly draws the first row at the bottom
     if len(order) > _MAX_TASKS:
         order = [order[i * len(order) // _MAX_TASKS] for i in range(_MAX_TASKS)]
     steps = list(by_step)[-60:]
-    layout = figures.layout("tasks", "evaluation after step", height=min(420, 140 + 3 * len(order)))
-    layout["yaxis"] |= {"showticklabels": False, "showgrid": False}
+    over = "policy" if records.is_evaluation else "evaluation after step"
+    layout = figures.layout("tasks", over, height=min(420, 140 + 3 * len(order)))
+    layout["yaxis"] |= {"showticklabels": False, "showgrid": False, "ticks": ""}
     layout["xaxis"] |= {"type": "category", "showgrid": False}
     layout |= {"hovermode": "closest", "showlegend": False}
     trace = {
         "type": "heatmap",
-        "x": [str(step) for step in steps],
+        "meta": figures.EVALUATION,
+        "x": [figures.label(records.name_of_evaluation(step)) for step in steps],
         "y": [figures.label(key.removeprefix(f"{env}/validation/")) for key in order],
         "z": [[figures.compact(by_step[step].get(key)) for step in steps] for key in order],
         "zmin": 0,
@@ -206,7 +206,7 @@ def _heat_map(env: str, by_step: dict[int, dict[str, float]]) -> Chart:
             "outlinewidth": 0,
             "len": 1,
         },
-        "hovertemplate": "task %{y}<br>after step %{x}: solved %{z}<extra></extra>",
+        "hovertemplate": "task %{y}<br>%{x}: solved %{z}<extra></extra>",
     }
     layout["yaxis"]["type"] = "category"
     return Chart(f"{env}: {len(keys)} held-out tasks", {"": {"data": [trace], "layout": layout}})
@@ -214,60 +214,3 @@ def _heat_map(env: str, by_step: dict[int, dict[str, float]]) -> Chart:
 
 def _mean(values: Sequence[Number]) -> float:
     return sum(values) / len(values)
-
-
-def hacking_panel(records: RunRecords) -> Panel:
-    """Panel 20: reward against length, and how alike the answers of a group are."""
-    about = (
-        "Signs that an environment's reward is gamed rather than earned: reward that grows with length "
-        "alone, or one answer for every rollout of a group. They are signs, not proof: read the rollouts."
-    )
-    if not records.rows_of_step:
-        return Panel(
-            "hacking", "Reward, length and diversity", about, notes=[NO_INDEX if records.steps else NO_STEPS]
-        )
-    charts: list[Chart] = []
-    colours = figures.colours_of(records.envs)
-    last = sorted(records.rows_of_step)[-_LAST_STEPS:]
-    traces: list[dict[str, Any]] = []
-    for env in records.envs:
-        rows = [row for step in last for row in records.scored.get((step, env), ())]
-        traces += _dots(env, rows, colours[env])
-    layout = figures.layout("reward", "sampled tokens", height=280)
-    layout |= {"hovermode": "closest"}
-    if traces:
-        title = f"rollouts of steps {last[0]} to {last[-1]}"
-        charts.append(Chart(title, {"": {"data": traces, "layout": layout}}))
-    traces = []
-    for env in records.envs:
-        traces += figures.line(env, records.step_numbers, _per_step(records, env, _diversity), colours[env])
-    title = "distinct last messages in a group, of its rollouts"
-    charts += figures.over_steps(title, traces, "share", range=[-0.02, 1.02])
-    notes = ["What the verifiers answered stands in each rollout; the index has none of it."]
-    return Panel("hacking", "Reward, length and diversity", about, charts, notes=notes)
-
-
-def _dots(env: str, rows: list[Record], colour: str) -> list[dict[str, Any]]:
-    if not rows:
-        return []
-    every = -(-len(rows) // _MAX_DOTS)
-    shown = rows[::every]
-    return [
-        {
-            "type": "scatter",
-            "mode": "markers",
-            "name": figures.label(env),
-            "x": [row["tokens"] for row in shown],
-            "y": [figures.compact(row["reward"]) for row in shown],
-            "marker": {"color": f"{colour}@0.35", "size": 7},
-            "hovertemplate": "%{x} tokens, reward %{y}<extra></extra>",
-        }
-    ]
-
-
-def _diversity(rows: list[Record]) -> float:
-    """Returns the mean over groups of the share of last messages (their beginnings) that are distinct."""
-    groups: dict[int, list[str]] = defaultdict(list)
-    for row in rows:
-        groups[row["group"]].append(row.get("text", ""))
-    return _mean([len(set(texts)) / len(texts) for texts in groups.values()])

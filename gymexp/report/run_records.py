@@ -18,13 +18,15 @@ import orjson
 
 from gymexp.errors import RunDirectoryError
 from gymexp.files import read_json
+from gymexp.record.directory import PLAN
 from gymexp.record.metric_names import name_of
 from gymexp.record.run_state import RunState, read_run
+from gymexp.rollout.rollout_files import load_older, older_names
 
 Record = dict[str, Any]
 Number = int | float
 # Files of which a directory must have one, so that it counts as a run or an evaluation.
-_MARKS = ("config.yaml", "metrics.jsonl", "status.json", "results.json", "rollouts/index.jsonl")
+_MARKS = ("config.yaml", "metrics.jsonl", "status.json", "results.json", "rollouts")
 
 
 class LineFile:
@@ -105,13 +107,14 @@ class Sample:
 
 @dataclass(frozen=True)
 class RunRecords:
-    """What a run directory has recorded.
+    """What the directory of a run, or of an evaluation, has recorded.
 
     steps, evaluations: entries of metrics.jsonl of training steps, and of evaluations. rows: lines of the
     index of rollouts. trained: lines of the index of advantages, by (file, number). spans and events:
     timeline.jsonl. samples: system.jsonl. config: config.yaml as nested dicts, without its interpolations
-    resolved. overrides: of the command line. versions: versions.txt. mix: data/mix.json. commit: git's; ""
-    if unknown. is_dirty: whether gymexp's code differed from that commit.
+    resolved. overrides: of the command line. versions: versions.txt. mix: data/mix.json. plan and results:
+    evaluation.json and results.json of an evaluation. commit: git's; "" if unknown. is_dirty: whether
+    gymexp's code differed from that commit.
     """
 
     path: Path
@@ -127,14 +130,21 @@ class RunRecords:
     overrides: list[str] = field(default_factory=list)
     versions: str = ""
     mix: Record = field(default_factory=dict)
-    results: Record = field(default_factory=dict)  # results.json of an evaluation directory
+    plan: Record = field(default_factory=dict)
+    results: Record = field(default_factory=dict)
     commit: str = ""
     is_dirty: bool = False
 
     @property
     def is_evaluation(self) -> bool:
         """Whether this is the directory of `python -m gymexp.evaluate`."""
-        return bool(self.results) or (not self.steps and "trainer" not in self.config and bool(self.rows))
+        return bool(self.plan)
+
+    @property
+    def policies(self) -> list[Record]:
+        """The policies of an evaluation, with the label and the file of rollouts of each."""
+        policies = self.plan.get("policies")
+        return [one for one in policies if isinstance(one, dict)] if isinstance(policies, list) else []
 
     @cached_property
     def envs(self) -> list[str]:
@@ -146,6 +156,11 @@ class RunRecords:
         )
         names += sorted({row["env"] for row in self.rows})
         return list(dict.fromkeys(names))
+
+    def name_of_evaluation(self, step: int) -> str:
+        """Returns the name of what was evaluated: the policy of an evaluation, or a run's step."""
+        names = {policy.get("file"): str(policy.get("label")) for policy in self.policies}
+        return names.get(f"eval-{step:06d}", str(step))
 
     @cached_property
     def rows_of_step(self) -> dict[int, list[Record]]:
@@ -218,8 +233,9 @@ def _by_step(rows: Iterable[Record], kind: str) -> dict[int, list[Record]]:
 class RunReader:
     """Reads a run directory as often as needed; after the first time only what has changed."""
 
-    def __init__(self, path: Path) -> None:
-        """Raises RunDirectoryError if the directory is no run and no evaluation."""
+    def __init__(self, path: Path, is_own: bool = True) -> None:
+        """is_own: whether gymexp's user made the directory. Else rollouts from before the index are left out,
+        as their files are read without bounds. Raises RunDirectoryError if it is no run and no evaluation."""
         if not any((path / name).exists() for name in _MARKS):
             raise RunDirectoryError(
                 f"{path} must be the directory of a run or of an evaluation, but has no files of one"
@@ -230,6 +246,8 @@ class RunReader:
         self._system = LineFile(path / "system.jsonl")
         self._index = LineFile(path / "rollouts" / "index.jsonl")
         self._trained = LineFile(path / "rollouts" / "train_index.jsonl")
+        self._is_own = is_own
+        self._older: tuple[list[str], list[Record]] = ([], [])  # names of files, lines made from them
         self._constant: dict[str, Any] = {}
         self._last: RunRecords | None = None
 
@@ -245,15 +263,23 @@ class RunReader:
             run,
             steps=[entry for entry in self._metrics.records if _is_step(entry)],
             evaluations=[entry for entry in self._metrics.records if _is_evaluation(entry)],
-            rows=[row for row in self._index.records if _is_row(row)],
+            rows=[*self._read_older(), *(row for row in self._index.records if _is_row(row))],
             trained={(row["file"], row["number"]): row for row in self._trained.records if "number" in row},
             spans=[span for line in self._timeline.records if (span := _span(line))],
             events=[line for line in self._timeline.records if "event" in line or "phase" in line],
             samples=[sample for line in self._system.records if (sample := _sample(line))],
+            plan=read_json(self.path / PLAN),
             results=read_json(self.path / "results.json"),
             **self._read_constant(),
         )
         return self._last
+
+    def _read_older(self) -> list[Record]:
+        """Returns the lines of the index for rollouts from before the run had one."""
+        names = older_names(self.path / "rollouts", self._index.records) if self._is_own else []
+        if names != self._older[0]:
+            self._older = names, load_older(self.path / "rollouts", names)
+        return self._older[1]
 
     def _read_constant(self) -> dict[str, Any]:
         """Returns the fields that a run writes once, when it begins; read again only if they are missing, or

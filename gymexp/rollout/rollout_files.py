@@ -14,6 +14,7 @@ Runs from before the index have files of a single frame, which `load_index` and 
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -37,6 +38,8 @@ TRAIN_INDEX = "train_index.jsonl"
 _SUFFIX = ".jsonl.zst"
 _TRAIN_SUFFIX = ".train.jsonl.zst"
 _MAX_TEXT = 120  # characters of a rollout's last message in the index
+_MAX_FIELDS = 12  # of a verdict in the index
+_MAX_NAME, _MAX_WORD = 40, 24  # characters of such a field's name and of its value, if that is a text
 
 
 class _IndexedFiles:
@@ -154,19 +157,24 @@ def load_index(directory: Path, file: str | None = None) -> list[dict[str, Any]]
     name of the only file whose lines are returned. Raises RunDirectoryError if a file is damaged.
     """
     rows = read_index(directory)
-    older = [name for name in _older_names(directory, rows) if file in (None, name)]
-    success_rewards = _read_success_rewards(directory.parent / "config.yaml") if older else {}
-    made = [row for name in older for row in _index_of(directory, name, success_rewards)]
-    return [*made, *(row for row in rows if file in (None, row["file"]))]
+    older = load_older(directory, (name for name in older_names(directory, rows) if file in (None, name)))
+    return [*older, *(row for row in rows if file in (None, row["file"]))]
+
+
+def load_older(directory: Path, names: Iterable[str]) -> list[dict[str, Any]]:
+    """Returns lines of the index for files that were written before the run had one. names: of
+    `older_names`. Raises RunDirectoryError if a file is damaged."""
+    success_rewards = _read_success_rewards(directory.parent / "config.yaml")
+    return [row for name in names for row in _index_of(directory, name, success_rewards)]
 
 
 def read_names(directory: Path) -> list[str]:
     """Returns the names of the files of rollouts that `load_index` has lines of."""
     rows = read_index(directory)
-    return sorted({*_older_names(directory, rows), *(row["file"] for row in rows)})
+    return sorted({*older_names(directory, rows), *(row["file"] for row in rows)})
 
 
-def _older_names(directory: Path, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def older_names(directory: Path, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Returns the names of the files that were written before the run had its index, whose lines are `rows`.
 
     A run that began without an index may have been resumed with one. Files of later steps than its first
@@ -263,8 +271,8 @@ def read_outcomes(path: Path) -> Iterator[dict[str, Any]]:
 def _summary(outcome: Outcome, success_rewards: Mapping[str, float]) -> dict[str, Any]:
     """Returns what the index has of an outcome beside its place. tokens: that the policy sampled. nll: their
     mean -log-probability in nats; None for a policy that gives no token ids. tool_errors: as
-    `num_tool_errors` counts. text: the beginning of the last message. success_rewards: by environment;
-    without one, success is None."""
+    `num_tool_errors` counts. text: the beginning of the last message. verdict: the fields of it that can be
+    counted. success_rewards: by environment; without one, success is None."""
     task = task_of(outcome)
     row: dict[str, Any] = {"key": task.key, "env": task.env, "outcome": type(outcome).__name__.lower()}
     row["failures"] = outcome.failures
@@ -291,7 +299,19 @@ def _summary(outcome: Outcome, success_rewards: Mapping[str, float]) -> dict[str
         "replica": rollout.replica,
         "weights_version": rollout.weights_version,
         "text": last_text(rollout.items)[:_MAX_TEXT],
+        "verdict": _small_fields(rollout.verdict),
     }
+
+
+def _small_fields(verdict: Mapping[str, Any]) -> dict[str, bool | float | str]:
+    """Returns the fields of a verdict that can be counted: booleans, numbers, and texts of a word or two."""
+    small: dict[str, bool | float | str] = {}
+    for name, value in verdict.items():
+        is_word = isinstance(value, str) and len(value) <= _MAX_WORD and "\n" not in value
+        is_number = isinstance(value, int | float) and math.isfinite(value)
+        if (is_word or is_number) and len(name) <= _MAX_NAME and len(small) < _MAX_FIELDS:
+            small[name] = value
+    return small
 
 
 def _to_lines(rows: Sequence[Mapping[str, Any]]) -> bytes:

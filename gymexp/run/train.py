@@ -33,9 +33,9 @@ def train(
     from gymexp.processes import launcher_variables, open_files
     from gymexp.record.directory import RunDirectory
     from gymexp.record.places import cache_dir
+    from gymexp.report.held_out import read_held_out
     from gymexp.run import controller
     from gymexp.training import arguments, checkpoints, schedule, sharding
-    from gymexp.view.held_out import read_held_out
     from gymexp.view.progress import View
     from gymexp.view.table import held_out_table
 

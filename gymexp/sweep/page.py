@@ -7,9 +7,9 @@ from statistics import fmean
 
 from gymexp.config.redaction import without_secrets
 from gymexp.printable import duration
-from gymexp.report.page import FILE, page, path_name
+from gymexp.report.page import page, path_name
 from gymexp.report.panel import Panel, Table
-from gymexp.sweep.plots import colours, curves, finals
+from gymexp.sweep.plots import colours, curves, finals, report_of
 from gymexp.sweep.sweep import Sweep
 from gymexp.sweep.table import (
     INTERVALS,
@@ -39,10 +39,12 @@ def results_html(sweep: Sweep, rows: Sequence[Row]) -> str:
     if sweep.study:
         panels.append(Panel("study", "Study", tables=[Table(["study"], [[line] for line in sweep.study])]))
     if charts := [chart for env in envs for chart in curves(env, groups, colour)]:
-        about = "Each line is the mean over a configuration's seeds; its area ± their standard deviation."
+        about = "Each line is the mean over a configuration's seeds, in its colour of the table above. "
+        about += "Its area: ± their standard deviation."
         panels.append(Panel("curves", "Reward over steps", about, charts, wide=True))
     if charts := finals(groups, sweep.keys, colour):
-        about = "Each point is a finished run: its held-out reward after training, mean over environments."
+        about = "Each point is a finished run: its held-out reward after training, mean over environments. "
+        about += "A click opens the run's report."
         panels.append(Panel("finals", "After training, against each swept key", about, charts, wide=True))
     about = "The number of a job leads to the report of its run."
     panels.append(Panel("jobs", "Jobs", about, tables=[_jobs(sweep, groups, colour)], wide=True))
@@ -88,7 +90,7 @@ def _change(before: Spread, after: Spread) -> str:
 def _jobs(sweep: Sweep, groups: Sequence[Group], colour: dict[str, str]) -> Table:
     head = ["job", *map(short, sweep.keys), "state", "step", "held-out", "scored", "time", "restarts", "why"]
     rows = [(group, row) for group in groups for row in group.rows]
-    links = [f"{row.job.num}/{FILE}" if (row.job.run.path / FILE).exists() else "" for _, row in rows]
+    links = [report_of(row) for _, row in rows]
     dots = [colour[group.name] for group, _ in rows]
     return Table(head, [_job_cells(row, sweep.keys) for _, row in rows], dots=dots, links=links)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from gymexp.record.metric_names import of_each_env
 from gymexp.report import figures
+from gymexp.report.page import FILE
 from gymexp.report.panel import Chart
 from gymexp.sweep.table import SEED, Group, Row, short
 
@@ -27,13 +28,16 @@ def curves(env: str, groups: Sequence[Group], colour: Mapping[str, str]) -> list
             series = [_series(row, env, held_out) for row in group.rows]
             traces += _mean_and_spread(group.name, series, colour[group.name], held_out)
         title = f"{env}: {'held-out' if held_out else 'training'} reward"
-        charts += figures.over_steps(title, traces, "reward", height=300)
+        charts += figures.over_steps(title, traces, "reward", height=260)
+        for chart in charts[-1:] if traces else ():
+            chart.figures[""]["layout"]["showlegend"] = False
     return charts
 
 
 def finals(groups: Sequence[Group], keys: Sequence[str], colour: Mapping[str, str]) -> list[Chart]:
     """Returns charts of each finished run's held-out reward after training (mean over the environments)
-    against each swept key; none if no run has finished, or only seeds are swept."""
+    against each swept key; none if no run has finished, or only seeds are swept. A click on a point opens the
+    report of its run."""
     finished = [(g, row) for g in groups for row in g.finished if row.mean[1] is not None]
     charts: list[Chart] = []
     for key in keys:
@@ -52,6 +56,8 @@ def finals(groups: Sequence[Group], keys: Sequence[str], colour: Mapping[str, st
                 "name": figures.label(group.name),
                 "x": [at[value] for g, _, value in points if g is group],
                 "y": [figures.compact(row.mean[1]) for g, row, _ in points if g is group],
+                "meta": figures.PAGE,
+                "customdata": [report_of(row) or None for g, row, _ in points if g is group],
                 "marker": {"color": colour[group.name], "size": 9, "opacity": 0.85},
             }
             for group in groups
@@ -59,6 +65,11 @@ def finals(groups: Sequence[Group], keys: Sequence[str], colour: Mapping[str, st
         ]
         charts.append(Chart(short(key), {"": {"data": traces, "layout": layout}}))
     return charts
+
+
+def report_of(row: Row) -> str:
+    """Returns where the sweep's page finds the report of a job's run; "" if there is none yet."""
+    return f"{row.job.num}/{FILE}" if (row.job.run.path / FILE).exists() else ""
 
 
 def _series(row: Row, env: str, held_out: bool) -> dict[int, float]:

@@ -10,9 +10,9 @@ from statistics import fmean, stdev
 from typing import Any
 
 from gymexp.record.run_state import tokens_per_s, wall_seconds
+from gymexp.report.held_out import HeldOut, read_held_out
 from gymexp.statistics import Interval, mean_over_tasks
 from gymexp.sweep.sweep import Job, Sweep
-from gymexp.view.held_out import HeldOut, read_held_out
 from gymexp.view.progress import duration
 
 SEED = "seed"

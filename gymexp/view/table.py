@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gymexp.statistics import Interval, holm
-from gymexp.view.held_out import HeldOut
+from gymexp.report.held_out import HeldOut, number, p_text
+from gymexp.statistics import Interval
 
 _INTERVALS = "± and [ ] are 95 % intervals over tasks and samples; they say nothing of other training seeds."
 _CHANGES = (
@@ -25,14 +25,13 @@ def held_out_table(result: Mapping[str, Any], held_out: Mapping[str, HeldOut]) -
     if not of_result:
         return ""
     changes = {env: found.change for env, found in held_out.items() if found.change}
-    p_values = dict(zip(changes, holm([change.p for change in changes.values()]), strict=True))
     table = [["held-out reward", "before", "after", "change"]]
     if changes:
         table[0] += ["95 % interval", "p", "detectable", "tasks"]
     for env, metrics in of_result.items():
         before, after = metrics.get("reward", [None, None])
         found = held_out.get(env)
-        change = _number(after - before, "+") if before is not None and after is not None else "–"
+        change = number(after - before, "+") if before is not None and after is not None else "–"
         row = [
             env,
             _with_interval(before, found and found.before),
@@ -40,10 +39,10 @@ def held_out_table(result: Mapping[str, Any], held_out: Mapping[str, HeldOut]) -
             change,
         ]
         if paired := changes.get(env):
-            p = p_values[env]
-            row[3] = _number(paired.mean, "+")
-            row += [f"[{paired.low:+.3f}, {paired.high:+.3f}]", "<0.001" if p < 0.001 else f"{p:.3f}"]
-            row += [_number(paired.detectable)]
+            p = held_out[env].p
+            row[3] = number(paired.mean, "+")
+            row += [f"[{paired.low:+.3f}, {paired.high:+.3f}]", p_text(p)]
+            row += [number(paired.detectable)]
             row += [f"{paired.better} better, {paired.worse} worse of {paired.num_tasks}"]
         table.append(row + ["–"] * (len(table[0]) - len(row)))
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
@@ -73,10 +72,6 @@ def _counts(env: str, metrics: Mapping[str, Sequence[float | None]]) -> str:
 
 
 def _with_interval(value: float | None, interval: Interval | None) -> str:
-    return _number(value) + (
+    return number(value) + (
         f" ± {(interval.high - interval.low) / 2:.3f}" if value is not None and interval else ""
     )
-
-
-def _number(value: float | None, sign: str = "") -> str:
-    return "–" if value is None else f"{value:{sign}.3f}"

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import re
+from itertools import product
+
 import pytest
-from made_runs import make_run
+from made_runs import make_run, write_lines
 
 from gymexp.report import findings
-from gymexp.report.bottleneck import Bottleneck, Setup, find_bottleneck, sentence, tail_seconds
-from gymexp.report.learning_panels import HeldOut
+from gymexp.report.bottleneck import PHASES, Bottleneck, Setup, find_bottleneck, sentence, tail_seconds
+from gymexp.report.held_out import HeldOut
+from gymexp.report.run_panels import defaults
 from gymexp.report.run_records import read_records
 from gymexp.statistics import paired_change
 
@@ -79,30 +84,71 @@ def test_slower_steps_name_the_part_that_grew():
     assert findings.slower_steps(ramp(10, 13), parts) is None, "the first step warms up"
 
 
+NOISY = [0.8, 0.78, 0.82, 0.79, 0.81, 0.8, 0.77, 0.83, 0.8, 0.8, 0.8]
+
+
 def test_a_drop_is_three_robust_deviations_below_what_was_usual():
-    noisy = [0.8, 0.78, 0.82, 0.79, 0.81, 0.8, 0.77, 0.83, 0.8, 0.8, 0.8]
-    dropped = [*noisy, 0.5, 0.52, 0.5]
-    found = findings.sudden_drop(range(1, 15), {"sudoku": dropped, "other": [0.5] * 14})
-    assert found and "sudoku" in found.text and "at step 12" in found.text
-    assert findings.sudden_drop(range(1, 15), {"sudoku": [*noisy, 0.77, 0.78, 0.77]}) is None
-    assert findings.sudden_drop(range(1, 15), {"sudoku": [*noisy, 0.5, 0.8, 0.8]}) is not None
-    assert findings.sudden_drop(range(1, 12), {"sudoku": noisy}) is None
+    found = findings.largest_drop({"sudoku": [*NOISY, 0.5, 0.52, 0.5], "other": [0.5] * 14})
+    assert found and (found.env, found.place, found.usual) == ("sudoku", 11, 0.8)
+    assert found.low == pytest.approx(0.52, abs=0.02)
+    assert findings.largest_drop({"sudoku": [*NOISY, 0.77, 0.78, 0.77]}) is None
+    assert findings.largest_drop({"sudoku": [*NOISY, 0.5, 0.8, 0.8]}) is not None
+    assert findings.largest_drop({"sudoku": NOISY}) is None
+
+
+def test_what_changed_with_a_drop_moved_by_three_deviations_and_a_tenth():
+    series = {
+        "tokens": [30, 31, 29] * 3 + [30] + [61] * 3,
+        "entropy": [0.5] * 10 + [0.54] * 3,
+        "failed": [None] * 13,
+    }
+    assert findings.moved_with(10, series) == ["tokens 30 → 61"]
+    assert findings.moved_with(9, series) == [], "nine steps before are too few"
+
+
+def test_the_tasks_that_fell_most_are_those_that_were_played_before():
+    def played(**rewards: float) -> list[dict]:
+        return [{"env": "e", "key": key, "reward": reward} for key, reward in rewards.items()]
+
+    by_step = {
+        1: played(a=1.0, b=0.5, c=1.0, d=0.0),
+        3: played(a=0.25, b=0.25, new=0.0),
+        5: played(c=0.0, d=1.0),
+    }
+    assert findings.fallen_tasks(by_step, "e", 3) == ["c 1.00 → 0.00", "a 1.00 → 0.25"]
+    assert findings.fallen_tasks(by_step, "e", 1) == []
+
+
+def test_a_drop_is_told_with_what_changed_and_the_tasks(tmp_path):
+    run = make_run(tmp_path / "run", steps=20)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        if "loss" in line:
+            low = line["step"] >= 16
+            line |= {
+                "sudoku/reward": 0.1 if low else 0.8,
+                "sudoku/tokens": 60 if low else 30,
+                "sudoku/nll": 0.4,
+            }
+    write_lines(run / "metrics.jsonl", lines)
+    [found] = [one.text for one in findings.find(read_records(run)) if "dropped" in one.text]
+    assert found.startswith("sudoku: reward dropped from 0.800 to 0.100 at step 16; with it tokens 30 → 60")
 
 
 def test_the_held_out_change_is_good_only_with_an_interval_above_0():
     before = {str(i): 0.0 for i in range(20)}
     clear = paired_change(before, {key: 1.0 if int(key) < 15 else 0.0 for key in before})
     unclear = paired_change(before, {key: 1.0 if key == "0" else 0.0 for key in before})
-    good = findings.held_out_change([HeldOut("e", 0, 9, 0.0, 0.75, clear, 0.001)])
+    good = findings.held_out_change({"e": HeldOut(0.0, 0.75, change=clear, p=0.001)})
     assert (
         good
         and good.mark == "good"
         and "0.000 → 0.750" in good.text
         and "no more than noise" not in good.text
     )
-    poor = findings.held_out_change([HeldOut("e", 0, 9, 0.0, 0.05, unclear, 1.0)])
+    poor = findings.held_out_change({"e": HeldOut(0.0, 0.05, change=unclear, p=1.0)})
     assert poor and poor.mark == "fact" and "no more than noise" in poor.text
-    assert findings.held_out_change([]) is None
+    assert findings.held_out_change({}) is None
 
 
 def rows(ends: list[float], env: str = "slow", policy: float = 0.0, queue: float = 0.0) -> list[dict]:
@@ -151,6 +197,26 @@ def test_idle_gpus_that_only_train_should_be_colocated():
         Bottleneck("rollout", 0.4, "e", "policy", 0.9), Setup(True, True, {})
     )
     assert "A GPU" in sentence(found, Setup(False, False, {}))
+
+
+def test_a_remedy_names_keys_that_exist():
+    """Of every cause with every setup, against the schema."""
+    found = [
+        Bottleneck("rollout", share, "e", cause, 0.9)
+        for share in (0.4, 0.6)
+        for cause in ("tail", "queue", "policy", "environment", "")
+    ]
+    found += [Bottleneck(phase, 0.6) for phase in PHASES]
+    setups = [Setup(apart, gpus, {"e": 1}) for apart, gpus in product((False, True), repeat=2)]
+    known = defaults({"env": {"e": {}}})
+    named = {
+        key
+        for one in found
+        for setup in setups
+        for key in re.findall(r"[a-z]+(?:\.[a-z_]+)+", sentence(one, setup))
+    }
+    keys = named - {"trainer.log"}
+    assert len(keys) > 7 and keys <= known.keys(), keys - known.keys()
 
 
 def test_a_run_has_at_most_six_findings_and_each_leads_to_a_panel(tmp_path):

@@ -96,6 +96,17 @@ def test_a_line_of_the_index_has_what_a_table_shows(tmp_path):
     assert all(row["key"] == "e/train/0" and row["env"] == "e" for row in (first, cut, failed))
 
 
+def test_the_index_has_the_fields_of_a_verdict_that_can_be_counted_within_bounds(tmp_path):
+    small = {"is_correct": True, "score": 0.5, "label": "wrong tool", "count": 3}
+    large = {"answer": "x" * 25, "lines": "a\nb", "judge": {"a": 1}, "steps": [1], "n" * 41: True}
+    many = {f"field_{number}": number for number in range(100)}
+    for verdict, kept in (({**large, **small}, small), (many, dict(list(many.items())[:12])), ({}, {})):
+        rollout = Rollout(TASKS[0], [Turn([1], [2], [-0.5])], 1.0, [], verdict=verdict)
+        write(tmp_path, "step-000001", [Completed(rollout)], 1)
+        assert read_index(tmp_path)[0]["verdict"] == kept
+        assert read_outcome(tmp_path, read_index(tmp_path)[0])["rollout"].get("verdict", {}) == verdict
+
+
 def test_a_later_collection_of_a_step_is_added_and_earlier_lines_stay_right(tmp_path):
     writer = RolloutWriter(tmp_path, ENVS)
     writer.write("step-000001", group(TASKS[0]), 3)

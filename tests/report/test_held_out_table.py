@@ -7,10 +7,10 @@ import random
 from scipy import stats
 
 from gymexp.config.schema import EnvConfig
+from gymexp.report.held_out import read_held_out
 from gymexp.rollout.outcome import Completed, Failed, Outcome, Rollout, Task, Turn
 from gymexp.rollout.rollout_files import RolloutWriter
 from gymexp.statistics import paired_change, reward_interval
-from gymexp.view.held_out import read_held_out
 from gymexp.view.table import held_out_table
 
 ENVS = {name: EnvConfig("c", "a") for name in ("sudoku", "workplace")}
