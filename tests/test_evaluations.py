@@ -236,6 +236,25 @@ def test_the_probe_names_what_the_grader_pays_for_each_reply(folder, gym_python)
     assert all(float(reward) < 0.1 for _, reward in rows) and "finding" not in said, "a strict grader"
 
 
+def test_several_evaluations_are_made_by_one_command(folder, gym_python):
+    sweep = folder / "several"
+    probes = [*BASE[3:], "policy=probe", "env=[sudoku]", f"hydra.sweep.dir='{sweep}'"]
+    said = evaluate("-m", *probes, "evaluation.num_tasks=1,2")
+    assert (
+        "job 0 (evaluation.num_tasks=1), 1 of 2" in said and "job 1 (evaluation.num_tasks=2), 2 of 2" in said
+    )
+    for job, num_tasks in (("0", 1), ("1", 2)):
+        assert (
+            len(re.findall(rf"\nprobe: \w+ +sudoku +{num_tasks} +1 +{num_tasks}/{num_tasks} +0 ", said)) == 5
+        )
+        assert f"evaluation directory: {sweep / job}" in said
+        assert results(sweep / job)["tasks"] == num_tasks
+    status = subprocess.run(
+        [sys.executable, "-m", "gymexp.status", sweep], capture_output=True, text=True, check=True, cwd=ROOT
+    ).stdout
+    assert len(re.findall(r"\n[01] +finished ", status)) == 2, status
+
+
 def test_ctrl_c_keeps_what_was_scored_and_says_how_to_go_on(folder, gym_python):
     directory = folder / "interrupted"
     slow = [*BASE, "evaluation.samples=40", "engine.max_batch_size=1", f"output_dir='{directory}'"]
