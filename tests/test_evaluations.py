@@ -18,6 +18,7 @@ import psutil
 import pytest
 from aiohttp import web
 from loopback import serving
+from sharded_ranks import ZERO_3, train, with_deepspeed
 from whole_run import NO_WAY_OUT, PATIENCE_S, ROOT, TINY
 
 from gymexp.config.load import from_yaml, to_yaml
@@ -155,6 +156,38 @@ def trained(base, folder: Path) -> Path:
     )
     checkpoints.seal(checkpoint)
     return run
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(
+    "trainer", [{"fsdp": True}, pytest.param(ZERO_3, marks=with_deepspeed)], ids=["fsdp", "zero3"]
+)
+def test_shards_that_two_ranks_saved_are_played_with_the_weights_that_the_engine_would_get(
+    base, folder, trainer
+):
+    from safetensors.torch import load_file
+
+    run = folder / "shards" / next(iter(trainer))
+    train(run, 1, trainer)
+    checkpoint = run / "checkpoints" / "checkpoint-1"
+    assert not (checkpoint / "model.safetensors").exists()
+    config = from_yaml(base[0] / "config.yaml")
+    config.model.path = str(TINY)
+    (run / "config.yaml").write_text(to_yaml(config))
+    shutil.copytree(base[0] / "data", run / "data")
+    of_run, elsewhere = run / "evaluated", run / "elsewhere"
+    said = evaluate(f"checkpoint={checkpoint}", f"output_dir='{of_run}'")
+    assert "step 1: making a whole model of its checkpoint" in said
+    assert re.search(r"\nsudoku +8 +1 +8/8 ", said)
+    evaluate(f"checkpoint={checkpoint}", *BASE[:1], *BASE[3:], f"output_dir='{elsewhere}'")
+    sent = load_file(run / "sent-1.safetensors")
+    before = load_file(run / "sent-0.safetensors")
+    assert any((sent[name] != before[name]).any() for name in sent), "a step changes the weights"
+    for directory in (of_run, elsewhere):
+        [policy] = json.loads((directory / "evaluation.json").read_text())["policies"]
+        played = load_file(Path(policy["directory"]) / "model.safetensors")
+        assert played.keys() <= sent.keys() and len(played) > 60
+        assert all((played[name] == sent[name]).all() for name in played)
 
 
 @pytest.fixture(scope="module")

@@ -27,11 +27,13 @@ REPLIES = ("empty", "prompt", "yes", "refusal", "digits")  # of `gateway/probe.p
 @dataclass(frozen=True)
 class Request:
     """config: the evaluation's config.yaml. plan: without a fingerprint, and without the digests of weights,
-    yet. run: the run whose tasks are played; None if the environments' own are made or fetched."""
+    yet. run: the run whose tasks are played; None if the environments' own are made or fetched. made_by: the
+    run that trained the policies; None if no run of gymexp's did."""
 
     config: RunConfig
     plan: Plan
     run: RunDirectory | None
+    made_by: RunDirectory | None = None
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,8 @@ def settled(request: Request, say: Say) -> Request:
         digest = f"{model.path}@{model.revision}"
         policies = [dataclasses.replace(policies[0], directory=directory, digest=digest)]
     else:
-        hub_snapshot.pin(model, say)  # which refuses a revision of a directory
+        if not request.made_by:
+            hub_snapshot.pin(model, say)  # which refuses a revision of a directory
         policies = [
             dataclasses.replace(policy, digest=weights_digest(Path(policy.directory or "")))
             for policy in policies
@@ -132,7 +135,7 @@ def _of_run(config: EvaluateConfig, cfg: DictConfig, overrides: Sequence[str]) -
     ]
     model = dataclasses.replace(run_config.model, path=policies[0].directory or "", revision=None)
     named = _named(dataclasses.replace(run_config, model=model), trained.name, config)
-    return Request(named, _plan(config, policies), None if has_envs else run)
+    return Request(named, _plan(config, policies), None if has_envs else run, run)
 
 
 def _run_of(checkpoint: Path) -> Path | None:

@@ -51,8 +51,8 @@ def write(run: RunDirectory, config: RunConfig, plan: Plan) -> str:
     first, last = summaries[plan.policies[0].label], summaries[plan.policies[-1].label]
     held_out = {}
     for env, summary in last.items():
-        before = _mean_reward(first[env]) if len(plan.policies) > 1 else None
-        held_out[env] = {"reward": [before, _mean_reward(summary)]}
+        before = first[env].mean_reward if len(plan.policies) > 1 else None
+        held_out[env] = {"reward": [before, summary.mean_reward]}
     run.write_result({"step": plan.policies[-1].step, "stopped": False, "held_out": held_out})
     findings = [line for policy in plan.policies for line in _finding(policy, summaries[policy.label])]
     table = printable("\n".join([results_table(summaries, plan.samples), *findings]))
@@ -98,10 +98,6 @@ def summary_of(rows: Sequence[Mapping[str, Any]], planned: int, success_reward: 
         return summarize(rows, planned, success_reward)
     summary = summarize([{**row, "tokens": 0} for row in rows], planned, success_reward)
     return dataclasses.replace(summary, tokens_p50=None, tokens_p95=None)
-
-
-def _mean_reward(summary: EnvSummary) -> float | None:
-    return summary.reward.mean if summary.reward else None
 
 
 def _sampling(config: RunConfig) -> dict[str, Any]:
@@ -169,5 +165,5 @@ def _finding(policy: Policy, summaries: Mapping[str, EnvSummary]) -> list[str]:
         f"finding: the grader of {env} pays {mean:.3f} on average for the reply {policy.reply!r}, which "
         "solves nothing"
         for env, summary in summaries.items()
-        if (mean := _mean_reward(summary)) is not None and mean >= _PAYS
+        if (mean := summary.mean_reward) is not None and mean >= _PAYS
     ]

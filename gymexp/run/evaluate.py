@@ -128,9 +128,13 @@ def _prepare(request: Request, config: EvaluateConfig, python: Path, say: Say) -
         all_tasks = load_prepared(request.run.data)
     else:
         all_tasks = prepare(run_config, python, cache_dir(), say)
-        if not request.plan.policies[0].is_text:
-            tokenizer_check.check(run_config.model, all_tasks, cache_dir())
-            prompt_lengths.check(run_config.model, all_tasks, cache_dir())
+        first = request.plan.policies[0]
+        if not first.is_text:
+            model = run_config.model
+            if request.made_by and not is_plain(Path(first.directory or "")):
+                model = from_yaml(request.made_by.config).model  # the checkpoint has its weights alone
+            tokenizer_check.check(model, all_tasks, cache_dir())
+            prompt_lengths.check(model, all_tasks, cache_dir())
     envs = list(run_config.env)
     if config.split == "train":
         unique = {task.key: task for task in all_tasks.train}
@@ -168,10 +172,10 @@ def _write(
     config, tasks = request.config, tasks_of(prepared)
     policies = request.plan.policies
     for index, policy in enumerate(policies):
-        if policy.directory and request.run and not is_plain(Path(policy.directory)):
+        if policy.directory and request.made_by and not is_plain(Path(policy.directory)):
             say(f"{policy.label}: making a whole model of its checkpoint")
             to = run.path / "policies" / policy.file
-            made = _whole_model(request.run.path, Path(policy.directory), to)
+            made = _whole_model(request.made_by.path, Path(policy.directory), to)
             digest = weights_digest(Path(made))
             policies[index] = dataclasses.replace(policy, directory=made, digest=digest)
     if (directory := policies[0].directory) and not config.model.revision:
