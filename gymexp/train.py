@@ -29,7 +29,7 @@ def main(cfg: DictConfig) -> Any:
     config = load(cfg)
     # These imports come late, so that a mistake in the configuration is reported before they cost time.
     from gymexp.run.train import train
-    from gymexp.sweep.check import refuse_dry_run
+    from gymexp.sweep.kinds import refuse_dry_run
 
     refuse_dry_run(config)
     resume = latest_run(Path("outputs")) if config.resume == "latest" else config.resume

@@ -8,6 +8,7 @@ import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from slurm_sweeps import Submitted
@@ -120,7 +121,7 @@ def submitted(slurm, gym_python, tmp_path) -> Iterator[Callable[..., Submitted]]
     """Submits to a directory that has to be quoted; what a failed test leaves of it is cancelled."""
     made: list[Submitted] = []
 
-    def submit(*overrides: str, **more: Path) -> Submitted:
+    def submit(*overrides: str, **more: Any) -> Submitted:
         made.append(Submitted(tmp_path / "with a space" / f"sweep{len(made)}", *overrides, **more))
         return made[-1]
 

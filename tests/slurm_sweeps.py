@@ -37,17 +37,35 @@ SMALL = [
 
 
 class Submitted:
-    """`python -m gymexp.train launcher=slurm …` in a process of its own."""
+    """`python -m gymexp.train launcher=slurm …`, or another command's, in a process of its own."""
 
-    def __init__(self, sweep: Path, *overrides: str, project: Path = ROOT) -> None:
+    def __init__(
+        self,
+        sweep: Path,
+        *overrides: str,
+        project: Path = ROOT,
+        command: str = "train",
+        multirun: bool = True,
+    ) -> None:
         self.sweep = sweep
         self.gates = project / "gates"
         sweep.parent.mkdir(parents=True, exist_ok=True)
         self._output = sweep.parent / f"{sweep.name}.txt"
         where = f"hydra.sweep.dir='{sweep}'"
-        command = [sys.executable, "-m", "gymexp.train", "-m", "launcher=slurm", where, *SMALL, *overrides]
+        small = SMALL if command == "train" else []
+        flags = ["-m"] if multirun else []
+        words = [
+            sys.executable,
+            "-m",
+            f"gymexp.{command}",
+            *flags,
+            "launcher=slurm",
+            where,
+            *small,
+            *overrides,
+        ]
         with self._output.open("w") as out:
-            self.process = subprocess.Popen(command, stdout=out, stderr=out, cwd=project)
+            self.process = subprocess.Popen(words, stdout=out, stderr=out, cwd=project)
 
     @property
     def said(self) -> str:

@@ -18,6 +18,7 @@ import psutil
 import pytest
 from aiohttp import web
 from loopback import serving
+from sharded_ranks import ZERO_3, train, with_deepspeed
 from whole_run import NO_WAY_OUT, PATIENCE_S, ROOT, TINY
 
 from gymexp.config.load import from_yaml, to_yaml
@@ -157,6 +158,38 @@ def trained(base, folder: Path) -> Path:
     return run
 
 
+@pytest.mark.ranks
+@pytest.mark.parametrize(
+    "trainer", [{"fsdp": True}, pytest.param(ZERO_3, marks=with_deepspeed)], ids=["fsdp", "zero3"]
+)
+def test_shards_that_two_ranks_saved_are_played_with_the_weights_that_the_engine_would_get(
+    base, folder, trainer
+):
+    from safetensors.torch import load_file
+
+    run = folder / "shards" / next(iter(trainer))
+    train(run, 1, trainer)
+    checkpoint = run / "checkpoints" / "checkpoint-1"
+    assert not (checkpoint / "model.safetensors").exists()
+    config = from_yaml(base[0] / "config.yaml")
+    config.model.path = str(TINY)
+    (run / "config.yaml").write_text(to_yaml(config))
+    shutil.copytree(base[0] / "data", run / "data")
+    of_run, elsewhere = run / "evaluated", run / "elsewhere"
+    said = evaluate(f"checkpoint={checkpoint}", f"output_dir='{of_run}'")
+    assert "step 1: making a whole model of its checkpoint" in said
+    assert re.search(r"\nsudoku +8 +1 +8/8 ", said)
+    evaluate(f"checkpoint={checkpoint}", *BASE[:1], *BASE[3:], f"output_dir='{elsewhere}'")
+    sent = load_file(run / "sent-1.safetensors")
+    before = load_file(run / "sent-0.safetensors")
+    assert any((sent[name] != before[name]).any() for name in sent), "a step changes the weights"
+    for directory in (of_run, elsewhere):
+        [policy] = json.loads((directory / "evaluation.json").read_text())["policies"]
+        played = load_file(Path(policy["directory"]) / "model.safetensors")
+        assert played.keys() <= sent.keys() and len(played) > 60
+        assert all((played[name] == sent[name]).all() for name in played)
+
+
 @pytest.fixture(scope="module")
 def endpoint() -> Iterator[str]:
     """An OpenAI-compatible server that wants a key, refuses the third request for a while, and repeats the
@@ -234,6 +267,25 @@ def test_the_probe_names_what_the_grader_pays_for_each_reply(folder, gym_python)
     rows = re.findall(r"\nprobe: (\w+) +sudoku +2 +1 +2/2 +0 +(\d\.\d{3})", said)
     assert [name for name, _ in rows] == ["empty", "prompt", "yes", "refusal", "digits"]
     assert all(float(reward) < 0.1 for _, reward in rows) and "finding" not in said, "a strict grader"
+
+
+def test_several_evaluations_are_made_by_one_command(folder, gym_python):
+    sweep = folder / "several"
+    probes = [*BASE[3:], "policy=probe", "env=[sudoku]", f"hydra.sweep.dir='{sweep}'"]
+    said = evaluate("-m", *probes, "evaluation.num_tasks=1,2")
+    assert (
+        "job 0 (evaluation.num_tasks=1), 1 of 2" in said and "job 1 (evaluation.num_tasks=2), 2 of 2" in said
+    )
+    for job, num_tasks in (("0", 1), ("1", 2)):
+        assert (
+            len(re.findall(rf"\nprobe: \w+ +sudoku +{num_tasks} +1 +{num_tasks}/{num_tasks} +0 ", said)) == 5
+        )
+        assert f"evaluation directory: {sweep / job}" in said
+        assert results(sweep / job)["tasks"] == num_tasks
+    status = subprocess.run(
+        [sys.executable, "-m", "gymexp.status", sweep], capture_output=True, text=True, check=True, cwd=ROOT
+    ).stdout
+    assert len(re.findall(r"\n[01] +finished ", status)) == 2, status
 
 
 def test_ctrl_c_keeps_what_was_scored_and_says_how_to_go_on(folder, gym_python):

@@ -96,6 +96,13 @@ BY_OTHER_TESTS = {
     "python -m gymexp.evaluate resume=outputs/eval/<name>/<date_time>": (
         "tests/test_evaluations.py::test_one_that_is_killed_half_way_and_resumed_writes_the_same_bytes"
     ),
+    "python -m gymexp.evaluate -m run=outputs/a/<date_time>,outputs/b/<date_time> checkpoints=all": (
+        "tests/test_evaluations.py::test_several_evaluations_are_made_by_one_command"
+    ),
+    "python -m gymexp.evaluate launcher=slurm launcher.gpus=2 launcher.time=2:00:00 "
+    "run=outputs/<name>/<date_time> checkpoints=all": (
+        "tests/faults/test_evaluation_on_slurm.py::test_an_evaluation_whose_job_is_preempted"
+    ),
     "python -m gymexp.evaluate 'env=[sudoku]' policy=probe": (
         "tests/test_evaluations.py::test_the_probe_names_what_the_grader_pays_for_each_reply"
     ),
@@ -126,6 +133,8 @@ SAME_AS = {
     ),
 }
 NOT_HERE = {
+    "python -m gymexp.evaluate -m launcher=slurm launcher.gpus=2 'env=[sudoku],[workplace]' "
+    "model=qwen3_1_7b,qwen3_4b": "a cluster with GPUs: tests/slurm has none",
     "python -m gymexp.evaluate 'env=[sudoku,workplace]' model=qwen3_4b": (
         "a GPU; tests/test_evaluations.py evaluates the tiny model"
     ),

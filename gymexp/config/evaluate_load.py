@@ -21,7 +21,6 @@ from gymexp.config.grpo_arguments import value_of
 from gymexp.config.schema import (
     CheckpointConfig,
     EvaluationConfig,
-    LauncherConfig,
     LoraConfig,
     PlacementConfig,
     RunConfig,
@@ -34,7 +33,6 @@ _TRAINING = "is of training, and an evaluation has none"
 # Keys that a run has and that no evaluation obeys, as patterns, with the reason.
 _WITHOUT_EFFECT = {
     r"trainer(\.|$)": _TRAINING,
-    r"launcher(\.|$)": "is of gymexp.train: put this command into a job script of your own (sbatch --wrap)",
     r"model\.lora(\.|$)": "is of training: checkpoint=… takes a checkpoint of an adapter as it is",
     r"engine\.(weights|colocate)$": _TRAINING,
     r"engine\.urls$": "is of training: say endpoint.url=…/v1 for a server that runs already",
@@ -75,6 +73,16 @@ def load_evaluation(cfg: DictConfig, overrides: Sequence[str]) -> EvaluateConfig
     if problems := list(_problems(made, keys_of(overrides))):
         raise ConfigError("\n".join(problems))
     return made
+
+
+def refuse_launcher_keys(overrides: Sequence[str]) -> None:
+    """Raises ConfigError for a key of `launcher.*` in an evaluation that is no Slurm job. overrides: those of
+    the command line."""
+    for key in keys_of(overrides):
+        if key.startswith("launcher."):
+            raise ConfigError(
+                f"{key} is of a Slurm job, got launcher=local: say launcher=slurm as well, or leave it out"
+            )
 
 
 def keys_of(overrides: Sequence[str]) -> list[str]:
@@ -158,7 +166,7 @@ def of_model(config: EvaluateConfig) -> RunConfig:
         if not env.get("config_path"):
             raise ConfigError(f"env.{name} is not among the selected environments: add it to env=[…]")
     plain = dataclasses.asdict(config)
-    shared = {key: plain[key] for key in ("env", "dataset", "engine", "gym", "rollout")}
+    shared = {key: plain[key] for key in ("env", "dataset", "engine", "gym", "rollout", "launcher")}
     name = config.name or config.model.name or "probe"
     model = plain["model"]
     if not model["path"]:  # a policy without a model
@@ -181,10 +189,13 @@ def of_run(run: RunConfig, cfg: DictConfig, overrides: Sequence[str], data_of_ru
     a key that the run decides.
     """
     base = OmegaConf.create(dataclasses.asdict(run))
+    OmegaConf.update(base, "launcher", cfg.launcher, merge=False)  # the run may have been another kind of job
     for key in keys_of(overrides):
         if key in ("run", "checkpoint", "checkpoints", "split", "output_dir", "name"):
             continue
         if key in ("evaluation.samples", "evaluation.tasks") or key.startswith("hydra."):
+            continue
+        if key == "launcher" or key.startswith("launcher."):
             continue
         if (data_of_run and re.match(_OF_THE_RUN, key)) or re.match(r"model(\.(name|path|revision)|$)", key):
             raise ConfigError(f"{key} must be left out with run=… and checkpoint=…, where the run decides it")
@@ -209,5 +220,4 @@ def of_run(run: RunConfig, cfg: DictConfig, overrides: Sequence[str], data_of_ru
         checkpoint=CheckpointConfig(),
         tracker=TrackerConfig(),
         search=SearchConfig(),
-        launcher=LauncherConfig(),
     )

@@ -60,5 +60,5 @@ class EvaluateConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
     gym: GymConfig = field(default_factory=GymConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
-    launcher: LauncherConfig = field(default_factory=LauncherConfig)  # of the machine's file; not used
+    launcher: LauncherConfig = field(default_factory=LauncherConfig)
     trainer: dict[str, Any] = field(default_factory=dict)  # of a model's file; not used

@@ -161,6 +161,7 @@ def comparison_table(first: str, pairs: Sequence[Pair]) -> str:
             rows.append([*row, "0", *["–"] * (len(rows[0]) - 3)])
         else:
             change, p = pair.change, next(adjusted)
+            is_equal = change.low == change.high
             rows.append(
                 [
                     *row,
@@ -168,9 +169,9 @@ def comparison_table(first: str, pairs: Sequence[Pair]) -> str:
                     f"{pair.first:.3f}",
                     f"{pair.second:.3f}",
                     f"{change.mean:+.3f}",
-                    f"[{change.low:+.3f}, {change.high:+.3f}]",
+                    "all equal" if is_equal else f"[{change.low:+.3f}, {change.high:+.3f}]",
                     "<0.001" if p < 0.001 else f"{p:.3f}",
-                    f"{change.detectable:.3f}",
+                    "–" if is_equal else f"{change.detectable:.3f}",
                     f"{change.better}/{change.same}/{change.worse}",
                 ]
             )

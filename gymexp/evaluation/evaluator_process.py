@@ -7,69 +7,47 @@ result.json. With the hf engine, the engine is in this process. On SIGTERM it ke
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import logging
-import os
-import signal
 import sys
 import threading
 import time
-import urllib.request
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from gymexp import files
 from gymexp.config.load import from_yaml
 from gymexp.config.schema import RunConfig
-from gymexp.errors import ConfigError, GymexpError
+from gymexp.errors import ConfigError
 from gymexp.evaluation.kept import KeptOutcomes, Place
 from gymexp.evaluation.plan import Plan, Policy, tasks_of
-from gymexp.printable import log_to_stderr
 from gymexp.processes.access_keys import RUN, header_of
-from gymexp.processes.http_client import fetch_json, open_url
-from gymexp.processes.parent_watch import die_with_parent
+from gymexp.processes.http_client import fetch_json
 from gymexp.record.directory import RunDirectory
 from gymexp.record.services_file import Services
 from gymexp.rollout.outcome import Failed, Outcome
-
-if TYPE_CHECKING:
-    from gymexp.rollout.collect import Collector
+from gymexp.training import controlled_process
 
 log = logging.getLogger(__name__)
-_NAME = "evaluator"
-_HEARTBEAT_S = 5.0
 _GATEWAY_TIMEOUT_S = 900.0  # of the check of an endpoint, which has a deadline of its own
 _ROLLOUTS_IN_A_FRAME = 8  # at least, of the final files
 
 
 def main() -> None:
-    die_with_parent()
+    stop_requested = controlled_process.begin()
     directory, numbers = RunDirectory(Path(sys.argv[1])), [int(n) for n in sys.argv[2].split(",")]
-    log_to_stderr("%(asctime)s %(name)s: %(message)s")
-    stop_requested = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: stop_requested.set())
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # The controller handles Ctrl-C.
     try:
         config = from_yaml(directory.config)
         directory.write_result(Evaluator(directory, config, stop_requested).run(numbers))
     except Exception as error:
-        if isinstance(error, GymexpError):
-            message = str(error)
-        elif refused := files.refusal(error):
-            message = files.in_words(refused)
-        else:
+        if not (message := controlled_process.message_of(error)):
             raise
         log.error("%s", message)
         directory.write_error(message)
         sys.exit(1)
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)  # Everything is written, and no thread may keep the process alive.
+    controlled_process.end()
 
 
 class Evaluator:
@@ -88,9 +66,7 @@ class Evaluator:
         from gymexp.rollout.collect import Stopped
         from gymexp.training.callbacks import ProgressReporter
 
-        threading.Thread(
-            target=_send_heartbeats, args=[self._services.control_url], name="alive", daemon=True
-        ).start()
+        controlled_process.send_heartbeats(self._services.control_url, "evaluator")
         policies = [self._plan.policies[number] for number in numbers]
         self._tasks = {task.key: task for task in tasks_of(load_prepared(self._directory.data))}
         self._places: list[Place] = [(key, n) for key in self._tasks for n in range(self._plan.samples)]
@@ -127,24 +103,10 @@ class Evaluator:
             replicas = Replicas(self._services.engine_urls)
             replicas.wait_healthy(self._config.engine.start_timeout_s, self._stop_requested)
             vocab_size, sampling_of = read_vocab_size(Path(first.directory or "")), lambda _: nullcontext()
-        self._collector = self._open_collector(vocab_size, stack)
-        return sampling_of
-
-    def _open_collector(self, vocab_size: int | None, stack: ExitStack) -> Collector:
-        from gymexp.rollout.collect import Collector
-
-        collector = Collector(
-            self._services.replicas,
-            self._config.env,
-            self._config.rollout,
-            vocab_size,
-            self._services.control_url,
-            self._services.gateway_url,
-            self._reporter.report_collection,
+        self._collector = controlled_process.open_collector(
+            self._config, self._services, vocab_size, self._reporter, self._stop_requested, stack
         )
-        stack.callback(collector.close)
-        threading.Thread(target=lambda: (self._stop_requested.wait(), collector.stop()), daemon=True).start()
-        return collector
+        return sampling_of
 
     def _play(self, policy: Policy, sampling: AbstractContextManager[None]) -> int:
         """Plays what is missing of a policy's rollouts, and writes its files. Returns how many it has scored.
@@ -209,15 +171,6 @@ def read_vocab_size(directory: Path) -> int:
     """Returns the number of a model's token ids, from its config.json."""
     config = json.loads((directory / "config.json").read_text())
     return int(config.get("vocab_size") or config["text_config"]["vocab_size"])
-
-
-def _send_heartbeats(control_url: str) -> None:
-    """Sends the controller a sign of life every `_HEARTBEAT_S` seconds, for ever."""
-    request = urllib.request.Request(f"{control_url}/alive/{_NAME}", b"", header_of(RUN))
-    while True:
-        with contextlib.suppress(OSError):
-            open_url(request, timeout_s=_HEARTBEAT_S).close()
-        time.sleep(_HEARTBEAT_S)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import zstandard
 
 from gymexp.files import at
 from gymexp.rollout.outcome import Failed, Outcome, Task, outcome_from_json, outcome_to_json, task_of
-from gymexp.rollout.rollout_files import read_outcomes
+from gymexp.rollout.rollout_files import read_index, read_outcomes
 
 Place = tuple[str, int]  # a task's key, and the number of its sample
 
@@ -37,8 +37,11 @@ class KeptOutcomes:
                 key = _key_of(record)
                 numbers[key] = numbers.get(key, -1) + 1
                 self._take(record, numbers[key])
-        for record in self._read():
+        records, whole = read_landed(self._path)
+        for record in records:
             self._take(record, record.pop("sample"))
+        if self._path.exists() and whole < self._path.stat().st_size:
+            os.truncate(self._path, whole)  # a frame that was not written whole
 
     def missing(self, places: Sequence[Place]) -> list[Place]:
         """Returns the places without a scored outcome, in order."""
@@ -72,24 +75,31 @@ class KeptOutcomes:
         if not isinstance(outcome, Failed) or (key, sample) not in self.by_place:
             self.by_place[key, sample] = outcome
 
-    def _read(self) -> Iterator[dict[str, Any]]:
-        """Yields the records of the file, and cuts off a frame that was not written whole."""
-        if not self._path.exists():
-            return
-        data = self._path.read_bytes()
-        rest = data
-        while rest:
-            frame = zstandard.ZstdDecompressor().decompressobj()
-            try:
-                lines = frame.decompress(rest)
-            except zstandard.ZstdError:
-                break
-            if not frame.eof:
-                break
-            yield from map(orjson.loads, lines.splitlines())
-            rest = frame.unused_data
-        if rest:
-            os.truncate(self._path, len(data) - len(rest))
+
+def num_scored(directory: Path) -> int:
+    """Returns how many rollouts of an evaluation have a reward, landed or written. directory: the
+    evaluation's."""
+    scored = sum(row.get("reward") is not None for row in read_index(directory / "rollouts"))
+    for path in (directory / "landing").glob("*.jsonl.zst"):
+        scored += sum(record["outcome"] != "failed" for record in read_landed(path)[0])
+    return scored
+
+
+def read_landed(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """Returns the records of a file in `landing/`, and the number of bytes in its whole frames."""
+    rest = data = path.read_bytes() if path.exists() else b""
+    records: list[dict[str, Any]] = []
+    while rest:
+        frame = zstandard.ZstdDecompressor().decompressobj()
+        try:
+            lines = frame.decompress(rest)
+        except zstandard.ZstdError:
+            break
+        if not frame.eof:
+            break
+        records += map(orjson.loads, lines.splitlines())
+        rest = frame.unused_data
+    return records, len(data) - len(rest)
 
 
 def _key_of(record: Mapping[str, Any]) -> str:

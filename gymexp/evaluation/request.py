@@ -26,12 +26,14 @@ REPLIES = ("empty", "prompt", "yes", "refusal", "digits")  # of `gateway/probe.p
 
 @dataclass(frozen=True)
 class Request:
-    """config: the evaluation's config.yaml. plan: without a fingerprint yet. run: the run whose tasks are
-    played; None if the environments' own are made or fetched."""
+    """config: the evaluation's config.yaml. plan: without a fingerprint, and without the digests of weights,
+    yet. run: the run whose tasks are played; None if the environments' own are made or fetched. made_by: the
+    run that trained the policies; None if no run of gymexp's did."""
 
     config: RunConfig
     plan: Plan
     run: RunDirectory | None
+    made_by: RunDirectory | None = None
 
 
 @dataclass(frozen=True)
@@ -43,10 +45,11 @@ class _Weights:
     label: str
 
 
-def resolve(config: EvaluateConfig, cfg: DictConfig, overrides: Sequence[str], say: Say) -> Request:
-    """Returns the request. cfg: Hydra's composed config of `config`. overrides: those of the command line.
+def resolve(config: EvaluateConfig, cfg: DictConfig, overrides: Sequence[str]) -> Request:
+    """Returns the request, before `settled`. Reads few files, and asks no hub.
 
-    Raises ConfigError or RunDirectoryError that names what is missing.
+    cfg: Hydra's composed config of `config`. overrides: those of the command line. Raises ConfigError or
+    RunDirectoryError that names what is missing.
     """
     if config.run or (config.checkpoint and _run_of(Path(config.checkpoint))):
         return _of_run(config, cfg, overrides)
@@ -71,13 +74,34 @@ def resolve(config: EvaluateConfig, cfg: DictConfig, overrides: Sequence[str], s
         directory = _plain(Path(config.checkpoint).expanduser().resolve())
         model = dataclasses.replace(run_config.model, path=str(directory), name=directory.name)
         run_config = _named(dataclasses.replace(run_config, model=model), directory.name, config)
-    else:
-        run_config = dataclasses.replace(run_config, model=hub_snapshot.pin(run_config.model, say))
     model = run_config.model
-    directory = hub_snapshot.directory_of(model, say)
-    digest = f"{model.path}@{model.revision}" if model.revision else weights_digest(directory)
-    policy = Policy("model", model.name, "eval-000000", 0, str(directory), digest)
+    policy = Policy("model", model.name, "eval-000000", 0, hub_snapshot.resolve_path(model.path))
     return Request(_named(run_config, model.name, config), _plan(config, [policy]), None)
+
+
+def settled(request: Request, say: Say) -> Request:
+    """Returns the request with the digest of each policy's weights. A hub id is fetched, and pinned to its
+    commit. Raises ConfigError if the hub has no such model."""
+    if request.plan.policies[0].is_text:
+        return request
+    model, policies = request.config.model, request.plan.policies
+    if not Path(policies[0].directory or "").is_absolute():
+        model = hub_snapshot.pin(model, say)
+        directory = str(hub_snapshot.directory_of(model, say))
+        digest = f"{model.path}@{model.revision}"
+        policies = [dataclasses.replace(policies[0], directory=directory, digest=digest)]
+    else:
+        if not request.made_by:
+            hub_snapshot.pin(model, say)  # which refuses a revision of a directory
+        policies = [
+            dataclasses.replace(policy, digest=weights_digest(Path(policy.directory or "")))
+            for policy in policies
+        ]
+    return dataclasses.replace(
+        request,
+        config=dataclasses.replace(request.config, model=model),
+        plan=dataclasses.replace(request.plan, policies=policies),
+    )
 
 
 def _plan(config: EvaluateConfig, policies: list[Policy]) -> Plan:
@@ -106,13 +130,12 @@ def _of_run(config: EvaluateConfig, cfg: DictConfig, overrides: Sequence[str]) -
             f"eval-{weights.step:06d}",
             weights.step,
             str(weights.directory),
-            weights_digest(weights.directory),
         )
         for weights in chosen
     ]
     model = dataclasses.replace(run_config.model, path=policies[0].directory or "", revision=None)
     named = _named(dataclasses.replace(run_config, model=model), trained.name, config)
-    return Request(named, _plan(config, policies), None if has_envs else run)
+    return Request(named, _plan(config, policies), None if has_envs else run, run)
 
 
 def _run_of(checkpoint: Path) -> Path | None:

@@ -1,4 +1,4 @@
-"""The results of an evaluation: results.json, results.csv (a line a task) and the table of the terminal.
+"""The results of an evaluation: results.json, results.csv (a line a task), and results.txt (the table).
 
 results.json depends on what was played alone: it has no time, no path and no duration. So two evaluations of
 the same policy with the same seeds write the same file, and one that was killed and resumed does too.
@@ -19,11 +19,13 @@ from gymexp.config.schema import RunConfig
 from gymexp.evaluation.plan import TASKS, Plan, Policy
 from gymexp.evaluation.results_table import results_table
 from gymexp.files import read_json, replace_file
+from gymexp.printable import printable
 from gymexp.record.directory import RunDirectory
 from gymexp.rollout.rollout_files import read_index
 from gymexp.statistics import EnvSummary, summarize
 
 RESULTS = "results.json"
+_TABLE = "results.txt"
 _SCHEMA = 1
 _COLUMNS = ("policy", "env", "key", "n", "successes", "mean", "sd", "tokens", "turns", "failed", "causes")
 
@@ -45,18 +47,23 @@ def write(run: RunDirectory, config: RunConfig, plan: Plan) -> str:
         "sampling": _sampling(config),
         "policies": [_policy_to_json(policy, summaries[policy.label]) for policy in plan.policies],
     }
-    replace_file(run.path / RESULTS, json.dumps(results, indent=1) + "\n")
     replace_file(run.path / "results.csv", _to_csv(plan, rows))
     first, last = summaries[plan.policies[0].label], summaries[plan.policies[-1].label]
     held_out = {}
     for env, summary in last.items():
-        before = _mean_reward(first[env]) if len(plan.policies) > 1 else None
-        held_out[env] = {"reward": [before, _mean_reward(summary)]}
+        before = first[env].mean_reward if len(plan.policies) > 1 else None
+        held_out[env] = {"reward": [before, summary.mean_reward]}
     run.write_result({"step": plan.policies[-1].step, "stopped": False, "held_out": held_out})
-    findings = [_finding(policy, summaries[policy.label]) for policy in plan.policies]
-    return "\n".join(
-        [results_table(summaries, plan.samples), *(line for lines in findings for line in lines)]
-    )
+    findings = [line for policy in plan.policies for line in _finding(policy, summaries[policy.label])]
+    table = printable("\n".join([results_table(summaries, plan.samples), *findings]))
+    replace_file(run.path / _TABLE, table + "\n")
+    replace_file(run.path / RESULTS, json.dumps(results, indent=1) + "\n")  # last: it says that all is done
+    return table
+
+
+def read_table(directory: Path) -> str:
+    """Returns the table of a finished evaluation, as the terminal showed it."""
+    return (directory / _TABLE).read_text().rstrip()
 
 
 def _rows_by_file(rollouts: Path) -> dict[str, list[dict[str, Any]]]:
@@ -91,10 +98,6 @@ def summary_of(rows: Sequence[Mapping[str, Any]], planned: int, success_reward: 
         return summarize(rows, planned, success_reward)
     summary = summarize([{**row, "tokens": 0} for row in rows], planned, success_reward)
     return dataclasses.replace(summary, tokens_p50=None, tokens_p95=None)
-
-
-def _mean_reward(summary: EnvSummary) -> float | None:
-    return summary.reward.mean if summary.reward else None
 
 
 def _sampling(config: RunConfig) -> dict[str, Any]:
@@ -162,5 +165,5 @@ def _finding(policy: Policy, summaries: Mapping[str, EnvSummary]) -> list[str]:
         f"finding: the grader of {env} pays {mean:.3f} on average for the reply {policy.reply!r}, which "
         "solves nothing"
         for env, summary in summaries.items()
-        if (mean := _mean_reward(summary)) is not None and mean >= _PAYS
+        if (mean := summary.mean_reward) is not None and mean >= _PAYS
     ]

@@ -31,13 +31,20 @@ def results_table(summaries: Mapping[str, Mapping[str, EnvSummary]], samples: in
         for env, summary in of_envs.items():
             rows.append(([label] if several else []) + _cells(env, summary, samples, k, has_failed))
     return "\n".join(
-        [aligned(rows), *_solved(summaries, several), *_noise(summaries, samples, several), _NOTE]
+        [
+            aligned(rows),
+            *_solved(summaries, samples, several),
+            *_noise(summaries, samples, several),
+            *_about_intervals(summaries),
+            _NOTE,
+        ]
     )
 
 
 def _cells(env: str, summary: EnvSummary, samples: int, k: int, has_failed: bool) -> list[str]:
     cells = [env, str(summary.planned // samples), str(samples), f"{summary.scored}/{summary.planned}"]
-    cells += [str(summary.failed), *_with_interval(summary.reward), *_with_interval(summary.success)]
+    cells += [str(summary.failed), _number(summary.mean_reward, 3), _ends(summary.reward)]
+    cells += [_number(summary.mean_success, 3), _ends(summary.success)]
     if has_failed:
         cells.append(_mean(summary.reward_failures_as_zero))
     if k > 1:
@@ -47,13 +54,42 @@ def _cells(env: str, summary: EnvSummary, samples: int, k: int, has_failed: bool
     return [*cells, _number(summary.turns, 1), tokens, truncated]
 
 
-def _solved(summaries: Mapping[str, Mapping[str, EnvSummary]], several: bool) -> list[str]:
-    """Returns how many tasks were solved by all, some and none of their samples."""
+def _solved(summaries: Mapping[str, Mapping[str, EnvSummary]], samples: int, several: bool) -> list[str]:
+    """Returns how many tasks were solved by all, some and none of their scored samples."""
+
+    def of_env(env: str, s: EnvSummary) -> str:
+        unscored = s.planned // samples - s.always - s.sometimes - s.never
+        others = f" and {unscored} without a scored sample" if unscored else ""
+        return f"{env} {s.always}/{s.sometimes}/{s.never}{others}"
+
     return [
         f"always / sometimes / never solved{f', {label}' if several else ''}: "
-        + ", ".join(f"{env} {s.always}/{s.sometimes}/{s.never}" for env, s in of_envs.items())
+        + ", ".join(of_env(env, summary) for env, summary in of_envs.items())
         for label, of_envs in summaries.items()
     ]
+
+
+def _about_intervals(summaries: Mapping[str, Mapping[str, EnvSummary]]) -> list[str]:
+    """Returns a line for each kind of interval that is missing or may surprise."""
+    found = [(env, summary) for of_envs in summaries.values() for env, summary in of_envs.items()]
+    lines = []
+    if any(s.scored and s.reward is None for _, s in found):
+        lines.append("–: an interval needs two tasks with a scored sample.")
+    if any(s.reward and s.reward.low == s.reward.high for _, s in found):
+        lines.append("all equal: every task has the same mean reward, so their spread is not known.")
+    beyond = [
+        f"{env} [{s.lowest:.3f}, {s.highest:.3f}]"
+        for env, s in found
+        if s.reward and s.lowest is not None and s.highest is not None
+        if s.reward.low < s.lowest - 1e-9 or s.reward.high > s.highest + 1e-9
+        if s.reward.low < s.reward.high
+    ]
+    if beyond:
+        lines.append(
+            "An interval of a reward is Student's t, which knows no bounds: with so few tasks it reaches "
+            f"beyond the rewards that were given ({', '.join(dict.fromkeys(beyond))})."
+        )
+    return lines
 
 
 def _noise(summaries: Mapping[str, Mapping[str, EnvSummary]], samples: int, several: bool) -> list[str]:
@@ -67,10 +103,10 @@ def _noise(summaries: Mapping[str, Mapping[str, EnvSummary]], samples: int, seve
     ]
 
 
-def _with_interval(interval: Interval | None) -> list[str]:
+def _ends(interval: Interval | None) -> str:
     if interval is None:
-        return ["–", "–"]
-    return [f"{interval.mean:.3f}", f"[{interval.low:.3f}, {interval.high:.3f}]"]
+        return "–"
+    return "all equal" if interval.low == interval.high else f"[{interval.low:.3f}, {interval.high:.3f}]"
 
 
 def _mean(interval: Interval | None) -> str:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import socket
 import sys
 import time
 from collections import OrderedDict
@@ -325,10 +326,6 @@ def main() -> None:
     )
     args = parser.parse_args()
     log_to_stderr()
-    guard = access_keys.guard(
-        access_keys.required(access_keys.RUN),
-        dict.fromkeys(FOR_NEMO_GYM, access_keys.required(access_keys.POLICY)),
-    )
     try:
         tokenizer = load_tokenizer(args.tokenizer)
     except ConfigError as error:
@@ -341,10 +338,19 @@ def main() -> None:
         args.hold,
         tuple(end_token_ids(tokenizer, args.tokenizer)),
     )
-    app = build_app(config, tokenizer)
-    app.middlewares.insert(0, guard)
     sock = listen(args.host, args.port, "--port") if args.fd is None else adopt(args.fd)
     log.info("gateway on %s, engines %s", url_of(sock), " ".join(config.engine_urls))
+    serve(build_app(config, tokenizer), sock)
+
+
+def serve(app: web.Application, sock: socket.socket) -> None:
+    """Serves a gateway's routes until a signal ends the process. Each demands the run's key; those for NeMo
+    Gym take the policy's key too. Both keys are in the environment."""
+    guard = access_keys.guard(
+        access_keys.required(access_keys.RUN),
+        dict.fromkeys(FOR_NEMO_GYM, access_keys.required(access_keys.POLICY)),
+    )
+    app.middlewares.insert(0, guard)
     web.run_app(
         app,
         sock=sock,

@@ -24,7 +24,7 @@ from aiohttp import web
 from gymexp.gateway import chat
 from gymexp.gateway.endpoint import Endpoint
 from gymexp.gateway.probe import Probe
-from gymexp.gateway.server import FOR_NEMO_GYM, MAX_BODY_BYTES, answer_errors, json_response
+from gymexp.gateway.server import MAX_BODY_BYTES, answer_errors, json_response, serve
 from gymexp.gateway.text_policy import TextPolicy
 from gymexp.printable import log_to_stderr
 from gymexp.processes import access_keys
@@ -123,26 +123,13 @@ def main() -> None:
     parser.add_argument("--fd", type=int, required=True, help="an open listening socket of the parent's")
     args = parser.parse_args()
     log_to_stderr()
-    guard = access_keys.guard(
-        access_keys.required(access_keys.RUN),
-        dict.fromkeys(FOR_NEMO_GYM, access_keys.required(access_keys.POLICY)),
-    )
     key = access_keys.required(args.key_env) if args.key_env else None
     policy = Probe() if args.probe else Endpoint(args.url, args.model, key, args.timeout_s)
-    app = build_app(policy)
-    app.middlewares.insert(0, guard)
     sock = adopt(args.fd)
     log.info(
         "gateway on %s, policy %s", url_of(sock), "probe" if args.probe else f"{args.model} at {args.url}"
     )
-    web.run_app(
-        app,
-        sock=sock,
-        handler_cancellation=True,
-        access_log=None,
-        shutdown_timeout=2.0,
-        print=lambda *_: None,
-    )
+    serve(build_app(policy), sock)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 
 from gymexp import files
 from gymexp.cluster.placement import Placement, place_evaluation, place_text_policy, visible_gpus
+from gymexp.cluster.slurm_job import Allocation
 from gymexp.config.evaluate_schema import EvaluateConfig
 from gymexp.config.load import from_yaml
 from gymexp.config.schema import RunConfig
@@ -25,7 +26,7 @@ from gymexp.engine import vllm
 from gymexp.errors import ConfigError, RunDirectoryError
 from gymexp.evaluation import results
 from gymexp.evaluation.plan import TASKS, Plan, fingerprint, task_hashes, tasks_of, weights_digest
-from gymexp.evaluation.request import Request, is_plain, resolve
+from gymexp.evaluation.request import Request, is_plain, resolve, settled
 from gymexp.files import replace_file
 from gymexp.gateway import prompt_lengths, tokenizer_check
 from gymexp.gym.install import ensure_python, site_packages
@@ -42,12 +43,19 @@ _WRITING_S = 3600.0
 
 
 @files.as_gymexp_errors()
-def evaluate(config: EvaluateConfig, cfg: DictConfig, overrides: Sequence[str]) -> Path:
+def evaluate(
+    config: EvaluateConfig,
+    cfg: DictConfig,
+    overrides: Sequence[str],
+    directory: Path | None = None,
+    allocation: Allocation | None = None,
+) -> Path:
     """Plays an evaluation, or with `config.resume` what is missing of one. Prints its table, and returns its
     directory.
 
-    cfg: Hydra's composed config, of which `config` is made. overrides: those of the command line. Raises
-    GymexpError if the evaluation cannot start, fails or is ended by a signal.
+    cfg: Hydra's composed config, of which `config` is made. overrides: those of the command line. directory:
+    of a new evaluation that is a job; None: as configured. allocation: the Slurm job, if this evaluation is
+    all that the job does. Raises GymexpError if the evaluation cannot start, fails or is ended by a signal.
     """
     open_files.raise_limit()
     view = View()
@@ -59,9 +67,9 @@ def evaluate(config: EvaluateConfig, cfg: DictConfig, overrides: Sequence[str]) 
         plan, run_config = Plan.read(run.path), from_yaml(run.config)
         _check_same(run, plan, run_config)
     else:
-        request = resolve(config, cfg, overrides, view.say)
+        request = settled(resolve(config, cfg, overrides), view.say)
         plan, run_config = request.plan, request.config
-    _check_key(plan)
+    check_key(plan)
     open_files.concurrency(run_config.env)
     is_text = plan.policies[0].is_text
     placement = place_text_policy() if is_text else place_evaluation(run_config, visible_gpus())
@@ -72,9 +80,9 @@ def evaluate(config: EvaluateConfig, cfg: DictConfig, overrides: Sequence[str]) 
     if run is None:
         assert request is not None
         prepared = _prepare(request, config, python, view.say)
-        run = RunDirectory.claim(_directory(config, run_config), _COMMAND)
+        run = RunDirectory.claim(directory or _directory(config, run_config), _COMMAND)
         plan, run_config = _write(run, request, prepared, overrides, view.say)
-    _play(run, run_config, plan, placement, python, view)
+    _play(run, run_config, plan, placement, python, view, allocation)
     table = results.write(run, run_config, plan)
     view.say(table)
     view.say(f"evaluation directory: {run.path}")
@@ -87,7 +95,7 @@ def _directory(config: EvaluateConfig, run_config: RunConfig) -> Path:
     return Path(config.output_dir or Path("outputs", "eval", run_config.name, now)).expanduser().resolve()
 
 
-def _check_key(plan: Plan) -> None:
+def check_key(plan: Plan) -> None:
     """Raises ConfigError if the variable that has an endpoint's key is not set."""
     if plan.endpoint and (name := plan.endpoint.key_env) and not os.environ.get(name):
         raise ConfigError(
@@ -120,9 +128,13 @@ def _prepare(request: Request, config: EvaluateConfig, python: Path, say: Say) -
         all_tasks = load_prepared(request.run.data)
     else:
         all_tasks = prepare(run_config, python, cache_dir(), say)
-        if not request.plan.policies[0].is_text:
-            tokenizer_check.check(run_config.model, all_tasks, cache_dir())
-            prompt_lengths.check(run_config.model, all_tasks, cache_dir())
+        first = request.plan.policies[0]
+        if not first.is_text:
+            model = run_config.model
+            if request.made_by and not is_plain(Path(first.directory or "")):
+                model = from_yaml(request.made_by.config).model  # the checkpoint has its weights alone
+            tokenizer_check.check(model, all_tasks, cache_dir())
+            prompt_lengths.check(model, all_tasks, cache_dir())
     envs = list(run_config.env)
     if config.split == "train":
         unique = {task.key: task for task in all_tasks.train}
@@ -160,10 +172,10 @@ def _write(
     config, tasks = request.config, tasks_of(prepared)
     policies = request.plan.policies
     for index, policy in enumerate(policies):
-        if policy.directory and request.run and not is_plain(Path(policy.directory)):
+        if policy.directory and request.made_by and not is_plain(Path(policy.directory)):
             say(f"{policy.label}: making a whole model of its checkpoint")
             to = run.path / "policies" / policy.file
-            made = _whole_model(request.run.path, Path(policy.directory), to)
+            made = _whole_model(request.made_by.path, Path(policy.directory), to)
             digest = weights_digest(Path(made))
             policies[index] = dataclasses.replace(policy, directory=made, digest=digest)
     if (directory := policies[0].directory) and not config.model.revision:
@@ -185,7 +197,13 @@ def _whole_model(run: Path, checkpoint: Path, to: Path) -> str:
 
 
 def _play(
-    run: RunDirectory, config: RunConfig, plan: Plan, placement: Placement, python: Path, view: View
+    run: RunDirectory,
+    config: RunConfig,
+    plan: Plan,
+    placement: Placement,
+    python: Path,
+    view: View,
+    allocation: Allocation | None,
 ) -> None:
     """Plays all policies: in one start of the processes, but with vLLM in one start for each, as vLLM starts
     from a policy's directory."""
@@ -198,9 +216,8 @@ def _play(
             if directory and not model.revision:
                 model = dataclasses.replace(model, path=directory)
             doing = work.evaluation(start, _text_policy(plan))
-            controller.run(
-                dataclasses.replace(config, model=model), run, python, site, placement, view, work=doing
-            )
+            played = dataclasses.replace(config, model=model)
+            controller.run(played, run, python, site, placement, view, allocation, work=doing)
 
 
 def _text_policy(plan: Plan) -> tuple[str, ...]:

@@ -34,8 +34,15 @@ def reward_interval(rewards_by_task: Mapping[str, Sequence[float]]) -> Interval 
     """Returns the mean of the tasks' mean rewards, with Student's t over these means. None with fewer than
     two tasks that have a sample. A reward that is NaN makes the interval NaN.
 
+    Student's t takes the mean for normally distributed, and knows no bounds of the rewards: with few tasks
+    the interval may reach beyond rewards that are possible. It is not cut off there, as NeMo Gym does not say
+    which rewards are possible, and as the part beyond shows how little so few tasks tell. If all tasks have
+    the same mean the interval has no width, which says that their spread is unknown, not that it is 0.
+
     With as many samples of each task, the standard error is the one of Miller, "Adding error bars to evals"
-    (arXiv:2411.00640), appendix A, with samples clustered by task.
+    (arXiv:2411.00640), appendix A, with samples clustered by task. Miller multiplies it by 1.96, the normal
+    distribution's quantile; that of Student's t is larger with few tasks (NIST/SEMATECH e-Handbook of
+    Statistical Methods, section 1.3.5.2).
     """
     means = {task: float(np.mean(rewards)) for task, rewards in rewards_by_task.items() if len(rewards)}
     return _t_interval(list(means.values()))

@@ -20,8 +20,10 @@ class EnvSummary:
     """The numbers of one environment in one evaluation.
 
     planned, scored, failed: numbers of rollouts; planned less the other two were not played. reward, success:
-    over the scored rollouts; None with fewer than two tasks. reward_failures_as_zero,
-    success_failures_as_zero: the same if each failed rollout counts as one of reward 0.
+    over the scored rollouts; None with fewer than two tasks. mean_reward, mean_success: their means, also of
+    one task; None without a scored rollout. lowest, highest: the rewards between which all are.
+    reward_failures_as_zero, success_failures_as_zero: the same if each failed rollout counts as one of reward
+    0.
     pass_at, pass_hat, best_at: by k = 1, 2, 4, …, over the tasks with at least k scored samples.
     always, sometimes, never: numbers of tasks by how many of their scored samples succeeded.
     between_tasks, between_samples: the standard deviations of a reward over tasks and, for the same task,
@@ -33,6 +35,10 @@ class EnvSummary:
     planned: int
     scored: int
     failed: int
+    mean_reward: float | None
+    mean_success: float | None
+    lowest: float | None
+    highest: float | None
     reward: Interval | None
     reward_failures_as_zero: Interval | None
     success: Interval | None
@@ -68,6 +74,10 @@ def summarize(rows: Iterable[Mapping[str, Any]], planned: int, success_reward: f
         planned=planned,
         scored=len(scored),
         failed=len(rows) - len(scored),
+        mean_reward=_mean([float(np.mean(values)) for values in rewards.values()]),
+        mean_success=_mean([float(np.mean(values)) for values in successes.values()]),
+        lowest=min((min(values) for values in rewards.values()), default=None),
+        highest=max((max(values) for values in rewards.values()), default=None),
         reward=reward_interval(rewards),
         reward_failures_as_zero=reward_interval(_by_task(rows, lambda row: float(row.get("reward") or 0.0))),
         success=success_interval(successes),

@@ -7,21 +7,20 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.utils import JobReturn, JobStatus, filter_overrides
 from hydra.errors import HydraException
 from hydra.plugins.launcher import Launcher
-from omegaconf import OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from gymexp.cli import hydra_keys
 from gymexp.config import load as loading
-from gymexp.config.load import load
-from gymexp.config.schema import RunConfig
 from gymexp.errors import ConfigError, GymexpError, LaunchError
-from gymexp.record.places import cache_dir
 from gymexp.sweep.freeze import FrozenJob, name_of, swept_of
-from gymexp.training import arguments, schedule
+
+if TYPE_CHECKING:
+    from gymexp.sweep.kinds import Kind
 
 
 @dataclass(frozen=True)
@@ -42,11 +41,12 @@ def check_jobs(
     launcher: Launcher,
     job_overrides: Sequence[Sequence[str]],
     first: int,
-    check_for_launcher: Callable[[RunConfig], object] = lambda config: None,
+    kind: Kind,
+    check_for_launcher: Callable[[FrozenJob], object],
 ) -> dict[int, FrozenJob]:
     """Returns the jobs by number, counted from `first`, after composing and checking their configurations.
 
-    check_for_launcher: raises GymexpError for a configuration that only this launcher refuses.
+    check_for_launcher: raises GymexpError for a job that only this launcher refuses.
     Raises ConfigError with every mistake and the jobs that have it.
     """
     if not job_overrides:
@@ -58,15 +58,14 @@ def check_jobs(
     names = {num: name_of(num, swept) for num, swept in enumerate(swept_of(own_overrides), first)}
     for num, overrides in enumerate(job_overrides, first):
         try:
-            config = _compose(launcher, overrides)
-            check_for_launcher(config)
-            jobs[num] = FrozenJob(config, own_overrides[num - first])
+            job = kind.frozen(_compose(launcher, overrides), own_overrides[num - first])
+            check_for_launcher(job)
+            jobs[num] = job
         except (GymexpError, HydraException) as error:
             wrong.setdefault(str(error), []).append(names[num])
     if not wrong:
-        problems = arguments.problems([job.config for job in jobs.values()], cache_dir())
-        for num, text in zip(jobs, problems, strict=True):
-            if text := text or _too_few_tasks(jobs[num].config):
+        for num, text in zip(jobs, kind.problems(list(jobs.values())), strict=True):
+            if text:
                 wrong.setdefault(text, []).append(names[num])
     if wrong:
         count = sum(len(same) for same in wrong.values())
@@ -95,21 +94,8 @@ def returns(jobs: Mapping[int, FrozenJob], ends: Mapping[int, End]) -> list[JobR
     ]
 
 
-def _too_few_tasks(config: RunConfig) -> str:
-    """Returns the error if the tasks are too few even for one training process, else an empty text.
-
-    A study's trial is checked when it starts, as the study may choose its batch size.
-    """
-    try:
-        if config.search.trial is None:
-            schedule.check(config, num_ranks=1)
-    except ConfigError as error:
-        return str(error)
-    return ""
-
-
-def _compose(launcher: Any, overrides: Sequence[str]) -> RunConfig:
-    """Returns the checked configuration of one job. Raises ConfigError or HydraException.
+def _compose(launcher: Any, overrides: Sequence[str]) -> DictConfig:
+    """Returns the composed configuration of one job. Raises ConfigError or HydraException.
 
     launcher: a launcher that Hydra has set up, so that it has the sweep's configuration and Hydra's loader.
     """
@@ -117,24 +103,8 @@ def _compose(launcher: Any, overrides: Sequence[str]) -> RunConfig:
     hydra_keys.check_options(cfg)
     with open_dict(cfg):
         del cfg["hydra"]
-    config = load(cfg)
-    refused = [key for key in ("output_dir", "resume") if getattr(config, key) is not None]
-    if refused:
-        raise ConfigError(
-            f"{refused[0]} must not be set in a sweep or with launcher=slurm: say hydra.sweep.dir=… for the "
-            "directory of the runs; resume those that ended early by: python -m gymexp.sweep resubmit DIR"
-        )
-    return config
+    return cfg
 
 
 def _and_more(names: list[str]) -> str:
     return f" and {len(names) - 1} more" if len(names) > 1 else ""
-
-
-def refuse_dry_run(config: RunConfig) -> None:
-    """Raises ConfigError if launcher.dry_run is set with launcher=local, which would start the run."""
-    if config.launcher.dry_run:
-        raise ConfigError(
-            "launcher.dry_run shows what launcher=slurm would submit, got launcher=local: say launcher=slurm "
-            "as well, or --cfg job for the configuration"
-        )

@@ -37,10 +37,14 @@ SCHEMA = 2
 
 @dataclass(frozen=True)
 class FrozenJob:
-    """One job of a sweep: its checked configuration, and the overrides that made it."""
+    """One job of a sweep: its checked configuration, and the overrides that made it.
+
+    evaluation: the whole configuration of an evaluation, which `config` is made of; None for a training run.
+    """
 
     config: RunConfig
     overrides: list[str]
+    evaluation: dict[str, Any] | None = None
 
 
 def freeze(sweep: Path, launcher: str, jobs: Mapping[int, FrozenJob], sbatch: Mapping[str, Any]) -> None:
@@ -141,11 +145,14 @@ def write_sweep(sweep: Path, record: Mapping[str, Any]) -> None:
 def write_job(directory: Path, job: FrozenJob) -> None:
     """Write a job to `directory`/job.yaml, which `read_job` reads."""
     directory.mkdir(parents=True, exist_ok=True)
-    record = {"overrides": job.overrides, "config": dataclasses.asdict(job.config)}
+    record: dict[str, Any] = {"overrides": job.overrides, "config": dataclasses.asdict(job.config)}
+    if job.evaluation is not None:
+        record["evaluation"] = job.evaluation
     replace_file(directory / "job.yaml", OmegaConf.to_yaml(OmegaConf.create(record)))
 
 
 def read_job(directory: Path) -> FrozenJob:
     """Returns the job in `directory`/job.yaml, after checking its configuration again."""
     record: Any = OmegaConf.load(directory / "job.yaml")
-    return FrozenJob(load(record.config), list(record.overrides))
+    evaluation: Any = OmegaConf.to_container(record, resolve=False)
+    return FrozenJob(load(record.config), list(record.overrides), evaluation.get("evaluation"))

@@ -1,4 +1,5 @@
-"""A sweep's job: it runs one directory of the sweep, with the code and configuration frozen at submission.
+"""A sweep's job: it does the work of one directory of the sweep, with the code and configuration frozen at
+submission.
 
 A Slurm job calls `run`, which is pickled by reference, so that the job imports the sweep's copy of the code.
 With several nodes the task of each node calls `run`: the first task is the lead, and the others are agents
@@ -29,13 +30,12 @@ from gymexp.errors import GymexpError, Interrupted
 from gymexp.files import append_line, read_json, read_lines
 from gymexp.printable import say_error
 from gymexp.processes import parent_watch
-from gymexp.record.directory import Ended, RunDirectory, is_whole
-from gymexp.run.train import train
+from gymexp.record.directory import Ended, RunDirectory
 from gymexp.sweep.freeze import FrozenJob, read_job
-from gymexp.training.checkpoints import newest_step
+from gymexp.sweep.kinds import Kind, kind_of
 
 log = logging.getLogger(__name__)
-_MAX_FRUITLESS_RESTARTS = 2  # consecutive restarts without a new checkpoint before the job fails
+_MAX_FRUITLESS_RESTARTS = 2  # consecutive restarts without progress before the job fails
 
 
 def run(sweep_dir: str, num: int) -> dict[str, Any]:
@@ -71,33 +71,27 @@ def run_local(sweep_dir: str, num: int) -> None:
     hup = [] if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [signal.SIGHUP]
     _raise_on_signals(signal.SIGINT, signal.SIGTERM, *hup)
     try:
-        train(*_config_and_overrides(directory, read_job(directory.path)), directory.path)
+        job = read_job(directory.path)
+        kind_of(job).do(job, directory, None)
     except Exception as error:
         if not isinstance(error, Interrupted):
             directory.write_error(str(error) or type(error).__name__)
         raise
 
 
-def _config_and_overrides(directory: RunDirectory, job: FrozenJob) -> tuple[RunConfig, list[str]]:
-    """Returns the configuration and overrides that start the job's run, or resume the run in `directory`."""
-    if directory.config.exists():
-        return dataclasses.replace(job.config, resume=str(directory.path)), []
-    return job.config, job.overrides
-
-
 def _lead(directory: RunDirectory, job: FrozenJob) -> dict[str, Any]:
     """Run the job in the lead's task, or in the only task. Returns, exits and raises as `run` does."""
     allocation = Allocation.of_this_process()
     assert allocation is not None, "a job runs in Slurm"
-    before = directory.read_result()
-    if is_whole(before):
-        return before  # the job was started again after its run's end, e.g. because its node was lost
+    kind = kind_of(job)
+    if kind.is_done(directory):  # the job was started again after its end, e.g. because its node was lost
+        return directory.read_result()
     directory.result.unlink(missing_ok=True)
     _raise_on_signals(signal.SIGUSR2, signal.SIGTERM)
     signal.signal(signal.SIGCONT, signal.SIG_DFL)
     try:
-        _count_start(directory, allocation)
-        return train(*_config_and_overrides(directory, job), directory.path, allocation)
+        _count_start(directory, allocation, kind)
+        return kind.do(job, directory, allocation)
     except Interrupted as interrupted:
         _start_again(directory, allocation, interrupted)
     except Exception as error:
@@ -123,24 +117,23 @@ def _raise_on_signals(*numbers: int) -> None:
         signal.signal(number, received)
 
 
-def _count_start(directory: RunDirectory, allocation: Allocation) -> None:
+def _count_start(directory: RunDirectory, allocation: Allocation, kind: Kind) -> None:
     """Append this start of the job to starts.jsonl.
 
-    Raises GymexpError if each of the job's last _MAX_FRUITLESS_RESTARTS starts found a checkpoint at least as
-    new as this start does, so that none of them has got any further.
+    Raises GymexpError if each of the job's last _MAX_FRUITLESS_RESTARTS starts found at least as much
+    progress as this start does, so that none of them has got any further.
     """
     path = directory.path / "starts.jsonl"
-    step = newest_step(directory.checkpoints)
+    progress = kind.progress(directory)
     earlier = read_lines(path)
-    append_line(path, {"time": round(time.time(), 3), **dataclasses.asdict(allocation), "checkpoint": step})
-    same_job = [start["checkpoint"] for start in earlier if start.get("job_id") == allocation.job_id]
+    line = {"time": round(time.time(), 3), **dataclasses.asdict(allocation), "progress": progress}
+    append_line(path, line)
+    same_job = [start["progress"] for start in earlier if start.get("job_id") == allocation.job_id]
     last = same_job[-_MAX_FRUITLESS_RESTARTS:]
-    if len(last) == _MAX_FRUITLESS_RESTARTS and all((at or 0) >= (step or 0) for at in last):
-        since = "before its first checkpoint" if step is None else f"without getting past checkpoint-{step}"
+    if len(last) == _MAX_FRUITLESS_RESTARTS and all((at or 0) >= (progress or 0) for at in last):
         raise GymexpError(
-            f"job {allocation.job_id} was started {_MAX_FRUITLESS_RESTARTS + 1} times {since}: give it more "
-            "time (launcher.time), more time to save (launcher.signal_s), or let it save more often "
-            "(trainer.save_steps); then submit it again"
+            f"job {allocation.job_id} was started {_MAX_FRUITLESS_RESTARTS + 1} times "
+            f"{kind.describe(progress)}: {kind.advice}; then submit it again"
         )
 
 
@@ -156,7 +149,7 @@ def _start_again(directory: RunDirectory, allocation: Allocation, interrupted: I
     if error := allocation.requeue():
         text = (
             f"{signal.Signals(interrupted.number).name} ended the run, and Slurm did not requeue job "
-            f"{allocation.job_id}: {error}. It goes on from its checkpoint with: "
+            f"{allocation.job_id}: {error}. It goes on with: "
             f"python -m gymexp.sweep resubmit {directory.path.parent}"
         )
         directory.write_result({"error": text})

@@ -20,13 +20,18 @@ from hydra.core.utils import JobReturn
 from gymexp.errors import Interrupted
 from gymexp.processes.process import ended
 from gymexp.record.directory import RunDirectory, failure_of
-from gymexp.sweep.check import End, check_jobs, refuse_dry_run, returns
+from gymexp.sweep.check import End, check_jobs, returns
 from gymexp.sweep.freeze import claim, freeze, name_of, read_sweep, take_back
+from gymexp.sweep.kinds import Kind
 from gymexp.view.progress import View
 
 
 class LocalLauncher(basic_launcher.BasicLauncher):
     """The launcher that replaces Hydra's basic launcher (`gymexp.cli.entry`)."""
+
+    def __init__(self, kind: Kind) -> None:
+        super().__init__()
+        self._kind = kind
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Run one job for each list of overrides.
@@ -37,7 +42,7 @@ class LocalLauncher(basic_launcher.BasicLauncher):
         assert self.config is not None
         sweep = Path(str(self.config.hydra.sweep.dir)).resolve()
         try:
-            jobs = check_jobs(self, job_overrides, initial_job_idx, refuse_dry_run)
+            jobs = check_jobs(self, job_overrides, initial_job_idx, self._kind, self._kind.check_local)
             freeze(sweep, "local", jobs, {})
         except BaseException:
             take_back(sweep, range(initial_job_idx, initial_job_idx + len(job_overrides)))

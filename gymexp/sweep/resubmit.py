@@ -6,7 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from gymexp.errors import LaunchError
+from gymexp.record.directory import RunDirectory
 from gymexp.sweep import freeze
+from gymexp.sweep.kinds import kind_of
 from gymexp.sweep.sweep import Job, Sweep
 from gymexp.sweep.sweep_reader import is_running
 
@@ -24,7 +26,7 @@ _WHY_NOT = {
 
 
 def resubmit(sweep: Sweep, nums: Sequence[int] | None, say: Callable[[str], None] = print) -> None:
-    """Submit jobs again; each continues from its newest checkpoint. Jobs of a local sweep run on this
+    """Submit jobs again; each continues from what it has kept. Jobs of a local sweep run on this
     machine, one after the other, before this function returns.
 
     nums: the jobs, of which those that failed, were lost or were stopped are submitted. None: all that failed
@@ -67,10 +69,8 @@ def _is_chosen(job: Job, launcher: str, nums: Sequence[int] | None) -> bool:
 
 
 def _start_of(job: Job) -> str:
-    from gymexp.training.checkpoints import newest_step
-
-    step = newest_step(job.run.path / "checkpoints")
-    return "begins anew" if step is None else f"goes on from checkpoint-{step}"
+    directory = RunDirectory(job.run.path)
+    return kind_of(freeze.read_job(directory.path)).going_on(directory)
 
 
 def _listed(nums: Any) -> str:

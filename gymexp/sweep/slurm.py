@@ -17,17 +17,21 @@ from hydra.core.utils import JobReturn
 from hydra_plugins.hydra_submitit_launcher import submitit_launcher
 from omegaconf import OmegaConf
 
-from gymexp.cluster.placement import num_nodes, place
-from gymexp.config.schema import RunConfig
 from gymexp.errors import ConfigError, LaunchError
+from gymexp.printable import say
 from gymexp.record.directory import RunDirectory
 from gymexp.sweep import job, sbatch, watch
 from gymexp.sweep.check import check_jobs, returns
 from gymexp.sweep.freeze import FrozenJob, freeze, read_job, read_sweep, take_back, write_sweep
+from gymexp.sweep.kinds import Kind
 
 
 class SlurmLauncher(submitit_launcher.SlurmLauncher):
     """The launcher that replaces Hydra's class of this name (`gymexp.cli.entry`); its keys are the same."""
+
+    def __init__(self, kind: Kind, **params: Any) -> None:
+        super().__init__(**params)
+        self._kind = kind
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Submit one job for each list of overrides, and wait until all have ended.
@@ -39,30 +43,36 @@ class SlurmLauncher(submitit_launcher.SlurmLauncher):
         sweep = Path(str(self.config.hydra.sweep.dir)).resolve()
         extra_flags = sbatch.extras(self.params)
         try:
-            jobs = check_jobs(
-                self, job_overrides, initial_job_idx, lambda config: _check_gpus(config, extra_flags)
-            )
+            check_gpus = lambda job: _check_gpus(self._kind, job, extra_flags)  # noqa: E731
+            jobs = check_jobs(self, job_overrides, initial_job_idx, self._kind, check_gpus)
             if next(iter(jobs.values())).config.launcher.dry_run:
                 _show(sweep, jobs, extra_flags)
                 raise SystemExit(0)
             freeze(sweep, "slurm", jobs, extra_flags)
-            first = next(iter(jobs.values())).config
-            if first.launcher.gpus is None and not sbatch.asks_for_gpus(extra_flags):
+            first = next(iter(jobs.values()))
+            gpus = first.config.launcher.gpus is not None or sbatch.asks_for_gpus(extra_flags)
+            if self._kind.has_engine(first) and not gpus:
                 print("launcher.gpus is not set: the jobs ask Slurm for no GPU", flush=True)
             submit(sweep, list(jobs))
         except BaseException:
             take_back(sweep, range(initial_job_idx, initial_job_idx + len(job_overrides)))
             raise
-        return returns(jobs, watch.wait(sweep, list(jobs)))
+        ends = watch.wait(sweep, list(jobs))
+        for num, end in ends.items():
+            if not end.error and (text := self._kind.shown_at_end(RunDirectory(sweep / str(num)))):
+                say(text)
+        return returns(jobs, ends)
 
 
-def _check_gpus(config: RunConfig, extra_flags: Mapping[str, Any]) -> None:
-    """Raises ConfigError if the GPUs that the job asks of Slurm do not fit the run. extra_flags: from
+def _check_gpus(kind: Kind, job: FrozenJob, extra_flags: Mapping[str, Any]) -> None:
+    """Raises ConfigError if the GPUs that the job asks of Slurm do not fit what it does. extra_flags: from
     `sbatch.extras`."""
-    gpus, engine = config.launcher.gpus, config.engine
+    if not kind.has_engine(job):
+        return
+    gpus, engine = job.config.launcher.gpus, job.config.engine
     has_gpus_or_urls = engine.urls or sbatch.asks_for_gpus(extra_flags)
     if gpus is not None:
-        place(config, [[str(gpu) for gpu in range(gpus)]] * num_nodes(config.placement))
+        kind.check_gpus(job, [str(gpu) for gpu in range(gpus)])
     elif engine.kind == "vllm" and not has_gpus_or_urls:
         raise ConfigError(
             "launcher.gpus must say how many GPUs of each node a job gets with engine=vllm, got None, which "

@@ -64,10 +64,11 @@ class Rollouts:
         tasks: Mapping[str, Task],
         writer: RolloutWriter | None,
         engine: Engine,
-        send: Callable[[str, Sequence[Outcome]], None] | None = None,
+        send: Callable[[str, Sequence[Outcome], Sequence[float | None] | None], None] | None = None,
     ) -> None:
         """collector, writer: given on the first rank only, which plays for all ranks. tasks: all tasks by
-        key. send: gets the name and the outcomes of each file, for the tracker."""
+        key. send: gets the name and the outcomes of each file, for the tracker, and the advantages of those
+        of training."""
         self._engine = engine
         self._config = config
         self._collector = collector
@@ -78,6 +79,7 @@ class Rollouts:
         self._step: int | None = None  # the current training step, which may need several collections
         self._num_played: Counter[str] = Counter()  # rollouts of each task in the current step
         self._rows = _Rows(-1)
+        self._unsent: Sequence[Outcome] = ()  # of the last collection, whose advantages are not known yet
 
     def __call__(self, prompts: list[str], trainer: PolicyTrainer) -> dict[str, list[Any]]:
         """Plays this rank's prompts (task keys, each repeated num_generations times) and returns the batch in
@@ -172,11 +174,14 @@ class Rollouts:
         """Writes outcomes to a file of rollouts, as `RolloutWriter.write` does. On the first rank only."""
         assert self._writer is not None
         self._writer.write(name, outcomes, group_size, earlier)
-        if self._send:
-            self._send(name, outcomes)
+        if not name.startswith("eval-"):
+            self._unsent = outcomes  # `write_trained` sends them with their advantages
+        elif self._send:
+            self._send(name, outcomes, None)
 
     def write_trained(self, batch: Mapping[str, Any], trainer: PolicyTrainer) -> None:
-        """Writes what the trainer made of the rollouts that the last call played. Every rank must call it.
+        """Writes what the trainer made of the rollouts that the last call played, and sends these to the
+        tracker. Every rank must call it.
 
         batch: this rank's part, as TRL's `_generate_and_score_completions` returns it.
         """
@@ -189,6 +194,9 @@ class Rollouts:
         if self._writer:
             name = f"step-{rows.step + 1:06d}"
             self._writer.write_trained(name, trained, num_generations, rows.first)
+            if self._send:
+                self._send(name, self._unsent, [one.advantage for one in trained])
+            self._unsent = ()
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import chain, zip_longest
 from typing import Any
 
@@ -12,41 +13,58 @@ from gymexp.rollout.items import text_of
 from gymexp.rollout.outcome import Failed, Outcome, Truncated, task_of
 
 
-def choose(outcomes: Sequence[Outcome], limit: int, seed: str) -> list[tuple[str, Outcome]]:
-    """Returns at most `limit` outcomes, each with why it was chosen: of each environment in turn the best,
-    the worst and a failed one, then random ones. The same seed chooses the same."""
-    by_env: dict[str, list[Outcome]] = {}
-    for outcome in outcomes:
-        by_env.setdefault(task_of(outcome).env, []).append(outcome)
-    columns = [_in_order(of_env, random.Random(f"{seed} {env}")) for env, of_env in sorted(by_env.items())]
-    return [found for found in chain(*zip_longest(*columns)) if found][:limit]
+@dataclass(frozen=True)
+class Chosen:
+    """An outcome to show. why: it was chosen. advantage: what training gave it; None if it failed, and for a
+    held-out one."""
+
+    why: str
+    outcome: Outcome
+    advantage: float | None = None
 
 
-def _in_order(outcomes: Sequence[Outcome], draw: random.Random) -> Iterator[tuple[str, Outcome]]:
-    scored = [outcome for outcome in outcomes if not isinstance(outcome, Failed)]
-    left = list(outcomes)
+def choose(
+    outcomes: Sequence[Outcome], limit: int, seed: str, advantages: Sequence[float | None] | None = None
+) -> list[Chosen]:
+    """Returns at most `limit` outcomes: of each environment in turn the best, the worst and a failed one,
+    then random ones. The same seed chooses the same. advantages: of the outcomes; None for held-out ones."""
+    by_env: dict[str, list[int]] = {}
+    for number, outcome in enumerate(outcomes):
+        by_env.setdefault(task_of(outcome).env, []).append(number)
+    columns = [
+        _in_order(outcomes, of_env, random.Random(f"{seed} {env}")) for env, of_env in sorted(by_env.items())
+    ]
+    found = [found for found in chain(*zip_longest(*columns)) if found][:limit]
+    return [Chosen(why, outcomes[n], advantages[n] if advantages else None) for why, n in found]
 
-    def take(why: str, outcome: Outcome) -> tuple[str, Outcome]:
-        left[:] = [other for other in left if other is not outcome]
-        return why, outcome
 
-    if scored:
-        yield take("best", max(scored, key=lambda outcome: outcome.rollout.reward))
-        if len(scored) > 1:
+def _in_order(
+    outcomes: Sequence[Outcome], numbers: Sequence[int], draw: random.Random
+) -> Iterator[tuple[str, int]]:
+    """Yields the numbers of outcomes, the first to look at first, each with why it was chosen."""
+    rewards = {n: of.rollout.reward for n in numbers if not isinstance(of := outcomes[n], Failed)}
+    left = list(numbers)
+
+    def take(why: str, number: int) -> tuple[str, int]:
+        left.remove(number)
+        return why, number
+
+    if rewards:
+        yield take("best", max(rewards, key=rewards.__getitem__))
+        if len(rewards) > 1:
             # Not the best again, where all rewards are equal.
-            others = (outcome for outcome in left if not isinstance(outcome, Failed))
-            yield take("worst", min(others, key=lambda outcome: outcome.rollout.reward))
-    if failed := [outcome for outcome in outcomes if isinstance(outcome, Failed)]:
+            yield take("worst", min((n for n in left if n in rewards), key=rewards.__getitem__))
+    if failed := [n for n in numbers if n not in rewards]:
         yield take("failed", draw.choice(failed))
     draw.shuffle(left)
-    yield from (("random", outcome) for outcome in left)
+    yield from (("random", number) for number in left)
 
 
-def facts(outcome: Outcome, why: str) -> dict[str, Any]:
+def facts(chosen: Chosen) -> dict[str, Any]:
     """Returns what a tracker shows beside the conversation. reward, turns and tokens are None for a failed
     rollout."""
-    task = task_of(outcome)
-    shown: dict[str, Any] = {"env": task.env, "task": task.key, "chosen": why}
+    outcome, task = chosen.outcome, task_of(chosen.outcome)
+    shown: dict[str, Any] = {"env": task.env, "task": task.key, "chosen": chosen.why}
     shown |= dict.fromkeys(("reward", "turns", "tokens"))
     if isinstance(outcome, Failed):
         return shown | {"outcome": f"failed ({outcome.cause})"}

@@ -50,10 +50,12 @@ class TrackerFeed(TrainerCallback):
         if numbers:
             self._put(lambda: self._run.log(step, numbers))
 
-    def add_rollouts(self, name: str, outcomes: Sequence[Outcome]) -> None:
-        """Sends some of the outcomes of a file in rollouts/."""
+    def add_rollouts(
+        self, name: str, outcomes: Sequence[Outcome], advantages: Sequence[float | None] | None
+    ) -> None:
+        """Sends some of the outcomes of a file in rollouts/. advantages: of each; None for held-out ones."""
         # Only the chosen ones wait in the queue, so that a slow tracker keeps no batch in memory.
-        if chosen := choose(outcomes, self._num_rollouts, name):
+        if chosen := choose(outcomes, self._num_rollouts, name, advantages):
             step = int(name.rpartition("-")[2])
             self._put(lambda: self._run.log_rollouts(step, name, chosen))
 

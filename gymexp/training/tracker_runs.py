@@ -16,10 +16,7 @@ from typing import Any, Protocol
 from gymexp.config.redaction import redacted
 from gymexp.config.schema import RunConfig
 from gymexp.files import replace_file
-from gymexp.rollout.outcome import Outcome
-from gymexp.training.rollout_sample import as_text, facts, messages
-
-Chosen = Sequence[tuple[str, Outcome]]  # outcomes, each with why it was chosen
+from gymexp.training.rollout_sample import Chosen, as_text, facts, messages
 
 
 class TrackerRun(Protocol):
@@ -28,7 +25,7 @@ class TrackerRun(Protocol):
     def log(self, step: int, numbers: Mapping[str, float]) -> None:
         """Sends the metrics of one entry of metrics.jsonl."""
 
-    def log_rollouts(self, step: int, name: str, chosen: Chosen) -> None:
+    def log_rollouts(self, step: int, name: str, chosen: Sequence[Chosen]) -> None:
         """Sends some rollouts. name: of their file in rollouts/."""
 
     def finish(self, failed: bool) -> None:
@@ -103,7 +100,7 @@ class _Wandb:
     def log(self, step: int, numbers: Mapping[str, float]) -> None:
         self._run.log({**numbers, "step": step})
 
-    def log_rollouts(self, step: int, name: str, chosen: Chosen) -> None:
+    def log_rollouts(self, step: int, name: str, chosen: Sequence[Chosen]) -> None:
         import wandb
 
         if name.startswith("eval-"):  # wandb shows a table of each step badly, as one that is replaced
@@ -139,14 +136,15 @@ class _Trackio:
     def log(self, step: int, numbers: Mapping[str, float]) -> None:
         self._run.log(dict(numbers), step=step)
 
-    def log_rollouts(self, step: int, name: str, chosen: Chosen) -> None:
+    def log_rollouts(self, step: int, name: str, chosen: Sequence[Chosen]) -> None:
         import trackio  # pyright: ignore[reportMissingImports]
 
-        traces = [
-            trackio.Trace(messages(outcome), metadata={**facts(outcome, why), "step": step, "file": name})
-            for why, outcome in chosen
-        ]
-        self._run.log({"eval_rollouts" if name.startswith("eval-") else "rollouts": traces}, step=step)
+        held_out, traces = name.startswith("eval-"), []
+        for one in chosen:
+            metadata = facts(one) | ({} if held_out else {"advantage": one.advantage})
+            metadata |= {"step": step, "file": name}
+            traces.append(trackio.Trace(messages(one.outcome), metadata=metadata))
+        self._run.log({"eval_rollouts" if held_out else "rollouts": traces}, step=step)
 
     def finish(self, failed: bool) -> None:
         import trackio  # pyright: ignore[reportMissingImports]
@@ -190,7 +188,7 @@ class _Mlflow:
         metrics = [Metric(name, value, now_ms, step) for name, value in numbers.items()]
         self._client.log_batch(self._run_id, metrics=metrics)
 
-    def log_rollouts(self, step: int, name: str, chosen: Chosen) -> None:
+    def log_rollouts(self, step: int, name: str, chosen: Sequence[Chosen]) -> None:
         if name.startswith("eval-"):
             self._client.log_table(self._run_id, _columns(step, chosen), f"rollouts/{name}.json")
 
@@ -211,19 +209,16 @@ class _Tensorboard:
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
 
-    def log_rollouts(self, step: int, name: str, chosen: Chosen) -> None:
+    def log_rollouts(self, step: int, name: str, chosen: Sequence[Chosen]) -> None:
         """TensorBoard has nothing to show them with."""
 
     def finish(self, failed: bool) -> None:
         self._writer.close()
 
 
-def _columns(step: int, chosen: Chosen) -> dict[str, list[Any]]:
-    """Returns a table of rollouts, by column."""
-    rows = [
-        {"step": step, **facts(outcome, why), "conversation": as_text(messages(outcome))}
-        for why, outcome in chosen
-    ]
+def _columns(step: int, chosen: Sequence[Chosen]) -> dict[str, list[Any]]:
+    """Returns a table of held-out rollouts, by column."""
+    rows = [{"step": step, **facts(one), "conversation": as_text(messages(one.outcome))} for one in chosen]
     return {name: [row[name] for row in rows] for name in rows[0]} if rows else {}
 
 

@@ -6,39 +6,29 @@ and writes result.json. On SIGTERM it saves a checkpoint of the last finished st
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
-import signal
 import sys
 import threading
-import time
-import urllib.request
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gymexp import files
 from gymexp.config.load import from_yaml
 from gymexp.config.schema import RunConfig
 from gymexp.errors import GymexpError
 from gymexp.files import read_json, replace_file
-from gymexp.printable import log_to_stderr
-from gymexp.processes.access_keys import RUN, header_of
-from gymexp.processes.http_client import open_url
-from gymexp.processes.parent_watch import die_with_parent
 from gymexp.record.directory import RunDirectory
 from gymexp.record.services_file import Services
+from gymexp.training import controlled_process
 
 if TYPE_CHECKING:
-    from gymexp.rollout.collect import Collector
-    from gymexp.training.callbacks import Evaluation, ProgressReporter
+    from gymexp.training.callbacks import Evaluation
     from gymexp.training.tracker_feed import TrackerFeed
     from gymexp.training.trainer import PolicyTrainer
 
 log = logging.getLogger(__name__)
-_HEARTBEAT_S = 5.0
 _OUT_OF_MEMORY = (
     "the trainer's GPU has too little memory for a micro-batch: halve trainer.per_device_train_batch_size "
     "and double trainer.gradient_accumulation_steps, leave trainer.gradient_checkpointing on, train "
@@ -47,13 +37,9 @@ _OUT_OF_MEMORY = (
 
 
 def main() -> None:
-    die_with_parent()
+    stop_requested = controlled_process.begin()
     run = RunDirectory(Path(sys.argv[1]))
-    log_to_stderr("%(asctime)s %(name)s: %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    stop_requested = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: stop_requested.set())
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # The controller handles Ctrl-C.
     main_rank = _rank() == 0
     try:
         result = work(run, from_yaml(run.config), stop_requested)
@@ -63,11 +49,7 @@ def main() -> None:
         # The class is torch's, and torch may not be imported yet.
         if type(error).__name__ == "OutOfMemoryError":
             message = f"{_OUT_OF_MEMORY}. torch says: {error}"
-        elif isinstance(error, GymexpError):
-            message = str(error)
-        elif refused := files.refusal(error):
-            message = files.in_words(refused)
-        else:
+        elif not (message := controlled_process.message_of(error)):
             raise
         if not isinstance(error, GymexpError):
             log.exception("the trainer failed")
@@ -75,10 +57,7 @@ def main() -> None:
         if main_rank:
             run.write_error(message)
         sys.exit(1)
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)  # Everything is written, and no thread may keep a finished trainer alive.
+    controlled_process.end()
 
 
 def _rank(name: str = "RANK") -> int:
@@ -105,7 +84,7 @@ def work(run: RunDirectory, config: RunConfig, stop_requested: threading.Event) 
     from gymexp.training.rollout_func import Rollouts
     from gymexp.training.trainer import PolicyTrainer
 
-    threading.Thread(target=_send_heartbeats, args=[services.control_url], name="alive", daemon=True).start()
+    controlled_process.send_heartbeats(services.control_url, "trainer" if main_rank else f"trainer-{_rank()}")
     reporter = ProgressReporter(services.control_url if main_rank else None)
     reporter.report(phase="load model")
     prepared = load_prepared(run.data)
@@ -130,7 +109,9 @@ def work(run: RunDirectory, config: RunConfig, stop_requested: threading.Event) 
             engine = join_servers(config, run, services, _rank(), device, stop_requested, stack)
         if main_rank:
             vocab_size: int = model.get_input_embeddings().num_embeddings  # pyright: ignore
-            collector = _open_collector(config, services, vocab_size, reporter, stop_requested, stack)
+            collector = controlled_process.open_collector(
+                config, services, vocab_size, reporter, stop_requested, stack
+            )
         tasks = {t.key: t for part in (prepared.train, *prepared.validation.values()) for t in part}
         writer = (
             RolloutWriter(run.rollouts, config.env, first_step if resume else None) if main_rank else None
@@ -160,41 +141,6 @@ def work(run: RunDirectory, config: RunConfig, stop_requested: threading.Event) 
             trainer.save_policy(run.path)
         result = {"step": trainer.state.global_step, "stopped": trainer.stopped, "held_out": held_out}
         return result | ({"stopped": False, "pruned": evaluation.pruned} if evaluation.pruned else {})
-
-
-def _send_heartbeats(control_url: str) -> None:
-    """Sends the controller a sign of life every `_HEARTBEAT_S` seconds, for ever."""
-    name = f"trainer-{_rank()}" if _rank() else "trainer"
-    request = urllib.request.Request(f"{control_url}/alive/{name}", b"", header_of(RUN))
-    while True:
-        with contextlib.suppress(OSError):
-            open_url(request, timeout_s=_HEARTBEAT_S).close()
-        time.sleep(_HEARTBEAT_S)
-
-
-def _open_collector(
-    config: RunConfig,
-    services: Services,
-    vocab_size: int,
-    reporter: ProgressReporter,
-    stop_requested: threading.Event,
-    stack: ExitStack,
-) -> Collector:
-    """Opens the collector of rollouts, which stops as soon as `stop_requested` is set. `stack` closes it."""
-    from gymexp.rollout.collect import Collector
-
-    collector = Collector(
-        services.replicas,
-        config.env,
-        config.rollout,
-        vocab_size,
-        services.control_url,
-        services.gateway_url,
-        reporter.report_collection,
-    )
-    stack.callback(collector.close)
-    threading.Thread(target=lambda: (stop_requested.wait(), collector.stop()), daemon=True).start()
-    return collector
 
 
 def _train(

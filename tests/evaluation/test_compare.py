@@ -76,3 +76,9 @@ def test_p_is_adjusted_for_the_number_of_rows(tmp_path):
         float(next(line for line in said.splitlines() if "/2  " in line).split()[8]) for said in (alone, both)
     ]
     assert p[1] == pytest.approx(2 * p[0], abs=0.001)
+
+
+def test_two_evaluations_with_equal_rewards_have_no_interval_of_no_width(tmp_path):
+    said = compare([evaluated(tmp_path / "one", TEN), evaluated(tmp_path / "two", TEN)])
+    line = next(line for line in said.splitlines() if "two  " in line)
+    assert "+0.000  all equal  1.000  –  " in line

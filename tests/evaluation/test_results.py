@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -100,3 +101,44 @@ def test_an_endpoint_that_counts_no_tokens_has_none_in_the_table(tmp_path):
     said, found = write(tmp_path, [row(key, n, 1.0, tokens=None) for key in "01" for n in range(2)])
     assert found["policies"][0]["envs"]["sudoku"]["tokens_p50"] is None
     assert "– / –" in said
+
+
+def cells(said: str, env: str = "sudoku") -> list[str]:
+    return re.split(r"\s{2,}", next(line for line in said.splitlines() if line.startswith(env)))
+
+
+def test_one_task_has_its_mean_and_no_interval(tmp_path):
+    said, found = write(tmp_path, [row("0", n, reward) for n, reward in enumerate((1.0, 0.5))])
+    assert cells(said)[:9] == ["sudoku", "1", "2", "2/2", "0", "0.750", "–", "0.500", "–"]
+    assert "–: an interval needs two tasks with a scored sample." in said
+    assert found["policies"][0]["envs"]["sudoku"]["mean_reward"] == 0.75
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["held_out"] == {"sudoku": {"reward": [None, 0.75]}}
+
+
+def test_equal_rewards_have_no_interval_of_no_width_and_success_has_wilsons(tmp_path):
+    said, _ = write(tmp_path, [row(key, n, 1.0) for key in "0123" for n in range(2)])
+    assert cells(said)[5:9] == ["1.000", "all equal", "1.000", "[0.510, 1.000]"], "Wilson's of 4 of 4"
+    assert "all equal: every task has the same mean reward, so their spread is not known." in said
+
+
+def test_an_environment_without_a_scored_rollout_says_so_and_hides_no_other(tmp_path):
+    said, _ = write(tmp_path, [row(key, n, None) for key in "01" for n in range(2)])
+    assert cells(said)[1:9] == ["2", "2", "0/4", "4", "–", "–", "–", "–"]
+    assert "sudoku 0/0/0 and 2 without a scored sample" in said and "nan" not in said.lower()
+
+
+def test_an_interval_beyond_the_rewards_is_explained_and_not_cut_off(tmp_path):
+    said, found = write(tmp_path, [row(key, 0, float(key != "0")) for key in "012"], samples=1)
+    half = 4.302652729911275 * (1 / 3) ** 0.5 / 3**0.5  # t(0.975, 2) of a table, sd of 0, 1, 1
+    assert found["policies"][0]["envs"]["sudoku"]["reward"]["high"] == pytest.approx(2 / 3 + half)
+    assert "knows no bounds: with so few tasks it reaches beyond the rewards that were given " in said
+    assert "(sudoku [0.000, 1.000])" in said
+    said, _ = write(tmp_path / "more", [row(str(n), 0, n / 40) for n in range(40)], samples=1)
+    assert "knows no bounds" not in said
+
+
+def test_a_probe_of_one_task_is_a_finding_too(tmp_path):
+    probe = Policy("probe", "probe: yes", "eval-000000", reply="yes")
+    said, _ = write(tmp_path, [row("0", 0, 0.5)], probe, samples=1)
+    assert "finding: the grader of sudoku pays 0.500 on average for the reply 'yes'" in said

@@ -10,11 +10,12 @@ from gymexp.cluster.slurm_job import Allocation
 from gymexp.errors import GymexpError
 from gymexp.record.directory import RunDirectory
 from gymexp.sweep.job import _count_start
+from gymexp.sweep.kinds import TRAINING
 from gymexp.training.checkpoints import seal
 
 
 def start(run: RunDirectory, restarts: int, job_id: str = "1_0") -> None:
-    _count_start(run, Allocation(job_id, restarts, "node1"))
+    _count_start(run, Allocation(job_id, restarts, "node1"), TRAINING)
 
 
 def save(run: RunDirectory, step: int) -> None:
@@ -28,7 +29,7 @@ def test_a_job_that_saves_between_its_starts_may_be_started_for_ever(tmp_path):
         start(run, number)
         save(run, number)
     starts = [json.loads(line) for line in (tmp_path / "starts.jsonl").read_text().splitlines()]
-    assert [(one["restarts"], one["checkpoint"]) for one in starts] == [(0, None)] + [
+    assert [(one["restarts"], one["progress"]) for one in starts] == [(0, None)] + [
         (number, number - 1) for number in range(1, 6)
     ]
 

@@ -16,7 +16,7 @@ from gymexp.cluster import slurm_job as allocation
 from gymexp.cluster.slurm_job import Task
 from gymexp.config.schema import ModelConfig, PlacementConfig, RunConfig
 from gymexp.errors import ConfigError, Interrupted, NodeLost
-from gymexp.sweep import job
+from gymexp.sweep import job, kinds
 from gymexp.sweep.freeze import FrozenJob
 
 GOOD = {"step": 3, "stopped": False, "held_out": {}}
@@ -61,7 +61,7 @@ def trained(monkeypatch, sweep) -> Callable[[Any], list[tuple]]:
                 raise end
             return end() if callable(end) else end
 
-        monkeypatch.setattr(job, "train", train)
+        monkeypatch.setattr(kinds, "train", train)
         return calls
 
     put.frozen = frozen  # type: ignore[attr-defined]
@@ -90,7 +90,7 @@ def test_a_first_start_trains_with_what_was_frozen_and_is_counted(sweep, trained
     assert (config.resume, overrides, directory) == (None, ["seed=1"], sweep / "3")
     assert where == allocation.Allocation("7_3", 0, "node1")
     (start,) = starts(sweep)
-    assert (start["job_id"], start["restarts"], start["checkpoint"]) == ("7_3", 0, None)
+    assert (start["job_id"], start["restarts"], start["progress"]) == ("7_3", 0, None)
     assert abs(start["time"] - os.stat(sweep / "3" / "starts.jsonl").st_mtime) < 5
     assert not (sweep / "3" / "result.json").exists(), "the run writes its own"
 
@@ -171,7 +171,7 @@ def test_a_requeue_that_fails_is_the_jobs_error(sweep, trained, commands, capsys
     assert exit_code(sweep) == 1
     text = (
         "SIGUSR2 ended the run, and Slurm did not requeue job 7_3: Requested operation is presently disabled"
-        f". It goes on from its checkpoint with: python -m gymexp.sweep resubmit {sweep}"
+        f". It goes on with: python -m gymexp.sweep resubmit {sweep}"
     )
     assert read(sweep, "result.json") == {"error": text} and read(sweep, "status.json")["outcome"] == text
     assert capsys.readouterr().err == f"error: {text}\n"
@@ -237,7 +237,7 @@ def test_a_local_job_keeps_its_error_and_an_interruption_is_none(sweep, trained)
     with pytest.raises(ConfigError):
         job.run_local(str(sweep), 3)
     assert read(sweep, "result.json") == {"error": "the reason"}
-    assert calls[0][1:] == (["seed=1"], sweep / "3"), "no job of Slurm's"
+    assert calls[0][1:] == (["seed=1"], sweep / "3", None), "no job of Slurm's"
     (sweep / "3" / "result.json").unlink()
     trained(KeyError())
     with pytest.raises(KeyError):

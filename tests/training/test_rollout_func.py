@@ -422,3 +422,17 @@ def test_a_step_keeps_a_value_a_token_up_to_a_bound_and_its_advantages_always(tm
         rows = [row for row in read_train_index(tmp_path) if row["file"] == f"step-{step + 1:06d}"]
         assert sum(read_trained(tmp_path, row)["logprobs"] is not None for row in rows[-2:]) == kept
         assert [row["advantage"] for row in rows[-2:]] == [0.1, 0.2]
+
+
+def test_the_tracker_gets_rollouts_of_training_with_their_advantages_and_held_out_ones_at_once(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr("accelerate.utils.gather_object", lambda own: own)
+    sent: list[Any] = []
+    plays, trainer = rollouts(Collector(), tmp_path), Trainer()
+    plays._send = lambda name, outcomes, advantages: sent.append((name, len(outcomes), advantages))
+    plays(["e/train/0"] * 2, trainer)  # type: ignore[arg-type]
+    assert sent == []
+    plays.write_trained(batch_of([1, 2]), trainer)  # type: ignore[arg-type]
+    plays.write("eval-000001", plays.play(["e/train/1"], 1, SOFTMAX, held_out=True), 2)
+    assert sent == [("step-000001", 2, [0.1, 0.2]), ("eval-000001", 1, None)]

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gymexp.rollout.outcome import Completed, Failed, Outcome, Rollout, Task, Truncated, Turn, task_of
-from gymexp.training.rollout_sample import as_text, choose, facts, messages
+from gymexp.training.rollout_sample import Chosen, as_text, choose, facts, messages
 
 INPUT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2 + 2?"}]
 ITEMS = [
@@ -29,15 +29,17 @@ def outcome(number: int, reward: float | None, env: str = "sudoku") -> Outcome:
 def test_each_environment_in_turn_gives_its_best_its_worst_a_failed_and_random_ones():
     some = [outcome(n, reward) for n, reward in enumerate([0.5, 1.0, None, 0.0, 0.7])]
     some += [outcome(n, 0.5, "workplace") for n in range(2)]
-    found = choose(some, 6, "step-000001")
-    assert [(why, task_of(one).key) for why, one in found[:4]] == [
+    advantages = [n / 10 for n in range(len(some))]
+    found = choose(some, 6, "step-000001", advantages)
+    assert [(one.why, task_of(one.outcome).key) for one in found[:4]] == [
         ("best", "sudoku/1"),
         ("best", "workplace/0"),
         ("worst", "sudoku/3"),
         ("worst", "workplace/1"),
     ]
-    assert [why for why, _ in found[4:]] == ["failed", "random"]
-    assert choose(some, 6, "step-000001") == found
+    assert [one.why for one in found[4:]] == ["failed", "random"]
+    assert [one.advantage for one in found[:5]] == [0.1, 0.5, 0.3, 0.6, 0.2]
+    assert choose(some, 6, "step-000001", advantages) == found
     assert choose(some, 0, "step-000001") == choose([], 3, "step-000001") == []
 
 
@@ -46,7 +48,7 @@ def test_each_environment_in_turn_gives_its_best_its_worst_a_failed_and_random_o
 )
 def test_no_rollout_is_chosen_twice_and_as_many_as_there_are(pairs, limit):
     some = [outcome(number, reward, env) for number, (env, reward) in enumerate(pairs)]
-    found = Counter(id(one) for _, one in choose(some, limit, "x"))
+    found = Counter(id(one.outcome) for one in choose(some, limit, "x"))
     assert found.total() == min(limit, len(some)) and set(found.values()) <= {1}
 
 
@@ -69,8 +71,8 @@ def test_facts_name_how_it_ended():
     done = outcome(0, 1.0)
     assert isinstance(done, Completed)
     expected = {"env": "sudoku", "task": "sudoku/0", "chosen": "best", "reward": 1.0, "turns": 1, "tokens": 2}
-    assert facts(done, "best") == expected | {"outcome": "completed"}
-    assert facts(Truncated(done.rollout, "length"), "best")["outcome"] == "truncated (length)"
-    failed = facts(outcome(0, None), "failed")
+    assert facts(Chosen("best", done)) == expected | {"outcome": "completed"}
+    assert facts(Chosen("best", Truncated(done.rollout, "length")))["outcome"] == "truncated (length)"
+    failed = facts(Chosen("failed", outcome(0, None)))
     assert (failed["outcome"], failed["reward"]) == ("failed (timeout)", None)
     assert failed.keys() == expected.keys() | {"outcome"}, "the columns of one table"

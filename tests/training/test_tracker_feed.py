@@ -37,7 +37,7 @@ class Tracker:
         self._take(step, dict(numbers))
 
     def log_rollouts(self, step, name, chosen) -> None:
-        self._take(step, name, [why for why, _ in chosen])
+        self._take(step, name, [(one.why, one.advantage) for one in chosen])
 
     def finish(self, failed) -> None:
         self._take("failed" if failed else "finished")
@@ -60,20 +60,20 @@ def test_it_gets_the_names_of_metrics_jsonl_and_finite_numbers_alone():
         feed, 3, {"sudoku/reward": 0.5, "eval_sudoku/reward": 1, "kl": float("nan"), "text": "x", "no": None}
     )
     log_entry(feed, 4, {"kl": float("inf")})
-    feed.add_rollouts("step-000004", outcomes(3))
-    feed.add_rollouts("eval-000010", outcomes(1))
+    feed.add_rollouts("step-000004", outcomes(3), [0.5, 0.5, 0.5])
+    feed.add_rollouts("eval-000010", outcomes(1), None)
     feed.close(failed=True)
     assert tracker.got == [
         (3, {"sudoku/reward": 0.5, "eval_sudoku/reward": 1}),
-        (4, "step-000004", ["failed", "random"]),
-        (10, "eval-000010", ["failed"]),
+        (4, "step-000004", [("failed", 0.5), ("random", 0.5)]),
+        (10, "eval-000010", [("failed", None)]),
         ("failed",),
     ]
 
 
 def test_no_rollouts_are_sent_if_none_are_wanted():
     feed = TrackerFeed("wandb", tracker := Tracker(), 0)
-    feed.add_rollouts("step-000004", outcomes(3))
+    feed.add_rollouts("step-000004", outcomes(3), [None] * 3)
     feed.close(failed=False)
     assert tracker.got == [("finished",)]
 
@@ -84,7 +84,7 @@ def test_a_tracker_that_raises_at_every_call_is_one_line_in_the_log(caplog, monk
     with caplog.at_level(logging.INFO):
         for step in range(5):
             log_entry(feed, step, {"loss": 0.1})
-        feed.add_rollouts("step-000004", outcomes(3))
+        feed.add_rollouts("step-000004", outcomes(3), [None] * 3)
         feed.close(failed=False)
     assert caplog.messages == [
         "tracker=wandb failed: no route to ***. The run goes on, and its directory has everything"

@@ -17,13 +17,14 @@ import pytest
 
 from gymexp.config.schema import ModelConfig, RunConfig, TrackerConfig
 from gymexp.rollout.outcome import Completed, Failed, Rollout, Task, Turn
+from gymexp.training.rollout_sample import Chosen
 from gymexp.training.tracker_runs import Place, flatten, open_run
 
 TASK = Task("sudoku/1", "sudoku", "a", {"responses_create_params": {"input": "Solve it."}})
 ANSWER = {"type": "message", "role": "assistant", "content": "1 2 3 4"}
 CHOSEN = [
-    ("best", Completed(Rollout(TASK, [Turn([1], [2, 3], [-0.5, -0.1])], 0.25, [ANSWER]))),
-    ("failed", Failed(TASK, "timeout", "too slow")),
+    Chosen("best", Completed(Rollout(TASK, [Turn([1], [2, 3], [-0.5, -0.1])], 0.25, [ANSWER])), -0.75),
+    Chosen("failed", Failed(TASK, "timeout", "too slow")),
 ]
 DEFINES: Any = {"define_metric": lambda *_, **__: None}
 # A stand-in for the package: what it gets is a line of trackio.jsonl in the working directory.
@@ -114,6 +115,8 @@ def test_trackio_gets_names_group_and_traces_and_continues_a_resumed_run(job, st
     assert [m["content"] for m in conversation] == ["Solve it.", "1 2 3 4"]
     assert (facts["reward"], facts["env"], facts["chosen"], facts["step"]) == (0.25, "sudoku", "best", 2)
     assert step["log"]["rollouts"][1][1]["outcome"] == "failed (timeout)"
+    assert [facts["advantage"] for _, facts in step["log"]["rollouts"]] == [-0.75, None]
+    assert "advantage" not in evaluation["log"]["eval_rollouts"][0][1], "nothing trains on held-out ones"
     assert list(evaluation["log"]) == ["eval_rollouts"] and end == {"finish": True}
 
 

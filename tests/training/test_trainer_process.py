@@ -19,7 +19,7 @@ from whole_run import ROOT
 from gymexp.config.schema import EnvConfig, EvaluationConfig, RunConfig
 from gymexp.record.services_file import Replica, Services
 from gymexp.rollout.collect import Stopped
-from gymexp.training import trainer_process
+from gymexp.training import controlled_process, trainer_process
 
 FAILING = """
 import sys
@@ -199,7 +199,7 @@ def test_the_collector_stops_when_the_run_is_asked_to_end_and_is_closed_with_it(
     reporter: Any = SimpleNamespace(report_collection=lambda progress: None)
     stop_requested = threading.Event()
     with ExitStack() as stack:
-        collector: Any = trainer_process._open_collector(
+        collector: Any = controlled_process.open_collector(
             config, services, 77, reporter, stop_requested, stack
         )
         assert made == [collector] and not collector.stopped.is_set()
