@@ -31,18 +31,25 @@ def build_card(chosen: Chosen, name: str, adapter: bool, curves: bool, hosts: se
     name: what a reader passes to from_pretrained. ask_hub: whether to ask the hub for the base model's
     license, if it is not cached; without an answer the card names none.
     """
+
+    def in_code(value: object) -> str:
+        """Returns a text of the run for a span of code, which it does not end, nor a table's cell."""
+        return " ".join(public_text(str(value), hosts).replace("|", "/").replace("`", "'").split())
+
     facts = facts_of(chosen, hosts)
     base = base_id(chosen.config.model)
     data = _card_data(chosen, facts, name, adapter, _license_of(chosen.config.model, ask_hub))
-    envs = [f"NeMo Gym's `{env}`" for env in chosen.config.env]
-    where = f"The model `{public_text(Path(chosen.config.model.path).name, hosts)}`"
+    envs = [f"NeMo Gym's `{in_code(env)}`" for env in chosen.config.env]
+    where = f"The model `{in_code(Path(chosen.config.model.path).name)}`"
+
     card = ModelCard.from_template(
         data,
         template_path=str(_TEMPLATE),
         number=lambda value: "–" if value is None else f"{value:.3f}",
         p_value=lambda value: "< 0.001" if value < 0.001 else f"{value:.3f}",
         signed=lambda value: f"{value:+.3f}",
-        shortened=lambda value: public_text(str(value), hosts).replace("|", "/").replace("`", "'"),
+        code=in_code,
+        text=lambda value: in_code(value).replace("<", "&lt;"),
         title=name.rpartition("/")[2],
         name=name,
         base=base or Path(chosen.config.model.path).name,

@@ -16,10 +16,13 @@ from typing import Any
 
 import orjson
 
+from gymexp.config.plain_yaml import load_plain_yaml
 from gymexp.errors import RunDirectoryError
 from gymexp.files import read_json
 from gymexp.record.metric_names import name_of
+from gymexp.record.own_files import check_own
 from gymexp.record.run_state import RunState, read_run
+from gymexp.rollout.rollout_files import is_row
 
 Record = dict[str, Any]
 Number = int | float
@@ -224,6 +227,7 @@ class RunReader:
             raise RunDirectoryError(
                 f"{path} must be the directory of a run or of an evaluation, but has no files of one"
             )
+        check_own(path)
         self.path = path
         self._metrics = LineFile(path / "metrics.jsonl")
         self._timeline = LineFile(path / "timeline.jsonl")
@@ -246,7 +250,9 @@ class RunReader:
             steps=[entry for entry in self._metrics.records if _is_step(entry)],
             evaluations=[entry for entry in self._metrics.records if _is_evaluation(entry)],
             rows=[row for row in self._index.records if _is_row(row)],
-            trained={(row["file"], row["number"]): row for row in self._trained.records if "number" in row},
+            trained={
+                (row["file"], row["number"]): row for row in self._trained.records if is_row(row, ("number",))
+            },
             spans=[span for line in self._timeline.records if (span := _span(line))],
             events=[line for line in self._timeline.records if "event" in line or "phase" in line],
             samples=[sample for line in self._system.records if (sample := _sample(line))],
@@ -283,11 +289,9 @@ def _constant(path: Path) -> dict[str, Any]:
 
 
 def _yaml(path: Path) -> Any:
-    import yaml
-
     try:
-        return yaml.load(path.read_bytes(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except (OSError, ValueError, yaml.YAMLError):
+        return load_plain_yaml(path.read_bytes())
+    except (OSError, ValueError):
         return None
 
 
@@ -309,11 +313,7 @@ def _is_evaluation(entry: Record) -> bool:
 
 
 def _is_row(row: Record) -> bool:
-    return (
-        isinstance(row.get("file"), str)
-        and isinstance(row.get("env"), str)
-        and isinstance(row.get("key"), str)
-    )
+    return is_row(row, ("key", "env"))
 
 
 def _span(line: Record) -> Span | None:
