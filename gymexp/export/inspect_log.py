@@ -22,7 +22,7 @@ from gymexp.export.chosen import open_run
 from gymexp.export.public_text import hosts_of, public_text
 from gymexp.export.selection import select, step_of
 from gymexp.files import replacing
-from gymexp.printable import say
+from gymexp.printable import printable_in, say
 from gymexp.record.run_state import read_run
 from gymexp.rollout.items import text_of
 from gymexp.rollout.rollout_files import read_outcome, read_train_index
@@ -63,11 +63,13 @@ def write_log(run: Path, args: Namespace) -> None:
     with tempfile.TemporaryDirectory(prefix="gymexp-inspect-") as directory:
         samples = Path(directory) / "samples.jsonl"
         with samples.open("wb") as file:
-            file.write(orjson.dumps(head) + b"\n")
+            file.write(orjson.dumps(printable_in(head)) + b"\n")
             for row in rows:
                 record = read_outcome(run / "rollouts", row)
                 advantage = advantages.get((row["file"], row["number"]))
-                file.write(orjson.dumps(sample_of(row, record, tasks.read(row["key"]), advantage)) + b"\n")
+                sample = sample_of(row, record, tasks.read(row["key"]), advantage)
+                # `inspect view` obeys direction marks.
+                file.write(orjson.dumps(printable_in(sample)) + b"\n")
         with replacing(target) as part:
             made = Path(directory) / "rollouts.eval"
             _run_writer(samples, made)
@@ -148,7 +150,8 @@ def _messages(items: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
                 yield open_
             open_ = {"role": "assistant", "content": "", "reasoning": "", "calls": []}
         if kind == "function_call":
-            call = {"id": item.get("call_id"), "name": item.get("name"), "arguments": item.get("arguments")}
+            arguments = _printable_arguments(item.get("arguments"))
+            call = {"id": item.get("call_id"), "name": item.get("name"), "arguments": arguments}
             open_["calls"].append({key: str(value or "") for key, value in call.items()})
         elif kind == "reasoning":
             open_["reasoning"] += text_of(item.get("summary") or item.get("content") or "")
@@ -157,6 +160,15 @@ def _messages(items: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
             open_["content"] += text_of(item.get("content")) if of_text else orjson.dumps(item).decode()
     if open_:
         yield open_
+
+
+def _printable_arguments(arguments: Any) -> Any:
+    """Returns the JSON text of a tool call's arguments without escapes of unsafe characters, which the writer
+    would take for the characters; another text as it is."""
+    try:
+        return orjson.dumps(printable_in(orjson.loads(arguments))).decode()
+    except (TypeError, ValueError):
+        return arguments
 
 
 def _run_writer(samples: Path, made: Path) -> None:
