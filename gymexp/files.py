@@ -132,7 +132,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Returns the JSON object in a file; {} if the file is missing or damaged (full disk, power loss)."""
     try:
         value = json.loads(path.read_bytes())
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 
@@ -146,6 +146,6 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     records = []
     for line in lines:
         if line.endswith(b"\n"):
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(ValueError, RecursionError):
                 records.append(json.loads(line))
     return [record for record in records if isinstance(record, dict)]

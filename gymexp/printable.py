@@ -19,6 +19,9 @@ UNSAFE = re.compile(
     "\ufff9-\ufffb\U000e0000-\U000e007f]"
 )
 
+# What begins a formula, but is no number.
+_FORMULA = re.compile(r"(?![+-]?[\d.]+(e[+-]?\d+)?$)[=+\-@\t\n]", re.IGNORECASE)
+
 
 def printable(text: str) -> str:
     """Returns the text with each unsafe character as a Python escape (`\\x1b`), and CRLF as a newline."""
@@ -32,6 +35,15 @@ def printable_in(value: Any) -> Any:
     if isinstance(value, dict):
         return {printable_in(key): printable_in(item) for key, item in value.items()}
     return [printable_in(item) for item in value] if isinstance(value, list) else value
+
+
+def csv_cell(value: Any) -> Any:
+    """Returns a value for a CSV file: a text made printable, with an apostrophe before it if a spreadsheet
+    would take it for a formula."""
+    if not isinstance(value, str):
+        return value
+    text = printable(value)
+    return f"'{text}" if _FORMULA.match(text) else text
 
 
 def duration(seconds: float) -> str:

@@ -9,23 +9,24 @@ python -m gymexp.rollouts outputs/<name>/<date_time> --step 3 --number 17      t
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-import orjson
 
 from gymexp.cli.terminal import guarded, parser_of
 from gymexp.config.schema import RunConfig
 from gymexp.errors import RunDirectoryError
 from gymexp.printable import say
+from gymexp.record.own_files import check_own
 from gymexp.rollout.rollout_files import load_index, read_names, read_outcome
 from gymexp.view.rollout_text import conversation, rollout_table
+from gymexp.view.run_files import RunFiles
+from gymexp.view.task_rows import TaskRows
 
 
 def choose(args: Namespace, run: Path) -> list[dict[str, Any]]:
     """Returns the lines of the index that the command line selects, at least one. Raises RunDirectoryError if
     it selects none."""
+    check_own(run)
     names = read_names(run / "rollouts")
     if not names:
         raise RunDirectoryError(f"{run} must be the directory of a run that has played rollouts")
@@ -61,18 +62,6 @@ def _list(names: list[str]) -> str:
     return ", ".join(names) if len(names) < 8 else f"{', '.join(names[:3])}, …, {', '.join(names[-3:])}"
 
 
-def find_task_row(run: Path, key: str) -> Mapping[str, Any] | None:
-    """Returns the dataset row of a task, from the run's data; None if it is not there."""
-    for name in ("train", "validation"):
-        path = run / "data" / f"{name}.jsonl"
-        if path.exists():
-            with path.open("rb") as file:
-                for line in file:
-                    if key.encode() in line and (task := orjson.loads(line))["key"] == key:
-                        return task["row"]
-    return None
-
-
 def main() -> None:
     parser = parser_of("rollouts", __doc__ or "")
     parser.add_argument("run", type=Path, metavar="DIR", help="the directory of a run")
@@ -94,7 +83,7 @@ def main() -> None:
     if one_rollout:
         [row] = rows
         record = read_outcome(run / "rollouts", row)
-        say(conversation(row, record, find_task_row(run, row["key"]), args.full))
+        say(conversation(row, record, TaskRows(RunFiles(run)).read(row["key"]), args.full))
     else:
         say(rollout_table(rows))
 

@@ -13,6 +13,7 @@ from gymexp.cli.terminal import guarded, parser_of
 from gymexp.config.schema import RunConfig
 from gymexp.errors import RunDirectoryError
 from gymexp.printable import say
+from gymexp.record.own_files import check_own
 from gymexp.sweep import sweep_reader
 from gymexp.sweep.table import counted, job_line, status_table
 from gymexp.view import run_text
@@ -39,6 +40,7 @@ def show_sweep(path: Path, follow: bool) -> None:
 
 def show_run(path: Path, follow: bool) -> None:
     """Prints the state of a run; with `follow` also its logs and steps until it ends."""
+    check_own(path)
     run = run_text.look(path)
     say(run_text.run_text(run))
     if follow and not run.ended:

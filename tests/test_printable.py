@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from gymexp import printable as module
 from gymexp.files import append_line, read_lines
-from gymexp.printable import printable, printable_in
+from gymexp.printable import csv_cell, printable, printable_in
 from gymexp.processes.failure_reason import reason
 from gymexp.record.directory import RunDirectory
 from gymexp.view.progress import View
@@ -101,6 +101,13 @@ def test_the_log_is_printable(monkeypatch):
     except ValueError:
         root.exception("%s", EVIL)
     assert stream.getvalue().startswith(PLAIN) and fit(stream.getvalue())
+
+
+def test_a_cell_of_a_csv_file_is_text_or_a_number_and_no_formula():
+    texts = ("=1+1", "+a", "-a", "@x", "\tx", "x=1", "-1e-5", "+2", "-1+cmd|'x'!A", "\x1b=")
+    cells = ["'=1+1", "'+a", "'-a", "'@x", "'\tx", "x=1", "-1e-5", "+2", "'-1+cmd|'x'!A", "\\x1b="]
+    assert [csv_cell(text) for text in texts] == cells
+    assert csv_cell(-1.5) == -1.5 and csv_cell(None) is None
 
 
 # Say what they made themselves: JSON for another process, sizes, what a program's own user typed.

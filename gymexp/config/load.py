@@ -8,10 +8,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from gymexp.config.explain import explain_error
+from gymexp.config.plain_yaml import check_plain_yaml
 from gymexp.config.rules import problems_of
 from gymexp.config.schema import (
     RunConfig,
@@ -62,10 +64,33 @@ def to_yaml(config: RunConfig) -> str:
 
 
 def from_yaml(path: Path) -> RunConfig:
-    """Returns the checked configuration that a run directory was made with. path: its config.yaml."""
-    cfg = OmegaConf.load(path)
-    assert isinstance(cfg, DictConfig)
+    """Returns the checked configuration that a run directory was made with. path: its config.yaml.
+
+    Raises ConfigError also if it has anything but plain values: a run writes them, and a stranger's
+    `${oc.env:…}` would read this machine's environment.
+    """
+    try:
+        text = path.read_bytes()
+        check_plain_yaml(text)
+        cfg = OmegaConf.create(text.decode())
+    except (ValueError, yaml.YAMLError) as error:
+        raise ConfigError(
+            f"{path} must be the config.yaml of a run: {' '.join(str(error).split())}"
+        ) from None
+    if not isinstance(cfg, DictConfig):
+        raise ConfigError(f"{path} must be the config.yaml of a run, which has keys and values")
+    if key := _interpolated("", OmegaConf.to_container(cfg, resolve=False)):
+        raise ConfigError(f"{path} must have plain values, as a run writes them, but {key} has ${{…}}")
     return load(cfg)
+
+
+def _interpolated(at: str, value: Any) -> str | None:
+    """Returns the first key at or below `at` whose value is an interpolation; None if there is none."""
+    if isinstance(value, str):
+        return at if "${" in value else None
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    found = (_interpolated(f"{at}.{name}".lstrip("."), item) for name, item in inner)
+    return next(filter(None, found), None)
 
 
 def resumed(path: Path, resume: str, overrides: Sequence[str] = ()) -> RunConfig:

@@ -18,6 +18,7 @@ from gymexp.evaluation.results import env_of
 from gymexp.evaluation.results_table import aligned
 from gymexp.files import read_json
 from gymexp.record.directory import PLAN
+from gymexp.record.own_files import check_own
 from gymexp.rollout.rollout_files import read_index
 from gymexp.statistics import Change, holm, paired_change
 
@@ -76,6 +77,7 @@ def read_sides(directory: Path) -> list[Side]:
 
     Raises RunDirectoryError if it has no rollouts of an evaluation.
     """
+    check_own(directory)
     rewards: dict[str, dict[str, list[float]]] = {}
     for row in read_index(directory / "rollouts"):
         if row["file"].startswith("eval-"):

@@ -19,7 +19,7 @@ from gymexp.config.schema import RunConfig
 from gymexp.evaluation.plan import TASKS, Plan, Policy
 from gymexp.evaluation.results_table import results_table
 from gymexp.files import read_json, replace_file
-from gymexp.printable import printable
+from gymexp.printable import csv_cell, printable
 from gymexp.record.directory import RunDirectory
 from gymexp.rollout.rollout_files import read_index
 from gymexp.statistics import EnvSummary, summarize
@@ -138,9 +138,9 @@ def _to_csv(plan: Plan, rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
             causes = sorted(row["cause"] for row in of_task if row.get("reward") is None)
             writer.writerow(
                 [
-                    policy.label,
-                    env_of(key),
-                    key,
+                    csv_cell(policy.label),
+                    csv_cell(env_of(key)),
+                    csv_cell(key),
                     len(scored),
                     sum(row["success"] for row in scored),
                     round(fmean(rewards), 10) if rewards else "",
@@ -148,7 +148,7 @@ def _to_csv(plan: Plan, rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
                     round(fmean(tokens), 4) if tokens else "",
                     round(fmean(row["turns"] for row in scored), 4) if scored else "",
                     len(causes),
-                    " ".join(causes),
+                    csv_cell(" ".join(causes)),
                 ]
             )
     return out.getvalue()

@@ -9,14 +9,13 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from omegaconf import OmegaConf
-
+from gymexp.config.plain_yaml import load_plain_yaml
 from gymexp.config.schema import EnvConfig, RunConfig
 from gymexp.export.chosen import Chosen
 from gymexp.export.public_text import public_text
 from gymexp.files import read_json, read_lines
 from gymexp.record.run_state import read_run, wall_seconds
-from gymexp.rollout.rollout_files import read_index
+from gymexp.rollout.rollout_files import load_index
 from gymexp.statistics import paired_change
 
 Row = Mapping[str, Any]
@@ -42,7 +41,7 @@ def held_out_table(rows: Sequence[Row], step: int, envs: Sequence[str]) -> list[
                 "num_tasks": len({r["key"] for r in after}),
                 "scored": sum(r.get("reward") is not None for r in after),
                 "planned": len(after),
-                "success": _mean([float(r["success"]) for r in after if "success" in r]),
+                "success": _mean([float(r["success"]) for r in after if r.get("success") is not None]),
                 "change": change,
             }
         )
@@ -70,7 +69,7 @@ def ends_of_rollouts(rows: Sequence[Row], step: int, env: str) -> dict[str, Any]
         for r in rows
         if r["env"] == env and r["file"].startswith("step-") and int(r["file"].rpartition("-")[2]) <= step
     ]
-    causes = Counter(r["cause"] for r in mine if r["outcome"] == "failed")
+    causes = Counter(str(r.get("cause")) for r in mine if r["outcome"] == "failed")
     number = len(mine)
     return {
         "number": number,
@@ -83,10 +82,11 @@ def ends_of_rollouts(rows: Sequence[Row], step: int, env: str) -> dict[str, Any]
 def command_of(run: Path, hosts: set[str]) -> str:
     """Returns the command that trains such a policy, without the overrides that say where the run ran."""
     path = run / "overrides.yaml"
-    overrides = (OmegaConf.to_container(OmegaConf.load(path)) if path.is_file() else None) or []
-    assert isinstance(overrides, list)
+    overrides = load_plain_yaml(path.read_bytes()) if path.is_file() else []
+    overrides = overrides if isinstance(overrides, list) else []
     kept = [str(o) for o in overrides if not str(o).lstrip("+~").startswith(_NOT_OF_THE_RUN)]
-    return " ".join(["python -m gymexp.train", *(shlex.quote(public_text(o, hosts)) for o in kept)])
+    words = (shlex.quote(public_text(override, hosts)) for override in kept)
+    return " ".join(["python -m gymexp.train", *words]).replace("```", "'''")
 
 
 def versions_of(run: Path) -> dict[str, str]:
@@ -149,7 +149,7 @@ def source_of(env: EnvConfig) -> str:
 def facts_of(chosen: Chosen, hosts: set[str]) -> dict[str, Any]:
     """Returns the values of the card's template."""
     run, config = chosen.run, chosen.config
-    rows = read_index(run / "rollouts")
+    rows = load_index(run / "rollouts")
     versions = versions_of(run)
     trainer = config.trainer
     return {

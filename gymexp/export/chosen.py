@@ -9,6 +9,7 @@ from gymexp.config.load import from_yaml
 from gymexp.config.schema import RunConfig
 from gymexp.errors import RunDirectoryError
 from gymexp.record.directory import RunDirectory, is_whole
+from gymexp.record.own_files import check_own, check_own_file
 from gymexp.training import checkpoints
 
 
@@ -28,6 +29,7 @@ def open_run(path: Path) -> RunConfig:
         raise RunDirectoryError(
             f"{path} must be the directory of a run (outputs/<name>/<date_time>), but it has no config.yaml"
         )
+    check_own(path)
     return from_yaml(path / "config.yaml")
 
 
@@ -54,6 +56,9 @@ def choose(run: Path, wanted: str) -> Chosen:
     step = _step_of(wanted, paths, run, config)
     if paths[step] != run / "model" and (damage := checkpoints.damage(paths[step])):
         raise RunDirectoryError(f"{paths[step]} is damaged, {damage}: choose another by --checkpoint")
+    for path in (*paths[step].rglob("*"), *(run / "adapter").glob("*")):
+        if path.is_symlink() or not path.is_dir():
+            check_own_file(run, path)
     return Chosen(run, config, step, paths[step])
 
 

@@ -26,6 +26,7 @@ from gymexp.export.public_text import hosts_of, public_text
 from gymexp.files import read_json, read_lines
 from gymexp.policy.checkpoint_model import materialize, write_adapter, written_aside
 from gymexp.policy.hub_snapshot import files_of
+from gymexp.printable import csv_cell
 
 MARK = "gymexp/export.json"
 _TEXTS = ("config.yaml", "overrides.yaml", "versions.txt", "result.json")
@@ -142,5 +143,4 @@ def _csv_of(entries: list[dict[str, Any]]) -> str:
 def _cell(value: Any) -> Any:
     if value is None or isinstance(value, int | float):
         return value
-    text = value if isinstance(value, str) else orjson.dumps(value).decode()
-    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
+    return csv_cell(value if isinstance(value, str) else orjson.dumps(value).decode())

@@ -21,11 +21,13 @@ from gymexp.errors import GymexpError
 from gymexp.export.chosen import open_run
 from gymexp.export.public_text import hosts_of, public_text
 from gymexp.export.selection import select, step_of
-from gymexp.files import read_lines, replacing
-from gymexp.printable import say
+from gymexp.files import replacing
+from gymexp.printable import printable_in, say
 from gymexp.record.run_state import read_run
 from gymexp.rollout.items import text_of
-from gymexp.rollout.rollout_files import read_outcome
+from gymexp.rollout.rollout_files import read_outcome, read_train_index
+from gymexp.view.run_files import RunFiles
+from gymexp.view.task_rows import TaskRows
 
 # The versions whose API the writer uses. Tested with 0.3.285.
 INSPECT = "inspect-ai>=0.3.200,<0.4"
@@ -39,10 +41,9 @@ def write_log(run: Path, args: Namespace) -> None:
     config = open_run(run)
     rows = select(run, args)
     advantages = {
-        (row["file"], row["number"]): row.get("advantage")
-        for row in read_lines(run / "rollouts" / "train_index.jsonl")
+        (row["file"], row["number"]): row.get("advantage") for row in read_train_index(run / "rollouts")
     }
-    tasks = _read_tasks(run, {row["key"] for row in rows})
+    tasks = TaskRows(RunFiles(run))
     # Inspect's log needs a time for its name and its header: that of the first rollout.
     began = min((row["began"] for row in rows if row.get("began")), default=0.0)
     head = {
@@ -62,11 +63,13 @@ def write_log(run: Path, args: Namespace) -> None:
     with tempfile.TemporaryDirectory(prefix="gymexp-inspect-") as directory:
         samples = Path(directory) / "samples.jsonl"
         with samples.open("wb") as file:
-            file.write(orjson.dumps(head) + b"\n")
+            file.write(orjson.dumps(printable_in(head)) + b"\n")
             for row in rows:
                 record = read_outcome(run / "rollouts", row)
                 advantage = advantages.get((row["file"], row["number"]))
-                file.write(orjson.dumps(sample_of(row, record, tasks.get(row["key"]), advantage)) + b"\n")
+                sample = sample_of(row, record, tasks.read(row["key"]), advantage)
+                # `inspect view` obeys direction marks.
+                file.write(orjson.dumps(printable_in(sample)) + b"\n")
         with replacing(target) as part:
             made = Path(directory) / "rollouts.eval"
             _run_writer(samples, made)
@@ -81,19 +84,6 @@ def _title(rows: Sequence[Mapping[str, Any]]) -> str:
     return f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]} to {steps[-1]}"
 
 
-def _read_tasks(run: Path, keys: set[str]) -> dict[str, Mapping[str, Any]]:
-    """Returns the dataset rows of the tasks, from the run's data."""
-    found: dict[str, Mapping[str, Any]] = {}
-    for name in ("train", "validation"):
-        path = run / "data" / f"{name}.jsonl"
-        if path.exists():
-            with path.open("rb") as file:
-                for task in map(orjson.loads, file):
-                    if task["key"] in keys:
-                        found[task["key"]] = task["row"]
-    return found
-
-
 def sample_of(
     row: Mapping[str, Any],
     record: Mapping[str, Any],
@@ -105,7 +95,8 @@ def sample_of(
     row: its line of the index. record: the outcome, as `read_outcome` returns it.
     """
     is_eval = row["file"].startswith("eval-")
-    asked = task_row["responses_create_params"]["input"] if task_row else []
+    params = task_row.get("responses_create_params") if task_row else None
+    asked = params.get("input", []) if isinstance(params, dict) else []
     prompt = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
     facts = ("env", "key", "outcome", "limit", "cause", "failures", "turns", "tokens", "prompt_tokens", "nll")
     facts += ("tool_calls", "tool_errors", "seed", "replica", "weights_version", "seconds", "group", "number")
@@ -159,7 +150,8 @@ def _messages(items: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
                 yield open_
             open_ = {"role": "assistant", "content": "", "reasoning": "", "calls": []}
         if kind == "function_call":
-            call = {"id": item.get("call_id"), "name": item.get("name"), "arguments": item.get("arguments")}
+            arguments = _printable_arguments(item.get("arguments"))
+            call = {"id": item.get("call_id"), "name": item.get("name"), "arguments": arguments}
             open_["calls"].append({key: str(value or "") for key, value in call.items()})
         elif kind == "reasoning":
             open_["reasoning"] += text_of(item.get("summary") or item.get("content") or "")
@@ -168,6 +160,15 @@ def _messages(items: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
             open_["content"] += text_of(item.get("content")) if of_text else orjson.dumps(item).decode()
     if open_:
         yield open_
+
+
+def _printable_arguments(arguments: Any) -> Any:
+    """Returns the JSON text of a tool call's arguments without escapes of unsafe characters, which the writer
+    would take for the characters; another text as it is."""
+    try:
+        return orjson.dumps(printable_in(orjson.loads(arguments))).decode()
+    except (TypeError, ValueError):
+        return arguments
 
 
 def _run_writer(samples: Path, made: Path) -> None:

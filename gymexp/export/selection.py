@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gymexp.errors import GymexpError, RunDirectoryError
-from gymexp.rollout.rollout_files import read_index
+from gymexp.rollout.rollout_files import load_index
 
 
 def select(run: Path, args: Namespace) -> list[dict[str, Any]]:
@@ -16,12 +16,9 @@ def select(run: Path, args: Namespace) -> list[dict[str, Any]]:
 
     Raises GymexpError, with what there is, if nothing is selected.
     """
-    rows = read_index(run / "rollouts")
+    rows = load_index(run / "rollouts")
     if not rows:
-        raise RunDirectoryError(
-            f"{run} must be the directory of a run that has played rollouts and keeps an index of them "
-            "(rollouts/index.jsonl), which runs of earlier versions do not"
-        )
+        raise RunDirectoryError(f"{run} must be the directory of a run that has played rollouts")
     evaluations = sorted({step_of(row) for row in rows if row["file"].startswith("eval-")})
     steps = sorted({step_of(row) for row in rows if row["file"].startswith("step-")})
     if args.steps is not None:

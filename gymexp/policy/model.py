@@ -135,7 +135,8 @@ def end_token_ids(tokenizer: PreTrainedTokenizerBase, directory: str | Path) -> 
 def _from_pretrained(auto: Any, config: ModelConfig, part: str, **options: Any) -> Any:
     directory = directory_of(config)
     try:
-        return auto.from_pretrained(directory, **options)
+        # False, as transformers would ask in the terminal whether to run the code of a model.
+        return auto.from_pretrained(directory, trust_remote_code=False, **options)
     except (OSError, ValueError, ImportError) as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ConfigError(

@@ -16,12 +16,14 @@ from typing import Any
 
 import orjson
 
+from gymexp.config.plain_yaml import load_plain_yaml
 from gymexp.errors import RunDirectoryError
 from gymexp.files import read_json
 from gymexp.record.directory import PLAN
 from gymexp.record.metric_names import name_of
+from gymexp.record.own_files import check_own
 from gymexp.record.run_state import RunState, read_run
-from gymexp.rollout.rollout_files import load_older, older_names
+from gymexp.rollout.rollout_files import is_row, load_older, older_names
 
 Record = dict[str, Any]
 Number = int | float
@@ -240,6 +242,7 @@ class RunReader:
             raise RunDirectoryError(
                 f"{path} must be the directory of a run or of an evaluation, but has no files of one"
             )
+        check_own(path)
         self.path = path
         self._metrics = LineFile(path / "metrics.jsonl")
         self._timeline = LineFile(path / "timeline.jsonl")
@@ -258,13 +261,16 @@ class RunReader:
         run = read_run(self.path)
         if self._last is not None and not any(changed) and run == self._last.run:
             return self._last
+        rows = [row for row in self._index.records if _is_row(row)]
         self._last = RunRecords(
             self.path,
             run,
             steps=[entry for entry in self._metrics.records if _is_step(entry)],
             evaluations=[entry for entry in self._metrics.records if _is_evaluation(entry)],
-            rows=[*self._read_older(), *(row for row in self._index.records if _is_row(row))],
-            trained={(row["file"], row["number"]): row for row in self._trained.records if "number" in row},
+            rows=[*self._read_older(rows), *rows],
+            trained={
+                (row["file"], row["number"]): row for row in self._trained.records if is_row(row, ("number",))
+            },
             spans=[span for line in self._timeline.records if (span := _span(line))],
             events=[line for line in self._timeline.records if "event" in line or "phase" in line],
             samples=[sample for line in self._system.records if (sample := _sample(line))],
@@ -274,9 +280,9 @@ class RunReader:
         )
         return self._last
 
-    def _read_older(self) -> list[Record]:
-        """Returns the lines of the index for rollouts from before the run had one."""
-        names = older_names(self.path / "rollouts", self._index.records) if self._is_own else []
+    def _read_older(self, rows: Sequence[Record]) -> list[Record]:
+        """Returns the lines of the index for rollouts from before the run had one, which has `rows`."""
+        names = older_names(self.path / "rollouts", rows) if self._is_own else []
         if names != self._older[0]:
             self._older = names, load_older(self.path / "rollouts", names)
         return self._older[1]
@@ -309,11 +315,9 @@ def _constant(path: Path) -> dict[str, Any]:
 
 
 def _yaml(path: Path) -> Any:
-    import yaml
-
     try:
-        return yaml.load(path.read_bytes(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except (OSError, ValueError, yaml.YAMLError):
+        return load_plain_yaml(path.read_bytes())
+    except (OSError, ValueError):
         return None
 
 
@@ -335,11 +339,7 @@ def _is_evaluation(entry: Record) -> bool:
 
 
 def _is_row(row: Record) -> bool:
-    return (
-        isinstance(row.get("file"), str)
-        and isinstance(row.get("env"), str)
-        and isinstance(row.get("key"), str)
-    )
+    return is_row(row, ("key", "env"))
 
 
 def _span(line: Record) -> Span | None:

@@ -24,11 +24,12 @@ from typing import Any
 
 import orjson
 import zstandard
-from omegaconf import OmegaConf
 
+from gymexp.config.plain_yaml import load_plain_yaml
 from gymexp.config.schema import EnvConfig
 from gymexp.errors import RunDirectoryError
 from gymexp.files import at, read_lines, replacing
+from gymexp.record.own_files import MAX_FRAME, check_own_file, decompressed, open_own, parsed
 from gymexp.rollout.items import last_text, num_tool_calls, num_tool_errors
 from gymexp.rollout.outcome import Failed, Outcome, Truncated, outcome_from_json, outcome_to_json, task_of
 from gymexp.rollout.trained import Trained
@@ -40,6 +41,18 @@ _TRAIN_SUFFIX = ".train.jsonl.zst"
 _MAX_TEXT = 120  # characters of a rollout's last message in the index
 _MAX_FIELDS = 12  # of a verdict in the index
 _MAX_NAME, _MAX_WORD = 40, 24  # characters of such a field's name and of its value, if that is a text
+_NAME = re.compile(r"(step|eval)-\d{6,12}")
+_NUMBER, _TEXT = (int, float, type(None)), (str, type(None))
+_COUNT = (int, type(None))
+# The types that a field of the index may have, where a line has it.
+_TYPES: Mapping[str, tuple[type, ...]] = {
+    "key": (str,), "env": (str,), "outcome": (str,), "text": (str,), "cause": (str,), "limit": _TEXT,
+    "replica": _TEXT, "failures": (list,), "seconds": (dict,), "success": (bool, type(None)),
+    "reward": _NUMBER, "nll": _NUMBER, "began": _NUMBER, "advantage": _NUMBER, "ratio_max": _NUMBER,
+    "turns": _COUNT, "tokens": _COUNT, "prompt_tokens": _COUNT, "tool_calls": _COUNT, "tool_errors": _COUNT,
+    "trained": _COUNT, "seed": _COUNT, "weights_version": _COUNT, "verdict": (dict,),
+}  # fmt: skip
+_PLACE = ("offset", "length", "line", "number", "group", "index")
 
 
 class _IndexedFiles:
@@ -144,9 +157,28 @@ def _step_of(name: str) -> int:
     return int(name.rpartition("-")[2])
 
 
+def is_rollout_file(name: Any) -> bool:
+    """Returns whether a name in an index is one that gymexp gives to a file of rollouts."""
+    return isinstance(name, str) and bool(_NAME.fullmatch(name))
+
+
+def is_row(row: Mapping[str, Any], required: Sequence[str]) -> bool:
+    """Returns whether a line of an index, which a stranger may have written, is one that gymexp could write:
+    it has the `required` fields, names a file of rollouts, and no field has another type."""
+    return (
+        is_rollout_file(row.get("file"))
+        and all(name in row for name in required)
+        and all(type(row[name]) in types for name, types in _TYPES.items() if name in row)
+        and all(type(row[name]) is int and 0 <= row[name] < 1 << 53 for name in _PLACE if name in row)
+        and all(isinstance(cause, str) for cause in row.get("failures", ()))
+        and all(isinstance(value, int | float) for value in row.get("seconds", {}).values())
+    )
+
+
 def read_index(directory: Path) -> list[dict[str, Any]]:
-    """Returns the lines of the index, without one that is still being written. Empty without an index."""
-    return read_lines(directory / INDEX)
+    """Returns the lines of the index, without one that is still being written, or that gymexp did not write.
+    Empty without an index."""
+    return [row for row in read_lines(directory / INDEX) if is_row(row, ("key", "env"))]
 
 
 def load_index(directory: Path, file: str | None = None) -> list[dict[str, Any]]:
@@ -158,13 +190,15 @@ def load_index(directory: Path, file: str | None = None) -> list[dict[str, Any]]
     """
     rows = read_index(directory)
     older = load_older(directory, (name for name in older_names(directory, rows) if file in (None, name)))
-    return [*older, *(row for row in rows if file in (None, row["file"]))]
+    whole = (row for row in rows if is_row(row, ("outcome", "text", *_PLACE)))
+    return [*older, *(row for row in whole if file in (None, row["file"]))]
 
 
 def load_older(directory: Path, names: Iterable[str]) -> list[dict[str, Any]]:
     """Returns lines of the index for files that were written before the run had one. names: of
     `older_names`. Raises RunDirectoryError if a file is damaged."""
-    success_rewards = _read_success_rewards(directory.parent / "config.yaml")
+    names = list(names)
+    success_rewards = _read_success_rewards(directory.parent / "config.yaml") if names else {}
     return [row for name in names for row in _index_of(directory, name, success_rewards)]
 
 
@@ -183,7 +217,7 @@ def older_names(directory: Path, rows: Sequence[Mapping[str, Any]]) -> list[str]
     indexed = {row["file"] for row in rows}
     first = min(map(_step_of, indexed), default=None)
     names = (path.name.removesuffix(_SUFFIX) for path in directory.glob(f"*{_SUFFIX}"))
-    files = sorted(name for name in names if re.fullmatch(r"(eval|step)-\d+", name) and name not in indexed)
+    files = sorted(name for name in names if is_rollout_file(name) and name not in indexed)
     return [name for name in files if first is None or _step_of(name) < first]
 
 
@@ -210,15 +244,18 @@ def _index_of(directory: Path, name: str, success_rewards: Mapping[str, float]) 
 
 def _read_success_rewards(config: Path) -> dict[str, float]:
     """Returns env.<name>.success_reward of a config.yaml, which an earlier version may have written."""
-    envs: Any = OmegaConf.to_container(OmegaConf.load(config)) if config.exists() else {}
-    named = {name: env.get("success_reward") for name, env in (envs.get("env") or {}).items()}
-    return {name: reward for name, reward in named.items() if reward is not None}
+    try:
+        content: Any = load_plain_yaml(config.read_bytes()) if config.exists() else {}
+        named = {name: env.get("success_reward") for name, env in content["env"].items()}
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return {}
+    return {name: reward for name, reward in named.items() if isinstance(reward, int | float)}
 
 
 def read_train_index(directory: Path) -> list[dict[str, Any]]:
     """Returns the lines of the training steps' index, without one that is still being written. Empty for a
     run that does not have it."""
-    return read_lines(directory / TRAIN_INDEX)
+    return [row for row in read_lines(directory / TRAIN_INDEX) if is_row(row, ("number", "advantage"))]
 
 
 def read_outcome(directory: Path, row: Mapping[str, Any]) -> dict[str, Any]:
@@ -245,13 +282,17 @@ def read_trained(directory: Path, row: Mapping[str, Any]) -> dict[str, Any]:
 
 def _read_line(path: Path, row: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the object in the line of a frame; {} if the file does not have it."""
-    try:
-        with path.open("rb") as file:
-            file.seek(row["offset"])
-            lines = zstandard.decompress(file.read(row["length"])).splitlines()
-        return orjson.loads(lines[row["line"]])
-    except (FileNotFoundError, zstandard.ZstdError, LookupError, ValueError):
+    file = open_own(path.parent.parent, path)
+    if file is None:
         return {}
+    with file:
+        file.seek(row["offset"])
+        content = file.read(min(row["length"], MAX_FRAME))
+    try:
+        record = parsed(decompressed(content, path).splitlines()[row["line"]])
+    except LookupError:
+        return {}
+    return record if isinstance(record, dict) else {}
 
 
 def _lost(path: Path, row: Mapping[str, Any]) -> RunDirectoryError:
@@ -262,10 +303,17 @@ def _lost(path: Path, row: Mapping[str, Any]) -> RunDirectoryError:
 
 
 def read_outcomes(path: Path) -> Iterator[dict[str, Any]]:
-    """Yields every outcome of a file, in the form of `outcome_to_json`."""
+    """Yields every outcome of a file, in the form of `outcome_to_json`. Raises ValueError if a line is none,
+    and RunDirectoryError if the file is a link out of its run directory."""
+    check_own_file(path.parent.parent, path)
     with path.open("rb") as file:
         reader = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
-        yield from map(orjson.loads, io.BufferedReader(reader))
+        buffer = io.BufferedReader(reader)
+        while line := buffer.readline(MAX_FRAME):
+            record = parsed(line)
+            if not isinstance(record, dict):
+                raise ValueError("a line is damaged, too long or nested too deep")
+            yield record
 
 
 def _summary(outcome: Outcome, success_rewards: Mapping[str, float]) -> dict[str, Any]:

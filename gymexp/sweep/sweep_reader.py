@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from gymexp.cluster.slurm_states import slurm_states
+from gymexp.config.plain_yaml import load_plain_yaml
 from gymexp.errors import RunDirectoryError
 from gymexp.record.optuna_study import TRIAL_KEY, read_trial, summary
+from gymexp.record.own_files import check_own
 from gymexp.record.run_state import process_lives, read_run
 from gymexp.sweep import freeze
 from gymexp.sweep.sweep import Job, Sweep
@@ -43,6 +43,7 @@ def read_sweep(path: Path) -> Sweep:
     jobs = []
     for entry in sorted(entries, key=lambda entry: entry["num"]):
         directory = path / str(entry["num"])
+        check_own(directory)
         swept = {key: value for key, value in entry["swept"].items() if key != TRIAL_KEY}
         if trial := read_trial(directory):
             swept |= {key: _short_text(value) for key, value in trial.values.items()}
@@ -85,7 +86,10 @@ def _entry(directory: Path) -> dict[str, Any]:
     """Returns the entry that sweep.json would have for the job in `directory`, with an empty `swept`."""
     file = _overrides_file(directory)
     assert file is not None
-    content: Any = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
-    overrides = content["overrides"] if isinstance(content, dict) else content
+    try:
+        content: Any = load_plain_yaml(file.read_bytes())
+        overrides = [str(item) for item in (content["overrides"] if isinstance(content, dict) else content)]
+    except (KeyError, TypeError, ValueError) as error:
+        raise RunDirectoryError(f"{file} must have the overrides of a job: {error}") from None
     job_id = read_run(directory).status.get("job_id")
-    return {"num": int(directory.name), "overrides": list(overrides), "job_id": job_id, "swept": {}}
+    return {"num": int(directory.name), "overrides": overrides, "job_id": job_id, "swept": {}}

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
 
+from gymexp.printable import csv_cell
 from gymexp.record.run_state import tokens_per_s, wall_seconds
 from gymexp.report.held_out import HeldOut, read_held_out
 from gymexp.statistics import Interval, mean_over_tasks
@@ -255,7 +256,7 @@ def results_csv(rows: Sequence[Row], keys: Sequence[str]) -> str:
         if row.over_tasks:
             record["held_out_scored"] = sum(found.num_scored for found in row.over_tasks.values())
             record["held_out_failed"] = sum(found.num_failed for found in row.over_tasks.values())
-        writer.writerow(record)
+        writer.writerow({name: csv_cell(value) for name, value in record.items()})
     for group in groups_of(rows):
         record = {"kind": "seeds", **group.swept, "state": group.others, "n": len(group.finished)}
         for name in (*envs, "mean"):
@@ -267,7 +268,7 @@ def results_csv(rows: Sequence[Row], keys: Sequence[str]) -> str:
             } | _ends(name, after.interval)
         record |= {"best": group.after().best, "wall_s": round(fmean(row.wall_s for row in group.rows), 1)}
         record |= {"tokens_per_s": _mean([row.tokens_per_s for row in group.rows])}
-        writer.writerow(record)
+        writer.writerow({name: csv_cell(value) for name, value in record.items()})
     return out.getvalue()
 
 

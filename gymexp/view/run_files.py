@@ -7,23 +7,16 @@ a plain file. What is read, decompressed and parsed has an upper limit.
 from __future__ import annotations
 
 import os
-import re
-import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import orjson
-import yaml
-import zstandard
-
+from gymexp.config.plain_yaml import load_plain_yaml
 from gymexp.errors import RunDirectoryError
+from gymexp.record.own_files import MAX_FRAME, decompressed, open_own, parsed
 
-MAX_FRAME = 256 << 20  # bytes of a frame after decompression
 MAX_LINE = 1 << 20  # bytes of a line of an index
 _MAX_SMALL = 4 << 20  # bytes of config.yaml and the like
-_MAX_DEPTH = 60  # of a JSON value, in lists and objects
-_FILE = re.compile(r"(step|eval)-\d{6,12}")
 
 
 class RunFiles:
@@ -35,25 +28,7 @@ class RunFiles:
     def open(self, name: str) -> BinaryIO | None:
         """Opens a file by its path below the run directory; None if there is none. Raises RunDirectoryError
         if it is no plain file of this directory."""
-        path = self.path / name
-        try:
-            real = path.resolve(strict=True)
-        except (OSError, RuntimeError, ValueError):
-            return None
-        if not real.is_relative_to(self.path):
-            raise RunDirectoryError(
-                f"{path} must be a file of the run directory, but is a link that leads out of it: "
-                "replace the link by the file"
-            )
-        try:
-            # Without O_NONBLOCK the open of a named pipe would wait for its writer.
-            descriptor = os.open(real, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
-        except OSError:
-            return None
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            os.close(descriptor)
-            raise RunDirectoryError(f"{path} must be a plain file")
-        return os.fdopen(descriptor, "rb")
+        return open_own(self.path, self.path / name)
 
     def read(self, name: str, limit: int = _MAX_SMALL) -> bytes | None:
         """Returns the content of a small file; None if there is none. Raises RunDirectoryError above `limit`
@@ -80,8 +55,8 @@ class RunFiles:
     def read_config(self) -> dict[str, Any]:
         """Returns config.yaml; {} if it is missing or is no mapping of plain values."""
         try:
-            value = yaml.load(self.read_text("config.yaml") or "", Loader=_PlainLoader)
-        except (yaml.YAMLError, RecursionError, ValueError):
+            value = load_plain_yaml(self.read_text("config.yaml") or "")
+        except ValueError:
             return {}
         return value if isinstance(value, dict) else {}
 
@@ -144,61 +119,3 @@ def key_of(record: Mapping[str, Any]) -> Any:
     inner = record.get("rollout") or record
     task = inner.get("task") if isinstance(inner, dict) else None
     return task.get("key") if isinstance(task, dict) else None
-
-
-def is_rollout_file(name: Any) -> bool:
-    """Returns whether a name in an index is one that gymexp gives to a file of rollouts."""
-    return isinstance(name, str) and bool(_FILE.fullmatch(name))
-
-
-def decompressed(content: bytes, path: Path) -> bytes:
-    """Returns zstd frames decompressed. Raises RunDirectoryError if they are damaged, or hold too much."""
-    parts: list[bytes] = []
-    size = 0
-    try:
-        decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 27)
-        reader = decompressor.stream_reader(content, read_across_frames=True)
-        while part := reader.read(1 << 20):
-            size += len(part)
-            if size > MAX_FRAME:
-                raise RunDirectoryError(
-                    f"{path} must have at most {MAX_FRAME >> 20} MB of rollouts in a frame to be shown"
-                )
-            parts.append(part)
-    except zstandard.ZstdError:
-        raise RunDirectoryError(f"{path} is damaged, or is written just now: load the page again") from None
-    return b"".join(parts)
-
-
-def parsed(line: bytes) -> Any:
-    """Returns the JSON value of a line; None if it is damaged or too deep."""
-    try:
-        value = orjson.loads(line)
-    except orjson.JSONDecodeError:
-        return None
-    return value if _is_shallow(value) else None
-
-
-def _is_shallow(value: Any) -> bool:
-    """Returns whether lists and objects are nested at most _MAX_DEPTH deep, without recursion."""
-    level: list[Any] = [value]
-    for _ in range(_MAX_DEPTH + 1):
-        level = [inner for outer in level for inner in _inner(outer)]
-        if not level:
-            return True
-    return False
-
-
-def _inner(value: Any) -> Iterator[Any] | Sequence[Any]:
-    """Returns the lists and objects directly inside of a value."""
-    values = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return (inner for inner in values if isinstance(inner, dict | list))
-
-
-class _PlainLoader(yaml.SafeLoader):
-    """Refuses aliases, with which a small file describes a huge one."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("an alias")
-        return super().compose_node(parent, index)

@@ -12,9 +12,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from gymexp.errors import RunDirectoryError
+from gymexp.record.own_files import parsed
 from gymexp.rollout.items import text_of
+from gymexp.rollout.rollout_files import is_rollout_file
 from gymexp.view.follow import Followed
-from gymexp.view.run_files import RunFiles, is_rollout_file, key_of, parsed
+from gymexp.view.run_files import RunFiles, key_of
 
 COLUMNS = {
     "file": str, "step": int, "split": str, "number": int, "grp": int, "idx": int, "key": str, "env": str,

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gymexp.errors import GymexpError
-from gymexp.printable import printable
+from gymexp.printable import csv_cell
 from gymexp.view import pages, rollout_pages
 from gymexp.view.charts_page import ChartCache
 from gymexp.view.compare_page import compare_page
@@ -148,12 +148,5 @@ def as_csv(run: ViewedRun, arguments: Mapping[str, str]) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\r\n")
     writer.writerow(_CSV)
-    writer.writerows([_cell(row[name]) for name in _CSV] for row in rows)
+    writer.writerows([csv_cell(row[name]) for name in _CSV] for row in rows)
     return out.getvalue()
-
-
-def _cell(value: Any) -> Any:
-    if not isinstance(value, str):
-        return value
-    text = printable(value)
-    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r", "\n")) else text

@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from gymexp.errors import RunDirectoryError
-from gymexp.view.run_files import RunFiles, parsed
+from gymexp.record.own_files import parsed
+from gymexp.view.run_files import RunFiles
 
 _NAMES = ("data/train.jsonl", "data/validation.jsonl")
 _MAX_ROW = 16 << 20  # bytes

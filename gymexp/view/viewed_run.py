@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gymexp.errors import RunDirectoryError
+from gymexp.record.own_files import check_own, parsed
 from gymexp.record.run_state import RunState, read_run
 from gymexp.view.follow import Followed
-from gymexp.view.run_files import RunFiles, parsed
+from gymexp.view.run_files import RunFiles
 from gymexp.view.run_index import RunIndex
 from gymexp.view.task_rows import TaskRows
 from gymexp.view.text_search import TextSearch
@@ -23,12 +24,6 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 _FRESH_S = 0.5  # within which a page does not look for news again
-# What the pages read of a run directory by other modules' readers, which follow links.
-_READ = (
-    "status.json", "result.json", "results.json", "metrics.jsonl", "timeline.jsonl", "system.jsonl",
-    "config.yaml", "overrides.yaml", "versions.txt", "data/mix.json", "code/git-commit.txt",
-    "code/git-diff.txt", "rollouts/index.jsonl", "rollouts/train_index.jsonl",
-)  # fmt: skip
 
 
 class ViewedRun:
@@ -89,9 +84,7 @@ class ViewedRun:
 
     def check(self) -> None:
         """Raises RunDirectoryError if a file that other modules read is no plain file of the directory."""
-        for name in _READ:
-            if file := self.files.open(name):
-                file.close()
+        check_own(self.path)
 
     @cached_property
     def _tokenizer(self) -> tuple[Tokenizer | None, str]:

@@ -15,9 +15,11 @@ from uv import find_uv_bin
 from whole_run import ROOT
 
 from gymexp.errors import GymexpError
+from gymexp.export.card_facts import held_out_table
 from gymexp.export.inspect_log import INSPECT, sample_of
 from gymexp.export.selection import select
-from gymexp.rollout.rollout_files import read_index, read_outcome
+from gymexp.printable import printable
+from gymexp.rollout.rollout_files import load_index, read_index, read_outcome
 
 # What Inspect itself makes of the log, as JSON.
 READER = """
@@ -69,12 +71,14 @@ def test_inspect_reads_back_the_samples_scores_and_messages_and_hostile_text(run
     log = read(tmp_path / "a b.eval")
     assert log["task"] == "demo: evaluation after step 4" and log["model"] == "gymexp/tiny"
     assert log["mean"] == pytest.approx(8.5 / 11) and len(log["samples"]) == TASKS
+    shown = printable(EVIL)
+    assert "\x1b" not in json.dumps(log, ensure_ascii=False) and "\u202e" not in shown
     samples = {sample["id"]: sample for sample in log["samples"]}
     failed, one = samples["office/validation/0"], samples["office/validation/1"]
-    assert failed["score"] is None and failed["error"] == f"timeout: slow {EVIL}"
-    assert one["score"] == 1.0 and one["why"] == f'judge: {{"ok": true}}\nnote: {EVIL}'
+    assert failed["score"] is None and failed["error"] == f"timeout: slow {shown}"
+    assert one["score"] == 1.0 and one["why"] == f'judge: {{"ok": true}}\nnote: {shown}'
     assert one["messages"] == [
-        ["user", f"Look 1 up {EVIL}", []],
+        ["user", f"Look 1 up {shown}", []],
         [
             "assistant",
             "",
@@ -83,8 +87,8 @@ def test_inspect_reads_back_the_samples_scores_and_messages_and_hostile_text(run
                 ["look_up", {"arguments": "{who"}, one["messages"][1][2][1][2]],
             ],
         ],
-        ["tool", f"no such person {EVIL}", []],
-        ["assistant", f"Done. {EVIL}", []],
+        ["tool", f"no such person {shown}", []],
+        ["assistant", f"Done. {shown}", []],
     ]
     assert one["messages"][1][2][1][2], "the error of the broken call"
     assert (one["metadata"]["env"], one["metadata"]["step"], one["metadata"]["tokens"]) == ("office", 4, 2)
@@ -136,6 +140,24 @@ def test_a_limit_takes_rollouts_from_all_over_the_selection(run):
 def test_a_mistake_is_named_with_what_there_is(run, more, text):
     with pytest.raises(GymexpError, match=text):
         chosen(run, **more)
+
+
+def test_an_older_run_without_an_index_is_selected_and_read():
+    older = Path(__file__).parent.parent / "rollout" / "older_run"
+    rows = chosen(older, steps="1:2")
+    samples = [sample_of(row, read_outcome(older / "rollouts", row), None, None) for row in rows]
+    assert len(samples) == 16 and {s["metadata"]["step"] for s in samples} == {1, 2}
+    assert len(chosen(older)) == 4 and chosen(older)[0]["file"] == "eval-000000"
+    assert held_out_table(load_index(older / "rollouts"), 0, ["sudoku"])[0]["planned"] == 2
+
+
+def test_a_calls_arguments_hide_no_control_behind_an_escape():
+    hidden = json.dumps({"who": "\x1b]52;\u202e"})
+    item = {"type": "function_call", "call_id": "c", "name": "look_up", "arguments": hidden}
+    record = {"outcome": "completed", "rollout": {"items": [item], "reward": 1.0}}
+    row = {"file": "eval-000000", "key": "office/validation/0", "index": 0}
+    [message] = sample_of(row, record, None, None)["messages"]
+    assert json.loads(message["calls"][0]["arguments"]) == {"who": "\\x1b]52;\\u202e"}
 
 
 def test_a_task_whose_row_is_not_in_the_run_has_its_own_messages_alone(run):

@@ -8,9 +8,13 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
-from hub_stand_in import Hub, serve
+from exported_run import write_run
+from hub_stand_in import COMMIT, Hub, serve
 
+from gymexp.config.schema import ModelConfig
 from gymexp.errors import GymexpError
+from gymexp.export.card import build_card
+from gymexp.export.chosen import choose
 from gymexp.export.push import check_login, push
 
 REPO = "ann/policy"
@@ -120,6 +124,38 @@ def test_a_hub_that_is_gone_is_one_line(hub, tmp_path, monkeypatch):
     with pytest.raises(GymexpError, match=f"{port} cannot be reached .*the same command goes on") as caught:
         push(folder_of(tmp_path / "a"), REPO, public=False)
     assert "\n" not in str(caught.value)
+
+
+BASE = "lab/tiny"
+CARDS = {
+    "license: llama3.1": {"license": "llama3.1"},
+    "license: other\nlicense_name: lab-1\nlicense_link: LICENSE": {
+        "license": "other",
+        "license_name": "lab-1",
+        "license_link": "LICENSE",
+    },
+    "language: en": {},
+}
+
+
+@pytest.mark.parametrize("card", CARDS)
+def test_the_card_has_the_license_of_the_base_models_card_and_no_other(hub, tmp_path, card):
+    hub.files[f"{BASE}/README.md"] = f"---\n{card}\n---\n# tiny, under the MIT license\n".encode()
+    run = write_run(tmp_path / "run", model=ModelConfig("tiny", BASE, revision=COMMIT, dtype="float32"))
+    text = build_card(choose(run, "last"), REPO, False, False, set(), ask_hub=True)
+    data = huggingface_hub.ModelCard(text).data.to_dict()
+    assert {name: value for name, value in data.items() if name.startswith("license")} == CARDS[card]
+    assert data["base_model"] == BASE and data["base_model_relation"] == "finetune"
+
+
+def test_without_an_answer_of_the_hub_the_card_names_no_license(hub, tmp_path):
+    hub.files[f"{BASE}/README.md"] = b"---\nlicense: mit\n---\n"
+    hub.mood = "broken"
+    run = write_run(tmp_path / "run", model=ModelConfig("tiny", BASE, revision=COMMIT, dtype="float32"))
+    for ask_hub in (True, False):
+        text = build_card(choose(run, "last"), REPO, False, False, set(), ask_hub)
+        assert "license" not in huggingface_hub.ModelCard(text).data.to_dict()
+    assert f"/{BASE}/resolve/{COMMIT}/README.md" in {path for _, path, _ in hub.asked}
 
 
 def test_a_name_that_is_no_repositorys_is_named(hub, tmp_path):

@@ -11,10 +11,11 @@ import zstandard
 from viewed_runs import ENVS, played, served, write_run
 
 from gymexp.errors import RunDirectoryError
+from gymexp.record import own_files
+from gymexp.record.own_files import decompressed, parsed
 from gymexp.rollout.outcome import Completed
 from gymexp.rollout.rollout_files import RolloutWriter
-from gymexp.view import run_files
-from gymexp.view.run_files import RunFiles, decompressed, parsed
+from gymexp.view.run_files import RunFiles
 from gymexp.view.run_index import RunIndex
 from gymexp.view.viewed_run import runs_at
 
@@ -82,7 +83,7 @@ def test_a_pipe_does_not_make_the_viewer_wait(run):
 
 
 def test_a_frame_that_would_fill_the_memory_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_files, "MAX_FRAME", 1 << 20)
+    monkeypatch.setattr(own_files, "MAX_FRAME", 1 << 20)
     small = zstandard.compress(b"x" * (1 << 20))
     assert decompressed(small, tmp_path) == b"x" * (1 << 20)
     with pytest.raises(RunDirectoryError, match="at most 1 MB"):
@@ -92,7 +93,7 @@ def test_a_frame_that_would_fill_the_memory_is_refused(tmp_path, monkeypatch):
 
 
 def test_a_frame_has_at_most_256_mb():
-    assert run_files.MAX_FRAME == 256 * 2**20
+    assert own_files.MAX_FRAME == 256 * 2**20
 
 
 def test_json_that_is_too_deep_or_damaged_is_no_value():

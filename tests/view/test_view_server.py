@@ -11,7 +11,6 @@ import pytest
 from viewed_runs import OBEYED, served, write_run
 
 from gymexp.view.access import Access, tunnel
-from gymexp.view.site import _cell
 
 
 @pytest.fixture(scope="module")
@@ -172,13 +171,9 @@ def test_a_path_that_is_none_of_the_viewers_is_not_found(viewer, path):
     assert answer.status == 404 and "root:" not in answer.text
 
 
-def test_a_csv_cell_is_no_formula_and_has_every_rollout(viewer):
+def test_the_csv_has_every_rollout(viewer):
     lines = viewer.get(f"{viewer.root}rollouts.csv?split=train").text.split("\r\n")
     assert lines[0].startswith("file,number") and len([line for line in lines if line]) == 1 + 12
-    assert [_cell(text) for text in ("=1+1", "+1", "-1", "@x", "\tx", "x=1")] == [
-        "'=1+1", "'+1", "'-1", "'@x", "'\tx", "x=1",
-    ]  # fmt: skip
-    assert _cell(-1.5) == -1.5
 
 
 def test_secrets_are_masked(viewer, monkeypatch):
