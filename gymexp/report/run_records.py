@@ -25,6 +25,7 @@ from gymexp.rollout.rollout_files import load_older, older_names
 
 Record = dict[str, Any]
 Number = int | float
+_NUMBERS = ("number", "group", "reward", "tokens", "turns", "tool_calls", "tool_errors", "began")  # of a row
 # Files of which a directory must have one, so that it counts as a run or an evaluation.
 _MARKS = ("config.yaml", "metrics.jsonl", "status.json", "results.json", "rollouts")
 
@@ -178,7 +179,7 @@ class RunRecords:
         found: dict[tuple[int, str], list[Record]] = defaultdict(list)
         for step, rows in self.rows_of_step.items():
             for row in rows:
-                if row.get("reward") is not None and "tokens" in row:
+                if row.get("reward") is not None and row.get("tokens") is not None:
                     found[step, row["env"]].append(row)
         return found
 
@@ -258,13 +259,14 @@ class RunReader:
         run = read_run(self.path)
         if self._last is not None and not any(changed) and run == self._last.run:
             return self._last
+        rows = [row for row in self._index.records if _is_row(row)]
         self._last = RunRecords(
             self.path,
             run,
             steps=[entry for entry in self._metrics.records if _is_step(entry)],
             evaluations=[entry for entry in self._metrics.records if _is_evaluation(entry)],
-            rows=[*self._read_older(), *(row for row in self._index.records if _is_row(row))],
-            trained={(row["file"], row["number"]): row for row in self._trained.records if "number" in row},
+            rows=[*self._read_older(rows), *rows],
+            trained={(row["file"], row["number"]): row for row in self._trained.records if _is_trained(row)},
             spans=[span for line in self._timeline.records if (span := _span(line))],
             events=[line for line in self._timeline.records if "event" in line or "phase" in line],
             samples=[sample for line in self._system.records if (sample := _sample(line))],
@@ -274,9 +276,9 @@ class RunReader:
         )
         return self._last
 
-    def _read_older(self) -> list[Record]:
-        """Returns the lines of the index for rollouts from before the run had one."""
-        names = older_names(self.path / "rollouts", self._index.records) if self._is_own else []
+    def _read_older(self, rows: list[Record]) -> list[Record]:
+        """Returns the lines of the index for rollouts from before the run had one. rows: the index."""
+        names = older_names(self.path / "rollouts", rows) if self._is_own else []
         if names != self._older[0]:
             self._older = names, load_older(self.path / "rollouts", names)
         return self._older[1]
@@ -335,11 +337,24 @@ def _is_evaluation(entry: Record) -> bool:
 
 
 def _is_row(row: Record) -> bool:
+    """Returns whether a line of the index has values of the types that gymexp writes. The panels need not
+    look at them again."""
+    seconds, verdict = row.get("seconds") or {}, row.get("verdict") or {}
     return (
-        isinstance(row.get("file"), str)
-        and isinstance(row.get("env"), str)
-        and isinstance(row.get("key"), str)
+        all(isinstance(row.get(name), str) for name in ("file", "env", "key"))
+        and row["file"].rpartition("-")[2].isdecimal()
+        and all(row.get(name) is None or _number(row[name]) is not None for name in _NUMBERS)
+        and isinstance(row.get("text", ""), str)
+        and isinstance(seconds, dict)
+        and all(_number(value) is not None for value in seconds.values())
+        and isinstance(verdict, dict)
+        and all(isinstance(value, bool | int | float | str) for value in verdict.values())
     )
+
+
+def _is_trained(row: Record) -> bool:
+    named = isinstance(row.get("file"), str) and isinstance(row.get("number"), int)
+    return named and (row.get("trained") is None or _number(row["trained"]) is not None)
 
 
 def _span(line: Record) -> Span | None:
