@@ -86,9 +86,9 @@ def _dots_charts(records: RunRecords, newest: Sequence[Record], which: str) -> l
 
 def _diversity(rows: Sequence[Record]) -> float:
     """Returns the mean over groups of the share of last messages (their beginnings) that are distinct."""
-    groups: dict[int, list[str]] = defaultdict(list)
+    groups: dict[int | None, list[str]] = defaultdict(list)
     for row in rows:
-        groups[row["group"]].append(row.get("text", ""))
+        groups[row.get("group")].append(row.get("text", ""))
     return fmean(len(set(texts)) / len(texts) for texts in groups.values())
 
 

@@ -221,10 +221,10 @@ def pass_panel(records: RunRecords) -> Panel:
 
 
 def _solved_share(rows: Iterable[Record], env: str) -> float | None:
-    groups: dict[int, bool] = {}
+    groups: dict[int | None, bool] = {}
     for row in rows:
         if row["env"] == env:
-            groups[row["group"]] = groups.get(row["group"], False) or bool(row.get("success"))
+            groups[row.get("group")] = groups.get(row.get("group"), False) or bool(row.get("success"))
     return sum(groups.values()) / len(groups) if groups else None
 
 
@@ -235,7 +235,8 @@ def summaries(records: RunRecords) -> dict[str, EnvSummary]:
     rows = records.rows_of_evaluation[max(records.rows_of_evaluation)]
     found = {}
     for env in records.envs:
-        of_env = [row for row in rows if row["env"] == env]
+        # Turns and tokens have no part in what is shown of these.
+        of_env = [{**row, "turns": 0, "tokens": 0} for row in rows if row["env"] == env]
         if of_env:
             found[env] = summarize(
                 of_env, len(of_env), float(records.setting(f"env.{env}.success_reward", 1.0))

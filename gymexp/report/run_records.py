@@ -180,7 +180,7 @@ class RunRecords:
         found: dict[tuple[int, str], list[Record]] = defaultdict(list)
         for step, rows in self.rows_of_step.items():
             for row in rows:
-                if row.get("reward") is not None and "tokens" in row:
+                if row.get("reward") is not None and row.get("tokens") is not None:
                     found[step, row["env"]].append(row)
         return found
 
@@ -339,7 +339,7 @@ def _is_evaluation(entry: Record) -> bool:
 
 
 def _is_row(row: Record) -> bool:
-    return is_row(row, ("key", "env"))
+    return is_row(row, ("key", "env", "number", "group"))
 
 
 def _span(line: Record) -> Span | None:

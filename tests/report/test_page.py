@@ -123,6 +123,31 @@ def test_what_a_run_wrote_is_text(tmp_path):
         assert "<img" not in json.dumps(figure)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("verdict", value) for value in ("x", {"a": [1]}, {"a": None})),
+        *(
+            (name, value)
+            for name in ("tokens", "reward", "group", "turns", "began")
+            for value in ("x", [1], None)
+        ),
+        *(("seconds", value) for value in ("x", {"total": "x"}, {"total": 1, "policy": []}, None)),
+        ("file", "step-x"),
+        *((name, [1]) for name in ("key", "env", "file", "text", "tool_calls", "success", "outcome")),
+    ],
+)
+def test_a_line_of_the_index_that_gymexp_would_not_write_breaks_no_panel(tmp_path, name, value):
+    """In a training step and in an evaluation. The others are shown."""
+    run = make_run(tmp_path / "run", steps=3)
+    index = run / "rollouts" / "index.jsonl"
+    rows = [json.loads(line) for line in index.read_text().splitlines()]
+    for place in (3, 50, -3):
+        rows[place][name] = value
+    write_lines(index, rows)
+    assert "rollouts of steps 1 to 3" in run_page(read_records(run))
+
+
 def test_json_in_a_script_element_cannot_end_it():
     text = in_script({"</script><!--": ["&", ">"]})
     assert not re.search("[<>&]", text)
