@@ -5,6 +5,7 @@ python -m gymexp.export outputs/<name>/<date_time> --to DIR --checkpoint best   
 python -m gymexp.export outputs/<name>/<date_time> --to DIR --adapter            the LoRA adapter, not merged
 python -m gymexp.export outputs/<name>/<date_time> --to DIR --push user/name     also to the hub; private
 python -m gymexp.export outputs/<name>/<date_time> --inspect FILE.eval           rollouts for `inspect view`
+python -m gymexp.export outputs/<name>/<date_time> --gym FILE.jsonl              rollouts in NeMo Gym's form
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ def _parser() -> argparse.ArgumentParser:
     policy.add_argument("--public", action="store_true", help="make the repository public")
     rollouts = parser.add_argument_group("the rollouts")
     rollouts.add_argument("--inspect", type=Path, metavar="FILE.eval", help="write a log of Inspect's")
+    rollouts.add_argument("--gym", type=Path, metavar="FILE.jsonl", help="write NeMo Gym's own two files")
     of = rollouts.add_mutually_exclusive_group()
     of.add_argument("--eval", type=int, metavar="N", help="of the evaluation after step N; else the newest")
     of.add_argument("--steps", metavar="A:B", help="training rollouts of the steps A to B")
@@ -41,18 +43,19 @@ def _parser() -> argparse.ArgumentParser:
 
 def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Ends with a usage error if an argument would have no effect."""
-    if args.to is None and args.inspect is None:
-        parser.error("say what to export: --to DIR (the policy) or --inspect FILE.eval (rollouts)")
+    of_rollouts = args.inspect or args.gym
+    if args.to is None and not of_rollouts:
+        parser.error("say what to export: --to DIR (the policy), --inspect FILE.eval or --gym FILE.jsonl")
     if args.to is None and (args.push or args.adapter or args.checkpoint != "last"):
         parser.error("--push, --adapter and --checkpoint need --to DIR")
     if args.public and not args.push:
         parser.error("--public needs --push USER/NAME")
-    if args.inspect is None and any(
-        value is not None for value in (args.eval, args.steps, args.env, args.limit)
-    ):
-        parser.error("--eval, --steps, --env and --limit need --inspect FILE.eval")
+    if not of_rollouts and any(value is not None for value in (args.eval, args.steps, args.env, args.limit)):
+        parser.error("--eval, --steps, --env and --limit need --inspect or --gym")
     if args.inspect is not None and args.inspect.suffix != ".eval":
         parser.error(f"--inspect must be a file that ends in .eval, got {args.inspect}")
+    if args.gym is not None and args.gym.suffix != ".jsonl":
+        parser.error(f"--gym must be a file that ends in .jsonl, got {args.gym}")
 
 
 def _export_policy(run: Path, args: argparse.Namespace) -> None:
@@ -87,6 +90,10 @@ def main() -> None:
         from gymexp.export.inspect_log import write_log
 
         write_log(run, args)
+    if args.gym is not None:
+        from gymexp.export.gym_rollouts import write_gym_rollouts
+
+        write_gym_rollouts(run, args)
     if args.to is not None:
         _export_policy(run, args)
 

@@ -164,6 +164,8 @@ def facts_of(chosen: Chosen, hosts: set[str]) -> dict[str, Any]:
         "gym_version": config.gym.version,
         "seed": config.seed,
         "lora": config.model.lora,
+        # Of a float32 model `vllm serve` makes a float16 one, unless it is told not to.
+        "vllm_dtype": " --dtype float32" if config.model.dtype == "float32" else "",
         # The defaults are TRL's.
         "loss": trainer.get("loss_type", "dapo"),
         "learning_rate": trainer.get("learning_rate", 1e-6),

@@ -89,7 +89,7 @@ def test_the_card_says_how_it_was_trained_and_what_went_wrong(exported):
         "`dr_grpo`",
         "CPU only, 5 minutes",
         "`abababababababab`",
-        "vllm serve policy",
+        "vllm serve policy --dtype float32\n",
         "torch | 2.13.0+cpu",
         "dataset lab/office, revision v2",
     ):

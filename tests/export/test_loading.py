@@ -104,7 +104,7 @@ def test_vllm_serves_the_folder_and_says_what_the_policy_says(merged, expected, 
     with reserve(exclusive=False) as held:  # closed again: `vllm serve` binds alone
         port = held.getsockname()[1]
     command = [vllm_python.parent / "vllm", "serve", merged, "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--enforce-eager", "--max-model-len", "1024"]
+    command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "1024"]
     with (tmp_path / "vllm.log").open("w") as log:
         server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, cwd=tmp_path)
     try:
