@@ -154,6 +154,13 @@ def parser_of(command: str, about: str) -> argparse.ArgumentParser:
     )
 
 
+_TYPES = {
+    "Integer": "int",
+    "Float": "float",
+    "Boolean": "bool",
+}  # OmegaConf's names, and those of docs/reference.md
+
+
 def log_to_terminal() -> None:
     """Sends log lines to standard error, without level or time."""
     log_to_stderr("%(message)s")
@@ -178,6 +185,9 @@ def explain(error: HydraException | OmegaConfBaseException, schema: type) -> str
             [f"trainer.{name}" for name in sorted(argument_rules.CARRIED)] if schema is RunConfig else []
         )
         return explain_key(key, schema, getattr(cause, "full_key", None), trainers) or text
+    if match := re.search(r"override ([^=]+)=(.*): Value .* could not be converted to (\w+)", text):
+        key, value, kind = match.groups()
+        return f"{key.lstrip('+')} must be of type {_TYPES.get(kind, kind)}, got {value!r}"
     if match := re.search(r"does not support sweep type : (\w+)_SWEEP", text):
         return hydra_keys.explain_sweep(match.group(1).lower())
     if isinstance(error, OmegaConfBaseException):
