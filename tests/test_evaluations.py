@@ -159,6 +159,7 @@ def trained(base, folder: Path) -> Path:
 
 
 @pytest.mark.ranks
+@pytest.mark.timeout(1500)
 @pytest.mark.parametrize(
     "trainer", [{"fsdp": True}, pytest.param(ZERO_3, marks=with_deepspeed)], ids=["fsdp", "zero3"]
 )

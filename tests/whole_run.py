@@ -62,6 +62,10 @@ class Run:
                 env=os.environ | NO_WAY_OUT,
                 start_new_session=True,
             )
+        self.watch()
+
+    def watch(self) -> None:
+        """Notes the processes below the run's from now on."""
         self.descendants: set[psutil.Process] = set()
         threading.Thread(target=self._look, daemon=True).start()
 

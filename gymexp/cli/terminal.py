@@ -154,6 +154,9 @@ def parser_of(command: str, about: str) -> argparse.ArgumentParser:
     )
 
 
+_TYPES = {"Integer": "int", "Float": "float", "bool": "bool"}  # OmegaConf's names and Python's
+
+
 def log_to_terminal() -> None:
     """Sends log lines to standard error, without level or time."""
     log_to_stderr("%(message)s")
@@ -178,6 +181,9 @@ def explain(error: HydraException | OmegaConfBaseException, schema: type) -> str
             [f"trainer.{name}" for name in sorted(argument_rules.CARRIED)] if schema is RunConfig else []
         )
         return explain_key(key, schema, getattr(cause, "full_key", None), trainers) or text
+    wrong_type = re.search(r"(?:could not be converted to|is not a valid) (Integer|Float|bool)\b", str(cause))
+    if wrong_type and (match := re.search(r"merging override \+*([^=]+)=(.*)", text)):
+        return f"{match[1]} must be of type {_TYPES[wrong_type[1]]}, got {match[2]!r}"
     if match := re.search(r"does not support sweep type : (\w+)_SWEEP", text):
         return hydra_keys.explain_sweep(match.group(1).lower())
     if isinstance(error, OmegaConfBaseException):

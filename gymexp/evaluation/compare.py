@@ -77,6 +77,8 @@ def read_sides(directory: Path) -> list[Side]:
 
     Raises RunDirectoryError if it has no rollouts of an evaluation.
     """
+    if not directory.is_dir():
+        raise RunDirectoryError(f"compare must name directories that exist, got {directory}")
     check_own(directory)
     rewards: dict[str, dict[str, list[float]]] = {}
     for row in read_index(directory / "rollouts"):

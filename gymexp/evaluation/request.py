@@ -17,7 +17,7 @@ from gymexp.config.schema import RunConfig
 from gymexp.errors import ConfigError, RunDirectoryError
 from gymexp.evaluation.plan import EndpointPlan, Plan, Policy, weights_digest
 from gymexp.policy import hub_snapshot
-from gymexp.record.directory import RunDirectory, is_whole
+from gymexp.record.directory import PLAN, RunDirectory, is_whole
 from gymexp.training import checkpoints
 
 Say = Callable[[str], None]
@@ -51,6 +51,8 @@ def resolve(config: EvaluateConfig, cfg: DictConfig, overrides: Sequence[str]) -
     cfg: Hydra's composed config of `config`. overrides: those of the command line. Raises ConfigError or
     RunDirectoryError that names what is missing.
     """
+    if config.checkpoint:
+        _check_is_checkpoint(Path(config.checkpoint).expanduser().resolve())
     if config.run or (config.checkpoint and _run_of(Path(config.checkpoint))):
         return _of_run(config, cfg, overrides)
     run_config = of_model(config)
@@ -104,6 +106,14 @@ def settled(request: Request, say: Say) -> Request:
     )
 
 
+def _check_is_checkpoint(directory: Path) -> None:
+    """Raises ConfigError for a directory that is a run's, or that does not exist and is of no run."""
+    if (directory / "config.yaml").exists():
+        raise ConfigError(f"checkpoint must be a checkpoint, but {directory} is a run: say run={directory}")
+    if not directory.is_dir() and not _run_of(directory):
+        raise ConfigError(f"checkpoint must be a directory that exists, got {directory}")
+
+
 def _plan(config: EvaluateConfig, policies: list[Policy]) -> Plan:
     return Plan(policies, config.evaluation.samples, config.split)
 
@@ -118,7 +128,13 @@ def _of_run(config: EvaluateConfig, cfg: DictConfig, overrides: Sequence[str]) -
     assert path is not None
     run = RunDirectory(path)
     if not run.config.exists():
-        raise RunDirectoryError(f"run must name the directory of a run, but {path} has no config.yaml")
+        what = "has no config.yaml" if path.is_dir() else "does not exist"
+        raise RunDirectoryError(f"run must name the directory of a run, but {path} {what}")
+    if (path / PLAN).exists():
+        raise RunDirectoryError(
+            f"run must name the directory of a training run, but {path} is an evaluation: say the run that "
+            "it evaluated, or compare=[…] for its results"
+        )
     trained = from_yaml(run.config)
     has_envs = "env" in keys_of(overrides)
     run_config = of_run(trained, cfg, overrides, data_of_run=not has_envs)
@@ -195,6 +211,12 @@ def _of_checkpoint(run: RunDirectory, checkpoint: Path) -> _Weights:
         raise ConfigError(
             f"checkpoint must be a checkpoint-N of {run.checkpoints}, or {run.path / 'model'} of a finished "
             f"run, got {checkpoint}"
+        )
+    if not checkpoint.is_dir():
+        known = ", ".join(map(str, sorted(checkpoints.all_of(run.checkpoints)))) or "none"
+        raise RunDirectoryError(
+            f"checkpoint must be a directory that exists, got {checkpoint}: the run has checkpoints of the "
+            f"steps {known}"
         )
     if damage := checkpoints.damage(checkpoint):
         raise RunDirectoryError(f"checkpoint={checkpoint} must be whole, but {damage}")

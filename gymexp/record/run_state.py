@@ -69,12 +69,14 @@ class RunState:
 
     @property
     def log(self) -> Path | None:
-        """The log that explains the end best: the one that the error names, else trainer.log, else None."""
+        """The log that explains the end best: the one that the error names, else the trainer's or the
+        evaluator's, else None."""
         named = re.findall(
             r"(/\S[^\n:]*?\.(?:log|err|out))\b",
             str(self.result.get("error") or self.status.get("outcome") or ""),
         )
-        for path in (*map(Path, named), self.path / "logs" / "trainer.log"):
+        own = (self.path / "logs" / f"{name}.log" for name in ("trainer", "evaluator"))
+        for path in (*map(Path, named), *own):
             if path.exists():
                 return path
         return None

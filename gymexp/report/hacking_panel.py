@@ -139,10 +139,10 @@ def _field_charts(records: RunRecords, env: str) -> list[Chart]:
         colour = figures.colours_of(records.envs)[env]
         traces = figures.line(name, records.step_numbers, per_step(records, env, mean), colour)
         text = f"{env}: share with {name}" if is_share else f"{env}: {name}, mean"
-        charts += figures.over_steps(
-            text, traces, "share" if is_share else "", rangemode="tozero", height=200
-        )
-        charts[-1].figures[""]["layout"]["showlegend"] = False
+        unit = "share" if is_share else ""
+        charts += figures.over_steps(text, traces, unit, rangemode="tozero", height=200)
+    for chart in charts:
+        chart.figures[""]["layout"]["showlegend"] = False
     return charts
 
 

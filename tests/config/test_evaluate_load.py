@@ -9,10 +9,13 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
+from gymexp.cli.terminal import explain
 from gymexp.config import hydra_schema
 from gymexp.config.evaluate_load import load_evaluation, of_model, of_run, register
+from gymexp.config.evaluate_schema import EvaluateConfig
 from gymexp.config.group_options import CONF_DIR
 from gymexp.config.load import load
 from gymexp.errors import ConfigError
@@ -62,7 +65,6 @@ def test_each_kind_of_evaluation_is_taken(overrides):
             (*SUDOKU, "trainer.learning_rate=1e-5"),
             r"trainer\.learning_rate must be left out of gymexp\.evaluate",
         ),
-        ((*SUDOKU, "launcher.gpus=2"), r"launcher\.gpus must be left out.*sbatch"),
         ((*SUDOKU, "model.lora.r=8"), r"model\.lora\.r must be left out"),
         ((*SUDOKU, "engine.urls=['http://x']"), r"engine\.urls must be left out.*endpoint\.url"),
         ((*SUDOKU, "rollout.drift_every=3"), r"rollout\.drift_every must be left out"),
@@ -150,11 +152,16 @@ def test_other_environments_than_the_runs_come_with_all_their_tasks():
 
 
 def recommended() -> list[str]:
-    """What follows `python -m gymexp.evaluate` in the guide and in the command's help."""
+    """What follows `python -m gymexp.evaluate` in the guide and in the command's help, but sweeps, which have
+    several values."""
     texts = [ROOT / "docs" / "guides" / "evaluate.md", ROOT / "gymexp" / "evaluate.py"]
     text = "\n".join(path.read_text().replace("\\\n", " ") for path in texts)
     return sorted(
-        set(re.findall(r"^python -m gymexp\.evaluate ([^\n#]+?)(?: {2,}.*| *#.*)?$", text, re.MULTILINE))
+        set(
+            re.findall(
+                r"^python -m gymexp\.evaluate (?!-m )([^\n#]+?)(?: {2,}.*| *#.*)?$", text, re.MULTILINE
+            )
+        )
     )
 
 
@@ -165,3 +172,17 @@ def test_there_are_commands_to_look_at():
 @pytest.mark.parametrize("command", recommended())
 def test_each_command_that_is_recommended_is_taken(command):
     loaded(*shlex.split(re.sub(r"<\w+>|…", "x", command).replace("https://x/v1", "https://example.org/v1")))
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("evaluation.samples=x", "evaluation.samples must be of type int, got 'x'"),
+        ("evaluation.temperature=hot", "evaluation.temperature must be of type float, got 'hot'"),
+        ("launcher.dry_run=maybe", "launcher.dry_run must be of type bool, got 'maybe'"),
+    ],
+)
+def test_a_value_of_another_type_is_named_with_the_type(override, told):
+    with pytest.raises(HydraException) as caught:
+        composed(*SUDOKU, override)
+    assert explain(caught.value, EvaluateConfig) == told

@@ -55,3 +55,11 @@ def test_a_run_that_goes_on_is_running_whatever_an_earlier_start_left(tmp_path):
 )
 def test_one_judge_says_whether_a_run_came_to_a_good_end(result, failure):
     assert failure_of(result, "no result") == failure
+
+
+def test_a_lost_evaluation_is_explained_by_its_evaluators_log(tmp_path):
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "status.json").write_text(json.dumps(GONE))
+    assert read_run(tmp_path).log is None
+    (tmp_path / "logs" / "evaluator.log").touch()
+    assert read_run(tmp_path).log == tmp_path / "logs" / "evaluator.log"

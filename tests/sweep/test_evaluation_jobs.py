@@ -60,7 +60,7 @@ def test_a_policy_that_is_text_asks_for_no_gpu_but_the_command_lines():
 @pytest.mark.parametrize(
     ("overrides", "told"),
     [
-        (["run=outputs/none"], "run must name the directory of a run, but .*outputs/none has no config.yaml"),
+        (["run=outputs/none"], "run must name the directory of a run, but .*outputs/none does not exist"),
         ([*PROBE, "output_dir=x"], "output_dir must not be set in a sweep.*hydra.sweep.dir"),
         (["resume=outputs/eval/x"], "resume must not be set in a sweep.*gymexp.sweep resubmit"),
         (["compare=[a,b]"], "compare must not be set in a sweep or with launcher=slurm"),
