@@ -5,7 +5,9 @@ forks a child for each server that the controller starts. So a start, or a resta
 fraction of a second, and the servers share the memory of the imported code. NeMo Gym imports Ray, but nothing
 starts it.
 
-The user's own servers are found before NeMo Gym's. They lie in `own`, in folders named like NeMo Gym's.
+The user's own servers are found before NeMo Gym's. They lie in `own`, in folders named like NeMo Gym's. As
+under NeMo Gym, a server imports modules of its own folder by their plain names. A server that cannot be
+imported fails when it starts, in its own log.
 
 A server requires the run's key for NeMo Gym on every path, so that nobody else plays with the policy. The
 servers send the key in their requests to each other.
@@ -24,6 +26,7 @@ import functools
 import gc
 import hmac
 import importlib
+import importlib.util
 import json
 import os
 import resource
@@ -54,11 +57,64 @@ def say(**message: object) -> None:
     os.write(PROTOCOL, (json.dumps(message) + "\n").encode())
 
 
-def load(config: dict, servers: dict, own: str, key: str | None) -> dict:
-    """Imports the servers' modules and returns each server's class by name.
+class Code:
+    """A server's imported module."""
+
+    def __init__(self, name: str) -> None:
+        """name: the module's. If the import fails, the error is kept until the server starts."""
+        before = set(sys.modules)
+        self.path: list[str] = []
+        self.siblings: dict[str, Any] = {}  # modules of the server's folder, by their plain names
+        try:
+            spec = importlib.util.find_spec(name)
+            if spec and spec.origin:
+                self.path = [os.path.dirname(spec.origin)]
+            sys.path[:0] = self.path
+            self.cls = server_class(importlib.import_module(name))
+            self.error = None
+        except (Exception, SystemExit) as error:
+            self.error = error
+        # Another server may have modules of the same names in its own folder.
+        for folder in self.path:
+            sys.path.remove(folder)
+        for other in set(sys.modules) - before:
+            if not other.startswith(f"{name.split('.')[0]}.") and self.has(sys.modules[other]):
+                self.siblings[other] = sys.modules.pop(other)
+
+    def has(self, module: Any) -> bool:
+        """Returns whether a module is in the server's folder."""
+        files = [getattr(module, "__file__", None) or "", *getattr(module, "__path__", ())]
+        return any(file.startswith(f"{folder}/") for file in files for folder in self.path)
+
+    def enter(self) -> Any:
+        """Makes the modules of the server's folder importable, and returns the server's class. Raises the
+        error of the import. Called in the server's own process."""
+        if self.error:
+            raise self.error
+        sys.path[:0] = self.path
+        sys.modules.update(self.siblings)
+        return self.cls
+
+
+def server_class(module: Any) -> Any:
+    """Returns the server's class in a module. Raises ImportError if there is none."""
+    from nemo_gym.server_utils import SimpleServer  # pyright: ignore[reportMissingImports]
+
+    classes = [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, SimpleServer) and value.__module__ == module.__name__
+    ]
+    if not classes:
+        raise ImportError(f"{module.__name__} defines no NeMo Gym server")
+    return classes[-1]
+
+
+def load(config: dict, servers: dict, own: str, key: str | None) -> dict[str, Code]:
+    """Imports the servers' modules and returns each server's code by name.
 
     config: NeMo Gym's global config. servers: each server's module, by name. own: the directory of the user's
-    own servers. key: the key that servers send to each other. Raises ImportError if a module has no server.
+    own servers. key: the key that servers send to each other.
     """
     from nemo_gym import server_utils  # pyright: ignore[reportMissingImports]
     from nemo_gym.global_config import (  # pyright: ignore[reportMissingImports]
@@ -78,20 +134,9 @@ def load(config: dict, servers: dict, own: str, key: str | None) -> dict:
         server_utils.ClientSession = session_with_key(key, config)  # all requests of NeMo Gym go through it
     if any(os.path.isdir(os.path.join(own, server["module"].split(".")[0])) for server in servers.values()):
         sys.path.insert(0, own)
-    classes = {}
-    for name, server in servers.items():
-        module = importlib.import_module(server["module"])
-        server_classes = [
-            value
-            for value in vars(module).values()
-            if isinstance(value, type)
-            and issubclass(value, server_utils.SimpleServer)
-            and value.__module__ == module.__name__
-        ]
-        if not server_classes:
-            raise ImportError(f"{server['module']} defines no NeMo Gym server")
-        classes[name] = server_classes[-1]
-    return classes
+    modules = dict.fromkeys(server["module"] for server in servers.values())
+    codes = {module: Code(module) for module in modules}
+    return {name: codes[server["module"]] for name, server in servers.items()}
 
 
 def session_with_key(key: str, config: dict) -> Any:
@@ -293,7 +338,7 @@ def serve(name: str, cls: type, sock: socket.socket, key: str | None) -> None:
     uvicorn.Server(config).run(sockets=[sock])
 
 
-def start(name: str, log: str, cls: type, sock: socket.socket, key: str | None) -> int:
+def start(name: str, log: str, server: Code, sock: socket.socket, key: str | None) -> int:
     """Forks a child that runs the server `name` and writes its output to `log`. Returns the child's pid."""
     pid = os.fork()
     if pid:
@@ -309,7 +354,7 @@ def start(name: str, log: str, cls: type, sock: socket.socket, key: str | None) 
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(out, 1)
         os.dup2(out, 2)
-        serve(name, cls, sock, key)
+        serve(name, server.enter(), sock, key)
         code = 0
     except BaseException:
         traceback.print_exc()
@@ -329,7 +374,7 @@ def main() -> None:
     first = json.loads(sys.stdin.buffer.readline())
     began = time.monotonic()
     try:
-        classes = load(**first)
+        codes = load(**first)
     except BaseException as error:
         traceback.print_exc()
         say(error=f"{type(error).__name__}: {error}")
@@ -366,7 +411,7 @@ def main() -> None:
                     say(alive=True)
                     continue
                 name = message["start"]
-                server = classes[name], sockets[name], first["key"]
+                server = codes[name], sockets[name], first["key"]
                 say(started=name, pid=start(name, message["log"], *server))
 
 
