@@ -4,7 +4,7 @@
     python benchmarks/try_environments.py --all                     all that gymexp does not refuse
     python benchmarks/try_environments.py                           only writes the page again
 
-Each environment is an evaluation of the tiny policy on a CPU, by `python -m gymexp.evaluate`: NeMo Gym's
+They are played by evaluations of the tiny policy on a CPU, by `python -m gymexp.evaluate`: NeMo Gym's
 agent and servers, gymexp's gateway, and exact tokens, which the collector checks. The tiny policy solves none
 of them, so the rewards say only that the graders answer. What ends without results is on the page with its
 reason. `benchmarks/results/environments_tried.json` keeps what was seen; a name that is tried again replaces
@@ -15,11 +15,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
+import re
 import subprocess
 import sys
 import tempfile
-import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="NAME")
     parser.add_argument("--all", action="store_true", help="all environments that gymexp does not refuse")
     parser.add_argument("--max-output-tokens", type=int, default=48, help="of a model turn")
-    parser.add_argument("--deadline", type=float, default=300.0, help="seconds for one environment")
+    parser.add_argument("--together", type=int, default=8, help="environments of one evaluation")
     args = parser.parse_args()
     gym = GymConfig()
     catalogue = load_catalogue(gym, cache_dir(), print)
@@ -61,54 +61,85 @@ def main() -> None:
     assert python is not None, "load_catalogue has made it"
     site = site_packages(python)
     tried: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    for name in names:
-        began = time.perf_counter()
-        tried[name] = try_one(catalogue[name], site, args)
-        tried[name] |= {"nemo_gym": gym.version, "seconds": round(time.perf_counter() - began, 1)}
-        print(f"{name}: {tried[name]}", flush=True)
-        RESULTS.write_text(json.dumps(dict(sorted(tried.items())), indent=1) + "\n")
+    for start in range(0, len(names), args.together):
+        for name, seen in try_some([catalogue[n] for n in names[start : start + args.together]], site, args):
+            tried[name] = seen | {"nemo_gym": gym.version}
+            print(f"{name}: {seen}", flush=True)
+            RESULTS.write_text(json.dumps(dict(sorted(tried.items())), indent=1) + "\n")
     PAGE.write_text(page(tried, catalogue))
 
 
-def try_one(entry: Entry, site: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Returns what was seen: numbers of rollouts, or {"reason": why there are none}."""
+def try_some(
+    entries: list[Entry], site: Path, args: argparse.Namespace
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields for each environment numbers of its rollouts, or {"reason": why there are none}.
+
+    One evaluation plays all of them. If it ends with an error that names some, the others play again.
+    """
+    playable = []
+    for entry in entries:
+        if reason := refusal(entry):
+            yield entry.name, {"reason": reason}
+        else:
+            playable.append(entry)
+    while playable:
+        done, rows = evaluate(playable, site, args)
+        text = error_of(done)
+        named = [e for e in playable if re.search(rf"(env\.|^){e.name}\b", text, re.MULTILINE)]
+        if done.returncode and named != playable and len(playable) > 1:
+            again = named or playable[:1]
+            if not named:  # the error says of nobody that it is theirs
+                yield from try_some(again, site, args)
+            else:
+                yield from ((entry.name, {"reason": shortened(text)}) for entry in named)
+            playable = [entry for entry in playable if entry not in again]
+            continue
+        for entry in playable:
+            of_env = [row for row in rows if row["env"] == entry.name]
+            scored = not done.returncode and any(row.get("reward") is not None for row in of_env)
+            failed = next(
+                (f"{row['cause']}: {row.get('detail', '')}" for row in of_env if row.get("cause")), text
+            )
+            yield entry.name, figures(of_env) if scored else {"reason": shortened(text or failed)}
+        return
+
+
+def refusal(entry: Entry) -> str:
+    """Returns why an environment is not tried, or ""."""
     if entry.reasons:
-        return {"reason": entry.reasons[0]}
+        return entry.reasons[0]
     if entry.images:
-        return {"reason": "its rows have images, which gymexp does not pass on"}
-    if not entry.examples:
-        return {"reason": "NeMo Gym ships no example rows"}
-    at = f"env.{entry.name}"
-    rows = site / entry.examples
-    settings = [
-        f"env=[{entry.name}]",
-        f"{at}.max_output_tokens={args.max_output_tokens}",
-        f"{at}.timeout_s=60",
-    ]
-    settings += [
-        f"{at}.data.source=jsonl",
-        f"{at}.data.train_file={rows}",
-        f"{at}.data.validation_file={rows}",
-    ]
+        return "its rows have images, which gymexp does not pass on"
+    return "" if entry.examples else "NeMo Gym ships no example rows"
+
+
+def evaluate(
+    entries: list[Entry], site: Path, args: argparse.Namespace
+) -> tuple[subprocess.CompletedProcess[str], list[dict[str, Any]]]:
+    """Returns the ended command, and the index of the rollouts that it played."""
+    settings = [f"env=[{','.join(entry.name for entry in entries)}]"]
+    for entry in entries:
+        at, rows = f"env.{entry.name}", site / str(entry.examples)
+        settings += [f"{at}.max_output_tokens={args.max_output_tokens}", f"{at}.timeout_s=120"]
+        settings += [f"{at}.data.source=jsonl", f"{at}.data.train_file={rows}"]
+        settings += [f"{at}.data.validation_file={rows}"]
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder) / "run"
         command = [sys.executable, "-m", "gymexp.evaluate", *_SETTINGS, *settings, f"output_dir={directory}"]
-        try:
-            done = subprocess.run(
-                command,
-                capture_output=True,
-                text=True,
-                timeout=args.deadline,
-                cwd=ROOT,
-                env=os.environ,
-                check=False,
-            )
-        except subprocess.TimeoutExpired:
-            return {"reason": f"it took longer than {args.deadline:.0f} s"}
-        seen = list(read_index(directory / "rollouts")) if (directory / "rollouts").exists() else []
-        if done.returncode or not any(row.get("reward") is not None for row in seen):
-            return {"reason": why(done, seen)}
-        return figures(seen)
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+        rollouts = directory / "rollouts"
+        return done, list(read_index(rollouts)) if rollouts.exists() else []
+
+
+def error_of(done: subprocess.CompletedProcess[str]) -> str:
+    """Returns the text of the command's error; "" if it has none."""
+    return done.stderr.rpartition("error: ")[2].strip() if done.returncode else ""
+
+
+def shortened(text: str) -> str:
+    """Returns a text as one line of at most 300 characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= 300 else f"{line[:299]}…"
 
 
 def figures(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -122,17 +153,6 @@ def figures(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "tokens": sum(row["tokens"] or 0 for row in scored),
         "rewards": [min(rewards), max(rewards)],
     }
-
-
-def why(done: subprocess.CompletedProcess[str], rows: list[dict[str, Any]]) -> str:
-    """Returns the reason in one line: the command's error, or the cause of the first failed rollout."""
-    text = done.stderr.strip()
-    if "error: " in text:
-        text = text.rpartition("error: ")[2]
-    elif failed := [row for row in rows if row.get("cause")]:
-        text = f"{failed[0]['cause']}: {failed[0].get('detail', '')}"
-    line = " ".join(text.split())
-    return line if len(line) <= 300 else f"{line[:299]}…"
 
 
 def page(tried: dict[str, Any], catalogue: dict[str, Entry]) -> str:

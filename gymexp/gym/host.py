@@ -1,4 +1,5 @@
-"""Runs NeMo Gym's servers, one forked process each. A script for NeMo Gym's venv; imports nothing of gymexp.
+"""Runs NeMo Gym's servers, one forked process each. A script for NeMo Gym's venv; of gymexp it imports
+`server_code.py` alone, which lies beside it.
 
 NeMo Gym's modules take six seconds or more to import. This process, the host, imports them once and then
 forks a child for each server that the controller starts. So a start, or a restart after a failure, takes a
@@ -25,8 +26,6 @@ import ctypes
 import functools
 import gc
 import hmac
-import importlib
-import importlib.util
 import json
 import os
 import resource
@@ -38,6 +37,8 @@ import time
 import traceback
 from contextvars import ContextVar
 from typing import Any
+
+from server_code import Code  # pyright: ignore[reportMissingImports]
 
 PROTOCOL = os.dup(1)  # NeMo Gym prints while it is imported: from here on, stdout is the log
 os.dup2(2, 1)
@@ -55,59 +56,6 @@ def die_with_parent() -> None:
 def say(**message: object) -> None:
     """Sends a line of JSON to the controller."""
     os.write(PROTOCOL, (json.dumps(message) + "\n").encode())
-
-
-class Code:
-    """A server's imported module."""
-
-    def __init__(self, name: str) -> None:
-        """name: the module's. If the import fails, the error is kept until the server starts."""
-        before = set(sys.modules)
-        self.path: list[str] = []
-        self.siblings: dict[str, Any] = {}  # modules of the server's folder, by their plain names
-        try:
-            spec = importlib.util.find_spec(name)
-            if spec and spec.origin:
-                self.path = [os.path.dirname(spec.origin)]
-            sys.path[:0] = self.path
-            self.cls = server_class(importlib.import_module(name))
-            self.error = None
-        except (Exception, SystemExit) as error:
-            self.error = error
-        # Another server may have modules of the same names in its own folder.
-        for folder in self.path:
-            sys.path.remove(folder)
-        for other in set(sys.modules) - before:
-            if not other.startswith(f"{name.split('.')[0]}.") and self.has(sys.modules[other]):
-                self.siblings[other] = sys.modules.pop(other)
-
-    def has(self, module: Any) -> bool:
-        """Returns whether a module is in the server's folder."""
-        files = [getattr(module, "__file__", None) or "", *getattr(module, "__path__", ())]
-        return any(file.startswith(f"{folder}/") for file in files for folder in self.path)
-
-    def enter(self) -> Any:
-        """Makes the modules of the server's folder importable, and returns the server's class. Raises the
-        error of the import. Called in the server's own process."""
-        if self.error:
-            raise self.error
-        sys.path[:0] = self.path
-        sys.modules.update(self.siblings)
-        return self.cls
-
-
-def server_class(module: Any) -> Any:
-    """Returns the server's class in a module. Raises ImportError if there is none."""
-    from nemo_gym.server_utils import SimpleServer  # pyright: ignore[reportMissingImports]
-
-    classes = [
-        value
-        for value in vars(module).values()
-        if isinstance(value, type) and issubclass(value, SimpleServer) and value.__module__ == module.__name__
-    ]
-    if not classes:
-        raise ImportError(f"{module.__name__} defines no NeMo Gym server")
-    return classes[-1]
 
 
 def load(config: dict, servers: dict, own: str, key: str | None) -> dict[str, Code]:
