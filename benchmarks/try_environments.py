@@ -39,7 +39,7 @@ _TITLE = """\
 `python benchmarks/try_environments.py NAME…` makes this page: it plays the example rows of environments with
 the tiny policy on a CPU. The tokens of every turn were checked. The policy solves nothing, so the rewards
 show that the graders answer, not what a model achieves. `python -m gymexp.envs` lists all environments;
-[the guide](guides/environments.md) says how to train in them.
+[the guide](guides/data.md#any-environment-of-nemo-gyms) says how to train in them.
 """
 
 
@@ -88,6 +88,7 @@ def try_some(
         named = [e for e in playable if re.search(rf"(env\.|^){e.name}\b", text, re.MULTILINE)]
         if done.returncode and named != playable and len(playable) > 1:
             again = named or playable[:1]
+            print(f"{', '.join(e.name for e in playable)}: {text}", file=sys.stderr, flush=True)
             if not named:  # the error says of nobody that it is theirs
                 yield from try_some(again, site, args)
             else:
