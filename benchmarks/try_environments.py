@@ -32,7 +32,13 @@ from gymexp.rollout.rollout_files import read_index
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "environments_tried.json"
 PAGE = ROOT / "docs" / "environments.md"
-_SETTINGS = ["model=tiny", "engine=hf", "evaluation.temperature=1", "rollout.max_failed_share=1"]
+_SETTINGS = [
+    "model=tiny",
+    "model.max_model_len=16384",
+    "engine=hf",
+    "evaluation.temperature=1",
+    "rollout.max_failed_share=1",
+]
 _TITLE = """\
 # Environments of NeMo Gym that were played
 
@@ -85,7 +91,7 @@ def try_some(
     while playable:
         done, rows = evaluate(playable, site, args)
         text = error_of(done)
-        named = [e for e in playable if re.search(rf"(env\.|^){e.name}\b", text, re.MULTILINE)]
+        named = [e for e in playable if re.search(rf"(env\.|^|\(){e.name}\b", text, re.MULTILINE)]
         if done.returncode and named != playable and len(playable) > 1:
             again = named or playable[:1]
             print(f"{', '.join(e.name for e in playable)}: {text}", file=sys.stderr, flush=True)
