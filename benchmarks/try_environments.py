@@ -127,7 +127,7 @@ def evaluate(
     settings = [f"env=[{','.join(entry.name for entry in entries)}]"]
     for entry in entries:
         at, rows = f"env.{entry.name}", site / str(entry.examples)
-        settings += [f"{at}.max_output_tokens={args.max_output_tokens}", f"{at}.timeout_s=120"]
+        settings += [f"{at}.max_output_tokens={args.max_output_tokens}", f"{at}.timeout_s=900"]
         settings += [f"{at}.data.source=jsonl", f"{at}.data.train_file={rows}"]
         settings += [f"{at}.data.validation_file={rows}"]
     with tempfile.TemporaryDirectory() as folder:
@@ -144,8 +144,8 @@ def error_of(done: subprocess.CompletedProcess[str]) -> str:
 
 
 def shortened(text: str) -> str:
-    """Returns a text as one line of at most 300 characters."""
-    line = " ".join(text.split())
+    """Returns a text as one line of at most 300 characters, without paths of this machine."""
+    line = " ".join(text.replace(str(Path.home()), "~").replace(f"{ROOT}/", "").split())
     return line if len(line) <= 300 else f"{line[:299]}…"
 
 
@@ -183,8 +183,7 @@ def page(tried: dict[str, Any], catalogue: dict[str, Entry]) -> str:
 
 
 def _cell(text: str) -> str:
-    home = str(Path.home())
-    return text.replace("|", "\\|").replace("<", "\\<").replace(home, "~").replace(str(ROOT), ".")
+    return text.replace("|", "\\|").replace("<", "\\<")
 
 
 if __name__ == "__main__":
