@@ -43,8 +43,9 @@ _TITLE = """\
 # Environments of NeMo Gym that were played
 
 `python benchmarks/try_environments.py NAME…` makes this page. It plays the example rows of environments with
-the tiny policy on a CPU; a benchmark without rows plays those of its resources server. The tokens of every turn
-were checked. The policy solves nothing, so the rewards show that the graders answer, not what a model achieves.
+the tiny policy on a CPU; a benchmark without rows plays those of its resources server. The tokens of every
+turn were checked. The policy solves nothing, so the rewards show that the graders answer, not what a model
+achieves.
 `python -m gymexp.envs` lists all environments, and
 [the guide](guides/data.md#any-environment-of-nemo-gyms) says how to train in them.
 """
