@@ -83,7 +83,7 @@ def test_one_is_shown_with_its_data_its_licence_and_the_command_or_the_reason(to
 
 
 def test_an_unknown_name_is_answered_with_the_nearest(told):
-    with pytest.raises(ConfigError, match="did you mean chess"):
+    with pytest.raises(ConfigError, match="did you mean env=chess"):
         told("show", "ches")
     with pytest.raises(ConfigError, match=r"sudoku is a file of conf/env/"):
         told("show", "sudoku")

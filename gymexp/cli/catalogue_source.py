@@ -7,6 +7,7 @@ Hydra asks the catalogue of the NeMo Gym that the run would use: that of `gym.*`
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -45,11 +46,13 @@ class CatalogueSource(ConfigSource):
 
     def is_config(self, config_path: str) -> bool:
         name = config_path.removeprefix(_ENV)
-        return config_path.startswith(_ENV) and (_gym is None or name in _catalogue(_gym()))
+        if not config_path.startswith(_ENV) or not re.fullmatch(r"[a-z0-9_]+", name):
+            return False  # no name of the catalogue's
+        return _gym is None or name in _catalogue(_gym(), name)
 
     def load_config(self, config_path: str) -> ConfigResult:
         name = config_path.removeprefix(_ENV)
-        values = options_of(_catalogue(_gym())[name]) if _gym else {}
+        values = options_of(_catalogue(_gym(), name)[name]) if _gym else {}
         header: dict[str, str | None] = {"package": f"env.{name}" if _gym else None}
         return ConfigResult(self.provider, f"{self.scheme()}://{name}", OmegaConf.create(values), header)
 
@@ -102,18 +105,23 @@ def explain_unknown(name: str, catalogue: Iterable[str] = ()) -> str:
     """Returns the error message for `env=[name]` if no folder and no catalogue has the name. catalogue: names
     of a catalogue beside those that Hydra has asked."""
     known = [*options("env"), *catalogue, *(n for read in _catalogues.values() for n in read)]
-    close = difflib.get_close_matches(name, dict.fromkeys(known), n=3, cutoff=0.5)
+    close = difflib.get_close_matches(name, dict.fromkeys(known), n=3, cutoff=0.6)
     close += [n for n in known if name in n and n not in close][:3]
-    near = f"; did you mean {' or '.join(close)}?" if close else ""
+    near = f"; did you mean {' or '.join(f'env={n}' for n in close)}?" if close else ""
     return (
-        f"env={name} is not known{near}\nOwn files: {', '.join(options('env'))}. NeMo Gym's environments: "
+        f"env={name} is not known{near}. Known: {', '.join(options('env'))}, and NeMo Gym's environments: "
         "python -m gymexp.envs --search TEXT"
     )
 
 
-def _catalogue(gym: GymConfig) -> dict[str, Entry]:
+def _catalogue(gym: GymConfig, name: str) -> dict[str, Entry]:
+    """Returns the catalogue to look for `name` in. It is not made for what looks like a misspelled name of a
+    file of conf/env/, as that may take half a minute and a network."""
     key = repr(gym)
     if key not in _catalogues:
+        is_mistake = difflib.get_close_matches(name, options("env"), n=1, cutoff=0.7)
+        if is_mistake and not (kept := kept_catalogue(gym, cache_dir())):
+            return kept
         _catalogues[key] = load_catalogue(gym, cache_dir(), say_progress)
     return _catalogues[key]
 

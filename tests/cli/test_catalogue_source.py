@@ -117,8 +117,16 @@ def test_an_unknown_name_is_answered_with_the_nearest_ones(asked):
     with pytest.raises(Exception, match="env/tetriss"):
         composed("env=[tetriss]")
     text = catalogue_source.explain_unknown("tetriss")
-    assert text.startswith("env=tetriss is not known; did you mean tetris")
-    assert "sudoku, workplace" in text and "python -m gymexp.envs --search TEXT" in text
+    assert text.startswith("env=tetriss is not known; did you mean env=tetris")
+    assert "Known: sudoku, workplace" in text and "python -m gymexp.envs --search TEXT" in text
+
+
+@pytest.mark.parametrize("name", ["sudko", "Sudoku"])
+def test_no_catalogue_is_made_for_a_misspelled_file(name, asked, monkeypatch):
+    monkeypatch.setattr(catalogue_source, "kept_catalogue", lambda gym, cache: {})
+    with pytest.raises(Exception, match=f"env/{name}"):
+        composed(f"env=[{name}]")
+    assert not asked
 
 
 def test_completion_lists_what_the_cache_has_and_installs_nothing(asked, monkeypatch):
@@ -135,4 +143,4 @@ def test_the_command_composes_a_real_one_and_answers_a_typo(gym_python):
     shown = subprocess.run([*command, "env=[blackjack]"], capture_output=True, text=True, check=True).stdout
     assert "agent: blackjack_gymnasium_agent" in shown
     wrong = subprocess.run([*command, "env=[blackjak]"], capture_output=True, text=True, check=False)
-    assert wrong.returncode == 1 and "did you mean blackjack" in wrong.stderr
+    assert wrong.returncode == 1 and "did you mean env=blackjack" in wrong.stderr
