@@ -49,9 +49,10 @@ from gymexp.config.schema import RunConfig
 from gymexp.data.rows import load_rows, server_of
 from gymexp.data.sources import fetch
 from gymexp.gateway.server import load_tokenizer
+from gymexp.gym.definitions import POLICY, ensure_environments
 from gymexp.gym.host_client import GymHost
-from gymexp.gym.install import ensure_python, site_packages
-from gymexp.gym.server_plan import POLICY, Layout, plan
+from gymexp.gym.install import site_packages
+from gymexp.gym.server_plan import Layout, plan
 from gymexp.processes import ports
 from gymexp.processes.access_keys import Keys
 from gymexp.processes.process import spawn
@@ -87,7 +88,7 @@ class Variant:
 def main() -> None:
     args = parse()
     config = read_config(args)
-    python = ensure_python(config.gym, [e.config_path for e in config.env.values()], cache_dir(), print)
+    python = ensure_environments(config.gym, config.env, cache_dir(), print)
     tasks = read_tasks(args, config, python)
     tokenizer = load_tokenizer(args.tokenizer)
     with tempfile.TemporaryDirectory() as folder:

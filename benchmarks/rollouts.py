@@ -68,7 +68,7 @@ from gymexp.data.rows import load_rows, server_of
 from gymexp.data.sources import fetch
 from gymexp.errors import GymexpError
 from gymexp.gateway.server import load_tokenizer
-from gymexp.gym.install import ensure_python
+from gymexp.gym.definitions import ensure_environments
 from gymexp.processes import ports
 from gymexp.processes.supervisor import Supervisor
 from gymexp.record.places import cache_dir
@@ -184,7 +184,7 @@ async def measure(args: argparse.Namespace, report: Report, logs: Path) -> None:
     """Starts all processes as a run does, plays the rounds and ends all processes."""
     config = read_config(args)
     tokenizer = load_tokenizer(config.model.path)
-    python = ensure_python(config.gym, [config.env[ENV].config_path], cache_dir(), say)
+    python = ensure_environments(config.gym, {ENV: config.env[ENV]}, cache_dir(), say)
     engine_sock = ports.reserve()
     gateways = [ports.listen() for _ in range(args.gateways)]
     sockets: dict[str, Any] = {}

@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 from gymexp.cli.entry import hydra_main
 from gymexp.config.load import load
 from gymexp.data.prepare import prepare
-from gymexp.gym.install import ensure_python
+from gymexp.gym.definitions import ensure_environments
 from gymexp.printable import say
 from gymexp.record.places import cache_dir
 
@@ -33,7 +33,7 @@ def main(cfg: DictConfig) -> None:
     start = time.perf_counter()
     config = load(cfg)
     cache = cache_dir()
-    python = ensure_python(config.gym, [env.config_path for env in config.env.values()], cache, say)
+    python = ensure_environments(config.gym, config.env, cache, say)
     prepared = prepare(config, python, cache, say)
     mix = prepared.summary
     for name, env in mix["envs"].items():

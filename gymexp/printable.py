@@ -58,6 +58,11 @@ def say(text: object) -> None:
     print(printable(str(text)), flush=True)
 
 
+def say_progress(text: object) -> None:
+    """Prints a text to standard error, made printable, as standard output is for a command's result."""
+    print(printable(str(text)), file=sys.stderr, flush=True)
+
+
 def say_error(error: object) -> None:
     """Prints `error: …` to standard error, made printable. The caller then ends the program."""
     print(f"error: {printable(str(error))}", file=sys.stderr, flush=True)

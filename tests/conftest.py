@@ -15,14 +15,14 @@ from slurm_sweeps import Submitted
 from vllm_cpu import vllm_here
 from whole_run import Run
 
-from gymexp.config.schema import GymConfig
-from gymexp.gym.install import ensure_python
+from gymexp.config.schema import EnvConfig, GymConfig
+from gymexp.gym.definitions import ensure_environments
 from gymexp.record.places import cache_dir
 
-SERVERS = (
-    "resources_servers/reasoning_gym/configs/reasoning_gym.yaml",
-    "resources_servers/workplace_assistant/configs/workplace_assistant.yaml",
-)
+SERVERS = {
+    name: EnvConfig(config_path=f"resources_servers/{name}/configs/{name}.yaml", agent=f"{name}_simple_agent")
+    for name in ("reasoning_gym", "workplace_assistant")
+}
 
 os.environ.setdefault("WANDB_MODE", "disabled")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in what a shell starts in the background
@@ -39,7 +39,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def gym_python() -> Path:
     """NeMo Gym's interpreter with what both environments need; made on first use, as a run makes it."""
-    return ensure_python(GymConfig(), SERVERS, cache_dir(), print)
+    return ensure_environments(GymConfig(), SERVERS, cache_dir(), print)
 
 
 @pytest.fixture(scope="session")

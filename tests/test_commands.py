@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 
 from gymexp.cli import completion
+from gymexp.config.schema import GymConfig
+from gymexp.gym.catalogue import load_catalogue
+from gymexp.record.places import cache_dir
 
 ROOT = Path(__file__).parent.parent
 PROGRAM = Path(sys.executable).with_name("gymexp")
@@ -81,6 +84,7 @@ def complete(line: str, bin_: Path = Path(sys.executable).parent) -> list[str]:
         ("gymexp doctor engine=v", {"engine=vllm"}),
         ("gymexp doctor --i", {"--init"}),
         ("gymexp sweep re", {"resubmit"}),
+        ("gymexp envs --s", {"--search"}),
         ("gymexp status --f", {"--follow"}),
         ("gymexp prepare trainer=dr", {"trainer=dr_grpo"}),
         ("python script.py mod", set()),
@@ -88,6 +92,14 @@ def complete(line: str, bin_: Path = Path(sys.executable).parent) -> list[str]:
 )
 def test_bash_completes(line, offered):
     assert set(complete(line)) == offered
+
+
+@pytest.mark.gym
+@pytest.mark.skipif(not shutil.which("bash"), reason="no bash")
+def test_bash_completes_the_names_of_nemo_gyms_environments(gym_python):
+    load_catalogue(GymConfig(), cache_dir(), print)
+    assert set(complete("gymexp train env=xlam")) == {"env=xlam_fc"}
+    assert set(complete("gymexp envs show xlam")) == {"xlam_fc"}
 
 
 @pytest.mark.skipif(not shutil.which("bash"), reason="no bash")

@@ -54,6 +54,10 @@ RUN = {
     "python -m gymexp.sweep collect outputs/<name>/sweep_<date_time>": "",
     "python -m gymexp.status outputs/<name>/sweep_<date_time>/0 --follow": "",
     "python -m gymexp.prepare 'env=[sudoku,workplace]'": SMALL_DATA,
+    "python -m gymexp.envs": "",
+    "python -m gymexp.envs --search game": "",
+    "python -m gymexp.envs show blackjack": "",
+    "python -m gymexp.train 'env=[sudoku,blackjack]'": f"{ONE_STEP} {SUDOKU_DATA}",
     "python -m gymexp.train 'env=[workplace]'": f"{ONE_STEP} {WORKPLACE_DATA}",
     "python -m gymexp.train --config-dir sweeps --config-name search_lr 'env=[sudoku]'": (
         "search.num_trials=1 evaluation.every_steps=1 evaluation.num_tasks=2 trainer.max_steps=2 "

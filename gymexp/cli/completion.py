@@ -10,6 +10,7 @@ COMMANDS = (
     "train",
     "evaluate",
     "prepare",
+    "envs",
     "status",
     "view",
     "report",
@@ -49,8 +50,14 @@ _gymexp_complete() {
         rollouts) words="--step --eval --env --worst --best --number --full" ;;
         export) words="--to --checkpoint --adapter --push --public --inspect --eval --steps --env --limit" ;;
         doctor) words="--init --force" ;;
+        envs)
+            words="show --search --json"
+            if [[ "$rest" == "show "* ]]; then
+                words="$(COMP_LINE="gymexp.t env=" COMP_POINT=13 "$python" -m gymexp.train -sc query=bash)"
+                words="${words//env=/}"
+            fi ;;
     esac
-    if [[ "$name" =~ ^(sweep|status|view|report|rollouts|export)$ || "$word" == -* ]]; then
+    if [[ "$name" =~ ^(sweep|status|view|report|rollouts|export|envs)$ || "$word" == -* ]]; then
         COMPREPLY=($(compgen -W "$words" -- "$word"))
         return
     fi

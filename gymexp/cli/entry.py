@@ -18,7 +18,7 @@ from hydra.core.plugins import Plugins
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from gymexp.cli import completion, hydra_keys
+from gymexp.cli import catalogue_source, completion, hydra_keys
 from gymexp.cli.terminal import end_with, guarded, log_to_terminal, outlive_readers
 from gymexp.config.group_options import CONF_DIR
 from gymexp.config.hydra_schema import register
@@ -47,6 +47,7 @@ def hydra_main(
         if completion.is_install_request(sys.argv[1:]):
             return lambda: print(completion.script())
         register()
+        catalogue_source.register()
         plugins: Any = Plugins.instance()
         plugins.class_name_to_class |= launchers or {SUBMITIT: _no_launcher}
         hydra_keys.check_before_runs(launchers is not None)

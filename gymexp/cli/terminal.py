@@ -20,7 +20,7 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from gymexp import files
-from gymexp.cli import hydra_keys
+from gymexp.cli import catalogue_source, hydra_keys
 from gymexp.config.explain import explain_key
 from gymexp.config.group_options import options
 from gymexp.config.schema import RunConfig
@@ -170,6 +170,8 @@ def explain(error: HydraException | OmegaConfBaseException, schema: type) -> str
         group, name = match.groups()
         if group.startswith("hydra/"):
             return hydra_keys.explain_option(group, name)
+        if group == "env":
+            return catalogue_source.explain_unknown(name)
         known = options(group)
         return f"{group}={name} is not known{nearest(name, known, f'{group}=')}. Known: {', '.join(known)}"
     cause = error.__cause__ or error.__context__

@@ -58,13 +58,12 @@ def gather(config: sft.ColdstartConfig) -> list[Any]:
     from gymexp.data.mix import mix
     from gymexp.data.prepare import needs_gym_python
     from gymexp.data.sources import fetch
-    from gymexp.gym.install import ensure_python
+    from gymexp.gym.definitions import ensure_environments
     from gymexp.record.places import cache_dir
 
     python = None
     if needs_gym_python(config.env):
-        configs = [env.config_path for env in config.env.values()]
-        python = ensure_python(config.gym, configs, cache_dir(), log.info)
+        python = ensure_environments(config.gym, config.env, cache_dir(), log.info)
     available: dict[str, list[Any]] = {
         name: list(demonstrations(name, env, fetch(name, env, python, cache_dir(), log.info)))
         for name, env in config.env.items()

@@ -359,8 +359,8 @@ def _engine_problems(engine: EngineConfig) -> Iterator[str]:
 
 
 def _data_problems(at: str, data: DataConfig) -> Iterator[str]:
-    if data.source not in ("generate", "huggingface", "jsonl"):
-        yield f"{at}.source must be one of generate, huggingface, jsonl, got {data.source!r}"
+    if data.source not in ("generate", "huggingface", "jsonl", "nemo_gym"):
+        yield f"{at}.source must be one of generate, huggingface, jsonl, nemo_gym, got {data.source!r}"
     elif data.source == "generate":
         if data.generator not in ("reasoning_gym", "workplace"):
             yield (

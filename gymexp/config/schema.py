@@ -50,7 +50,8 @@ class DataConfig:
     """Where an environment's tasks come from. `train_size` and `validation_size` are exact numbers with
     `source=generate`, and upper limits with the other sources."""
 
-    source: str = MISSING  # generate, huggingface or jsonl
+    # generate, huggingface, jsonl, or nemo_gym: the data sets that the environment's NeMo Gym file names
+    source: str = MISSING
     generator: str | None = None  # source=generate: the generator, reasoning_gym or workplace
     options: dict[str, Any] = field(default_factory=dict)  # options of the generator, e.g. task, difficulty
     repo_id: str | None = None  # source=huggingface: the dataset to download

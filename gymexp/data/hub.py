@@ -39,12 +39,12 @@ def download(name: str, data: DataConfig, say: Say) -> tuple[Path, Path]:
     """Returns the train and the validation file in huggingface_hub's own cache (HF_HOME), both of one commit.
     Raises DataError that says why a file cannot be had, and what to set instead."""
     assert data.repo_id and data.train_file and data.validation_file  # gymexp.config.rules has checked it
-    train, commit = _fetch_file(name, data, data.train_file, data.revision, say)
-    validation, _ = _fetch_file(name, data, data.validation_file, commit, say)
+    train, commit = fetch_file(name, data, data.train_file, data.revision, say)
+    validation, _ = fetch_file(name, data, data.validation_file, commit, say)
     return train, validation
 
 
-def _fetch_file(name: str, data: DataConfig, file: str, revision: str, say: Say) -> tuple[Path, str]:
+def fetch_file(name: str, data: DataConfig, file: str, revision: str, say: Say) -> tuple[Path, str]:
     """Returns the path of one file, and the commit that it comes from."""
     endpoint = os.environ.get("HF_ENDPOINT", constants.ENDPOINT).rstrip("/")
     repo_file: dict[str, Any] = {"repo_id": data.repo_id, "filename": file, "repo_type": "dataset"}

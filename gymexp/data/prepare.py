@@ -70,7 +70,7 @@ def prepare(config: RunConfig, gym_python: Path, cache: Path, say: Say) -> Prepa
 
 def needs_gym_python(envs: Mapping[str, EnvConfig]) -> bool:
     """Returns whether `fetch` needs NeMo Gym's interpreter for one of the environments."""
-    return any(env.data.source == "generate" for env in envs.values())
+    return any(env.data.source in ("generate", "nemo_gym") for env in envs.values())
 
 
 def load_prepared(run_data_dir: Path) -> Prepared:

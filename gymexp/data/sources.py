@@ -1,4 +1,5 @@
-"""The sources of an environment's tasks: a generator, the Hugging Face hub, or the user's own files."""
+"""The sources of an environment's tasks: a generator, the Hugging Face hub, the data sets that NeMo Gym
+names, or the user's own files."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from pathlib import Path
 from gymexp.config.schema import EnvConfig
 from gymexp.data.cache import Say, sha256_of
 from gymexp.data.generate import generate
+from gymexp.data.nemo_gym import fetch_named
 from gymexp.errors import DataError
 
 
@@ -26,8 +28,8 @@ class Files:
 def fetch(name: str, env: EnvConfig, gym_python: Path | None, cache: Path, say: Say) -> Files:
     """Returns the environment's files, and makes or downloads them if necessary.
 
-    gym_python: NeMo Gym's interpreter; only `source=generate` needs it. Raises DataError that says why the
-    files cannot be had, and what to set instead.
+    gym_python: NeMo Gym's interpreter; `source=generate` and `source=nemo_gym` need it. Raises DataError
+    that says why the files cannot be had, and what to set instead.
     """
     data = env.data
     if data.source == "generate":
@@ -41,6 +43,9 @@ def fetch(name: str, env: EnvConfig, gym_python: Path | None, cache: Path, say: 
         from gymexp.data.hub import download
 
         train, validation = download(name, data, say)
+    elif data.source == "nemo_gym":
+        assert gym_python is not None, "source=nemo_gym needs NeMo Gym's Python"
+        train, validation = fetch_named(name, env, gym_python, cache, say)
     else:
         train = _own(f"env.{name}.data.train_file", data.train_file)
         validation = _own(f"env.{name}.data.validation_file", data.validation_file)

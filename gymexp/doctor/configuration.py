@@ -9,6 +9,7 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf import open_dict
 
+from gymexp.cli import catalogue_source
 from gymexp.cli.terminal import explain
 from gymexp.config.group_options import CONF_DIR
 from gymexp.config.hydra_schema import register
@@ -26,6 +27,7 @@ def composed(overrides: Sequence[str]) -> tuple[Subject, list[Finding]]:
     other mistake the returned run is the default one.
     """
     register()
+    catalogue_source.register()
     result = _try(overrides)
     if isinstance(result, Subject):
         machine_file = [Finding("ok", "machine file", str(PATH))] if PATH.exists() else []

@@ -22,7 +22,7 @@ from yaml import YAMLError
 from gymexp.config.schema import EnvConfig
 from gymexp.config.suggestions import nearest
 from gymexp.errors import ConfigError, ServiceError
-from gymexp.gym.server_plan import POLICY
+from gymexp.gym.definitions import POLICY
 from gymexp.processes.access_keys import POLICY as POLICY_KEY
 from gymexp.processes.http_client import no_proxy, open_url
 from gymexp.record.services_file import Replica

@@ -1,11 +1,14 @@
-"""Runs NeMo Gym's servers, one forked process each. A script for NeMo Gym's venv; imports nothing of gymexp.
+"""Runs NeMo Gym's servers, one forked process each. A script for NeMo Gym's venv; of gymexp it imports
+`server_code.py` alone, which lies beside it.
 
 NeMo Gym's modules take six seconds or more to import. This process, the host, imports them once and then
 forks a child for each server that the controller starts. So a start, or a restart after a failure, takes a
 fraction of a second, and the servers share the memory of the imported code. NeMo Gym imports Ray, but nothing
 starts it.
 
-The user's own servers are found before NeMo Gym's. They lie in `own`, in folders named like NeMo Gym's.
+The user's own servers are found before NeMo Gym's. They lie in `own`, in folders named like NeMo Gym's. As
+under NeMo Gym, a server imports modules of its own folder by their plain names. A server that cannot be
+imported fails when it starts, in its own log.
 
 A server requires the run's key for NeMo Gym on every path, so that nobody else plays with the policy. The
 servers send the key in their requests to each other.
@@ -23,7 +26,6 @@ import ctypes
 import functools
 import gc
 import hmac
-import importlib
 import json
 import os
 import resource
@@ -35,6 +37,8 @@ import time
 import traceback
 from contextvars import ContextVar
 from typing import Any
+
+from server_code import Code  # pyright: ignore[reportMissingImports]
 
 PROTOCOL = os.dup(1)  # NeMo Gym prints while it is imported: from here on, stdout is the log
 os.dup2(2, 1)
@@ -54,11 +58,11 @@ def say(**message: object) -> None:
     os.write(PROTOCOL, (json.dumps(message) + "\n").encode())
 
 
-def load(config: dict, servers: dict, own: str, key: str | None) -> dict:
-    """Imports the servers' modules and returns each server's class by name.
+def load(config: dict, servers: dict, own: str, key: str | None) -> dict[str, Code]:
+    """Imports the servers' modules and returns each server's code by name.
 
     config: NeMo Gym's global config. servers: each server's module, by name. own: the directory of the user's
-    own servers. key: the key that servers send to each other. Raises ImportError if a module has no server.
+    own servers. key: the key that servers send to each other.
     """
     from nemo_gym import server_utils  # pyright: ignore[reportMissingImports]
     from nemo_gym.global_config import (  # pyright: ignore[reportMissingImports]
@@ -78,20 +82,9 @@ def load(config: dict, servers: dict, own: str, key: str | None) -> dict:
         server_utils.ClientSession = session_with_key(key, config)  # all requests of NeMo Gym go through it
     if any(os.path.isdir(os.path.join(own, server["module"].split(".")[0])) for server in servers.values()):
         sys.path.insert(0, own)
-    classes = {}
-    for name, server in servers.items():
-        module = importlib.import_module(server["module"])
-        server_classes = [
-            value
-            for value in vars(module).values()
-            if isinstance(value, type)
-            and issubclass(value, server_utils.SimpleServer)
-            and value.__module__ == module.__name__
-        ]
-        if not server_classes:
-            raise ImportError(f"{server['module']} defines no NeMo Gym server")
-        classes[name] = server_classes[-1]
-    return classes
+    modules = dict.fromkeys(server["module"] for server in servers.values())
+    codes = {module: Code(module) for module in modules}
+    return {name: codes[server["module"]] for name, server in servers.items()}
 
 
 def session_with_key(key: str, config: dict) -> Any:
@@ -293,7 +286,7 @@ def serve(name: str, cls: type, sock: socket.socket, key: str | None) -> None:
     uvicorn.Server(config).run(sockets=[sock])
 
 
-def start(name: str, log: str, cls: type, sock: socket.socket, key: str | None) -> int:
+def start(name: str, log: str, server: Code, sock: socket.socket, key: str | None) -> int:
     """Forks a child that runs the server `name` and writes its output to `log`. Returns the child's pid."""
     pid = os.fork()
     if pid:
@@ -309,7 +302,7 @@ def start(name: str, log: str, cls: type, sock: socket.socket, key: str | None) 
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(out, 1)
         os.dup2(out, 2)
-        serve(name, cls, sock, key)
+        serve(name, server.enter(), sock, key)
         code = 0
     except BaseException:
         traceback.print_exc()
@@ -329,7 +322,7 @@ def main() -> None:
     first = json.loads(sys.stdin.buffer.readline())
     began = time.monotonic()
     try:
-        classes = load(**first)
+        codes = load(**first)
     except BaseException as error:
         traceback.print_exc()
         say(error=f"{type(error).__name__}: {error}")
@@ -366,7 +359,7 @@ def main() -> None:
                     say(alive=True)
                     continue
                 name = message["start"]
-                server = classes[name], sockets[name], first["key"]
+                server = codes[name], sockets[name], first["key"]
                 say(started=name, pid=start(name, message["log"], *server))
 
 

@@ -2,7 +2,7 @@
 
 The cache has one venv for each NeMo Gym version. uv makes it under a lock, so that two runs at once make it
 once. The requirements.txt of an environment's servers is installed when the environment is selected for the
-first time.
+first time (`gym.definitions.ensure_environments`).
 """
 
 from __future__ import annotations
@@ -30,14 +30,16 @@ _PREFERRED = ("3.12", "3.13", "3.14")  # 3.12 is what NeMo Gym 0.4 is developed 
 _LOCK_TIMEOUT_S = 1800
 _COMPLETE = "complete"  # a file in a finished venv that lists its packages
 Say = Callable[[str], None]
+FoldersOf = Callable[[Path], Iterable[str]]
 
 
-def ensure_python(gym: GymConfig, config_paths: Iterable[str], cache: Path, say: Say) -> Path:
-    """Returns an interpreter with NeMo Gym and the requirements of the servers of `config_paths`.
+def ensure_python(gym: GymConfig, folders_of: FoldersOf, cache: Path, say: Say) -> Path:
+    """Returns an interpreter with NeMo Gym and the requirements of the servers in some of its folders.
 
-    Its venv is made on first use, in about 20 s. `gym.python`, and with `runtime=cli` the checkout's own
-    .venv, are used unchanged. Raises ConfigError if the interpreter lacks NeMo Gym or the cache cannot be
-    used, and ServiceError if uv fails.
+    folders_of: returns these folders, e.g. resources_servers/mcqa, for the interpreter. Its venv is made on
+    first use, in about 20 s. `gym.python`, and with `runtime=cli` the checkout's own .venv, are used
+    unchanged. Raises ConfigError if the interpreter lacks NeMo Gym or the cache cannot be used, and
+    ServiceError if uv fails.
     """
     if gym.python:
         return _checked_python(gym.python, "gym.python")
@@ -52,16 +54,26 @@ def ensure_python(gym: GymConfig, config_paths: Iterable[str], cache: Path, say:
         with _locked(venv, say):
             if damage := find_damage(venv):
                 _make(venv, gym.version, damage, say)
-            _add_requirements(venv, python, config_paths, say)
+            _add_requirements(venv, python, folders_of(python), say)
             _seal(venv)
     except OSError as error:  # a cache that others fill may be read-only
-        if find_damage(venv) or list(_missing_requirements(venv, python, config_paths)):
+        if find_damage(venv) or list(_missing_requirements(venv, python, folders_of(python))):
             raise ConfigError(f"NeMo Gym's venv: {cache_refused(error)}") from None
     except ServiceError as error:
         if damage:
             raise ServiceError(f"NeMo Gym's venv in {venv} is not whole ({damage}), and {error}") from None
         raise
     return python
+
+
+def find_made_venv(gym: GymConfig, cache: Path) -> Path | None:
+    """Returns the interpreter that `ensure_python` returned before; None if it has yet to make the venv. Does
+    not look for damage."""
+    if gym.python or gym.runtime == "cli":
+        return ensure_python(gym, lambda python: (), cache, lambda text: None)
+    venv = cache / f"nemo-gym-{gym.version}"
+    python = venv / "bin" / "python"
+    return python if python.exists() and (venv / _COMPLETE).exists() else None
 
 
 def find_damage(venv: Path) -> str:
@@ -123,6 +135,12 @@ def site_packages(python: Path) -> Path:
     if process.returncode:
         raise ConfigError(f"{python} has no nemo_gym: {process.stderr.strip().splitlines()[-1]}")
     return Path(process.stdout.strip()).parent
+
+
+def nemo_gym_version(site: Path) -> str:
+    """Returns the version of the NeMo Gym in a directory of packages; "" if it does not say."""
+    names = sorted(path.name for path in site.glob("nemo_gym-*.dist-info"))
+    return names[0].removesuffix(".dist-info").split("-")[1] if names else ""
 
 
 def find_python() -> str:
@@ -222,30 +240,30 @@ def _make(venv: Path, version: str, damage: str, say: Say) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def _add_requirements(venv: Path, python: Path, config_paths: Iterable[str], say: Say) -> None:
-    for name, requirements, marker in _missing_requirements(venv, python, config_paths):
-        if requirements:
-            say(f"adding what {name} needs: {' '.join(requirements)}")
-            _install(python, requirements)
+def _add_requirements(venv: Path, python: Path, folders: Iterable[str], say: Say) -> None:
+    for folder, requirements, marker in _missing_requirements(venv, python, folders):
+        say(f"adding what {folder} needs: {' '.join(requirements)}")
+        _install(python, requirements)
         marker.touch()
 
 
 def _missing_requirements(
-    venv: Path, python: Path, config_paths: Iterable[str]
+    venv: Path, python: Path, folders: Iterable[str]
 ) -> Iterator[tuple[str, list[str], Path]]:
-    """Yields each server folder whose requirements are not in the venv yet: the folder's name, its
-    requirements, and the marker file that exists once they are installed."""
+    """Yields each server folder whose requirements are not in the venv yet: the folder, its requirements, and
+    the marker file that exists once they are installed."""
     site = site_packages(python)
-    for folder in sorted({Path(p).parent.parent for p in config_paths}):
+    for folder in sorted(set(folders)):
         own = own_servers() / folder / "requirements.txt"
         file = own if own.exists() else site / folder / "requirements.txt"
         if not file.exists():
             continue
         sha256 = hashlib.sha256(file.read_bytes()).hexdigest()[:12]
-        marker = venv / f"added-{'-'.join(folder.parts)}-{sha256}"
-        if not marker.exists():
-            lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
-            yield folder.name, [line for line in lines if line and not line.startswith(("-e", "#"))], marker
+        marker = venv / f"added-{folder.replace('/', '-')}-{sha256}"
+        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+        requirements = [line for line in lines if line and not line.startswith(("-e", "#"))]
+        if requirements and not marker.exists():
+            yield folder, requirements, marker
 
 
 def _install(python: Path, requirements: list[str]) -> None:

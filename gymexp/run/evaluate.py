@@ -29,7 +29,8 @@ from gymexp.evaluation.plan import TASKS, Plan, fingerprint, task_hashes, tasks_
 from gymexp.evaluation.request import Request, is_plain, resolve, settled
 from gymexp.files import replace_file
 from gymexp.gateway import prompt_lengths, tokenizer_check
-from gymexp.gym.install import ensure_python, site_packages
+from gymexp.gym.definitions import ensure_environments
+from gymexp.gym.install import site_packages
 from gymexp.processes import launcher_variables, open_files
 from gymexp.processes.module_call import call_module
 from gymexp.record.directory import RunDirectory
@@ -75,8 +76,7 @@ def evaluate(
     placement = place_text_policy() if is_text else place_evaluation(run_config, visible_gpus())
     if placement.engine == "vllm":
         vllm.read_version(run_config.engine)
-    configs = [env.config_path for env in run_config.env.values()]
-    python = ensure_python(run_config.gym, configs, cache_dir(), view.say)
+    python = ensure_environments(run_config.gym, run_config.env, cache_dir(), view.say)
     if run is None:
         assert request is not None
         prepared = _prepare(request, config, python, view.say)

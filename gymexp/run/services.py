@@ -218,7 +218,7 @@ def gym_servers(
         log: Path = directory.logs / f"{name}.log"
         url, restarts = ports.url_of(sock), config.gym.max_restarts
         start = lambda: host.start_server(name, log)  # noqa: E731
-        return Service(name, start, log, url, max_restarts=restarts, key=keys.policy)
+        return Service(name, start, log, url, max_restarts=restarts, key=keys.policy, explain=explain)
 
     def explain(log: Path) -> str:
         return missing_package(last_exception(log.read_text(errors="replace")), host.python)
@@ -288,7 +288,8 @@ async def gym_layout(
 
     kwargs = config.model.chat_template_kwargs
     gives_tokens = not work.text_policy
-    return plan(config.env, gym, site, policy_url, port, kwargs, address, keys.policy, gives_tokens)
+    given = policy_url, port, kwargs, address, keys.policy, gives_tokens
+    return plan(config.env, gym, site, *given, python=gym_python)
 
 
 def engine_urls(config: RunConfig, endpoints: Sequence[Endpoint]) -> list[str]:

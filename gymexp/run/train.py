@@ -28,7 +28,8 @@ def train(
     from gymexp.data.prepare import load_prepared, prepare, write_prepared
     from gymexp.engine import vllm
     from gymexp.gateway import prompt_lengths, tokenizer_check
-    from gymexp.gym.install import ensure_python, site_packages
+    from gymexp.gym.definitions import ensure_environments
+    from gymexp.gym.install import site_packages
     from gymexp.policy import hub_snapshot
     from gymexp.processes import launcher_variables, open_files
     from gymexp.record.directory import RunDirectory
@@ -61,7 +62,7 @@ def train(
     schedule.check(config, placement.num_ranks, num_tasks)
     if placement.engine == "vllm" and not config.engine.urls:
         vllm.read_version(config.engine)
-    python = ensure_python(config.gym, [e.config_path for e in config.env.values()], cache_dir(), view.say)
+    python = ensure_environments(config.gym, config.env, cache_dir(), view.say)
     site = site_packages(python)
     if run is None:
         prepared = prepare(config, python, cache_dir(), view.say)

@@ -32,7 +32,11 @@ if sys.argv[1] == "venv":
 if {fails!r} and {fails!r} in sys.argv:
     sys.exit("error: " + {fails!r} + " is not there")
 """
-SUDOKU = "resources_servers/reasoning_gym/configs/reasoning_gym.yaml"
+SUDOKU = "resources_servers/reasoning_gym"
+
+
+def no_folders(python: Path) -> tuple[str, ...]:
+    return ()
 
 
 @pytest.fixture
@@ -53,8 +57,8 @@ def fake_uv(tmp_path, monkeypatch):
     return make
 
 
-def ensure(cache: Path, say=lambda text: None, paths=()) -> Path:
-    return ensure_python(GymConfig(), paths, cache, say)
+def ensure(cache: Path, say=lambda text: None, folders=()) -> Path:
+    return ensure_python(GymConfig(), lambda python: folders, cache, say)
 
 
 def test_the_venv_is_made_on_first_use_and_found_on_the_second(tmp_path, fake_uv):
@@ -221,7 +225,7 @@ def test_a_read_only_cache_serves_if_it_has_all_and_is_named_if_it_has_not(disk,
     make_read_only()
     assert ensure(cache) == python
     with pytest.raises(ConfigError) as caught:
-        ensure_python(GymConfig(version="0.5.0"), [], cache, print)
+        ensure_python(GymConfig(version="0.5.0"), no_folders, cache, print)
     said = str(caught.value)
     assert f"NeMo Gym's venv: cannot use {cache}/nemo-gym-0.5.0.lock: Read-only file system" in said
     assert said.endswith("or set GYMEXP_CACHE to a folder where this user may write")
@@ -267,7 +271,7 @@ def test_what_an_environment_needs_is_added_when_it_is_first_selected(tmp_path, 
     folder.mkdir(parents=True)
     (folder / "requirements.txt").write_text("-e nemo-gym[dev] @ ../../\n# puzzles\nreasoning-gym>=0.1\n\n")
     for _ in range(2):
-        ensure(tmp_path / "cache", paths=[SUDOKU])
+        ensure(tmp_path / "cache", folders=[SUDOKU])
     assert calls.read_text().splitlines()[2:] == [f"pip install --quiet --python {python} reasoning-gym>=0.1"]
 
 
@@ -311,7 +315,7 @@ def test_a_python_under_pyenv_is_found_and_a_broken_one_passed_over(tmp_path, mo
 )
 def test_a_given_interpreter_must_have_nemo_gym(python, said, tmp_path):
     with pytest.raises(ConfigError, match=said):
-        ensure_python(GymConfig(python=python), [], tmp_path, print)
+        ensure_python(GymConfig(python=python), no_folders, tmp_path, print)
     assert not list(tmp_path.iterdir()), "nothing is made for it"
 
 
@@ -321,7 +325,7 @@ def test_a_checkouts_own_venv_is_taken_as_it_is(tmp_path):
     python.write_text("#!/bin/sh\necho here/nemo_gym\n")
     python.chmod(0o755)
     gym = GymConfig(runtime="cli", checkout=str(tmp_path))
-    assert ensure_python(gym, [], tmp_path / "cache", print) == python
+    assert ensure_python(gym, no_folders, tmp_path / "cache", print) == python
     assert install.site_packages(python) == Path("here")
 
 

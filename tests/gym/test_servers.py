@@ -242,11 +242,11 @@ def test_the_real_servers_start_answer_and_come_back_after_a_kill_while_a_broken
 
 
 @pytest.mark.gym
-def test_a_server_whose_module_cannot_be_imported_ends_the_start_with_the_hosts_log(gym_python, tmp_path):
+def test_a_server_whose_module_cannot_be_imported_is_named_and_the_others_start(gym_python, tmp_path):
     (tmp_path / "gone.yaml").write_text(
         "gone:\n  responses_api_agents:\n    simple_agent: {entrypoint: no_such_file.py}\n"
     )
-    envs = {"x": EnvConfig(config_path=str(tmp_path / "gone.yaml"), agent="gone")}
+    envs = {"x": EnvConfig(config_path=str(tmp_path / "gone.yaml"), agent="gone"), "sudoku": SUDOKU}
 
     async def story() -> None:
         with ExitStack() as stack:
@@ -259,7 +259,10 @@ def test_a_server_whose_module_cannot_be_imported_ends_the_start_with_the_hosts_
             try:
                 with pytest.raises(ServiceError, match=r"No module named '.*no_such_file'") as caught:
                     await servers.supervisor.wait_ready(servers.names, 120)
-                assert str(tmp_path / "gym-host.log") in str(caught.value)
+                assert str(caught.value).startswith("x-gone exited with code 1")
+                assert str(tmp_path / "x-gone.log") in str(caught.value)
+                while servers.supervisor.services["sudoku-reasoning_gym"].state != "ready":
+                    await asyncio.sleep(0.05)
             finally:
                 await servers.supervisor.close()
 

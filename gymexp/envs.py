@@ -1,0 +1,150 @@
+"""List NeMo Gym's environments, which env=[NAME,…] takes by name.
+
+python -m gymexp.envs                      all of them, one a line
+python -m gymexp.envs --search tool        those with this text in their name, domain or description
+python -m gymexp.envs show blackjack       all that NeMo Gym's files say about one
+
+--json prints the same as JSON. Files of conf/env/ are listed first: they go before NeMo Gym's of that name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from gymexp.cli.catalogue_source import explain_unknown
+from gymexp.cli.terminal import guarded, parser_of
+from gymexp.config.group_options import options
+from gymexp.config.schema import GymConfig, RunConfig
+from gymexp.errors import ConfigError
+from gymexp.gym.catalogue import Dataset, Entry, load_catalogue, options_of
+from gymexp.printable import say, say_progress
+from gymexp.record.places import cache_dir
+
+_HEAD = ("name", "domain", "agent", "tools", "turns", "data", "licence", "judge", "network", "prompt")
+_WIDTHS = {"name": 60, "agent": 22, "data": 44, "licence": 24}
+_NOTE = (
+    "turns: limit on a rollout's model turns. prompt: estimate of the tokens of the longest example row; a\n"
+    "rollout must fit into model.max_model_len. network: its files call others or start other programs.\n"
+    "!: gymexp cannot play it; python -m gymexp.envs show NAME says why."
+)
+
+
+def matches(entry: Entry, text: str) -> bool:
+    """Returns whether a text is in what an entry says about itself."""
+    said = (entry.name, entry.domain, entry.description, entry.agent, entry.harness, *entry.tools)
+    return text.lower() in " ".join(said).lower()
+
+
+def row(entry: Entry) -> tuple[str, ...]:
+    """Returns an entry's line of the table."""
+    data = [_where(d) for d in entry.datasets if d.repo_id or d.gitlab or d.prepare_script]
+    licences = [dataset.license for dataset in entry.datasets if dataset.license]
+    return (
+        f"{entry.name} !" if entry.reasons else entry.name,
+        entry.domain or "-",
+        entry.harness,
+        str(len(entry.tools) or "-"),
+        _turns(entry),
+        ", ".join(dict.fromkeys(data)) or (f"{entry.num_examples} examples" if entry.examples else "-"),
+        ", ".join(dict.fromkeys(licences)) or "-",
+        "yes" if entry.judge else "-",
+        "yes" if entry.network else "-",
+        (f"{entry.prompt_tokens}" if entry.prompt_tokens else "-") + (" images" if entry.images else ""),
+    )
+
+
+def table(entries: Sequence[Entry]) -> str:
+    """Returns the entries as an aligned table."""
+    lines = [_HEAD, *map(row, entries)]
+    cells = [[_cut(cell, _WIDTHS.get(_HEAD[i], 40)) for i, cell in enumerate(line)] for line in lines]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in cells
+    )
+
+
+def description(entry: Entry) -> str:
+    """Returns all that is known of an entry, one thing a line."""
+    facts: dict[str, Any] = {
+        "domain": entry.domain,
+        "agent": f"{entry.agent} ({entry.harness})",
+        "servers": ", ".join(entry.folders),
+        "file": entry.config_path,
+        "turns": _turns(entry),
+        "tools": ", ".join(entry.tools),
+        "judge": "a model judges the replies" if entry.judge else "none",
+        "network": f"its files name {', '.join(entry.network)}"
+        if entry.network
+        else "none that its files show",
+        "examples": f"{entry.num_examples} rows in {entry.examples}" if entry.examples else "none",
+        "prompt": f"about {entry.prompt_tokens} tokens in the longest example row" if entry.examples else "",
+        "images": "in its rows" if entry.images else "",
+    }
+    lines = [entry.name, *textwrap.wrap(entry.description, 100), ""]
+    lines += [f"  {key:<10} {value}" for key, value in facts.items() if value]
+    for dataset in entry.datasets:
+        licence = f", licence: {dataset.license}" if dataset.license else ""
+        lines.append(f"  {dataset.type:<10} {_where(dataset)}{licence}")
+    lines += [f"  cannot be played: {reason}" for reason in entry.reasons]
+    if not entry.reasons:
+        lines += ["", f"  python -m gymexp.train 'env=[{entry.name}]'"]
+    return "\n".join(lines)
+
+
+def _turns(entry: Entry) -> str:
+    limit = options_of(entry).get("max_steps", entry.max_steps)
+    return "no limit" if limit is None else str(limit)
+
+
+def _where(dataset: Dataset) -> str:
+    if dataset.repo_id:
+        return dataset.repo_id
+    if dataset.gitlab:
+        return f"GitLab {dataset.gitlab[0]}"
+    return "prepare script" if dataset.prepare_script else dataset.file
+
+
+def _cut(text: str, width: int) -> str:
+    return text if len(text) <= width else f"{text[: width - 1]}…"
+
+
+def _one(catalogue: Mapping[str, Entry], name: str) -> Entry:
+    if name in catalogue:
+        return catalogue[name]
+    if name in options("env"):
+        raise ConfigError(
+            f"{name} is a file of conf/env/: python -m gymexp.train 'env=[{name}]' --cfg job --package env"
+        )
+    raise ConfigError(explain_unknown(name, catalogue))
+
+
+def main() -> None:
+    parser = parser_of("envs", __doc__ or "")
+    parser.add_argument("command", nargs="?", choices=["show"], help="show one environment")
+    parser.add_argument("name", nargs="?", metavar="NAME", help="the environment to show")
+    parser.add_argument("--search", metavar="TEXT", help="list only those with this text")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    args = parser.parse_args()
+    if bool(args.command) != bool(args.name) or (args.command and args.search):
+        parser.error("say `show NAME`, or --search TEXT, or neither")
+    catalogue = load_catalogue(GymConfig(), cache_dir(), say_progress)
+    if args.command:
+        entry = _one(catalogue, args.name)
+        say(json.dumps(dataclasses.asdict(entry), indent=1) if args.json else description(entry))
+        return
+    entries = [entry for entry in catalogue.values() if matches(entry, args.search or "")]
+    if args.json:
+        say(json.dumps([dataclasses.asdict(entry) for entry in entries], indent=1))
+        return
+    own = [name for name in options("env") if (args.search or "") in name]
+    say(f"own files: {', '.join(own) or 'none'}\n")
+    say(f"{table(entries)}\n\n{len(entries)} environments of NeMo Gym {GymConfig().version}\n{_NOTE}")
+
+
+if __name__ == "__main__":
+    guarded(main, RunConfig)()

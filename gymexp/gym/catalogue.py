@@ -1,0 +1,248 @@
+"""The environments that an installed NeMo Gym ships, by name, with what its own files say about each.
+
+`env=[name]` takes an entry as an option (`cli/catalogue_source.py`). The catalogue is made in NeMo Gym's
+Python on first use, in about 20 s, and kept in the cache.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from gymexp.config.schema import GymConfig
+from gymexp.gym.definitions import (
+    FOLDERS,
+    RESOLVER,
+    Servers,
+    asks_policy,
+    folders_of,
+    keep,
+    locate,
+    reasons_against,
+    resolve,
+    server_of,
+    servers_of_agent,
+)
+from gymexp.gym.install import Say, ensure_python, find_made_venv, nemo_gym_version, site_packages
+
+_SUFFIX = {"resources_servers": "server", "benchmarks": "benchmark", "responses_api_agents": "agent"}
+_AGENTS = "responses_api_agents"
+# Words in a server's own files that show that it calls out, or starts other programs than Python.
+_NETWORK = re.compile(
+    r"\b(tavily|docker|apptainer|singularity|daytona|arxiv|sandbox_host|googleapis)\b",
+    re.I,
+)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """An entry of `datasets:` of an agent."""
+
+    type: str  # train, validation, example or benchmark
+    file: str  # the path of its rows, as in NeMo Gym's file
+    repo_id: str | None = None  # of the Hugging Face hub
+    repo_file: str | None = None
+    gitlab: list[str] | None = None  # name, version, file
+    license: str | None = None
+    prepare_script: str | None = None
+    prompt_config: str | None = None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An environment of NeMo Gym's."""
+
+    name: str
+    config_path: str
+    agent: str
+    harness: str  # the agent's implementation, e.g. simple_agent
+    folders: list[str]  # of its servers
+    domain: str
+    description: str
+    max_steps: int | None  # limit on the model turns; None: the agent has none
+    datasets: list[Dataset]
+    examples: str | None  # the file of its example rows, in NeMo Gym's folders
+    num_examples: int = 0
+    tools: list[str] = field(default_factory=list)  # of the example rows
+    prompt_tokens: int = 0  # of the longest example row, estimated as a third of its characters
+    images: bool = False
+    judge: bool = False  # a model judges the policy's replies
+    network: list[str] = field(default_factory=list)  # words of its servers' files that show a need of it
+    reasons: list[str] = field(default_factory=list)  # why gymexp cannot play it
+
+
+def load_catalogue(gym: GymConfig, cache: Path, say: Say) -> dict[str, Entry]:
+    """Returns the entries by name, in alphabetical order. Makes NeMo Gym's venv and the catalogue on first
+    use. Raises as `ensure_python`, and ConfigError if NeMo Gym's files cannot be read."""
+    python = find_made_venv(gym, cache) or ensure_python(gym, lambda python: (), cache, say)
+    site = site_packages(python)
+    kept = _kept(site, cache)
+    if (catalogue := _read(kept)) is not None:
+        return catalogue
+    say(f"reading the environments of NeMo Gym {nemo_gym_version(site)}")
+    catalogue = {entry.name: entry for entry in _entries(site, python)}
+    catalogue = dict(sorted(catalogue.items()))
+    keep(kept, json.dumps([dataclasses.asdict(entry) for entry in catalogue.values()]))
+    return catalogue
+
+
+def kept_catalogue(gym: GymConfig, cache: Path) -> dict[str, Entry]:
+    """Returns `load_catalogue` if the cache has it, else an empty dict."""
+    python = find_made_venv(gym, cache)
+    return (_read(_kept(site_packages(python), cache)) or {}) if python else {}
+
+
+def options_of(entry: Entry) -> dict[str, Any]:
+    """Returns the values that `env=[name]` sets below `env.<name>`."""
+    values: dict[str, Any] = {"config_path": entry.config_path, "agent": entry.agent}
+    if entry.max_steps is None and entry.harness == "simple_agent":
+        # This agent goes on for ever with a reply that neither calls a tool nor has a text.
+        values["max_steps"] = 10 if entry.tools else 1
+    return values | {"data": {"source": "nemo_gym"}}
+
+
+def datasets_of(servers: Servers, agent: str) -> list[Dataset]:
+    """Returns the agent's data sets."""
+    [values] = servers[agent][_AGENTS].values()
+    return [_dataset(entry) for entry in values.get("datasets") or []]
+
+
+def _dataset(entry: dict[str, Any]) -> Dataset:
+    source = entry.get("source") or {}
+    hub = entry.get("huggingface_identifier") or (source if source.get("type") == "huggingface" else {})
+    gitlab = entry.get("gitlab_identifier") or (source if source.get("type") == "gitlab" else {})
+    return Dataset(
+        type=str(entry.get("type")),
+        file=str(entry.get("jsonl_fpath")),
+        repo_id=hub.get("repo_id"),
+        repo_file=hub.get("artifact_fpath"),
+        gitlab=[gitlab["dataset_name"], gitlab["version"], gitlab["artifact_fpath"]] if gitlab else None,
+        license=entry.get("license"),
+        prepare_script=entry.get("prepare_script"),
+        prompt_config=entry.get("prompt_config"),
+    )
+
+
+def _kept(site: Path, cache: Path) -> Path:
+    """Returns the catalogue's file. Its name has a hash of all that decides the content."""
+    stats = [(str(p.relative_to(site)), p.stat().st_size, p.stat().st_mtime_ns) for p in _yaml_files(site)]
+    code = [RESOLVER.read_text(), Path(__file__).read_text()]
+    digest = hashlib.sha256(json.dumps([stats, code]).encode()).hexdigest()[:16]
+    return cache / "catalogue" / f"nemo-gym-{nemo_gym_version(site)}-{digest}.json"
+
+
+def _read(kept: Path) -> dict[str, Entry] | None:
+    try:
+        listed = orjson.loads(kept.read_bytes())
+        entries = [Entry(**e | {"datasets": [Dataset(**d) for d in e["datasets"]]}) for e in listed]
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    return {entry.name: entry for entry in entries}
+
+
+def _yaml_files(site: Path) -> list[Path]:
+    return [path for folder in FOLDERS for path in sorted((site / folder).rglob("*.yaml"))]
+
+
+def _entries(site: Path, python: Path) -> Iterator[Entry]:
+    """Yields an entry for each agent that a file of NeMo Gym's defines itself and that has a server."""
+    paths = [p for p in _yaml_files(site) if _own_keys(p)]
+    taken: set[str] = set()
+    for path, result in zip(paths, resolve(paths, python), strict=True):
+        servers: Servers = result.get("servers", {})
+        agents = [name for name in _own_keys(path) if _AGENTS in servers.get(name, {})]
+        whole = [a for a in agents if len(servers_of_agent(servers, a)) > 1]
+        for agent in whole:
+            name = _name(path.relative_to(site), agent if len(whole) > 1 else "", taken)
+            taken.add(name)
+            yield _entry(name, str(path.relative_to(site)), agent, servers, site)
+
+
+def _own_keys(path: Path) -> list[str]:
+    """Returns the top-level keys of a YAML file that define something."""
+    return re.findall(r"""^["']?([\w.-]+)["']?:\s*$""", path.read_text(encoding="utf-8"), re.MULTILINE)
+
+
+def _name(path: Path, agent: str, taken: set[str]) -> str:
+    """Returns an environment's name: that of its folder, and of its file where the folder has several."""
+    kind, folder, *_ = path.parts
+    parts = [folder, *(part for part in path.parts[2:-1] if part != "configs")]
+    stem = path.stem.removeprefix("config").strip("_").removesuffix(f"_{folder}")
+    if stem.startswith(folder):
+        parts = [stem]
+    elif stem:
+        parts.append(stem)
+    name = re.sub(r"\W", "_", "_".join([*parts, *([agent] if agent else [])])).lower()
+    return f"{name}_{_SUFFIX.get(kind, kind)}" if name in taken else name
+
+
+def _entry(name: str, config_path: str, agent: str, servers: Servers, site: Path) -> Entry:
+    _, harness, values = server_of(servers[agent])
+    folders = folders_of(servers, agent)
+    datasets = datasets_of(servers, agent)
+    described = [server_of(servers[s])[2] for s in servers_of_agent(servers, agent)]
+    examples = example_file(datasets, folders, site)
+    facts = _row_facts(site / examples) if examples else {}
+    return Entry(
+        name=name,
+        config_path=config_path,
+        agent=agent,
+        harness=harness,
+        folders=folders,
+        domain=next((str(v["domain"]) for v in described if v.get("domain")), ""),
+        description=next((str(v["description"]) for v in described if v.get("description")), ""),
+        max_steps=values.get("max_steps"),
+        datasets=datasets,
+        examples=examples,
+        judge=any(_is_judged(servers, server) for server in servers_of_agent(servers, agent)),
+        network=_network(servers, agent, site),
+        reasons=list(reasons_against(servers, agent)),
+        **facts,
+    )
+
+
+def _is_judged(servers: Servers, name: str) -> bool:
+    kind, _, values = server_of(servers[name])
+    asks_other = kind == "resources_servers" and '"responses_api_models"' in json.dumps(values)
+    return asks_policy(kind, values) or (asks_other and values.get("should_use_judge") is not False)
+
+
+def _network(servers: Servers, agent: str, site: Path) -> list[str]:
+    words: set[str] = set()
+    for name in servers_of_agent(servers, agent):
+        kind, implementation, values = server_of(servers[name])
+        text = json.dumps(values)
+        for path in sorted((site / kind / implementation).glob("*.py")):
+            text += path.read_text(encoding="utf-8", errors="replace")
+        words |= {word.lower() for word in _NETWORK.findall(text)}
+    return sorted(words)
+
+
+def example_file(datasets: list[Dataset], folders: list[str], site: Path) -> str | None:
+    """Returns the file of example rows that `datasets` or else the resources server's folder has."""
+    named = [dataset.file for dataset in datasets if dataset.type == "example"]
+    beside = [f"{folder}/data/example.jsonl" for folder in folders if not folder.startswith(_AGENTS)]
+    return next((file for file in [*named, *beside] if locate(file, site) == site / file), None)
+
+
+def _row_facts(path: Path) -> dict[str, Any]:
+    """Returns the facts of an entry that its example rows decide."""
+    rows = [orjson.loads(line) for line in path.read_bytes().splitlines() if line.strip()]
+    params = [row.get("responses_create_params") or {} for row in rows]
+    tools = {tool.get("name", "") for p in params for tool in p.get("tools") or []}
+    sizes = [len(json.dumps([p.get("input"), p.get("tools")], ensure_ascii=False)) for p in params]
+    texts = [json.dumps(p.get("input")) for p in params]
+    return {
+        "num_examples": len(rows),
+        "tools": sorted(filter(None, tools)),
+        "prompt_tokens": max(sizes, default=0) // 3,
+        "images": any("input_image" in text or "image_url" in text for text in texts),
+    }

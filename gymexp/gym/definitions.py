@@ -1,0 +1,238 @@
+"""What NeMo Gym's YAML files define: an environment's agent and every server that it leads to.
+
+A file that uses NeMo Gym's directives (`config_paths`, `_inherit_from`, …) is resolved in NeMo Gym's Python.
+The result is kept in the cache, as that takes some seconds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import orjson
+from omegaconf import OmegaConf
+
+from gymexp.config.schema import EnvConfig, GymConfig
+from gymexp.config.suggestions import nearest
+from gymexp.errors import ConfigError
+from gymexp.files import replace_file
+from gymexp.gym.install import Say, ensure_python, environ_for, nemo_gym_version, site_packages
+from gymexp.record.places import OWN_SERVERS as KINDS
+from gymexp.record.places import cache_dir, own_servers
+
+POLICY = "policy_model"
+# NeMo Gym's folders of environments. A name that several have is that of the first.
+FOLDERS = ("environments", "resources_servers", "benchmarks", "responses_api_agents")
+RESOLVER = Path(__file__).with_name("yaml_resolver.py")  # not imported: it runs in NeMo Gym's Python
+_DIRECTIVE = re.compile(r"^\s*(config_paths|_inherit_from|_copy|_delete_key):|\$\{", re.MULTILINE)
+# Values that gymexp gives, as it starts the policy's endpoint.
+OF_THE_POLICY: tuple[str, ...] = ("policy_base_url", "policy_api_key", "policy_model_name")
+_DEADLINE_S = 300.0
+
+Servers = dict[str, Any]  # NeMo Gym's definition of each server, by name
+
+
+def ensure_environments(gym: GymConfig, envs: Mapping[str, EnvConfig], cache: Path, say: Say) -> Path:
+    """Returns an interpreter with NeMo Gym and the requirements of every server of `envs`.
+
+    Raises as `ensure_python`, and ConfigError if an environment cannot be played, with the reason.
+    """
+
+    def folders(python: Path) -> set[str]:
+        site = site_packages(python)
+        found: set[str] = set()
+        for name, env in envs.items():
+            if gym.runtime == "managed":
+                found |= set(folders_of(playable_servers(name, env, site, python), env.agent))
+            elif locate(env.config_path, site):  # else it is in the user's own NeMo Gym
+                found |= set(folders_of(read_servers(name, env, site, python), env.agent))
+        return found
+
+    return ensure_python(gym, folders, cache, say)
+
+
+def locate(config_path: str, site: Path) -> Path | None:
+    """Returns the file that `env.<name>.config_path` or an entry of `config_paths` names, or None.
+
+    A file in the working directory has precedence over NeMo Gym's, and a job's frozen copy over both.
+    """
+    places = (own_servers(), Path.cwd(), site)
+    return next((at / config_path for at in places if (at / config_path).exists()), None)
+
+
+def read_servers(name: str, env: EnvConfig, site: Path, python: Path | None = None) -> Servers:
+    """Returns the servers that the environment's file defines.
+
+    site: the directory of NeMo Gym's folders. python: NeMo Gym's interpreter; a file without directives needs
+    none. Raises ConfigError if the file does not exist or does not define the environment's agent.
+    """
+    at = f"env.{name}"
+    path = locate(env.config_path, site)
+    if path is None:
+        raise ConfigError(f"{at}.config_path: {env.config_path} is neither in {Path.cwd()} nor in {site}")
+    texts = list(_texts(path, site))
+    if any(_DIRECTIVE.search(text) for text in texts):
+        assert python is not None, f"{env.config_path} needs NeMo Gym's Python"
+        servers = _resolved(at, path, texts, site, python)
+    else:
+        servers = _plain(path)
+    agents = [n for n, v in servers.items() if "responses_api_agents" in v]
+    if env.agent not in agents:
+        raise ConfigError(
+            f"{at}.agent must be an agent of {env.config_path}, got {env.agent!r}"
+            f"{nearest(env.agent, agents)}. Its agents: {', '.join(agents)}"
+        )
+    return servers
+
+
+def playable_servers(name: str, env: EnvConfig, site: Path, python: Path | None = None) -> Servers:
+    """Returns `read_servers`. Raises ConfigError also if the agent leads to a server or a value that the file
+    does not define, or if the policy would judge itself."""
+    servers = read_servers(name, env, site, python)
+    path = locate(env.config_path, site)
+    is_own = path is None or not any(path.is_relative_to(site / folder) for folder in FOLDERS)
+    if reasons := list(reasons_against(servers, env.agent, is_own)):
+        raise ConfigError("\n".join(f"env.{name} cannot be played: {reason}" for reason in reasons))
+    return servers
+
+
+def resolve(paths: Sequence[Path], python: Path) -> list[dict[str, Any]]:
+    """Returns for each file what `yaml_resolver.py` says of it, {"servers": …} or {"error": …}."""
+    lines = "".join(json.dumps(str(path)) + "\n" for path in paths)
+    try:
+        done = subprocess.run(
+            [python, "-P", "-W", "ignore", RESOLVER],
+            input=lines.encode(),
+            capture_output=True,
+            timeout=_DEADLINE_S,
+            env=environ_for(python),
+            cwd=own_servers(),  # where NeMo Gym looks for files before its own folders
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise ConfigError(f"NeMo Gym's reader of YAML files took longer than {_DEADLINE_S:.0f} s") from None
+    if done.returncode:
+        text = done.stderr.decode(errors="replace").strip()[-2000:]
+        raise ConfigError(
+            f"NeMo Gym's reader of YAML files, in {python}, ended with {done.returncode}:\n{text}"
+        )
+    return [orjson.loads(line) for line in done.stdout.splitlines()]
+
+
+def server_of(definition: Mapping[str, Any]) -> tuple[str, str, dict[str, Any]]:
+    """Returns the kind, the implementation and the configuration of a server, without its data sets."""
+    kind = next(k for k in KINDS if k in definition)
+    implementation, values = next(iter(definition[kind].items()))
+    return kind, implementation, {k: v for k, v in values.items() if k != "datasets"}
+
+
+def servers_of_agent(servers: Servers, agent: str) -> list[str]:
+    """Returns the agent and every server that it leads to, in the file's order, without the policy's model
+    server, which gymexp defines, and without those that the file does not define."""
+    needed, open_ = {agent}, [agent]
+    while open_:
+        for name in references(server_of(servers[open_.pop()])[2]):
+            if name != POLICY and name not in needed and name in servers:
+                needed.add(name)
+                open_.append(name)
+    return [name for name in servers if name in needed]
+
+
+def folders_of(servers: Servers, agent: str) -> list[str]:
+    """Returns the folder of each server of the agent, e.g. resources_servers/mcqa."""
+    kinds = (server_of(servers[name])[:2] for name in servers_of_agent(servers, agent))
+    return [f"{kind}/{implementation}" for kind, implementation in kinds]
+
+
+def reasons_against(servers: Servers, agent: str, is_own: bool = False) -> Iterator[str]:
+    """Yields why an agent's environment cannot be played as its file defines it.
+
+    is_own: the file is the user's own, who may let the policy judge itself.
+    """
+    for name in servers_of_agent(servers, agent):
+        kind, _, values = server_of(servers[name])
+        text = json.dumps(values)
+        for other in dict.fromkeys(references(values)):
+            if other != POLICY and other not in servers:
+                yield f"{name} refers to the server {other}, which its file does not define"
+        if '"???"' in text:
+            yield f"{name} has a value ??? that is for you to set: set it in a copy of the file"
+        needed = dict.fromkeys(re.findall(r"\$\{(\w+)\}", text))
+        if missing := [key for key in needed if key not in OF_THE_POLICY]:
+            keys = ", ".join(f"${{{key}}}" for key in missing)
+            yield f"{name} needs a value for {keys}: write it into a copy of the file, and name that copy"
+        if not is_own and asks_policy(kind, values):
+            yield (
+                f"{name} would have the policy judge itself: name another model in a copy of the file in "
+                f"{KINDS[0]}/ of the working directory"
+            )
+
+
+def asks_policy(kind: str, values: Mapping[str, Any]) -> bool:
+    """Returns whether a server that is no agent sends requests to the policy, as a judge does."""
+    if kind == "responses_api_agents" or values.get("should_use_judge") is False:
+        return False
+    text = json.dumps(values)
+    return POLICY in references(values) or f"${{{OF_THE_POLICY[0]}}}" in text
+
+
+def references(value: Any) -> list[str]:
+    """Returns the names of all servers that a configuration refers to."""
+    if is_reference(value):
+        return [value["name"]]
+    children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [name for child in children for name in references(child)]
+
+
+def is_reference(value: Any) -> bool:
+    """Returns whether a value of a server's configuration names another server."""
+    return isinstance(value, dict) and value.get("type") in KINDS and isinstance(value.get("name"), str)
+
+
+def _texts(path: Path, site: Path) -> Iterator[str]:
+    """Yields the text of a file and of those that it names in `config_paths`, at any depth."""
+    seen, open_ = {path}, [path]
+    while open_:
+        text = open_.pop().read_text(encoding="utf-8")
+        yield text
+        loaded: Any = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
+        for nested in (loaded.get("config_paths") or []) if isinstance(loaded, dict) else []:
+            found = locate(str(nested), site)
+            if found and found not in seen:  # NeMo Gym says if there is none
+                seen.add(found)
+                open_.append(found)
+
+
+def _plain(path: Path) -> Servers:
+    loaded: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    return {str(name): value for name, value in loaded.items() if isinstance(value, dict)}
+
+
+def _resolved(at: str, path: Path, texts: Sequence[str], site: Path, python: Path) -> Servers:
+    """Returns the servers of a file with directives, from the cache if it has them."""
+    decides = [nemo_gym_version(site), str(path), RESOLVER.read_text(encoding="utf-8"), *texts]
+    digest = hashlib.sha256("\0".join(decides).encode()).hexdigest()[:16]
+    kept = cache_dir() / "definitions" / f"{path.stem}-{digest}.json"
+    try:
+        return orjson.loads(kept.read_bytes())
+    except (OSError, ValueError):
+        pass
+    [result] = resolve([path], python)
+    if "error" in result:
+        raise ConfigError(f"{at}.config_path: NeMo Gym refuses {path}: {result['error']}")
+    keep(kept, orjson.dumps(result["servers"]).decode())
+    return result["servers"]
+
+
+def keep(path: Path, text: str) -> None:
+    """Writes a file of the cache; a cache that cannot be written is done without."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, text)
+    except OSError:
+        pass
