@@ -38,7 +38,10 @@ import traceback
 from contextvars import ContextVar
 from typing import Any
 
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # which PYTHONSAFEPATH leaves out, as in a job
 from server_code import Code  # pyright: ignore[reportMissingImports]
+
+del sys.path[0]
 
 PROTOCOL = os.dup(1)  # NeMo Gym prints while it is imported: from here on, stdout is the log
 os.dup2(2, 1)

@@ -66,3 +66,10 @@ def test_each_server_has_the_modules_of_its_own_folder_and_a_broken_one_hurts_no
         "broken": "ModuleNotFoundError(\"No module named 'words'\")",
     }
     assert left == [], "they are importable in the server's own process alone"
+
+
+def test_the_host_finds_it_beside_itself_also_in_a_job_which_has_a_safe_path():
+    host = Path(gymexp.gym.__file__).with_name("host.py")
+    script = f"import runpy; assert runpy.run_path({str(host)!r})['Code']"
+    done = subprocess.run([sys.executable, "-P", "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
