@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from gymexp.errors import GymexpError, RunDirectoryError
 from gymexp.view import tables
@@ -41,12 +42,14 @@ def export(
     first, last = _range(steps)
     num_all = run.index.query("SELECT COUNT(*) AS num FROM rollouts")[0]["num"]
     most = LIMIT if limit is None else limit
-    num = run.index.keep(_chosen(run, first, last, env, most))
-    if not num:
+    groups = _groups(run, first, last, env)
+    if not groups:
         raise GymexpError(
-            f"no rollout is exported: of {num_all}, none is of --steps {steps or ':'}, --env {env or 'any'} "
-            f"within --limit {most}"
+            f"no rollout is exported: of {num_all}, none is of --steps {steps or ':'}, --env {env or 'any'}"
         )
+    if most < (needed := groups[0]["num"]):
+        raise GymexpError(f"--limit must be {needed} or more, as groups are exported whole, got {most}")
+    num = run.index.keep(_within(groups, most))
     chosen = [f"steps {steps}"] if steps else []
     chosen += [f"environment {env}"] if env else []
     chosen += [f"at most {most}, the newest first"]
@@ -71,13 +74,17 @@ def _range(steps: str | None) -> tuple[int, int]:
     return int(match[1] or 0), int(match[2] or 1 << 60)
 
 
-def _chosen(run: ViewedRun, first: int, last: int, env: str | None, most: int) -> list[tuple[str, int]]:
-    """Returns (file, group) of the groups to export: whole ones, the newest steps first."""
-    groups = run.index.query(
+def _groups(run: ViewedRun, first: int, last: int, env: str | None) -> list[dict[str, Any]]:
+    """Returns the selected groups, the newest steps first."""
+    return run.index.query(
         "SELECT file, grp, COUNT(*) AS num FROM rollouts WHERE step BETWEEN ? AND ? "
         "AND (? IS NULL OR env = ?) GROUP BY file, grp ORDER BY step DESC, file DESC, grp",
         (first, last, env, env),
     )
+
+
+def _within(groups: Sequence[Mapping[str, Any]], most: int) -> list[tuple[str, int]]:
+    """Returns (file, group) of the first groups that have at most `most` rollouts together."""
     chosen, num = [], 0
     for group in groups:
         if num + group["num"] > most:

@@ -62,6 +62,10 @@ def test_another_host_is_refused_with_the_tunnel(run):
     ("arguments", "text"),
     [
         (["--export", "{}/page", "--steps", "9:"], "no rollout is exported: of 28, none is of --steps 9:"),
+        (
+            ["--export", "{}/page", "--limit", "1"],
+            "--limit must be 4 or more, as groups are exported whole, got 1",
+        ),
         (["--export", "{}/page", "--steps", "x"], "--steps must be A:B"),
         (["--export", str(ROOT)], "--export must name a new or an empty folder"),
         (["/nowhere"], "/nowhere must be the directory of a run, of a sweep or of an evaluation"),
