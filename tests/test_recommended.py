@@ -68,6 +68,8 @@ def test_each_command_composes_and_its_first_job_loads(command):
     register()
     hydra_keys.check_flags(shlex.split(command))
     said, folder, overrides = read(command)
+    if "blackjack" in command:
+        pytest.skip("an environment of NeMo Gym's catalogue: tests/test_guides.py runs the command")
     parsed = OverridesParser.create().parse_overrides(overrides)
     values = [
         [f"{one.get_key_element()}={value}" for value in one.sweep_string_iterator()]

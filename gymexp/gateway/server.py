@@ -326,6 +326,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     log_to_stderr()
+    guard = guard_of_environment()
     try:
         tokenizer = load_tokenizer(args.tokenizer)
     except ConfigError as error:
@@ -340,16 +341,20 @@ def main() -> None:
     )
     sock = listen(args.host, args.port, "--port") if args.fd is None else adopt(args.fd)
     log.info("gateway on %s, engines %s", url_of(sock), " ".join(config.engine_urls))
-    serve(build_app(config, tokenizer), sock)
+    serve(build_app(config, tokenizer), sock, guard)
 
 
-def serve(app: web.Application, sock: socket.socket) -> None:
-    """Serves a gateway's routes until a signal ends the process. Each demands the run's key; those for NeMo
-    Gym take the policy's key too. Both keys are in the environment."""
-    guard = access_keys.guard(
+def guard_of_environment() -> access_keys.Middleware:
+    """Returns the guard of a gateway's paths: each takes the run's key, and those for NeMo Gym take the
+    policy's key too. Raises SystemExit if the environment lacks one of them."""
+    return access_keys.guard(
         access_keys.required(access_keys.RUN),
         dict.fromkeys(FOR_NEMO_GYM, access_keys.required(access_keys.POLICY)),
     )
+
+
+def serve(app: web.Application, sock: socket.socket, guard: access_keys.Middleware) -> None:
+    """Serves a gateway's routes, behind its guard, until a signal ends the process."""
     app.middlewares.insert(0, guard)
     web.run_app(
         app,

@@ -24,7 +24,7 @@ from aiohttp import web
 from gymexp.gateway import chat
 from gymexp.gateway.endpoint import Endpoint
 from gymexp.gateway.probe import Probe
-from gymexp.gateway.server import MAX_BODY_BYTES, answer_errors, json_response, serve
+from gymexp.gateway.server import MAX_BODY_BYTES, answer_errors, guard_of_environment, json_response, serve
 from gymexp.gateway.text_policy import TextPolicy
 from gymexp.printable import log_to_stderr
 from gymexp.processes import access_keys
@@ -123,13 +123,14 @@ def main() -> None:
     parser.add_argument("--fd", type=int, required=True, help="an open listening socket of the parent's")
     args = parser.parse_args()
     log_to_stderr()
+    guard = guard_of_environment()
     key = access_keys.required(args.key_env) if args.key_env else None
     policy = Probe() if args.probe else Endpoint(args.url, args.model, key, args.timeout_s)
     sock = adopt(args.fd)
     log.info(
         "gateway on %s, policy %s", url_of(sock), "probe" if args.probe else f"{args.model} at {args.url}"
     )
-    serve(build_app(policy), sock)
+    serve(build_app(policy), sock, guard)
 
 
 if __name__ == "__main__":

@@ -42,7 +42,9 @@ def check_own_file(run: Path, path: Path) -> None:
         mode = real.stat().st_mode
     except (OSError, RuntimeError, ValueError):
         return  # nothing is there, or a link that leads nowhere
-    if not real.is_relative_to(run.resolve()):
+    # The code of a sweep's job is that of its sweep.
+    places = [run.resolve(), *([run.resolve().parent / "code"] if path.parent == run / "code" else ())]
+    if not any(map(real.is_relative_to, places)):
         raise RunDirectoryError(
             f"{path} must be a file of the run directory, but is a link that leads out of it: "
             "replace the link by the file"

@@ -18,7 +18,7 @@ from gymexp.data import prepare
 from gymexp.data.prepare import Prepared
 from gymexp.errors import ConfigError
 from gymexp.gateway import prompt_lengths, tokenizer_check
-from gymexp.gym import install
+from gymexp.gym import definitions, install
 from gymexp.rollout.outcome import Task
 from gymexp.run import controller
 from gymexp.run.train import train
@@ -104,7 +104,7 @@ def begin(tmp_path, monkeypatch):
     monkeypatch.setenv("GYMEXP_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(arguments, "check", lambda *_: None)
     monkeypatch.setattr(prompt_lengths, "check", lambda *_: None)
-    monkeypatch.setattr(install, "ensure_python", lambda *_: tmp_path)
+    monkeypatch.setattr(definitions, "ensure_environments", lambda *_: tmp_path)
     monkeypatch.setattr(install, "site_packages", lambda *_: tmp_path)
     monkeypatch.setattr(controller, "run", lambda *_: {"held_out": {}})
 

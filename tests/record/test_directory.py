@@ -135,7 +135,9 @@ def test_a_run_cannot_be_told_to_end_before_where_it_is(tmp_path):
 def test_how_far_a_run_goes_is_written_down_anew(tmp_path):
     run = RunDirectory.claim(tmp_path)
     data = DataConfig(source="jsonl", train_file="t.jsonl", validation_file="v.jsonl")
-    config = RunConfig(model=ModelConfig(name="m", path="p"), env={"e": EnvConfig("c", "a", data=data)})
+    config = RunConfig(
+        name="m", model=ModelConfig(name="m", path="p"), env={"e": EnvConfig("c", "a", data=data)}
+    )
     run.describe(config, ["env=[e]"])
     config = from_yaml(run.config)
     run.go_on_with(config, ["resume=x"])

@@ -13,10 +13,10 @@ from gymexp.config.schema import DataConfig, DatasetConfig, EnvConfig, ModelConf
 from gymexp.data import prepare
 from gymexp.data.prepare import Prepared
 from gymexp.errors import ConfigError
-from gymexp.gym import install
+from gymexp.gym import definitions, install
 from gymexp.rollout.outcome import Task
 from gymexp.run.train import train
-from gymexp.sweep import check as launch_check
+from gymexp.sweep import kinds
 from gymexp.training import arguments, schedule
 from gymexp.training.schedule import Schedule
 
@@ -114,7 +114,7 @@ def test_too_few_tasks_end_a_run_before_its_directory_is_taken(tmp_path, monkeyp
     steps: list[str] = []
     tasks = [Task(f"e/train/{n}", "e", "x", {}) for n in range(3)]
     monkeypatch.setattr(arguments, "check", lambda *_: None)
-    monkeypatch.setattr(install, "ensure_python", lambda *_: steps.append("python"))
+    monkeypatch.setattr(definitions, "ensure_environments", lambda *_: steps.append("python"))
     monkeypatch.setattr(install, "site_packages", lambda *_: tmp_path)
     monkeypatch.setattr(prepare, "prepare", lambda *_: Prepared(tasks, {"e": []}, {}))
     for made, known in ((config(3, **SIXTEEN), []), (config(None, {"e": None}, **SIXTEEN), ["python"])):
@@ -125,7 +125,7 @@ def test_too_few_tasks_end_a_run_before_its_directory_is_taken(tmp_path, monkeyp
 
 def test_a_sweep_says_so_of_a_job_but_leaves_a_trials_batch_to_its_study():
     made = config(3, **SIXTEEN)
-    assert "dataset.train_size must be at least 16" in launch_check._too_few_tasks(made)
-    assert not launch_check._too_few_tasks(config(16, **SIXTEEN))
+    assert "dataset.train_size must be at least 16" in kinds._too_few_tasks(made)
+    assert not kinds._too_few_tasks(config(16, **SIXTEEN))
     made.search = SearchConfig(num_trials=2, trial=0)
-    assert not launch_check._too_few_tasks(made)
+    assert not kinds._too_few_tasks(made)

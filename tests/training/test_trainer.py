@@ -300,6 +300,7 @@ def test_a_checkpoint_becomes_the_very_files_of_the_final_model(policy, tmp_path
     trainer.save_now()
     trainer.save_policy(tmp_path)
     config = trainer._config
+    config.name = "e"
     config.env["e"] = EnvConfig("c", "a", data=DataConfig("jsonl", train_file="t", validation_file="v"))
     (tmp_path / "config.yaml").write_text(to_yaml(config))
     checkpoint = tmp_path / "checkpoints" / "checkpoint-1"

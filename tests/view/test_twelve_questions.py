@@ -180,7 +180,7 @@ def test_2_why_did_the_reward_drop_at_a_step(reader, runs):
     steps = runs[0].of("step")
     usual = median(mean_of([o for o in steps[s] if env_of(o) == "workplace"]) for s in range(DROP - 10, DROP))
     low = fmean(mean_of([o for o in steps[s] if env_of(o) == "workplace"]) for s in range(DROP, DROP + 3))
-    assert f"workplace: reward dropped from {usual:.3f} to {low:.3f} at step {DROP}." in reader.text()
+    assert f"workplace: reward dropped from {usual:.3f} to {low:.3f} at step {DROP}" in reader.text()
     shown = reader.series("reward", "each step", 1)
     assert shown[DROP] == pytest.approx(
         mean_of([o for o in steps[DROP] if env_of(o) == "workplace"]), abs=1e-3
