@@ -77,10 +77,13 @@ def wait_for(driver, script: str, timeout_s: float = 60.0):
     return value
 
 
+# Whether the page is no wider than the window.
+FITS = "document.documentElement.scrollWidth <= document.documentElement.clientWidth"
+
+
 def scrolls_sideways(driver) -> bool:
     """Whether the page is wider than the window."""
-    root = "document.documentElement"
-    return driver.execute_script(f"return {root}.scrollWidth > {root}.clientWidth")
+    return not driver.execute_script(f"return {FITS}")
 
 
 def save_screenshot(driver, path: Path) -> None:
