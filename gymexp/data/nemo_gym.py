@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
-import subprocess
 from pathlib import Path
 
 from gymexp.config.schema import EnvConfig
@@ -12,7 +11,7 @@ from gymexp.data.cache import Say, cached, sha256_of
 from gymexp.errors import DataError
 from gymexp.gym.catalogue import Dataset, datasets_of, example_file
 from gymexp.gym.definitions import Servers, folders_of, locate, read_servers
-from gymexp.gym.install import environ_for, nemo_gym_version, site_packages
+from gymexp.gym.install import nemo_gym_version, run_script, site_packages
 
 # The types of the data sets that a split may come from, the preferred one first.
 _TYPES = {"train": ("train", "benchmark", "example"), "validation": ("validation", "benchmark", "example")}
@@ -117,29 +116,9 @@ def _with_prompts(name: str, dataset: Dataset, path: Path, python: Path, cache: 
     }
 
     def make(directory: Path) -> None:
-        command = [
-            str(python),
-            "-P",
-            "-c",
-            _FILL,
-            str(path.resolve()),
-            str(template),
-            str(directory / "rows.jsonl"),
-        ]
-        try:
-            done = subprocess.run(
-                command,
-                capture_output=True,
-                text=True,
-                timeout=_DEADLINE_S,
-                env=environ_for(python),
-                check=False,
-            )
-        except subprocess.TimeoutExpired:
-            raise DataError(f"env.{name}.data: filling in {template} took over {_DEADLINE_S:.0f} s") from None
-        if done.returncode:
-            last = (done.stderr.strip().splitlines() or ["no output"])[-1]
-            raise DataError(f"env.{name}.data: NeMo Gym cannot fill in {template} for {path}: {last}")
+        arguments = ["-c", _FILL, path.resolve(), template, directory / "rows.jsonl"]
+        what = f"env.{name}.data: NeMo Gym's filling of {template} with {path}"
+        run_script(python, arguments, what, DataError, _DEADLINE_S)
 
     entry, _ = cached(cache, f"{name}-{dataset.type}", determined_by, make, say)
     return entry / "rows.jsonl"

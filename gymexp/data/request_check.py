@@ -6,7 +6,6 @@ NeMo Gym's own models do this, in NeMo Gym's Python. One process checks all rows
 from __future__ import annotations
 
 import json
-import subprocess
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +18,8 @@ from gymexp.data.cache import Say, cached, sha256_of
 from gymexp.data.generate import versions
 from gymexp.data.rows import message
 from gymexp.errors import DataError
-from gymexp.gym.install import environ_for, missing_package
+from gymexp.gym.install import run_script
 from gymexp.gym.server_plan import model_server
-from gymexp.processes.failure_reason import last_exception
 
 _SCRIPT = Path(__file__).parent.parent / "gym" / "row_check.py"  # not imported: it runs in NeMo Gym's Python
 _DEADLINE_S = 1800.0
@@ -80,25 +78,8 @@ def _check_rows(
 ) -> Iterator[dict[str, Any]]:
     """Returns the lines that `gym/row_check.py` prints for the rows. header: its first line of input."""
     lines = b"".join(orjson.dumps(line) + b"\n" for line in (header, *rows))
-    try:
-        done = subprocess.run(
-            [python, "-P", "-W", "ignore", _SCRIPT],
-            input=lines,
-            capture_output=True,
-            timeout=_DEADLINE_S,
-            env=environ_for(python),
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        raise DataError(f"NeMo Gym's check of the rows took longer than {_DEADLINE_S:.0f} s") from None
-    if done.returncode:
-        text = done.stderr.decode(errors="replace").strip()
-        reason = last_exception(text) or text[-2000:]
-        raise DataError(
-            f"NeMo Gym's own check of the rows, in {python}, ended with {done.returncode}: {reason}"
-            + (f"\n{advice}" if (advice := missing_package(reason, python)) else "")
-        )
-    return map(orjson.loads, done.stdout.splitlines())
+    said = run_script(python, [_SCRIPT], "NeMo Gym's own check of the rows", DataError, _DEADLINE_S, lines)
+    return map(orjson.loads, said.splitlines())
 
 
 def _write(directory: Path, splits: Sequence[Split], results: Iterator[dict[str, Any]]) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from gymexp.config.schema import EnvConfig, GymConfig
 from gymexp.config.suggestions import nearest
 from gymexp.errors import ConfigError
 from gymexp.files import replace_file
-from gymexp.gym.install import Say, ensure_python, environ_for, nemo_gym_version, site_packages
+from gymexp.gym.install import Say, ensure_python, nemo_gym_version, run_script, site_packages
 from gymexp.record.places import OWN_SERVERS as KINDS
 from gymexp.record.places import cache_dir, own_servers
 
@@ -104,24 +103,10 @@ def playable_servers(name: str, env: EnvConfig, site: Path, python: Path | None 
 def resolve(paths: Sequence[Path], python: Path) -> list[dict[str, Any]]:
     """Returns for each file what `yaml_resolver.py` says of it, {"servers": …} or {"error": …}."""
     lines = "".join(json.dumps(str(path)) + "\n" for path in paths)
-    try:
-        done = subprocess.run(
-            [python, "-P", "-W", "ignore", RESOLVER],
-            input=lines.encode(),
-            capture_output=True,
-            timeout=_DEADLINE_S,
-            env=environ_for(python),
-            cwd=own_servers(),  # where NeMo Gym looks for files before its own folders
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        raise ConfigError(f"NeMo Gym's reader of YAML files took longer than {_DEADLINE_S:.0f} s") from None
-    if done.returncode:
-        text = done.stderr.decode(errors="replace").strip()[-2000:]
-        raise ConfigError(
-            f"NeMo Gym's reader of YAML files, in {python}, ended with {done.returncode}:\n{text}"
-        )
-    return [orjson.loads(line) for line in done.stdout.splitlines()]
+    at = own_servers()  # where NeMo Gym looks for files before its own folders
+    what = "NeMo Gym's reader of YAML files"
+    said = run_script(python, [RESOLVER], what, ConfigError, _DEADLINE_S, lines.encode(), at)
+    return [orjson.loads(line) for line in said.splitlines()]
 
 
 def server_of(definition: Mapping[str, Any]) -> tuple[str, str, dict[str, Any]]:

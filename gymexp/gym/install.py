@@ -14,14 +14,15 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from gymexp.config.schema import GymConfig
-from gymexp.errors import ConfigError, ServiceError
+from gymexp.errors import ConfigError, GymexpError, ServiceError
 from gymexp.files import at, replace_file
+from gymexp.processes.failure_reason import last_exception
 from gymexp.processes.launcher_variables import without_launchers
 from gymexp.record.places import cache_dir, cache_refused, own_servers
 
@@ -122,6 +123,41 @@ def environ_for(python: Path) -> dict[str, str]:
     more."""
     ours = python.is_relative_to(cache_dir())
     return {k: v for k, v in without_launchers().items() if not (ours and k == "PYTHONDONTWRITEBYTECODE")}
+
+
+def run_script(
+    python: Path,
+    arguments: Sequence[str | Path],
+    what: str,
+    raises: type[GymexpError],
+    deadline_s: float,
+    given: bytes = b"",
+    cwd: Path | None = None,
+) -> bytes:
+    """Runs a script in NeMo Gym's Python with `given` as its stdin, and returns its stdout.
+
+    what: the script, as an error names it. Raises `raises` if the script fails or takes longer.
+    """
+    try:
+        done = subprocess.run(
+            [python, "-P", "-W", "ignore", *arguments],
+            input=given,
+            capture_output=True,
+            timeout=deadline_s,
+            env=environ_for(python),
+            cwd=cwd,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise raises(f"{what} took longer than {deadline_s:.0f} s") from None
+    if done.returncode:
+        text = done.stderr.decode(errors="replace").strip()
+        reason = last_exception(text) or text[-2000:]
+        advice = missing_package(reason, python)
+        raise raises(
+            f"{what}, in {python}, ended with {done.returncode}: {reason}" + (f"\n{advice}" if advice else "")
+        )
+    return done.stdout
 
 
 def site_packages(python: Path) -> Path:

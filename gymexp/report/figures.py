@@ -26,6 +26,21 @@ PAGE = "page"  # the meta of a trace whose customdata are the addresses to which
 EVALUATION = "eval"  # the meta of a trace whose x are the steps of evaluations, to which a click leads
 
 
+# A map of shares of solved rollouts. Half solved must not look like a cell without a rollout.
+SOLVED: dict[str, Any] = {
+    "type": "heatmap",
+    "zmin": 0,
+    "zmax": 1,
+    "colorscale": [[0, "--low"], [0.5, "--line"], [1, "--high"]],
+    "colorbar": {
+        "thickness": 10,
+        "title": {"text": "solved", "side": "right"},
+        "outlinewidth": 0,
+        "len": 1,
+    },
+}
+
+
 def label(text: object) -> str:
     """Returns a text as plotly.js shows it literally, shortened to 48 characters."""
     shown = printable(str(text)).replace("\n", " ")

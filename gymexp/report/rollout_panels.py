@@ -191,21 +191,11 @@ def _heat_map(records: RunRecords, env: str, by_step: dict[int, dict[str, float]
     layout["yaxis"] |= {"showticklabels": False, "showgrid": False, "ticks": ""}
     layout["xaxis"] |= {"type": "category", "showgrid": False}
     layout |= {"hovermode": "closest", "showlegend": False}
-    trace = {
-        "type": "heatmap",
+    trace = figures.SOLVED | {
         "meta": figures.EVALUATION,
         "x": [figures.label(records.name_of_evaluation(step)) for step in steps],
         "y": [figures.label(key.removeprefix(f"{env}/validation/")) for key in order],
         "z": [[figures.compact(by_step[step].get(key)) for step in steps] for key in order],
-        "zmin": 0,
-        "zmax": 1,
-        "colorscale": [[0, "--low"], [0.5, "--middle"], [1, "--high"]],
-        "colorbar": {
-            "thickness": 10,
-            "title": {"text": "solved", "side": "right"},
-            "outlinewidth": 0,
-            "len": 1,
-        },
         "hovertemplate": "task %{y}<br>%{x}: solved %{z}<extra></extra>",
     }
     layout["yaxis"]["type"] = "category"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from gymexp.report import figures
 from gymexp.report.panel import Chart, Panel
@@ -38,23 +37,13 @@ def _chart(env: str, tasks: Sequence[Row], split: str) -> Chart:
     steps = sorted({visit["step"] for task in shown for visit in task["history"]})
     steps, num_steps = steps[-_MAX_STEPS:], len(steps)
     cells = [{visit["step"]: visit for visit in task["history"]} for task in shown]
-    trace: dict[str, Any] = {
-        "type": "heatmap",
+    trace = figures.SOLVED | {
         "x": [str(step) for step in steps],
         # A number before each name, as two long names may be shortened to the same text.
         "y": [f"{len(shown) - at}. {figures.label(task['key'])}" for at, task in enumerate(shown)],
         "z": [[_value(row.get(step)) for step in steps] for row in cells],
         "text": [[_text(row.get(step)) for step in steps] for row in cells],
         "customdata": [[_place(row.get(step)) for step in steps] for row in cells],
-        "zmin": 0,
-        "zmax": 1,
-        "colorscale": [[0, "--low"], [0.5, "--line"], [1, "--high"]],
-        "colorbar": {
-            "thickness": 10,
-            "title": {"text": "solved", "side": "right"},
-            "outlinewidth": 0,
-            "len": 1,
-        },
         "hovertemplate": "%{y}<br>step %{x}: solved %{text}<extra></extra>",
         "xgap": 1 if len(steps) <= 60 else 0,
         "ygap": 1 if len(shown) <= 100 else 0,
