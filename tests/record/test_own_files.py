@@ -1,4 +1,4 @@
-"""Which links of a run directory are followed (what a stranger's links may not do: tests/test_hostile_runs.py)."""
+"""Which links of a run directory are followed. A stranger's links: tests/test_hostile_runs.py."""
 
 from __future__ import annotations
 
