@@ -4,7 +4,8 @@ python -m gymexp.envs                      all of them, one a line
 python -m gymexp.envs --search tool        those with this text in their name, domain or description
 python -m gymexp.envs show blackjack       all that NeMo Gym's files say about one
 
---json prints the same as JSON. Files of conf/env/ are listed first: they go before NeMo Gym's of that name.
+--json prints the same as JSON. Your own are listed first, and go before NeMo Gym's of the same name: files of
+conf/env/, and environments in resources_servers/ and responses_api_agents/ of the working directory.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def matches(entry: Entry, text: str) -> bool:
 
 def row(entry: Entry) -> tuple[str, ...]:
     """Returns an entry's line of the table."""
-    data = [_where(d) for d in entry.datasets if d.repo_id or d.gitlab or d.prepare_script]
+    data = [_where(d) for d in entry.datasets if d.repo_id or d.gitlab or d.prepare_script or entry.is_own]
     licences = [dataset.license for dataset in entry.datasets if dataset.license]
     return (
         f"{entry.name} !" if entry.reasons else entry.name,
@@ -141,9 +142,12 @@ def main() -> None:
     if args.json:
         say(json.dumps([dataclasses.asdict(entry) for entry in entries], indent=1))
         return
-    own = [name for name in options("env") if (args.search or "") in name]
-    say(f"own files: {', '.join(own) or 'none'}\n")
-    say(f"{table(entries)}\n\n{len(entries)} environments of NeMo Gym {GymConfig().version}\n{_NOTE}")
+    files = [name for name in options("env") if (args.search or "") in name]
+    own = [entry.name for entry in entries if entry.is_own]
+    say(f"own files: {', '.join(files) or 'none'}")
+    say(f"in this directory: {', '.join(own) or 'none'}\n")
+    of_gym = len(entries) - len(own)
+    say(f"{table(entries)}\n\n{of_gym} environments of NeMo Gym {GymConfig().version}\n{_NOTE}")
 
 
 if __name__ == "__main__":

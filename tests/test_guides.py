@@ -66,7 +66,14 @@ RUN = {
     ),
     "python -m gymexp.train launcher=slurm launcher.dry_run=true": "",
 }
+OWN_ENVIRONMENT = "tests/test_own_environment.py::test_every_command_of_the_guide"
 BY_OTHER_TESTS = {
+    "python -m gymexp.envs show between": OWN_ENVIRONMENT,
+    "python -m gymexp.prepare 'env=[between]'": OWN_ENVIRONMENT,
+    "python -m gymexp.evaluate 'env=[between]' policy=probe": OWN_ENVIRONMENT,
+    "python -m gymexp.train 'env=[between]' trainer.max_steps=2": OWN_ENVIRONMENT,
+    "python -m gymexp.evaluate 'env=[between,between_twice]' policy=probe": OWN_ENVIRONMENT,
+    "python -m gymexp.train 'env=[between,between_twice]' trainer.max_steps=2": OWN_ENVIRONMENT,
     "python -m gymexp.doctor --init": (
         "tests/doctor/test_doctor.py::writes_this_clusters_defaults_once_and_a_run_takes_them"
     ),
@@ -150,6 +157,7 @@ NOT_HERE = {
     "pip install -e '.[vllm]'": "vLLM with CUDA is 10 GB; tests/test_vllm_runs.py uses its build for CPUs",
     "pip install -e '.[optuna]'": "`make setup` installs it with the tools",
     "python -m gymexp.train 'env=[sudoku,workplace]' model=qwen3_4b": "a GPU: tests/test_gpu_runs.py",
+    "python -m gymexp.train 'env=[between,sudoku]' model=qwen3_0_6b": "a GPU: tests/test_gpu_runs.py",
     "python -m gymexp.train 'env=[sudoku,workplace]' model=qwen3_4b engine=vllm": (
         "GPUs: tests/test_gpu_runs.py"
     ),

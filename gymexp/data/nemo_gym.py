@@ -12,6 +12,7 @@ from gymexp.errors import DataError
 from gymexp.gym.catalogue import Dataset, datasets_of, example_file
 from gymexp.gym.definitions import Servers, folders_of, locate, read_servers
 from gymexp.gym.install import nemo_gym_version, run_script, site_packages
+from gymexp.record.places import own_servers
 
 # The types of the data sets that a split may come from, the preferred one first.
 _TYPES = {"train": ("train", "benchmark", "example"), "validation": ("validation", "benchmark", "example")}
@@ -85,22 +86,21 @@ def _fetch(
         command = ["gym", "eval", "prepare", "--config", env.config_path]
         lines.append("  NeMo Gym's own script makes them. In this directory:")
         lines.append(f"  {shlex.join(command)}")
-    if examples := example_file(named, folders_of(servers, env.agent), site):
-        path = site / examples
+    if path := example_file(named, folders_of(servers, env.agent), (own_servers(), site)):
         lines.append("or play the example rows, to see it run:")
         lines.append(f"  {at}.source=jsonl {at}.train_file={path} {at}.validation_file={path}")
     raise DataError("\n".join(lines))
 
 
 def _examples(name: str, env: EnvConfig, servers: Servers, named: list[Dataset], site: Path) -> Path:
-    file = example_file(named, folders_of(servers, env.agent), site)
-    if file is None:
+    path = example_file(named, folders_of(servers, env.agent), (own_servers(), site))
+    if path is None:
         raise DataError(
             f"env.{name}.data.source=nemo_gym finds no rows: {env.config_path} names none that exist, and "
             f"NeMo Gym ships no example rows. Use your own: env.{name}.data.source=jsonl "
             f"env.{name}.data.train_file=… env.{name}.data.validation_file=…"
         )
-    return site / file
+    return path
 
 
 def _with_prompts(name: str, dataset: Dataset, path: Path, python: Path, cache: Path, say: Say) -> Path:

@@ -1,7 +1,8 @@
 """The environments that an installed NeMo Gym ships, by name, with what its own files say about each.
 
 `env=[name]` takes an entry as an option (`cli/catalogue_source.py`). The catalogue is made in NeMo Gym's
-Python on first use, in about 20 s, and kept in the cache.
+Python on first use, in about 20 s, and kept in the cache. The environments of the user's own directories
+(`record.places.own_servers`) come before NeMo Gym's of the same name.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,16 +26,17 @@ from gymexp.gym.definitions import (
     asks_policy,
     folders_of,
     keep,
-    locate,
     reasons_against,
     resolve,
     server_of,
     servers_of_agent,
 )
 from gymexp.gym.install import Say, ensure_python, find_made_venv, nemo_gym_version, site_packages
+from gymexp.record.places import own_servers
 
 _SUFFIX = {"resources_servers": "server", "benchmarks": "benchmark", "responses_api_agents": "agent"}
 _AGENTS = "responses_api_agents"
+_OWN = ("resources_servers", _AGENTS)  # the folders of the user's own that define environments
 # Words in a server's own files that show that it calls out, or starts other programs than Python.
 _NETWORK = re.compile(
     r"\b(tavily|docker|apptainer|singularity|daytona|arxiv|sandbox_host|googleapis)\b",
@@ -77,6 +79,7 @@ class Entry:
     judge: bool = False  # a model judges the policy's replies
     network: list[str] = field(default_factory=list)  # words of its servers' files that show a need of it
     reasons: list[str] = field(default_factory=list)  # why gymexp cannot play it
+    is_own: bool = False  # its file is in the user's own directories
 
 
 def load_catalogue(gym: GymConfig, cache: Path, say: Say) -> dict[str, Entry]:
@@ -84,20 +87,36 @@ def load_catalogue(gym: GymConfig, cache: Path, say: Say) -> dict[str, Entry]:
     use. Raises as `ensure_python`, and ConfigError if NeMo Gym's files cannot be read."""
     python = find_made_venv(gym, cache) or ensure_python(gym, lambda python: (), cache, say)
     site = site_packages(python)
-    kept = _kept(site, cache)
-    if (catalogue := _read(kept)) is not None:
-        return catalogue
-    say(f"reading the environments of NeMo Gym {nemo_gym_version(site)}")
-    catalogue = {entry.name: entry for entry in _entries(site, python)}
-    catalogue = dict(sorted(catalogue.items()))
-    keep(kept, json.dumps([dataclasses.asdict(entry) for entry in catalogue.values()]))
-    return catalogue
+    entries: dict[str, Entry] = {}
+    for root in _roots(site):
+        kept = _kept(root, site, cache)
+        if (found := _read(kept)) is None:
+            say(f"reading the environments of {_owner(root, site)}")
+            found = {entry.name: entry for entry in _entries(root, site, python, say)}
+            keep(kept, json.dumps([dataclasses.asdict(entry) for entry in found.values()]))
+        entries |= found
+    return dict(sorted(entries.items()))
 
 
 def kept_catalogue(gym: GymConfig, cache: Path) -> dict[str, Entry]:
-    """Returns `load_catalogue` if the cache has it, else an empty dict."""
+    """Returns what the cache has of `load_catalogue`; an empty dict if it lacks NeMo Gym's."""
     python = find_made_venv(gym, cache)
-    return (_read(_kept(site_packages(python), cache)) or {}) if python else {}
+    site = site_packages(python) if python else None
+    if site is None or (entries := _read(_kept(site, site, cache))) is None:
+        return {}
+    for root in _roots(site)[1:]:
+        entries |= _read(_kept(root, site, cache)) or {}
+    return dict(sorted(entries.items()))
+
+
+def _roots(site: Path) -> list[Path]:
+    """Returns the directories that have folders of environments, the one with the last word last."""
+    own = own_servers()
+    return [site, own] if own != site and _yaml_files(own, site) else [site]
+
+
+def _owner(root: Path, site: Path) -> str:
+    return f"NeMo Gym {nemo_gym_version(site)}" if root == site else str(root)
 
 
 def options_of(entry: Entry) -> dict[str, Any]:
@@ -131,12 +150,17 @@ def _dataset(entry: dict[str, Any]) -> Dataset:
     )
 
 
-def _kept(site: Path, cache: Path) -> Path:
-    """Returns the catalogue's file. Its name has a hash of all that decides the content."""
-    stats = [(str(p.relative_to(site)), p.stat().st_size, p.stat().st_mtime_ns) for p in _yaml_files(site)]
+def _kept(root: Path, site: Path, cache: Path) -> Path:
+    """Returns the file of a directory's entries. Its name has a hash of all that decides the content."""
+    files = _yaml_files(root, site)
+    if root != site:
+        files += [path for folder in _OWN for path in sorted((root / folder).glob("*/data/example*.jsonl"))]
+    stats = [(str(p.relative_to(root)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    place = [] if root == site else [str(root), str(site)]
     code = [RESOLVER.read_text(), Path(__file__).read_text()]
-    digest = hashlib.sha256(json.dumps([stats, code]).encode()).hexdigest()[:16]
-    return cache / "catalogue" / f"nemo-gym-{nemo_gym_version(site)}-{digest}.json"
+    digest = hashlib.sha256(json.dumps([stats, place, code]).encode()).hexdigest()[:16]
+    name = "nemo-gym" if root == site else "own-nemo-gym"
+    return cache / "catalogue" / f"{name}-{nemo_gym_version(site)}-{digest}.json"
 
 
 def _read(kept: Path) -> dict[str, Entry] | None:
@@ -148,22 +172,25 @@ def _read(kept: Path) -> dict[str, Entry] | None:
     return {entry.name: entry for entry in entries}
 
 
-def _yaml_files(site: Path) -> list[Path]:
-    return [path for folder in FOLDERS for path in sorted((site / folder).rglob("*.yaml"))]
+def _yaml_files(root: Path, site: Path) -> list[Path]:
+    folders = FOLDERS if root == site else _OWN
+    return [path for folder in folders for path in sorted((root / folder).rglob("*.yaml"))]
 
 
-def _entries(site: Path, python: Path) -> Iterator[Entry]:
-    """Yields an entry for each agent that a file of NeMo Gym's defines itself and that has a server."""
-    paths = [p for p in _yaml_files(site) if _own_keys(p)]
+def _entries(root: Path, site: Path, python: Path, say: Say) -> Iterator[Entry]:
+    """Yields an entry for each agent that a file of `root` defines itself and that has a server."""
+    paths = [p for p in _yaml_files(root, site) if _own_keys(p)]
     taken: set[str] = set()
     for path, result in zip(paths, resolve(paths, python), strict=True):
+        if "error" in result and root != site:
+            say(f"warning: {path} defines no environment, as NeMo Gym refuses it: {result['error']}")
         servers: Servers = result.get("servers", {})
         agents = [name for name in _own_keys(path) if _AGENTS in servers.get(name, {})]
         whole = [a for a in agents if len(servers_of_agent(servers, a)) > 1]
         for agent in whole:
-            name = _name(path.relative_to(site), agent if len(whole) > 1 else "", taken)
+            name = _name(path.relative_to(root), agent if len(whole) > 1 else "", taken)
             taken.add(name)
-            yield _entry(name, str(path.relative_to(site)), agent, servers, site)
+            yield _entry(name, str(path.relative_to(root)), agent, servers, [root, site])
 
 
 def _own_keys(path: Path) -> list[str]:
@@ -184,13 +211,14 @@ def _name(path: Path, agent: str, taken: set[str]) -> str:
     return f"{name}_{_SUFFIX.get(kind, kind)}" if name in taken else name
 
 
-def _entry(name: str, config_path: str, agent: str, servers: Servers, site: Path) -> Entry:
+def _entry(name: str, config_path: str, agent: str, servers: Servers, roots: list[Path]) -> Entry:
+    """roots: where the environment's files are looked for, in this order; the last one is NeMo Gym's."""
     _, harness, values = server_of(servers[agent])
     folders = folders_of(servers, agent)
     datasets = datasets_of(servers, agent)
     described = [server_of(servers[s])[2] for s in servers_of_agent(servers, agent)]
-    examples = example_file(datasets, folders, site)
-    facts = _row_facts(site / examples) if examples else {}
+    examples = example_file(datasets, folders, roots)
+    is_own = roots[0] != roots[-1]
     return Entry(
         name=name,
         config_path=config_path,
@@ -201,11 +229,12 @@ def _entry(name: str, config_path: str, agent: str, servers: Servers, site: Path
         description=next((str(v["description"]) for v in described if v.get("description")), ""),
         max_steps=values.get("max_steps"),
         datasets=datasets,
-        examples=examples,
+        examples=examples and str(examples.relative_to(next(r for r in roots if examples.is_relative_to(r)))),
         judge=any(_is_judged(servers, server) for server in servers_of_agent(servers, agent)),
-        network=_network(servers, agent, site),
-        reasons=list(reasons_against(servers, agent)),
-        **facts,
+        network=_network(servers, agent, roots),
+        reasons=list(reasons_against(servers, agent, is_own)),
+        is_own=is_own,
+        **(_row_facts(examples) if examples else {}),
     )
 
 
@@ -215,27 +244,38 @@ def _is_judged(servers: Servers, name: str) -> bool:
     return asks_policy(kind, values) or (asks_other and values.get("should_use_judge") is not False)
 
 
-def _network(servers: Servers, agent: str, site: Path) -> list[str]:
+def _network(servers: Servers, agent: str, roots: list[Path]) -> list[str]:
     words: set[str] = set()
     for name in servers_of_agent(servers, agent):
         kind, implementation, values = server_of(servers[name])
         text = json.dumps(values)
-        for path in sorted((site / kind / implementation).glob("*.py")):
+        folder = next(
+            (r / kind / implementation for r in roots if (r / kind / implementation).exists()), None
+        )
+        for path in sorted(folder.glob("*.py")) if folder else ():
             text += path.read_text(encoding="utf-8", errors="replace")
         words |= {word.lower() for word in _NETWORK.findall(text)}
     return sorted(words)
 
 
-def example_file(datasets: list[Dataset], folders: list[str], site: Path) -> str | None:
+def example_file(datasets: list[Dataset], folders: list[str], roots: Sequence[Path]) -> Path | None:
     """Returns the file of example rows that `datasets` or else the resources server's folder has."""
     named = [dataset.file for dataset in datasets if dataset.type == "example"]
     beside = [f"{folder}/data/example.jsonl" for folder in folders if not folder.startswith(_AGENTS)]
-    return next((file for file in [*named, *beside] if locate(file, site) == site / file), None)
+    places = (root / file for file in [*named, *beside] for root in roots)
+    return next((path for path in places if path.exists()), None)
 
 
 def _row_facts(path: Path) -> dict[str, Any]:
     """Returns the facts of an entry that its example rows decide."""
-    rows = [orjson.loads(line) for line in path.read_bytes().splitlines() if line.strip()]
+    try:
+        rows = [orjson.loads(line) for line in path.read_bytes().splitlines() if line.strip()]
+        return _facts_of(rows)
+    except (ValueError, TypeError, AttributeError):
+        return {}  # a file of the user's own: the check of the data refuses it, with its line
+
+
+def _facts_of(rows: list[Any]) -> dict[str, Any]:
     params = [row.get("responses_create_params") or {} for row in rows]
     tools = {tool.get("name", "") for p in params for tool in p.get("tools") or []}
     sizes = [len(json.dumps([p.get("input"), p.get("tools")], ensure_ascii=False)) for p in params]

@@ -100,3 +100,40 @@ def test_the_catalogue_has_nemo_gyms_environments(gym_python):
         "data": {"source": "nemo_gym"},
     }
     assert kept_catalogue(GymConfig(), cache_dir()) == catalogue
+
+
+OWN = """
+mcqa:
+  resources_servers:
+    mcqa: {entrypoint: app.py, domain: games}
+mcqa_agent:
+  responses_api_agents:
+    simple_agent:
+      entrypoint: app.py
+      resources_server: {type: resources_servers, name: mcqa}
+      model_server: {type: responses_api_models, name: policy_model}
+"""
+
+
+@pytest.mark.gym
+def test_environments_of_the_working_directory_come_before_nemo_gyms(gym_python, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    files = {"mcqa": OWN, "mine": OWN.replace("mcqa", "mine"), "broken": f"{OWN}\nbroken:\n  - ]["}
+    for name, text in files.items():
+        path = tmp_path / "resources_servers" / name / "configs" / f"{name}.yaml"
+        path.parent.mkdir(parents=True)
+        path.write_text(text)
+    (tmp_path / "resources_servers" / "mine" / "data").mkdir()
+    (tmp_path / "resources_servers" / "mine" / "data" / "example.jsonl").write_text("not JSON\n")
+    said = []
+    catalogue = load_catalogue(GymConfig(), cache_dir(), said.append)
+    assert [name for name, entry in catalogue.items() if entry.is_own] == ["mcqa", "mine"]
+    mine = catalogue["mine"]
+    assert (mine.agent, mine.config_path) == ("mine_agent", "resources_servers/mine/configs/mine.yaml")
+    assert (mine.examples, mine.num_examples) == ("resources_servers/mine/data/example.jsonl", 0)
+    assert catalogue["mcqa"].domain == "games" and not catalogue["blackjack"].is_own
+    [warning] = [text for text in said if "warning" in text]
+    assert "broken.yaml defines no environment, as NeMo Gym refuses it" in warning
+    assert kept_catalogue(GymConfig(), cache_dir()) == catalogue
+    monkeypatch.chdir("/")
+    assert not any(entry.is_own for entry in load_catalogue(GymConfig(), cache_dir(), print).values())
