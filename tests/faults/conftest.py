@@ -44,16 +44,23 @@ def fault(request: pytest.FixtureRequest) -> Callable[[str], Stopwatch]:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--write-seconds", action="store_true", help="write them into docs/reliability.md")
-    parser.addoption("--eighth", type=int, choices=range(8), help="run every eighth test, from this one on")
+    parser.addoption("--part", type=_part, default=(0, 1), help="3/16: every sixteenth test, from test 3 on")
+
+
+def _part(text: str) -> tuple[int, int]:
+    first, _, every = text.partition("/")
+    if not 0 <= int(first) < int(every):
+        raise ValueError(text)
+    return int(first), int(every)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    eighth = config.getoption("--eighth", default=None)
+    first, every = config.getoption("--part", default=(0, 1))
     injecting = [item for item in items if "fault" in getattr(item, "fixturenames", ())]
     for item in injecting:
         item.add_marker("fault")
     for number, item in enumerate(sorted(injecting, key=lambda item: item.nodeid)):
-        if eighth is not None and number % 8 != eighth:
+        if number % every != first:
             items.remove(item)
 
 
