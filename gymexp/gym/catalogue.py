@@ -18,6 +18,7 @@ from typing import Any
 import orjson
 
 from gymexp.config.schema import GymConfig
+from gymexp.gym import definitions, server_settings
 from gymexp.gym.definitions import (
     FOLDERS,
     RESOLVER,
@@ -26,6 +27,7 @@ from gymexp.gym.definitions import (
     folders_of,
     keep,
     locate,
+    needs_judge,
     reasons_against,
     resolve,
     server_of,
@@ -35,6 +37,7 @@ from gymexp.gym.install import Say, ensure_python, find_made_venv, nemo_gym_vers
 
 _SUFFIX = {"resources_servers": "server", "benchmarks": "benchmark", "responses_api_agents": "agent"}
 _AGENTS = "responses_api_agents"
+_DECIDES = (Path(__file__), Path(definitions.__file__), Path(server_settings.__file__))  # an entry's content
 # Words in a server's own files that show that it calls out, or starts other programs than Python.
 _NETWORK = re.compile(
     r"\b(tavily|docker|apptainer|singularity|daytona|arxiv|sandbox_host|googleapis)\b",
@@ -76,7 +79,8 @@ class Entry:
     images: bool = False
     judge: bool = False  # a model judges the policy's replies
     network: list[str] = field(default_factory=list)  # words of its servers' files that show a need of it
-    reasons: list[str] = field(default_factory=list)  # why gymexp cannot play it
+    needs_judge: bool = False  # gymexp plays it with a judge of the user's
+    reasons: list[str] = field(default_factory=list)  # why gymexp cannot play it as it is
 
 
 def load_catalogue(gym: GymConfig, cache: Path, say: Say) -> dict[str, Entry]:
@@ -134,7 +138,7 @@ def _dataset(entry: dict[str, Any]) -> Dataset:
 def _kept(site: Path, cache: Path) -> Path:
     """Returns the catalogue's file. Its name has a hash of all that decides the content."""
     stats = [(str(p.relative_to(site)), p.stat().st_size, p.stat().st_mtime_ns) for p in _yaml_files(site)]
-    code = [RESOLVER.read_text(), Path(__file__).read_text()]
+    code = [path.read_text() for path in (RESOLVER, *_DECIDES)]
     digest = hashlib.sha256(json.dumps([stats, code]).encode()).hexdigest()[:16]
     return cache / "catalogue" / f"nemo-gym-{nemo_gym_version(site)}-{digest}.json"
 
@@ -204,7 +208,8 @@ def _entry(name: str, config_path: str, agent: str, servers: Servers, site: Path
         examples=examples,
         judge=any(_is_judged(servers, server) for server in servers_of_agent(servers, agent)),
         network=_network(servers, agent, site),
-        reasons=list(reasons_against(servers, agent)),
+        needs_judge=needs_judge(servers, agent),
+        reasons=list(reasons_against(servers, agent, name)),
         **facts,
     )
 
