@@ -22,6 +22,7 @@ class _OpenData(DataConfig):
 
 @dataclass
 class _OpenEnv(EnvConfig):
+    servers: dict[str, Any] = field(default_factory=_open)
     data: DataConfig = field(default_factory=_OpenData)
 
 
@@ -35,7 +36,7 @@ def register() -> None:
 
     Keys that belong to other programs are open and need no `+` on the command line: TRL's arguments
     (`gymexp.training.arguments` checks them), flags of `vllm serve`, variables of the chat template, options
-    of a generator, and the keys that a search varies.
+    of a generator, keys of NeMo Gym's servers, and the keys that a search varies.
     """
     node = OmegaConf.structured(_OpenRun)
     for open_ in (node.trainer, node.engine.args, node.model.chat_template_kwargs, node.search.params):

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from gymexp.config.env_rules import problems_of_environment
 from gymexp.config.group_options import options
 from gymexp.config.grpo_arguments import value_of
 from gymexp.config.redaction import secrets_at
@@ -85,6 +86,7 @@ def problems_of(config: RunConfig) -> Iterator[str]:
                 f"{at}.refused_reward must be left out with gym.runtime={config.gym.runtime}, whose servers "
                 f"do not say which status they answered with, got {env.refused_reward!r}"
             )
+        yield from problems_of_environment(at, env, config.gym.runtime)
         yield from _data_problems(f"{at}.data", env.data)
     if config.env and all(env.weight == 0 for env in config.env.values()):
         yield "env.<name>.weight must be > 0 for at least one environment, got 0 for all: " + ", ".join(
@@ -374,7 +376,7 @@ def _data_problems(at: str, data: DataConfig) -> Iterator[str]:
         yield f"{at}.repo_id must name a Hugging Face dataset for source=huggingface, got None"
     if data.source in ("huggingface", "jsonl"):
         for key in ("train_file", "validation_file"):
-            if not getattr(data, key):
+            if not getattr(data, key) and (key == "train_file" or data.validation_share is None):
                 yield f"{at}.{key} must be set for source={data.source}, got {getattr(data, key)!r}"
     for key in ("train_size", "validation_size"):
         value = getattr(data, key)

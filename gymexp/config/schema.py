@@ -61,7 +61,24 @@ class DataConfig:
     train_size: int | None = None  # number of training tasks; None: all tasks of the file
     train_seed: int = 42  # generator seed of reasoning_gym's training tasks, and of all tasks of workplace
     validation_size: int | None = None  # number of held-out tasks; None: all tasks of the file
-    validation_seed: int = 24  # generator seed of reasoning_gym's held-out tasks
+    # generator seed of reasoning_gym's held-out tasks; with validation_share the seed of the split
+    validation_seed: int = 24
+    # share of the training tasks that are held out instead of a validation file, e.g. 0.1; not for
+    # source=generate. Rows with the same prompt stay together
+    validation_share: float | None = None
+    # a template of NeMo Gym's (YAML with `user` and `system`) that makes the prompt of rows without one from
+    # their fields, e.g. user: "{question}"; None: that of the data set, if NeMo Gym's file names one
+    prompt_config: str | None = None
+
+
+@dataclass
+class JudgeConfig:
+    """A model that judges the policy's replies, where the environment's servers ask for one. It has OpenAI's
+    chat completions."""
+
+    url: str | None = None  # its address up to and with /v1, e.g. https://api.openai.com/v1; None: no judge
+    model: str | None = None  # the server's name of the model
+    key_env: str | None = None  # name of the environment variable that has the server's key; None: no key
 
 
 @dataclass
@@ -82,6 +99,16 @@ class EnvConfig:
     success_reward: float = 1.0  # a reward of at least this value counts as success
     # gym.runtime=managed: the reward of a rollout in which a server answers 400 or 422 to the policy's output
     refused_reward: float = 0.0
+    # the environment whose keys this one begins with: a file of env/ or one of NeMo Gym's. It needs no place
+    # in env=[…], e.g. env.countdown.like=sudoku env.countdown.data.options.task=countdown
+    like: str | None = None
+    # the system message of every task, in place of the row's own; None: the row's
+    system_prompt: str | None = None
+    # gym.runtime=managed: the judge, in place of every model that the environment's resources servers ask
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
+    # gym.runtime=managed: keys of the environment's servers by their names in NeMo Gym's file, e.g.
+    # {mcqa: {grading_mode: strict}}; {key_env: NAME} as a value stands for that environment variable
+    servers: dict[str, Any] = field(default_factory=dict)
     data: DataConfig = field(default_factory=DataConfig)
 
 

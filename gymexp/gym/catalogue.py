@@ -19,6 +19,7 @@ from typing import Any
 import orjson
 
 from gymexp.config.schema import GymConfig
+from gymexp.gym import definitions, server_settings
 from gymexp.gym.definitions import (
     FOLDERS,
     RESOLVER,
@@ -26,6 +27,7 @@ from gymexp.gym.definitions import (
     asks_policy,
     folders_of,
     keep,
+    needs_judge,
     reasons_against,
     resolve,
     server_of,
@@ -37,6 +39,7 @@ from gymexp.record.places import own_servers
 _SUFFIX = {"resources_servers": "server", "benchmarks": "benchmark", "responses_api_agents": "agent"}
 _AGENTS = "responses_api_agents"
 _OWN = ("resources_servers", _AGENTS)  # the folders of the user's own that define environments
+_DECIDES = (Path(__file__), Path(definitions.__file__), Path(server_settings.__file__))  # an entry's content
 # Words in a server's own files that show that it calls out, or starts other programs than Python.
 _NETWORK = re.compile(
     r"\b(tavily|docker|apptainer|singularity|daytona|arxiv|sandbox_host|googleapis)\b",
@@ -78,7 +81,8 @@ class Entry:
     images: bool = False
     judge: bool = False  # a model judges the policy's replies
     network: list[str] = field(default_factory=list)  # words of its servers' files that show a need of it
-    reasons: list[str] = field(default_factory=list)  # why gymexp cannot play it
+    needs_judge: bool = False  # gymexp plays it with a judge of the user's
+    reasons: list[str] = field(default_factory=list)  # why gymexp cannot play it as it is
     is_own: bool = False  # its file is in the user's own directories
 
 
@@ -157,7 +161,7 @@ def _kept(root: Path, site: Path, cache: Path) -> Path:
         files += [path for folder in _OWN for path in sorted((root / folder).glob("*/data/example*.jsonl"))]
     stats = [(str(p.relative_to(root)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
     place = [] if root == site else [str(root), str(site)]
-    code = [RESOLVER.read_text(), Path(__file__).read_text()]
+    code = [path.read_text() for path in (RESOLVER, *_DECIDES)]
     digest = hashlib.sha256(json.dumps([stats, place, code]).encode()).hexdigest()[:16]
     name = "nemo-gym" if root == site else "own-nemo-gym"
     return cache / "catalogue" / f"{name}-{nemo_gym_version(site)}-{digest}.json"
@@ -232,7 +236,8 @@ def _entry(name: str, config_path: str, agent: str, servers: Servers, roots: lis
         examples=examples and str(examples.relative_to(next(r for r in roots if examples.is_relative_to(r)))),
         judge=any(_is_judged(servers, server) for server in servers_of_agent(servers, agent)),
         network=_network(servers, agent, roots),
-        reasons=list(reasons_against(servers, agent, is_own)),
+        needs_judge=needs_judge(servers, agent),
+        reasons=list(reasons_against(servers, agent, name, is_own)),
         is_own=is_own,
         **(_row_facts(examples) if examples else {}),
     )

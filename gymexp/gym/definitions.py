@@ -16,11 +16,14 @@ from typing import Any
 import orjson
 from omegaconf import OmegaConf
 
-from gymexp.config.schema import EnvConfig, GymConfig
+from gymexp.config.env_rules import KEY_ENV
+from gymexp.config.redaction import secrets_at
+from gymexp.config.schema import EnvConfig, GymConfig, JudgeConfig
 from gymexp.config.suggestions import nearest
 from gymexp.errors import ConfigError
 from gymexp.files import replace_file
 from gymexp.gym.install import Say, ensure_python, nemo_gym_version, run_script, site_packages
+from gymexp.gym.server_settings import OF_THE_JUDGE, with_judge, with_settings
 from gymexp.record.places import OWN_SERVERS as KINDS
 from gymexp.record.places import cache_dir, own_servers
 
@@ -90,14 +93,32 @@ def read_servers(name: str, env: EnvConfig, site: Path, python: Path | None = No
 
 
 def playable_servers(name: str, env: EnvConfig, site: Path, python: Path | None = None) -> Servers:
-    """Returns `read_servers`. Raises ConfigError also if the agent leads to a server or a value that the file
-    does not define, or if the policy would judge itself."""
+    """Returns `read_servers` with what the user sets about them.
+
+    Raises ConfigError also if the agent leads to a server or a value that is not defined, if the policy would
+    judge itself, or if `env.<name>.servers` or `env.<name>.judge` has nothing to change."""
     servers = read_servers(name, env, site, python)
     path = locate(env.config_path, site)
     is_own = path is None or not any(path.is_relative_to(site / folder) for folder in FOLDERS)
-    if reasons := list(reasons_against(servers, env.agent, is_own)):
+    servers = with_settings(name, env, servers, servers_of_agent(servers, env.agent))
+    if env.judge.url:
+        judged = with_judge(servers, servers_of_agent(servers, env.agent), env.judge)
+        if judged is None:
+            raise ConfigError(f"env.{name}.judge must be left out: {_why_no_judge(name, servers, env.agent)}")
+        servers = judged
+    if reasons := list(reasons_against(servers, env.agent, name, is_own)):
         raise ConfigError("\n".join(f"env.{name} cannot be played: {reason}" for reason in reasons))
     return servers
+
+
+def _why_no_judge(name: str, servers: Servers, agent: str) -> str:
+    for server in servers_of_agent(servers, agent):
+        if server_of(servers[server])[2].get("should_use_judge") is False:
+            return (
+                f"{server} has should_use_judge: false; with env.{name}.servers.{server}.should_use_judge="
+                "true it asks one"
+            )
+    return f"none of its servers asks a model to judge ({', '.join(servers_of_agent(servers, agent))})"
 
 
 def resolve(paths: Sequence[Path], python: Path) -> list[dict[str, Any]]:
@@ -134,28 +155,63 @@ def folders_of(servers: Servers, agent: str) -> list[str]:
     return [f"{kind}/{implementation}" for kind, implementation in kinds]
 
 
-def reasons_against(servers: Servers, agent: str, is_own: bool = False) -> Iterator[str]:
-    """Yields why an agent's environment cannot be played as its file defines it.
+def reasons_against(servers: Servers, agent: str, name: str, is_own: bool = False) -> Iterator[str]:
+    """Yields why an agent's environment cannot be played as its servers are defined, and what to set.
 
-    is_own: the file is the user's own, who may let the policy judge itself.
+    name: of the environment. is_own: the file is the user's own, who may let the policy judge itself.
     """
-    for name in servers_of_agent(servers, agent):
-        kind, _, values = server_of(servers[name])
-        text = json.dumps(values)
+    reasons = list(_reasons(servers, agent, name, is_own))
+    left = reasons
+    if judged := with_judge(servers, servers_of_agent(servers, agent), JudgeConfig("http://judge", "judge")):
+        left = list(_reasons(judged, agent, name, is_own))
+    fix = f"set env.{name}.judge.url=… and env.{name}.judge.model=…"
+    for reason, instead in reasons:
+        yield f"{reason}: {instead}" if (reason, instead) in left else f"{reason}: {fix}"
+
+
+def needs_judge(servers: Servers, agent: str) -> bool:
+    """Returns whether `env.<name>.judge` is all that an environment of NeMo Gym's lacks to be played."""
+    judged = with_judge(servers, servers_of_agent(servers, agent), JudgeConfig("http://judge", "judge"))
+    lacks = bool(list(_reasons(servers, agent, "", False)))
+    return lacks and judged is not None and not list(_reasons(judged, agent, "", False))
+
+
+def _reasons(servers: Servers, agent: str, name: str, is_own: bool) -> Iterator[tuple[str, str]]:
+    """Yields each reason, and what to do about it if a judge does not help."""
+    for server in servers_of_agent(servers, agent):
+        kind, _, values = server_of(servers[server])
         for other in dict.fromkeys(references(values)):
-            if other != POLICY and other not in servers:
-                yield f"{name} refers to the server {other}, which its file does not define"
-        if '"???"' in text:
-            yield f"{name} has a value ??? that is for you to set: set it in a copy of the file"
-        needed = dict.fromkeys(re.findall(r"\$\{(\w+)\}", text))
-        if missing := [key for key in needed if key not in OF_THE_POLICY]:
-            keys = ", ".join(f"${{{key}}}" for key in missing)
-            yield f"{name} needs a value for {keys}: write it into a copy of the file, and name that copy"
+            if other != POLICY and other not in servers and other != "???":
+                yield (
+                    f"{server} refers to the server {other}, which its file does not define",
+                    f"define it in a copy of the file in {kind}/ of the working directory",
+                )
+        for at, text in _open_values(values):
+            key = f"env.{name}.servers.{server}.{at}"
+            secret = any(secrets_at(key, text))
+            yield (
+                f"{server} has no value for {at} ({text})",
+                f"set {key}.{KEY_ENV}=…, the variable that has it" if secret else f"set {key}=…",
+            )
         if not is_own and asks_policy(kind, values):
             yield (
-                f"{name} would have the policy judge itself: name another model in a copy of the file in "
-                f"{KINDS[0]}/ of the working directory"
+                f"{server} would have the policy judge itself",
+                f"name another model in a copy of the file in {KINDS[0]}/ of the working directory",
             )
+
+
+def _open_values(value: Any, at: str = "") -> Iterator[tuple[str, str]]:
+    """Yields the path and the text of each value that the file leaves to the user: ??? or ${…}."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _open_values(inner, f"{at}.{key}" if at else str(key))
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _open_values(inner, at)
+    elif isinstance(value, str):
+        given = (*OF_THE_POLICY, *OF_THE_JUDGE)
+        if value == "???" or any(key not in given for key in re.findall(r"\$\{(\w+)\}", value)):
+            yield at, value
 
 
 def asks_policy(kind: str, values: Mapping[str, Any]) -> bool:

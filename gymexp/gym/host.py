@@ -1,5 +1,5 @@
 """Runs NeMo Gym's servers, one forked process each. A script for NeMo Gym's venv; of gymexp it imports
-`server_code.py` alone, which lies beside it.
+`server_code.py` and `judge_calls.py` alone, which lie beside it.
 
 NeMo Gym's modules take six seconds or more to import. This process, the host, imports them once and then
 forks a child for each server that the controller starts. So a start, or a restart after a failure, takes a
@@ -14,7 +14,8 @@ A server requires the run's key for NeMo Gym on every path, so that nobody else 
 servers send the key in their requests to each other.
 
 Line protocol, JSON objects. First line in: {"config": NeMo Gym's global config, "servers": {name: {"module",
-"fd"}}, "own": folder, "key": text or null}. Then in: {"start": name, "log": path} or {"alive": true}. Out:
+"fd", "asked": paths of the keys that the user sets}}, "own": folder, "key": text or null, "judges": {server
+name: seconds}}. Then in: {"start": name, "log": path} or {"alive": true}. Out:
 {"loaded": seconds}, {"started": name, "pid"}, {"exited": pid, "code"} (negative: the signal's number),
 {"error": text}, and {"alive": true} in reply. The host ends when its input or its parent ends, and its
 children end with it.
@@ -39,7 +40,8 @@ from contextvars import ContextVar
 from typing import Any
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # which PYTHONSAFEPATH leaves out, as in a job
-from server_code import Code  # pyright: ignore[reportMissingImports]
+from judge_calls import FAILED, Judges  # pyright: ignore[reportMissingImports]
+from server_code import Code, check_asked  # pyright: ignore[reportMissingImports]
 
 del sys.path[0]
 
@@ -208,20 +210,27 @@ def _header_value(server: str, reason: str) -> str:
     return json.dumps({"server": server, "said": reason})
 
 
-def build_app(name: str, cls: Any):
-    """Returns the server's web application, built as in NeMo Gym's own run_webserver, but without Ray."""
+def build_app(name: str, cls: Any, asked: list[list[str]], judges: dict[str, float]):
+    """Returns the server's web application, built as in NeMo Gym's own run_webserver, but without Ray. asked:
+    as for `check_asked`. judges: as for `Judges`."""
     from nemo_gym.config_types import BaseServerConfig  # pyright: ignore[reportMissingImports]
     from nemo_gym.global_config import (  # pyright: ignore[reportMissingImports]
         get_first_server_config_dict,
         get_global_config_dict,
     )
-    from nemo_gym.server_utils import ServerClient  # pyright: ignore[reportMissingImports]
+    from nemo_gym.server_utils import SESSION_ID_KEY, ServerClient  # pyright: ignore[reportMissingImports]
     from omegaconf import OmegaConf
     from starlette.responses import Response  # pyright: ignore[reportMissingImports]
 
     class RecordingClient(ServerClient):
         async def request(self, server_name: str, url_path: str, method: str, **kwargs: Any) -> Any:
-            answer = await super().request(server_name, url_path, method, **kwargs)
+            try:
+                answer = await super().request(server_name, url_path, method, **kwargs)
+            except BaseException as error:  # also that the server's own patience ended
+                watched.note(server_name, None, f"{type(error).__name__}: {error}")
+                raise
+            if answer.status >= 400:
+                watched.note(server_name, answer.headers.get(FAILURE_HEADER), f"answered {answer.status}")
             responses = RESPONSES.get()
             if responses is not None and url_path == "/v1/responses" and answer.status == 200:
                 responses.append(await answer.read())
@@ -231,6 +240,7 @@ def build_app(name: str, cls: Any):
     values = OmegaConf.to_container(get_first_server_config_dict(global_config, name), resolve=True)
     assert isinstance(values, dict)
     config = cls.model_fields["config"].annotation.model_validate(values | {"name": name})
+    check_asked(config, asked)
     client = RecordingClient(
         head_server_config=BaseServerConfig.model_validate(global_config["head_server"]),
         global_config_dict=global_config,
@@ -247,19 +257,29 @@ def build_app(name: str, cls: Any):
                 if kind == "resources_servers":
                     resources_ports.add(values["port"])
 
+    watched = Judges(name, judges, names)
+
     @app.middleware("http")
     async def classify_error(request: Any, call_next: Any) -> Any:
         responses: list[bytes] | None = [] if request.url.path == "/run" else None
         token = RESPONSES.set(responses)
+        failed: list[str] = []
+        failed_token = FAILED.set(failed)
         try:
-            return await call_next(request)
+            response = await call_next(request)
+            session = (request.scope.get("session") or {}).get(SESSION_ID_KEY)
+            if failure := watched.failure(request.url.path, session, failed):
+                request.state.failed = failure
+                return Response("the judge failed", status_code=500)
+            return response
         except Exception as error:
             if responses and (body := refusal(error, responses, resources_ports)):
                 return Response(body, status_code=400, media_type="application/json")
-            request.state.failed = failure_origin(error, name, names)
+            request.state.failed = failed[0] if failed else failure_origin(error, name, names)
             raise
         finally:
             RESPONSES.reset(token)
+            FAILED.reset(failed_token)
 
     server.setup_exception_middleware(app)
 
@@ -273,14 +293,14 @@ def build_app(name: str, cls: Any):
     return app
 
 
-def serve(name: str, cls: type, sock: socket.socket, key: str | None) -> None:
-    """Runs one server on `sock`, which is open already. key: the key that it requires of requests."""
+def serve(app: Any, sock: socket.socket, key: str | None) -> None:
+    """Runs a server's application on `sock`, which is open already. key: what it requires of requests."""
     import uvicorn  # pyright: ignore[reportMissingImports]
 
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(65535, hard), hard))
     config = uvicorn.Config(
-        require_key(key, build_app(name, cls)),
+        require_key(key, app),
         log_level="warning",
         access_log=False,
         timeout_graceful_shutdown=1,
@@ -289,8 +309,9 @@ def serve(name: str, cls: type, sock: socket.socket, key: str | None) -> None:
     uvicorn.Server(config).run(sockets=[sock])
 
 
-def start(name: str, log: str, server: Code, sock: socket.socket, key: str | None) -> int:
-    """Forks a child that runs the server `name` and writes its output to `log`. Returns the child's pid."""
+def start(name: str, log: str, server: Code, sock: socket.socket, first: dict) -> int:
+    """Forks a child that runs the server `name` and writes its output to `log`. Returns the child's pid.
+    first: the first message."""
     pid = os.fork()
     if pid:
         return pid
@@ -305,7 +326,9 @@ def start(name: str, log: str, server: Code, sock: socket.socket, key: str | Non
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(out, 1)
         os.dup2(out, 2)
-        serve(name, server.enter(), sock, key)
+        asked = first["servers"][name]["asked"]
+        app = build_app(name, server.enter(), asked, first["judges"])
+        serve(app, sock, first["key"])
         code = 0
     except BaseException:
         traceback.print_exc()
@@ -325,7 +348,7 @@ def main() -> None:
     first = json.loads(sys.stdin.buffer.readline())
     began = time.monotonic()
     try:
-        codes = load(**first)
+        codes = load(*(first[part] for part in ("config", "servers", "own", "key")))
     except BaseException as error:
         traceback.print_exc()
         say(error=f"{type(error).__name__}: {error}")
@@ -362,8 +385,7 @@ def main() -> None:
                     say(alive=True)
                     continue
                 name = message["start"]
-                server = codes[name], sockets[name], first["key"]
-                say(started=name, pid=start(name, message["log"], *server))
+                say(started=name, pid=start(name, message["log"], codes[name], sockets[name], first))
 
 
 if __name__ == "__main__":

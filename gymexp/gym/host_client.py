@@ -76,9 +76,13 @@ class GymHost:
                 pass_fds=tuple(fds.values()),
                 start_new_session=True,
             )
-        servers = {name: {"module": module, "fd": fds[name]} for name, module in self._layout.modules.items()}
-        own = str(own_servers())
-        self._send({"config": self._layout.config, "servers": servers, "own": own, "key": self._key})
+        servers = {
+            name: {"module": module, "fd": fds[name], "asked": self._layout.asked.get(name, [])}
+            for name, module in self._layout.modules.items()
+        }
+        own, judges = str(own_servers()), self._layout.judges
+        first = {"config": self._layout.config, "servers": servers, "own": own, "key": self._key}
+        self._send(first | {"judges": judges})
         self._reader = asyncio.create_task(self._read(on_alive))
         self._pinger = asyncio.create_task(self._ping(on_alive))
         return Child(self._process)

@@ -5,6 +5,7 @@ A part of host.py, in NeMo Gym's venv; it imports nothing of gymexp.
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import importlib.util
 import os
@@ -54,3 +55,23 @@ def server_class(module: Any) -> Any:
     if not classes:
         raise ImportError(f"{module.__name__} defines no NeMo Gym server")
     return classes[-1]
+
+
+def check_asked(config: Any, asked: list[list[str]]) -> None:
+    """Raises ValueError for a key that the user sets and that a server's configuration does not have. NeMo
+    Gym's models ignore such keys. config: the validated configuration. asked: the server's key in the
+    user's configuration, and then the path of the key below it."""
+    for at, *path in asked:
+        node = config
+        for number, part in enumerate(path):
+            known = list(node) if isinstance(node, dict) else list(getattr(type(node), "model_fields", ()))
+            if not known and not isinstance(node, dict):
+                break  # a value of the server's own type, which it has read in its own way
+            if part not in known and not hasattr(node, part):
+                close = difflib.get_close_matches(part, known, n=1, cutoff=0.5)
+                near = f"; did you mean {close[0]}?" if close else ""
+                key = ".".join([at, *path[: number + 1]])
+                raise ValueError(
+                    f"{key} is no key of this server{near}. Its keys: {', '.join(map(str, known))}"
+                )
+            node = node[part] if isinstance(node, dict) else getattr(node, part)

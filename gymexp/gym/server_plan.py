@@ -22,6 +22,7 @@ from gymexp.gym.definitions import (
     server_of,
     servers_of_agent,
 )
+from gymexp.gym.server_settings import JUDGE, OF_THE_JUDGE, paths_of
 from gymexp.record.places import OWN_SERVERS as KINDS
 from gymexp.record.services_file import Replica
 
@@ -33,6 +34,8 @@ class Layout:
     config: dict[str, Any] = field(default_factory=dict)
     modules: dict[str, str] = field(default_factory=dict)  # server name -> Python module
     replicas: dict[str, list[Replica]] = field(default_factory=dict)  # by environment
+    judges: dict[str, float] = field(default_factory=dict)  # server name -> limit of a call in seconds
+    asked: dict[str, list[list[str]]] = field(default_factory=dict)  # server name -> keys that the user sets
     policy_key: str | None = None  # the API key that servers which gymexp did not start send to the policy
 
 
@@ -73,19 +76,27 @@ def plan(
     for env_name, env in envs.items():
         defined = playable_servers(env_name, env, site, python)
         needed = servers_of_agent(defined, env.agent)
+        if JUDGE in defined:  # a server may know its address alone
+            needed = [JUDGE, *(name for name in needed if name != JUDGE)]
         layout.replicas[env_name] = []
         for index in range(env.replicas):
             suffix = f"-{index}" if env.replicas > 1 else ""
             names = {old: f"{env_name}-{old}{suffix}" for old in needed}
             model = models[count % len(models)]
             count += 1
-            urls = {}
+            urls, of_judge = {}, {}
             for old, new in names.items():
                 kind, implementation, values = server_of(defined[old])
-                values = _with_new_names(values, names | {POLICY: model}, given)
+                values = _with_new_names(values, names | {POLICY: model}, given | of_judge)
                 if old == env.agent and env.max_steps is not None:
                     values["max_steps"] = env.max_steps
                 urls[old] = add(new, kind, implementation, values)
+                at = f"env.{env_name}.servers.{old}"
+                layout.asked[new] = [[at, *path] for path in paths_of(env.servers.get(old, {}))]
+                if old == JUDGE:
+                    layout.judges[new] = env.timeout_s
+                    parts = f"{urls[old]}/v1", "none", env.judge.model or ""
+                    of_judge = dict(zip(OF_THE_JUDGE, parts, strict=True))
             services = [*names.values(), model]
             resources = [new for new in names.values() if KINDS[0] in layout.config[new]]
             _, _, agent = server_of(layout.config[names[env.agent]])

@@ -31,6 +31,7 @@ from gymexp.files import replace_file
 from gymexp.gateway import prompt_lengths, tokenizer_check
 from gymexp.gym.definitions import ensure_environments
 from gymexp.gym.install import site_packages
+from gymexp.gym.server_settings import check_variables
 from gymexp.processes import launcher_variables, open_files
 from gymexp.processes.module_call import call_module
 from gymexp.record.directory import RunDirectory
@@ -72,6 +73,7 @@ def evaluate(
         plan, run_config = request.plan, request.config
     check_key(plan)
     open_files.concurrency(run_config.env)
+    check_variables(run_config.env)
     is_text = plan.policies[0].is_text
     placement = place_text_policy() if is_text else place_evaluation(run_config, visible_gpus())
     if placement.engine == "vllm":

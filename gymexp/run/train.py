@@ -30,6 +30,7 @@ def train(
     from gymexp.gateway import prompt_lengths, tokenizer_check
     from gymexp.gym.definitions import ensure_environments
     from gymexp.gym.install import site_packages
+    from gymexp.gym.server_settings import check_variables
     from gymexp.policy import hub_snapshot
     from gymexp.processes import launcher_variables, open_files
     from gymexp.record.directory import RunDirectory
@@ -54,6 +55,7 @@ def train(
         checkpoint = checkpoints.latest(run.checkpoints, view.say)
     num_tasks = len(load_prepared(run.data).train) if run else None
     open_files.concurrency(config.env)
+    check_variables(config.env)
     arguments.check(config, cache_dir())
     # With several nodes, the checks assume that every node has the same GPUs as this one; the controller
     # places the processes again once the other nodes have joined and reported their GPUs.

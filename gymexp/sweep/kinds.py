@@ -18,6 +18,7 @@ from gymexp.errors import ConfigError
 from gymexp.evaluation.kept import num_scored
 from gymexp.evaluation.request import resolve
 from gymexp.evaluation.results import RESULTS, read_table
+from gymexp.gym.server_settings import check_variables
 from gymexp.record.directory import RunDirectory, is_whole
 from gymexp.record.places import cache_dir
 from gymexp.run.evaluate import check_key, evaluate
@@ -87,6 +88,8 @@ class _Training(Kind):
     def frozen(self, cfg: DictConfig, overrides: list[str]) -> FrozenJob:
         config = load(cfg)
         _refuse(dataclasses.asdict(config), ("output_dir", "resume"))
+        if not config.launcher.setup:  # which may set the variables in the job
+            check_variables(config.env)
         return FrozenJob(config, overrides)
 
     def check_local(self, job: FrozenJob) -> None:
@@ -140,6 +143,7 @@ class _Evaluations(Kind):
         request = resolve(config, cfg, overrides)
         if not config.launcher.setup:  # which may set the variable in the job
             check_key(request.plan)
+            check_variables(request.config.env)
         run_config = request.config
         if request.plan.policies[0].is_text and "launcher.gpus" not in keys_of(overrides):
             # The machine's file may ask for GPUs, which the job would leave idle.

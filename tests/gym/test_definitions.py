@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
+import yaml
 
 from gymexp.config.schema import EnvConfig, GymConfig
 from gymexp.errors import ConfigError
 from gymexp.gym import definitions
 from gymexp.gym.catalogue import kept_catalogue, load_catalogue, options_of
-from gymexp.gym.definitions import folders_of, playable_servers, read_servers, server_of
+from gymexp.gym.definitions import folders_of, playable_servers, read_servers, reasons_against, server_of
 from gymexp.gym.install import site_packages
 from gymexp.record.places import cache_dir
 
@@ -26,6 +28,7 @@ walker:
       model: {{type: responses_api_models, name: policy_model}}
 """
 ROOM = EnvConfig(config_path="resources_servers/room/configs/room.yaml", agent="walker")
+JUDGED = "judge: {type: responses_api_models, name: judge}"
 MODEL = "judge: {type: responses_api_models, name: policy_model}"
 
 
@@ -39,9 +42,10 @@ def site_with(tmp_path: Path, values: str) -> Path:
 @pytest.mark.parametrize(
     ("values", "reason"),
     [
-        ("judge: {type: responses_api_models, name: judge}", "room refers to the server judge, which its"),
-        ('key: "???"', r"room has a value \?\?\? that is for you to set"),
-        (MODEL, "room would have the policy judge itself"),
+        (JUDGED, "room refers to the server judge, which its"),
+        (JUDGED, r".*: set env\.room\.judge\.url=… and env\.room\.judge\.model=…$"),
+        ('key: "???"', r"room has no value for key \(\?\?\?\): set env\.room\.servers\.room\.key=…"),
+        (MODEL, r"room would have the policy judge itself: set env\.room\.judge\.url=…"),
     ],
 )
 def test_what_cannot_be_played_is_refused_with_the_reason(values, reason, tmp_path):
@@ -65,6 +69,40 @@ def test_a_users_own_file_may_let_the_policy_judge_itself(tmp_path, monkeypatch)
     mine.write_text(FILE.format(values=MODEL))
     monkeypatch.chdir(tmp_path / "here")
     assert "judge" in server_of(playable_servers("room", ROOM, site)["room"])[2]
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ("key: {sub: '${here}'}", "has no value for key.sub (${here}): set env.x.servers.room.key.sub=…"),
+        (
+            "api_key: '${mine}'",
+            "has no value for api_key (${mine}): set env.x.servers.room.api_key.key_env=…, ",
+        ),
+        ("judge_url: '${mine}'", "has no value for judge_url (${mine}): set env.x.judge.url=… and "),
+        ("url: '${policy_base_url}'", "would have the policy judge itself: name another model in a copy"),
+    ],
+)
+def test_a_value_that_the_file_leaves_open_is_named_with_the_key_that_sets_it(values, reason):
+    [said] = reasons_against(yaml.safe_load(FILE.format(values=values)), "walker", "x")
+    assert said.startswith(f"room {reason}")
+
+
+def test_what_the_user_sets_about_a_server_is_merged_into_its_definition(tmp_path):
+    site = site_with(tmp_path, "key: '???', api_key: x, limits: {turns: 2, words: 9}")
+    mine = {"key": [1], "api_key": {"key_env": "MY_KEY"}, "limits": {"turns": 3}, "new": {}}
+    env = dataclasses.replace(ROOM, servers={"room": mine, "walker": {"max_steps": 7}})
+    servers = playable_servers("room", env, site)
+    assert server_of(servers["room"])[2] == {
+        "entrypoint": "app.py",
+        "key": [1],
+        "api_key": "${oc.env:MY_KEY}",
+        "limits": {"turns": 3, "words": 9},
+        "new": {},
+    }
+    assert server_of(servers["walker"])[2]["max_steps"] == 7
+    with pytest.raises(ConfigError, match=r"servers\.romo is no server of walker; did you mean room"):
+        playable_servers("room", dataclasses.replace(ROOM, servers={"romo": {"key": 1}}), site)
 
 
 @pytest.mark.gym
@@ -94,6 +132,8 @@ def test_the_catalogue_has_nemo_gyms_environments(gym_python):
     assert catalogue["xlam_fc"].tools and not catalogue["xlam_fc"].judge
     assert catalogue["equivalence_llm_judge"].judge and catalogue["circle_click"].images
     assert not catalogue["gpqa"].reasons and catalogue["verifif"].reasons
+    assert catalogue["verifif"].needs_judge and not catalogue["ns_tools"].needs_judge
+    assert sum(entry.needs_judge for entry in catalogue.values()) >= 30
     assert options_of(blackjack) == {
         "config_path": "environments/blackjack/config.yaml",
         "agent": "blackjack_gymnasium_agent",
