@@ -14,6 +14,7 @@ its line.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 import subprocess
@@ -24,17 +25,18 @@ from pathlib import Path
 from typing import Any
 
 from gymexp.config.schema import GymConfig
+from gymexp.files import replace_file
 from gymexp.gym.catalogue import Entry, load_catalogue
 from gymexp.gym.install import find_made_venv, site_packages
 from gymexp.record.places import cache_dir
 from gymexp.rollout.rollout_files import read_index
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "environments_tried.json"
+RESULTS = ROOT / "gymexp" / "gym" / f"tried_{GymConfig().version}.json"
 PAGE = ROOT / "docs" / "environments.md"
+_MAX_ROWS = 5
 _SETTINGS = [
     "model=tiny",
-    "model.max_model_len=16384",
     "engine=hf",
     "evaluation.temperature=1",
     "rollout.max_failed_share=1",
@@ -52,29 +54,35 @@ achieves.
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("names", nargs="*", metavar="NAME")
-    parser.add_argument("--all", action="store_true", help="all environments that gymexp does not refuse")
-    parser.add_argument("--max-output-tokens", type=int, default=48, help="of a model turn")
-    parser.add_argument("--together", type=int, default=8, help="environments of one evaluation")
-    args = parser.parse_args()
+    args = arguments().parse_args()
     gym = GymConfig()
     catalogue = load_catalogue(gym, cache_dir(), print)
     if unknown := [name for name in args.names if name not in catalogue]:
-        parser.error(f"unknown: {', '.join(unknown)}; python -m gymexp.envs lists the names")
-    names = [name for name, e in catalogue.items() if not e.reasons] if args.all else args.names
+        arguments().error(f"unknown: {', '.join(unknown)}; python -m gymexp.envs lists the names")
     python = find_made_venv(gym, cache_dir())
     assert python is not None, "load_catalogue has made it"
     site = site_packages(python)
     tried: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    names = [name for name in catalogue if name not in tried] if args.all else args.names
     for start in range(0, len(names), args.together):
         for name, seen in try_some([catalogue[n] for n in names[start : start + args.together]], site, args):
-            tried[name] = seen | {"nemo_gym": gym.version}
+            tried[name] = seen
             print(f"{name}: {seen}", flush=True)
-            RESULTS.write_text(json.dumps(dict(sorted(tried.items())), indent=1) + "\n")
+            replace_file(RESULTS, as_json(tried))
     PAGE.write_text(page(tried, catalogue))
+
+
+def arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME")
+    parser.add_argument("--all", action="store_true", help="all that were not tried yet")
+    parser.add_argument("--max-output-tokens", type=int, default=48, help="of a model turn")
+    parser.add_argument("--max-model-len", type=int, default=32768, help="of the tiny policy")
+    parser.add_argument("--together", type=int, default=8, help="environments of one evaluation")
+    parser.add_argument("--deadline-s", type=float, default=600.0, help="of one evaluation")
+    return parser
 
 
 def try_some(
@@ -82,7 +90,8 @@ def try_some(
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields for each environment numbers of its rollouts, or {"reason": why there are none}.
 
-    One evaluation plays all of them. If it ends with an error that names some, the others play again.
+    One evaluation plays all of them. If it ends with an error, those that the error names have this reason,
+    and the others play again. If it names none, each half of them plays alone.
     """
     playable = []
     for entry in entries:
@@ -91,64 +100,95 @@ def try_some(
         else:
             playable.append(entry)
     while playable:
-        done, rows = evaluate(playable, site, args)
-        text = error_of(done)
-        named = [e for e in playable if re.search(rf"(env\.|^|\(){e.name}\b", text, re.MULTILINE)]
-        if done.returncode and named != playable and len(playable) > 1:
-            again = named or playable[:1]
-            print(f"{', '.join(e.name for e in playable)}: {text}", file=sys.stderr, flush=True)
-            if not named:  # the error says of nobody that it is theirs
-                yield from try_some(again, site, args)
-            else:
-                yield from ((entry.name, {"reason": shortened(text)}) for entry in named)
-            playable = [entry for entry in playable if entry not in again]
-            continue
-        for entry in playable:
-            of_env = [row for row in rows if row["env"] == entry.name]
-            scored = not done.returncode and any(row.get("reward") is not None for row in of_env)
-            failed = next(
-                (f"{row['cause']}: {row.get('detail', '')}" for row in of_env if row.get("cause")), text
-            )
-            yield entry.name, figures(of_env) if scored else {"reason": shortened(text or failed)}
-        return
+        text, rows = evaluate(playable, site, args)
+        if not text:
+            yield from ((entry.name, seen_of(entry, rows)) for entry in playable)
+            return
+        named = [entry for entry in playable if names_it(text, entry.name)]
+        if not named and len(playable) > 1:
+            half = len(playable) // 2
+            yield from try_some(playable[:half], site, args)
+            yield from try_some(playable[half:], site, args)
+            return
+        for entry in named or playable:
+            yield entry.name, {"reason": shortened(text)}
+        playable = [entry for entry in playable if entry not in (named or playable)]
+
+
+def names_it(text: str, name: str) -> bool:
+    """Returns whether an error names an environment, by its keys or by one of its servers."""
+    return bool(re.search(rf"(env\.{name}\b|(^|[\s(:]){name}-)", text))
+
+
+def seen_of(entry: Entry, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Returns the numbers of an environment's rollouts, or the reason why none has a reward."""
+    own = [row for row in rows if row["env"] == entry.name]
+    failed = next((f"{row['cause']}: {row.get('text', '')}" for row in own if row.get("cause")), "")
+    if not any(row.get("reward") is not None for row in own):
+        return {"reason": shortened(failed or "no rollout was played")}
+    return figures(own) | ({"failed": shortened(failed)} if failed else {})
 
 
 def refusal(entry: Entry) -> str:
     """Returns why an environment is not tried, or ""."""
     if entry.reasons:
         return entry.reasons[0]
+    if entry.judge:
+        return "a model judges the replies: its address and key are for you to give"
     if entry.images:
         return "its rows have images, which gymexp does not pass on"
     return "" if entry.examples else "NeMo Gym ships no example rows"
 
 
-def evaluate(
-    entries: list[Entry], site: Path, args: argparse.Namespace
-) -> tuple[subprocess.CompletedProcess[str], list[dict[str, Any]]]:
-    """Returns the ended command, and the index of the rollouts that it played."""
-    settings = [f"env=[{','.join(entry.name for entry in entries)}]"]
-    for entry in entries:
-        at, rows = f"env.{entry.name}", site / str(entry.examples)
-        settings += [f"{at}.max_output_tokens={args.max_output_tokens}", f"{at}.timeout_s=900"]
-        settings += [f"{at}.data.source=jsonl", f"{at}.data.train_file={rows}"]
-        settings += [f"{at}.data.validation_file={rows}"]
+def evaluate(entries: list[Entry], site: Path, args: argparse.Namespace) -> tuple[str, list[dict[str, Any]]]:
+    """Plays the environments' example rows. Returns the error that ended the evaluation, or "" and the index
+    of the rollouts."""
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder) / "run"
-        command = [sys.executable, "-m", "gymexp.evaluate", *_SETTINGS, *settings, f"output_dir={directory}"]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-        rollouts = directory / "rollouts"
-        return done, list(read_index(rollouts)) if rollouts.exists() else []
+        settings = [f"env=[{','.join(entry.name for entry in entries)}]"]
+        settings += [f"model.max_model_len={args.max_model_len}", f"output_dir={directory}"]
+        for entry in entries:
+            at, rows = f"env.{entry.name}", Path(folder) / f"{entry.name}.jsonl"
+            write_rows(site / str(entry.examples), rows)
+            settings += [f"{at}.max_output_tokens={args.max_output_tokens}", f"{at}.timeout_s=300"]
+            settings += [f"{at}.data.source=jsonl", f"{at}.data.train_file={rows}"]
+            settings += [f"{at}.data.validation_file={rows}"]
+        command = [sys.executable, "-m", "gymexp.evaluate", *_SETTINGS, *settings]
+        with subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=ROOT
+        ) as running:
+            try:
+                _, said = running.communicate(timeout=args.deadline_s)
+            except subprocess.TimeoutExpired:
+                running.terminate()  # it ends its own processes
+                running.communicate()
+                return f"the evaluation took longer than {args.deadline_s:.0f} s", []
+        if running.returncode:
+            return said.rpartition("error: ")[2].strip() or f"it ended with {running.returncode}", []
+        return "", list(read_index(directory / "rollouts"))
 
 
-def error_of(done: subprocess.CompletedProcess[str]) -> str:
-    """Returns the text of the command's error; "" if it has none."""
-    return done.stderr.rpartition("error: ")[2].strip() if done.returncode else ""
+def write_rows(shipped: Path, to: Path) -> None:
+    """Copies NeMo Gym's example rows, without the agent that they name: a benchmark plays the rows of its
+    resources server, by an agent of its own."""
+    rows = (json.loads(line) for line in shipped.read_text(encoding="utf-8").splitlines() if line.strip())
+    lines = (json.dumps({k: v for k, v in row.items() if k != "agent_ref"}) + "\n" for row in rows)
+    to.write_text("".join(itertools.islice(lines, _MAX_ROWS)))
 
 
 def shortened(text: str) -> str:
     """Returns a text as one line of at most 300 characters, without paths of this machine."""
-    line = " ".join(text.replace(str(Path.home()), "~").replace(f"{ROOT}/", "").split())
+    for path, name in ((cache_dir(), "~/.cache/gymexp"), (Path.home(), "~"), (ROOT, ".")):
+        text = text.replace(str(path), name)
+    text = re.sub(r"/tmp/tmp\w+", "…", text)
+    line = " ".join(text.split())
     return line if len(line) <= 300 else f"{line[:299]}…"
+
+
+def as_json(tried: dict[str, Any]) -> str:
+    """Returns the results as JSON, an environment a line."""
+    lines = (f" {json.dumps(name)}: {json.dumps(seen)}" for name, seen in sorted(tried.items()))
+    return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
 def figures(rows: list[dict[str, Any]]) -> dict[str, Any]:

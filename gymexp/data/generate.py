@@ -16,11 +16,13 @@ from gymexp.config.schema import DataConfig
 from gymexp.data.cache import Say, cached, sha256_of
 from gymexp.errors import DataError
 from gymexp.gym.install import environ_for, site_packages
+from gymexp.gym.server_venvs import python_of
 from gymexp.processes.child_process import child_process
 
 _DEADLINE_S = 1800.0
 _ROUNDS = 5  # batches of validation puzzles at most; puzzles that are also train tasks do not count
-_REASONING_GYM_SCRIPT = "resources_servers/reasoning_gym/scripts/create_dataset.py"
+_REASONING_GYM = "resources_servers/reasoning_gym"
+_REASONING_GYM_SCRIPT = f"{_REASONING_GYM}/scripts/create_dataset.py"
 _REASONING_GYM_OPTIONS = {"task", "config"}
 
 
@@ -43,7 +45,8 @@ def _reasoning_gym(
         raise DataError(
             f"env.{name}.data.options must be {{task: …, config: {{…}}}} for reasoning_gym, {problem}"
         )
-    script = site_packages(python) / _REASONING_GYM_SCRIPT
+    site = site_packages(python)
+    script, python = site / _REASONING_GYM_SCRIPT, python_of(_REASONING_GYM, python, site)
     task, config = data.options["task"], data.options.get("config") or {}
     sizes = {"train": data.train_size, "validation": data.validation_size}
     seeds = {"train": data.train_seed, "validation": data.validation_seed}

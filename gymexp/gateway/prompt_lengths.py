@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import json
 import multiprocessing
+import re
 import sys
 from collections.abc import Iterator
 from functools import partial
@@ -29,6 +30,14 @@ from gymexp.processes.module_call import call_module_once
 
 _DEADLINE_S = 3600.0
 _MAX_LISTED = 20  # problems in an error message
+_IMAGE = re.compile(r"got a part of type '\w*image")
+_ADVICE = {
+    "image": "have images, which gymexp does not pass to the policy. Leave out these rows:",
+    "long": "have a prompt without room for a reply. The longest has {longest} tokens: raise "
+    "model.max_model_len to {needed} and the tokens of the replies (env.{env}.max_output_tokens a turn), or "
+    "leave out these rows:",
+    "refused": "have a prompt that the gateway or the policy's chat template refuses. Leave out these rows:",
+}
 _MIN_FOR_POOL = 2000  # requests; for fewer, one process counts all
 # The files of gymexp that decide a count. The tokenizer and the requests decide it too.
 _CODE = (
@@ -40,7 +49,8 @@ _CODE = (
 
 def check(model: ModelConfig, prepared: Prepared, cache: Path) -> None:
     """Raises DataError if the first prompt of a task leaves no room for a reply in the context, or if the
-    gateway refuses its request. The message names the task's line and key.
+    gateway refuses its request, e.g. as it has images. The message names the environment, the
+    model.max_model_len that it needs, and each task's line and key.
 
     The environment's servers may add to the prompt later, which this check cannot see.
     """
@@ -48,23 +58,30 @@ def check(model: ModelConfig, prepared: Prepared, cache: Path) -> None:
     counts = _counts(directory_of(model), prepared.requests, cache)
     tasks = itertools.chain(prepared.train, *prepared.validation.values())
     problems: dict[str, str] = {}
-    for key in (task.key for task in tasks):
-        if not isinstance(result := counts[key], int):
+    kinds: dict[tuple[str, str], set[str]] = {}  # keys of an environment's tasks, by what is wrong with them
+    keys_by_env: dict[str, set[str]] = {}
+    for task in tasks:
+        key, result = task.key, counts[task.key]
+        keys_by_env.setdefault(task.env, set()).add(key)
+        if isinstance(result, str):
             problems[key] = result
+            kinds.setdefault((task.env, "image" if _IMAGE.search(result) else "refused"), set()).add(key)
         elif result >= model.max_model_len:
             problems[key] = f"its prompt has {result} tokens, model.max_model_len is {model.max_model_len}"
+            kinds.setdefault((task.env, "long"), set()).add(key)
     if not problems:
         return
+    lines = [f"the prompts of {len(problems)} tasks cannot be answered:"]
+    for (env, kind), keys in kinds.items():
+        longest = max((n for key in keys if isinstance(n := counts[key], int)), default=0)
+        share = f"env.{env}: {len(keys)} of {len(keys_by_env[env])} tasks"
+        lines.append(f"{share} {_ADVICE[kind].format(env=env, longest=longest, needed=longest + 1)}")
     places = {line["key"]: line["at"] for line in _lines(prepared.requests) if line.get("key") in problems}
     first = itertools.islice(problems.items(), _MAX_LISTED)
-    listed = [f"{places[key]} ({key}): {problem}" for key, problem in first]
-    if hidden := len(problems) - len(listed):
-        listed.append(f"and {hidden} more")
-    raise DataError(
-        f"the prompts of {len(problems)} tasks cannot be answered: each must be one that the policy's chat "
-        "template takes, and must leave room for a reply in model.max_model_len. Raise model.max_model_len, "
-        "or leave out these rows:\n" + "\n".join(listed)
-    )
+    lines += [f"{places[key]} ({key}): {problem}" for key, problem in first]
+    if hidden := len(problems) - _MAX_LISTED:
+        lines += [f"and {hidden} more"] * (hidden > 0)
+    raise DataError("\n".join(lines))
 
 
 def _counts(directory: Path, requests: Path, cache: Path) -> dict[str, int | str]:

@@ -20,10 +20,11 @@ from gymexp.config.env_rules import KEY_ENV
 from gymexp.config.redaction import secrets_at
 from gymexp.config.schema import EnvConfig, GymConfig, JudgeConfig
 from gymexp.config.suggestions import nearest
-from gymexp.errors import ConfigError
+from gymexp.errors import ConfigError, ServiceError
 from gymexp.files import replace_file
 from gymexp.gym.install import Say, ensure_python, nemo_gym_version, run_script, site_packages
 from gymexp.gym.server_settings import OF_THE_JUDGE, with_judge, with_settings
+from gymexp.gym.server_venvs import UnmetNeeds
 from gymexp.record.places import OWN_SERVERS as KINDS
 from gymexp.record.places import cache_dir, own_servers
 
@@ -42,20 +43,26 @@ Servers = dict[str, Any]  # NeMo Gym's definition of each server, by name
 def ensure_environments(gym: GymConfig, envs: Mapping[str, EnvConfig], cache: Path, say: Say) -> Path:
     """Returns an interpreter with NeMo Gym and the requirements of every server of `envs`.
 
-    Raises as `ensure_python`, and ConfigError if an environment cannot be played, with the reason.
+    Raises as `ensure_python`, and ConfigError if an environment cannot be played, with the reason. An error
+    names the environments that it concerns.
     """
+
+    by_env: dict[str, set[str]] = {}
 
     def folders(python: Path) -> set[str]:
         site = site_packages(python)
-        found: set[str] = set()
         for name, env in envs.items():
             if gym.runtime == "managed":
-                found |= set(folders_of(playable_servers(name, env, site, python), env.agent))
+                by_env[name] = set(folders_of(playable_servers(name, env, site, python), env.agent))
             elif locate(env.config_path, site):  # else it is in the user's own NeMo Gym
-                found |= set(folders_of(read_servers(name, env, site, python), env.agent))
-        return found
+                by_env[name] = set(folders_of(read_servers(name, env, site, python), env.agent))
+        return {folder for of_env in by_env.values() for folder in of_env}
 
-    return ensure_python(gym, folders, cache, say)
+    try:
+        return ensure_python(gym, folders, cache, say)
+    except UnmetNeeds as error:
+        names = ", ".join(f"env.{name}" for name, of_env in by_env.items() if error.folder in of_env)
+        raise ServiceError(f"{names} cannot be played: {error}") from None
 
 
 def locate(config_path: str, site: Path) -> Path | None:

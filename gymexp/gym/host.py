@@ -7,18 +7,18 @@ fraction of a second, and the servers share the memory of the imported code. NeM
 starts it.
 
 The user's own servers are found before NeMo Gym's. They lie in `own`, in folders named like NeMo Gym's. As
-under NeMo Gym, a server imports modules of its own folder by their plain names. A server that cannot be
-imported fails when it starts, in its own log.
+under NeMo Gym, a server runs in its own folder and imports that folder's modules by their plain names. A
+server that cannot be imported fails when it starts, in its own log.
 
 A server requires the run's key for NeMo Gym on every path, so that nobody else plays with the policy. The
 servers send the key in their requests to each other.
 
 Line protocol, JSON objects. First line in: {"config": NeMo Gym's global config, "servers": {name: {"module",
 "fd", "asked": paths of the keys that the user sets}}, "own": folder, "key": text or null, "judges": {server
-name: seconds}}. Then in: {"start": name, "log": path} or {"alive": true}. Out:
-{"loaded": seconds}, {"started": name, "pid"}, {"exited": pid, "code"} (negative: the signal's number),
-{"error": text}, and {"alive": true} in reply. The host ends when its input or its parent ends, and its
-children end with it.
+name: seconds}}. Then in: {"start": name, "log": path} or {"alive": true}. Out: {"loaded": seconds, "broken":
+{name: the error of its import}}, {"started": name, "pid"}, {"exited": pid, "code"} (negative: the signal's
+number), {"error": text}, and {"alive": true} in reply. The host ends when its input or its parent ends, and
+its children end with it.
 """
 
 from __future__ import annotations
@@ -359,7 +359,8 @@ def main() -> None:
     # Imported code is never garbage, so the garbage collectors of the servers need not search it.
     gc.collect()
     gc.freeze()
-    say(loaded=round(time.monotonic() - began, 2))
+    broken = {n: f"{type(c.error).__name__}: {c.error}" for n, c in codes.items() if c.error}
+    say(loaded=round(time.monotonic() - began, 2), broken=broken)
 
     pending = b""
     while True:

@@ -1,4 +1,7 @@
-"""The controller's side of NeMo Gym's host, the process that imports NeMo Gym and forks its servers."""
+"""The controller's side of NeMo Gym's host, the process that imports NeMo Gym and forks its servers.
+
+A run has a host for each venv that its servers need.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from typing import Any
 import orjson
 
 from gymexp.errors import ServiceError
-from gymexp.gym.install import environ_for
+from gymexp.gym.install import environ_for, missing_package
 from gymexp.gym.server_plan import Layout
 from gymexp.processes.failure_reason import reason
 from gymexp.processes.process import Child, LocalProcess, Running
@@ -21,6 +24,14 @@ from gymexp.record.places import own_servers
 _ALIVE_S = 1.0
 _HOST_FIRST_S = 0.5  # the supervisor reports the end of the host before that of its servers
 _HOST = Path(__file__).with_name("host.py")  # not imported: it runs in NeMo Gym's Python
+
+
+def _path(python: Path) -> str:
+    """Returns PATH with the venv's programs first, as under NeMo Gym, and with uv, which servers call."""
+    from uv import find_uv_bin
+
+    parts = [str(python.parent), os.environ.get("PATH", os.defpath), os.path.dirname(find_uv_bin())]
+    return os.pathsep.join(parts)
 
 
 class _Forked(LocalProcess):
@@ -40,12 +51,14 @@ class GymHost:
     def __init__(
         self, python: Path, layout: Layout, sockets: Mapping[str, Any], log: Path, key: str | None = None
     ) -> None:
-        """python: NeMo Gym's interpreter. sockets: each server's listening socket, by name. key: the key that
-        the servers require of every request, also of each other's (None: no key)."""
+        """python: an interpreter with NeMo Gym and what the servers need. sockets: the listening socket of
+        each server of this host, by name. key: the key that the servers require of every request, also of
+        each other's (None: no key)."""
         self._key = key
         self.python = python
         self._layout = layout
         self._sockets = sockets
+        self._broken: dict[str, str] = {}  # the servers that cannot be imported, with the error
         self.log = log
         self._loaded: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._starting: asyncio.Queue[asyncio.Future[_Forked]] = asyncio.Queue()
@@ -57,6 +70,7 @@ class GymHost:
         for that. on_alive: called at each message of the host, which gets a message to answer every second.
         While the host imports NeMo Gym it cannot answer and counts as alive."""
         env = environ_for(self.python) | {
+            "PATH": _path(self.python),
             "HF_HOME": os.environ.get("HF_HOME", str(Path.home() / ".cache/huggingface")),
             "RAY_USAGE_STATS_ENABLED": "0",
             # No thread but the main one may run when the host forks. A server is one core's work anyway.
@@ -77,8 +91,12 @@ class GymHost:
                 start_new_session=True,
             )
         servers = {
-            name: {"module": module, "fd": fds[name], "asked": self._layout.asked.get(name, [])}
-            for name, module in self._layout.modules.items()
+            name: {
+                "module": self._layout.modules[name],
+                "fd": fd,
+                "asked": self._layout.asked.get(name, []),
+            }
+            for name, fd in fds.items()
         }
         own, judges = str(own_servers()), self._layout.judges
         first = {"config": self._layout.config, "servers": servers, "own": own, "key": self._key}
@@ -97,13 +115,32 @@ class GymHost:
 
     async def start_server(self, name: str, log: Path) -> Running:
         """Has the host fork the server `name`; waits until NeMo Gym is imported. Raises ServiceError if the
-        host ends."""
+        host ends, or if the server cannot be imported."""
         await asyncio.shield(self._loaded)
         async with self._order:
             started: asyncio.Future[_Forked] = asyncio.get_running_loop().create_future()
             self._starting.put_nowait(started)
             self._send({"start": name, "log": str(log)})
-            return await asyncio.shield(started)
+            running = await asyncio.shield(started)
+        if name in self._broken:
+            await running.wait()  # it has written the traceback to its log
+            raise ServiceError(self._why_broken(log.parent))
+        return running
+
+    def _why_broken(self, logs: Path) -> str:
+        """Returns an error message for all servers that cannot be imported."""
+        lines = []
+        for name, error in self._broken.items():
+            envs = [
+                env for env, reps in self._layout.replicas.items() if any(name in r.services for r in reps)
+            ]
+            advice = missing_package(error, self.python)
+            at = ", ".join(f"env.{env}" for env in envs)
+            lines.append(
+                f"{at} cannot start: its server {name} cannot be imported: {error} (log: {logs / name}.log)"
+                + (f". {advice[0].upper()}{advice[1:]}" if advice else "")
+            )
+        return "\n".join(lines)
 
     def _send(self, message: dict[str, Any]) -> None:
         assert self._process.stdin is not None
@@ -117,6 +154,7 @@ class GymHost:
             message = orjson.loads(line)
             on_alive()
             if "loaded" in message:
+                self._broken = message["broken"]
                 self._loaded.set_result(None)
             elif "started" in message:
                 ended = self._ends[message["pid"]] = asyncio.get_running_loop().create_future()

@@ -1,15 +1,14 @@
 """NeMo Gym's own Python: a venv of its own, because NeMo Gym and vLLM need different versions of openai.
 
-The cache has one venv for each NeMo Gym version. uv makes it under a lock, so that two runs at once make it
-once. The requirements.txt of an environment's servers is installed when the environment is selected for the
-first time (`gym.definitions.ensure_environments`).
+The cache has a venv for each NeMo Gym version. uv makes it under a lock, so that two runs at once make it
+once. The requirements of an environment's servers are installed when the environment is selected for the
+first time (`gym.definitions.ensure_environments`), in this venv or in one beside it (`server_venvs.py`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import csv
-import hashlib
 import os
 import re
 import shutil
@@ -22,9 +21,11 @@ from filelock import FileLock, Timeout
 from gymexp.config.schema import GymConfig
 from gymexp.errors import ConfigError, GymexpError, ServiceError
 from gymexp.files import at, replace_file
+from gymexp.gym.server_venvs import UnmetNeeds, add_needs, check_own_python, missing_needs, venvs_of
+from gymexp.gym.uv_calls import check, install, uv
 from gymexp.processes.failure_reason import last_exception
 from gymexp.processes.launcher_variables import without_launchers
-from gymexp.record.places import cache_dir, cache_refused, own_servers
+from gymexp.record.places import cache_dir, cache_refused
 
 _MINIMUM = (3, 12)
 _PREFERRED = ("3.12", "3.13", "3.14")  # 3.12 is what NeMo Gym 0.4 is developed on
@@ -39,11 +40,14 @@ def ensure_python(gym: GymConfig, folders_of: FoldersOf, cache: Path, say: Say) 
 
     folders_of: returns these folders, e.g. resources_servers/mcqa, for the interpreter. Its venv is made on
     first use, in about 20 s. `gym.python`, and with `runtime=cli` the checkout's own .venv, are used
-    unchanged. Raises ConfigError if the interpreter lacks NeMo Gym or the cache cannot be used, and
-    ServiceError if uv fails.
+    unchanged. Raises ConfigError if the interpreter lacks NeMo Gym or what the servers need, or if the cache
+    cannot be used, and ServiceError if uv fails.
     """
     if gym.python:
-        return _checked_python(gym.python, "gym.python")
+        own = _checked_python(gym.python, "gym.python")
+        if gym.runtime == "managed" and (folders := list(folders_of(own))):
+            check_own_python(own, site_packages(own), folders, say)
+        return own
     if gym.runtime == "cli" and gym.checkout and (own := Path(gym.checkout) / ".venv/bin/python").exists():
         return _checked_python(str(own), "gym.checkout")
     venv = cache / f"nemo-gym-{gym.version}"
@@ -55,16 +59,35 @@ def ensure_python(gym: GymConfig, folders_of: FoldersOf, cache: Path, say: Say) 
         with _locked(venv, say):
             if damage := find_damage(venv):
                 _make(venv, gym.version, damage, say)
-            _add_requirements(venv, python, folders_of(python), say)
+            _add_needs(venv, python, gym.version, list(folders_of(python)), say)
             _seal(venv)
     except OSError as error:  # a cache that others fill may be read-only
-        if find_damage(venv) or list(_missing_requirements(venv, python, folders_of(python))):
+        if find_damage(venv) or missing_needs(venv, site_packages(python), folders_of(python)):
             raise ConfigError(f"NeMo Gym's venv: {cache_refused(error)}") from None
+    except UnmetNeeds:
+        raise
     except ServiceError as error:
         if damage:
             raise ServiceError(f"NeMo Gym's venv in {venv} is not whole ({damage}), and {error}") from None
         raise
     return python
+
+
+def _add_needs(venv: Path, python: Path, version: str, folders: list[str], say: Say) -> None:
+    """Adds what the folders of servers need, in this venv or in those beside it."""
+
+    def make(other: Path) -> None:
+        _make(other, version, "", say)
+
+    if not folders:
+        return
+    site = site_packages(python)
+    for other in venvs_of(venv, site, folders):
+        if damage := find_damage(other):
+            _make(other, version, damage, say)
+    add_needs(venv, f"nemo-gym=={version}", site, folders, say, make)
+    for other in venvs_of(venv, site, folders):
+        _seal(other)
 
 
 def find_made_venv(gym: GymConfig, cache: Path) -> Path | None:
@@ -190,9 +213,9 @@ def find_python() -> str:
         for path in sorted(pyenv.glob(f"{version}.*/bin/python"), reverse=True):
             if _version_of(str(path)) >= _MINIMUM:
                 return str(path)
-    result = _uv("python", "find", "--no-project", ">=3.12")
-    if result.returncode and not (result := _uv("python", "install", "3.12")).returncode:
-        result = _uv("python", "find", "--no-project", "--managed-python", "3.12")
+    result = uv("python", "find", "--no-project", ">=3.12")
+    if result.returncode and not (result := uv("python", "install", "3.12")).returncode:
+        result = uv("python", "find", "--no-project", "--managed-python", "3.12")
     if result.returncode:
         last = (result.stderr.strip().splitlines() or ["no output"])[-1]
         raise ConfigError(
@@ -214,12 +237,6 @@ def _version_of(python: str) -> tuple[int, ...]:
     code = "import sys; print(*sys.version_info[:2])"
     process = subprocess.run([python, "-c", code], capture_output=True, text=True, check=False)
     return tuple(int(part) for part in process.stdout.split()) if process.returncode == 0 else ()
-
-
-def _uv(*arguments: str | os.PathLike[str]) -> subprocess.CompletedProcess[str]:
-    from uv import find_uv_bin
-
-    return subprocess.run([find_uv_bin(), *arguments], capture_output=True, text=True, check=False)
 
 
 @contextlib.contextmanager
@@ -264,9 +281,9 @@ def _make(venv: Path, version: str, damage: str, say: Say) -> None:
     if venv.exists():
         venv.rename(aside)
     try:
-        _check(_uv("venv", "--quiet", "--python", base, venv), "make NeMo Gym's venv")
+        check(uv("venv", "--quiet", "--python", base, venv), "make NeMo Gym's venv")
         # httptools is a parser in C for uvicorn, whose own parser in Python takes a fifth of a server's time.
-        _install(venv / "bin" / "python", [f"nemo-gym=={version}", "httptools"])
+        install(venv / "bin" / "python", f"nemo-gym=={version}", "httptools")
         _seal(venv)
     except BaseException:
         shutil.rmtree(venv, ignore_errors=True)
@@ -274,38 +291,3 @@ def _make(venv: Path, version: str, damage: str, say: Say) -> None:
             aside.rename(venv)
         raise
     shutil.rmtree(aside, ignore_errors=True)
-
-
-def _add_requirements(venv: Path, python: Path, folders: Iterable[str], say: Say) -> None:
-    for folder, requirements, marker in _missing_requirements(venv, python, folders):
-        say(f"adding what {folder} needs: {' '.join(requirements)}")
-        _install(python, requirements)
-        marker.touch()
-
-
-def _missing_requirements(
-    venv: Path, python: Path, folders: Iterable[str]
-) -> Iterator[tuple[str, list[str], Path]]:
-    """Yields each server folder whose requirements are not in the venv yet: the folder, its requirements, and
-    the marker file that exists once they are installed."""
-    site = site_packages(python)
-    for folder in sorted(set(folders)):
-        own = own_servers() / folder / "requirements.txt"
-        file = own if own.exists() else site / folder / "requirements.txt"
-        if not file.exists():
-            continue
-        sha256 = hashlib.sha256(file.read_bytes()).hexdigest()[:12]
-        marker = venv / f"added-{folder.replace('/', '-')}-{sha256}"
-        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
-        requirements = [line for line in lines if line and not line.startswith(("-e", "#"))]
-        if requirements and not marker.exists():
-            yield folder, requirements, marker
-
-
-def _install(python: Path, requirements: list[str]) -> None:
-    _check(_uv("pip", "install", "--quiet", "--python", python, *requirements), f"install {requirements[0]}")
-
-
-def _check(result: subprocess.CompletedProcess[str], action: str) -> None:
-    if result.returncode:
-        raise ServiceError(f"uv could not {action}:\n{result.stderr.strip()}")

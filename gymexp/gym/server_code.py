@@ -1,4 +1,5 @@
-"""The module of a NeMo Gym server, imported as NeMo Gym does it: with the server's own folder on the path.
+"""The module of a NeMo Gym server, imported as NeMo Gym does it: in the server's own folder, which is on the
+path.
 
 A part of host.py, in NeMo Gym's venv; it imports nothing of gymexp.
 """
@@ -17,14 +18,17 @@ class Code:
     """A server's module, imported with its own folder on the path. If that fails, `error` says why."""
 
     def __init__(self, name: str) -> None:
-        before, self.path, self.error = set(sys.modules), [], None
+        before, self.path, self.error, here = set(sys.modules), [], None, os.getcwd()
         try:
             spec = importlib.util.find_spec(name)
             self.path = [os.path.dirname(spec.origin)] if spec and spec.origin else []
             sys.path[:0] = self.path
+            for folder in self.path:
+                os.chdir(folder)
             self.cls = server_class(importlib.import_module(name))
         except (Exception, SystemExit) as error:
             self.error = error
+        os.chdir(here)
         for folder in self.path:
             sys.path.remove(folder)
         # Another server may have modules of the same plain names in its own folder.
@@ -37,10 +41,15 @@ class Code:
         return any(file.startswith(f"{folder}/") for file in files for folder in self.path)
 
     def enter(self) -> Any:
-        """Returns the server's class, in the server's own process, where the modules of its folder can be
-        imported from then on. Raises the error of the import."""
+        """Returns the server's class, in the server's own process. From then on that process is in the
+        server's folder, and so are the programs that it starts; all can import its modules. Raises the error
+        of the import."""
         if self.error:
             raise self.error
+        for folder in self.path:
+            os.chdir(folder)
+            others = os.environ.get("PYTHONPATH")
+            os.environ["PYTHONPATH"] = f"{folder}{os.pathsep}{others}" if others else folder
         sys.path[:0] = self.path
         sys.modules.update(self.siblings)
         return self.cls

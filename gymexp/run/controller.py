@@ -34,7 +34,6 @@ from gymexp.cluster.slurm_job import Allocation
 from gymexp.config.schema import RunConfig
 from gymexp.errors import Interrupted, NodeLost, RunDirectoryError, ServiceError
 from gymexp.gym import install
-from gymexp.gym.host_client import GymHost
 from gymexp.processes import clock, ports
 from gymexp.processes.access_keys import Keys
 from gymexp.processes.failure_reason import reason
@@ -108,6 +107,7 @@ class Controller:
         self._ranks: list[Service] = []  # the trainer's processes
         self._timeline = Timeline(directory)
         self._system: SystemRecorder | None = None
+        self._gym_pythons: list[Path] = []  # the interpreters of the gym hosts
 
     async def run(self, gym_python: Path, site: Path) -> dict[str, Any]:
         gym = self._config.gym
@@ -150,10 +150,14 @@ class Controller:
                     self._config, self._placement, layout, urls, endpoints, first.address, self._checkpoint
                 ).write(self._directory.path)
                 self._directory.result.unlink(missing_ok=True)
-                host_log = self._directory.logs / "gym-host.log"
-                host = GymHost(gym_python, layout, sockets, host_log, keys.policy)
+                if gym.runtime == "managed":
+                    by_python = services.by_interpreter(layout, gym_python, site, sockets)
+                    self._gym_pythons = list(by_python)
+                    hosted = layout, by_python, keys, supervisor.heard
+                    for service in services.gym_servers(self._config, self._directory, *hosted):
+                        supervisor.add(service)
                 master = await first.reserve(exclusive=False)
-                self._start(supervisor, host, sockets, gateway_sock, nodes, endpoints, master, keys)
+                self._start(supervisor, sockets, gateway_sock, nodes, endpoints, master, keys)
                 result = await self._until_trained(supervisor)
                 self._ended, self._outcome = Ended.FINISHED, "finished"
                 return result
@@ -164,7 +168,7 @@ class Controller:
                 self._ended, self._outcome = Ended.STOPPED, str(error)
                 raise error from None
             except Exception as failure:
-                raise await self._end_of(failure, gym_python) from None
+                raise await self._end_of(failure) from None
             finally:
                 self._stopping = True
                 self._facts["phase"] = "stop"
@@ -184,9 +188,9 @@ class Controller:
                 for sock in (gateway_sock, *sockets.values()):
                     sock.close()
 
-    async def _end_of(self, failure: Exception, gym_python: Path) -> Exception:
+    async def _end_of(self, failure: Exception) -> Exception:
         """Returns the error that ends the run, and keeps it for status.json and result.json."""
-        error = self._deeper_cause(failure, gym_python)
+        error = self._deeper_cause(failure)
         # A trainer that SIGTERM killed received it before it had installed its handler, and saved nothing.
         unsaved = self._allocation or any(
             rank.exit_code == -signal.SIGTERM or rank.ended_for for rank in self._ranks
@@ -200,14 +204,14 @@ class Controller:
             self._directory.write_error(self._outcome)
         return error
 
-    def _deeper_cause(self, failure: Exception, gym_python: Path) -> Exception:
+    def _deeper_cause(self, failure: Exception) -> Exception:
         """Returns an error that names what the run lost (its directory, disk space, NeMo Gym's venv), if that
         is why it failed; else `failure`."""
         if isinstance(failure, Interrupted):
             return failure
         if wrong := self._directory.what_is_wrong():
             return RunDirectoryError(wrong)
-        if lost := install.lost(gym_python, cache_dir()):
+        if lost := next(filter(None, (install.lost(p, cache_dir()) for p in self._gym_pythons)), ""):
             advice = f"{lost}; make it anew and go on with: {self._directory.resume_command}"
             self._directory.write_result({"error": f"{failure}\n{advice}"})
             return ServiceError(f"{failure}\n{advice}")
@@ -230,7 +234,6 @@ class Controller:
     def _start(
         self,
         supervisor: Supervisor,
-        host: GymHost,
         sockets: dict[str, socket.socket],
         gateway_sock: socket.socket,
         nodes: Sequence[Node],
@@ -239,10 +242,6 @@ class Controller:
         keys: Keys,
     ) -> None:
         config, placement, directory = self._config, self._placement, self._directory
-        if config.gym.runtime == "managed":
-            on_alive = lambda: supervisor.heard("gym-host")  # noqa: E731
-            for service in services.gym_servers(config, directory, host, sockets, keys, on_alive):
-                supervisor.add(service)
         url = ports.url_of(gateway_sock)
         work = self._work
         engines = services.engines(config, placement, directory, nodes, endpoints, url, keys, work)

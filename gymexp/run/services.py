@@ -7,7 +7,7 @@ import dataclasses
 import os
 import socket
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from gymexp.cluster.node import Endpoint, Node
@@ -19,6 +19,7 @@ from gymexp.gym import attached
 from gymexp.gym.host_client import GymHost
 from gymexp.gym.install import missing_package
 from gymexp.gym.server_plan import Layout, plan
+from gymexp.gym.server_venvs import python_of
 from gymexp.policy.hub_snapshot import directory_of
 from gymexp.processes import ports
 from gymexp.processes.access_keys import ENGINE, POLICY, Keys
@@ -201,32 +202,50 @@ def _hf_command(directory: RunDirectory) -> _Command:
     return lambda endpoint: ([*command, str(endpoint.fd)], [endpoint.fd])
 
 
+def by_interpreter(
+    layout: Layout, gym_python: Path, site: Path, sockets: Mapping[str, socket.socket]
+) -> dict[Path, dict[str, socket.socket]]:
+    """Returns the servers' sockets by name, for each interpreter with what they need: NeMo Gym's first."""
+    found: dict[Path, dict[str, socket.socket]] = {gym_python: {}}
+    for name, sock in sockets.items():
+        folder = "/".join(layout.modules[name].split(".")[:2])
+        found.setdefault(python_of(folder, gym_python, site), {})[name] = sock
+    return found
+
+
 def gym_servers(
     config: RunConfig,
     directory: RunDirectory,
-    host: GymHost,
-    socks: Mapping[str, socket.socket],
+    layout: Layout,
+    sockets: Mapping[Path, Mapping[str, socket.socket]],
     keys: Keys,
-    on_alive: Callable[[], None],
+    heard: Callable[[str], None],
 ) -> list[Service]:
-    """Returns the services of the gym host and of the servers that it forks.
+    """Returns the services of the gym hosts, one for each interpreter, and of the servers that they fork.
 
-    socks: the servers' sockets by name. on_alive: called at each sign of life of the host.
+    sockets: of `by_interpreter`. heard: called at each sign of life of a host, with its name.
     """
 
-    def server(name: str, sock: socket.socket) -> Service:
-        log: Path = directory.logs / f"{name}.log"
-        url, restarts = ports.url_of(sock), config.gym.max_restarts
-        start = lambda: host.start_server(name, log)  # noqa: E731
-        return Service(name, start, log, url, max_restarts=restarts, key=keys.policy, explain=explain)
+    def host_and_servers(number: int, python: Path, socks: Mapping[str, socket.socket]) -> Iterator[Service]:
+        host_name = f"gym-host-{number}" if number > 1 else "gym-host"
+        host = GymHost(python, layout, socks, directory.logs / f"{host_name}.log", keys.policy)
 
-    def explain(log: Path) -> str:
-        return missing_package(last_exception(log.read_text(errors="replace")), host.python)
+        def explain(log: Path) -> str:
+            return missing_package(last_exception(log.read_text(errors="replace")), python)
 
-    silence_s = config.gym.health_timeout_s
-    start = lambda: host.start(on_alive)  # noqa: E731
-    gym_host = Service("gym-host", start, host.log, silence_s=silence_s, explain=explain)
-    return [gym_host, *(server(*item) for item in socks.items())]
+        def server(name: str, sock: socket.socket) -> Service:
+            log: Path = directory.logs / f"{name}.log"
+            url, restarts = ports.url_of(sock), config.gym.max_restarts
+            start = lambda: host.start_server(name, log)  # noqa: E731
+            return Service(name, start, log, url, max_restarts=restarts, key=keys.policy, explain=explain)
+
+        silence_s = config.gym.health_timeout_s
+        start = lambda: host.start(lambda: heard(host_name))  # noqa: E731
+        yield Service(host_name, start, host.log, silence_s=silence_s, explain=explain)
+        yield from (server(*item) for item in socks.items())
+
+    hosts = enumerate(sockets.items(), start=1)
+    return [service for number, item in hosts for service in host_and_servers(number, *item)]
 
 
 def gym_command(

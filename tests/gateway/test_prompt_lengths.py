@@ -53,8 +53,13 @@ def test_prompts_without_room_are_named_with_line_key_and_both_numbers_in_train_
     with pytest.raises(DataError) as caught:
         check(tasks, limit, tmp_path)
     said = str(caught.value).splitlines()
-    assert "2 tasks" in said[0] and "Raise model.max_model_len, or leave out" in said[0]
-    assert said[1:] == [
+    assert said[0] == "the prompts of 2 tasks cannot be answered:"
+    assert said[1] == (
+        f"env.sums: 2 of 3 tasks have a prompt without room for a reply. The longest has {length(longer)} "
+        f"tokens: raise model.max_model_len to {length(longer) + 1} and the tokens of the replies "
+        "(env.sums.max_output_tokens a turn), or leave out these rows:"
+    )
+    assert said[2:] == [
         f"mine.jsonl:2 (sums/train/000001): its prompt has {limit} tokens, model.max_model_len is {limit}",
         f"mine.jsonl:3 (sums/train/000002): its prompt has {length(longer)} tokens, "
         f"model.max_model_len is {limit}",
@@ -84,6 +89,8 @@ def test_what_the_gateway_refuses_is_refused_before_it_starts(tmp_path, request_
     with pytest.raises(DataError, match=r"mine\.jsonl:2 \(sums/train/000001\): ") as caught:
         check(prepared(tmp_path, asks("x"), request_), 1000, tmp_path)
     assert reason in str(caught.value)
+    has_image = isinstance(request_["messages"][0]["content"], list)
+    assert ("env.sums: 1 of 2 tasks have images" in str(caught.value)) == has_image
 
 
 def test_counts_are_kept_for_the_same_requests_and_tokenizer(tmp_path, monkeypatch):

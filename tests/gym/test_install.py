@@ -272,7 +272,11 @@ def test_what_an_environment_needs_is_added_when_it_is_first_selected(tmp_path, 
     (folder / "requirements.txt").write_text("-e nemo-gym[dev] @ ../../\n# puzzles\nreasoning-gym>=0.1\n\n")
     for _ in range(2):
         ensure(tmp_path / "cache", folders=[SUDOKU])
-    assert calls.read_text().splitlines()[2:] == [f"pip install --quiet --python {python} reasoning-gym>=0.1"]
+    tried, installed = calls.read_text().splitlines()[2:]
+    assert tried.startswith(f"pip install --dry-run --quiet --python {python} nemo-gym==0.4.0 ")
+    assert installed.startswith(f"pip install --quiet --python {python} nemo-gym==0.4.0 -r ")
+    [marker] = python.parent.parent.glob("needs-*")
+    assert marker.read_text() == "reasoning-gym>=0.1\n"
 
 
 def test_without_a_fitting_python_the_three_ways_out_are_named(tmp_path, monkeypatch):
