@@ -20,6 +20,7 @@ from gymexp.config.schema import EnvConfig, GymConfig
 from gymexp.config.suggestions import nearest
 from gymexp.errors import ConfigError
 from gymexp.files import replace_file
+from gymexp.gym import environment_server
 from gymexp.gym.install import Say, ensure_python, nemo_gym_version, run_script, site_packages
 from gymexp.record.places import OWN_SERVERS as KINDS
 from gymexp.record.places import cache_dir, own_servers
@@ -47,7 +48,10 @@ def ensure_environments(gym: GymConfig, envs: Mapping[str, EnvConfig], cache: Pa
         found: set[str] = set()
         for name, env in envs.items():
             if gym.runtime == "managed":
-                found |= set(folders_of(playable_servers(name, env, site, python), env.agent))
+                servers = playable_servers(name, env, site, python)
+                found |= set(folders_of(servers, env.agent))
+                if warning := environment_server.warning_of(servers, env.agent, site):
+                    say(f"warning: env.{name}: {warning}")
             elif locate(env.config_path, site):  # else it is in the user's own NeMo Gym
                 found |= set(folders_of(read_servers(name, env, site, python), env.agent))
         return found
@@ -117,9 +121,12 @@ def server_of(definition: Mapping[str, Any]) -> tuple[str, str, dict[str, Any]]:
 
 
 def servers_of_agent(servers: Servers, agent: str) -> list[str]:
-    """Returns the agent and every server that it leads to, in the file's order, without the policy's model
-    server, which gymexp defines, and without those that the file does not define."""
-    needed, open_ = {agent}, [agent]
+    """Returns the agent, the environment server that runs its episodes, and every server that these lead to,
+    in the file's order, without the policy's model server, which gymexp defines, and without those that the
+    file does not define."""
+    front = environment_server.front_of(servers, agent)
+    open_ = [agent, front] if front else [agent]
+    needed = set(open_)
     while open_:
         for name in references(server_of(servers[open_.pop()])[2]):
             if name != POLICY and name not in needed and name in servers:
@@ -139,6 +146,7 @@ def reasons_against(servers: Servers, agent: str, is_own: bool = False) -> Itera
 
     is_own: the file is the user's own, who may let the policy judge itself.
     """
+    yield from environment_server.reasons_against(servers, agent)
     for name in servers_of_agent(servers, agent):
         kind, _, values = server_of(servers[name])
         text = json.dumps(values)

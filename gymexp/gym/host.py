@@ -39,7 +39,7 @@ from contextvars import ContextVar
 from typing import Any
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # which PYTHONSAFEPATH leaves out, as in a job
-from server_code import Code  # pyright: ignore[reportMissingImports]
+from server_code import Code, add_newer  # pyright: ignore[reportMissingImports]
 
 del sys.path[0]
 
@@ -149,7 +149,7 @@ def is_of_this_user(scope: dict) -> bool:
     return False
 
 
-KINDS = {"resources_servers", "responses_api_agents", "responses_api_models"}
+KINDS = {"resources_servers", "responses_api_agents", "responses_api_models", "environment_servers"}
 # An agent calls these paths before the policy's first turn, so what a server refuses on them is the row.
 BEFORE_POLICY = ("/seed_session", "/reset")
 # The policy's responses so far in this rollout (a request to an agent's /run), as NeMo Gym's JSON.
@@ -223,7 +223,7 @@ def build_app(name: str, cls: Any):
         async def request(self, server_name: str, url_path: str, method: str, **kwargs: Any) -> Any:
             answer = await super().request(server_name, url_path, method, **kwargs)
             responses = RESPONSES.get()
-            if responses is not None and url_path == "/v1/responses" and answer.status == 200:
+            if responses is not None and url_path.endswith("/v1/responses") and answer.status == 200:
                 responses.append(await answer.read())
             return answer
 
@@ -243,7 +243,7 @@ def build_app(name: str, cls: Any):
     for server_name, entry in OmegaConf.to_container(global_config).items():  # pyright: ignore
         for kind in KINDS.intersection(entry) if isinstance(entry, dict) else ():
             for values in entry[kind].values():
-                names[values["port"]] = str(server_name)
+                names[values.get("port")] = str(server_name)  # NeMo Gym's own relays have none
                 if kind == "resources_servers":
                     resources_ports.add(values["port"])
 
@@ -270,6 +270,7 @@ def build_app(name: str, cls: Any):
             response.headers[FAILURE_HEADER] = value
         return response
 
+    add_newer(server, app)
     return app
 
 
