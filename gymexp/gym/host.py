@@ -156,6 +156,15 @@ BEFORE_POLICY = ("/seed_session", "/reset")
 RESPONSES: ContextVar[list[bytes] | None] = ContextVar("responses", default=None)
 
 
+def url_of(error: Any) -> Any:
+    """Returns the URL of the request that failed with an error of aiohttp's; None for any other error. NeMo
+    Gym 0.7 keeps only its text."""
+    from yarl import URL
+
+    request = getattr(error, "request_info", None)
+    return None if request is None else URL(str(request.url))
+
+
 def refusal(error: Any, responses: list[bytes], resources_ports: set[int]) -> bytes | None:
     """Returns the body of the agent's answer to /run if a resources server refused the policy's words as a
     bad request (400, or 422 for the response in its body); None for any other error. NeMo Gym alone would
@@ -164,11 +173,11 @@ def refusal(error: Any, responses: list[bytes], resources_ports: set[int]) -> by
     The body is {"refused": the server's answer, "responses": the policy's responses up to the refusal}.
     """
     text = getattr(error, "response_content", b"")
-    request = getattr(error, "request_info", None)
+    url = url_of(error)
     status = getattr(error, "status", None)
-    if not responses or request is None or status not in (400, 422):
+    if not responses or url is None or status not in (400, 422):
         return None
-    if request.url.port not in resources_ports or request.url.path in BEFORE_POLICY:
+    if url.port not in resources_ports or url.path in BEFORE_POLICY:
         return None
     if status == 422:
         try:
@@ -178,7 +187,7 @@ def refusal(error: Any, responses: list[bytes], resources_ports: set[int]) -> by
             return None
         if any(list(place) != ["body", "response"] for place in places):
             return None  # the server refused other fields, which come from the row
-    refused = f"{request.url} answered {status}: {text.decode(errors='replace')[:2000]}"
+    refused = f"{url} answered {status}: {text.decode(errors='replace')[:2000]}"
     return b'{"refused": %s, "responses": [%s]}' % (json.dumps(refused).encode(), b",".join(responses))
 
 
@@ -192,16 +201,16 @@ _MAX_REASON = 1000  # characters, of up to six bytes each in JSON; aiohttp takes
 def failure_origin(error: Exception, name: str, names: dict[int, str]) -> str:
     """Returns the value of FAILURE_HEADER for an exception that server `name` raised: {"server": the server
     that failed first, "said": why} in JSON. names: the names of all servers, by port."""
-    request = getattr(error, "request_info", None)
-    if request is None:
+    url = url_of(error)
+    if url is None:
         frames = traceback.extract_tb(error.__traceback__)
         place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
         return _header_value(name, f"{type(error).__name__}: {str(error)[:_MAX_REASON]}{place}")
     if value := (getattr(error, "headers", None) or {}).get(FAILURE_HEADER):
         return value  # the server that answered has passed on the first failure
     text = getattr(error, "response_content", b"").decode(errors="replace")
-    reason = f"{request.url.path} answered {getattr(error, 'status', '')}: {text[:_MAX_REASON]}"
-    return _header_value(names.get(request.url.port, str(request.url.origin())), reason)
+    reason = f"{url.path} answered {getattr(error, 'status', '')}: {text[:_MAX_REASON]}"
+    return _header_value(names.get(url.port, str(url.origin())), reason)
 
 
 def _header_value(server: str, reason: str) -> str:

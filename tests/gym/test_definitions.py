@@ -85,7 +85,8 @@ def test_a_benchmark_is_resolved_by_nemo_gym_itself_and_once(gym_python, tmp_pat
 
 @pytest.mark.gym
 def test_the_catalogue_has_nemo_gyms_environments(gym_python):
-    catalogue = load_catalogue(GymConfig(), cache_dir(), print)
+    gym = GymConfig(python=str(gym_python))
+    catalogue = load_catalogue(gym, cache_dir(), print)
     site = site_packages(gym_python)
     folders = [p.name for p in (site / "environments").iterdir() if (p / "config.yaml").exists()]
     assert set(folders) <= catalogue.keys() and len(catalogue) > 200
@@ -99,4 +100,4 @@ def test_the_catalogue_has_nemo_gyms_environments(gym_python):
         "agent": "blackjack_gymnasium_agent",
         "data": {"source": "nemo_gym"},
     }
-    assert kept_catalogue(GymConfig(), cache_dir()) == catalogue
+    assert kept_catalogue(gym, cache_dir()) == catalogue
