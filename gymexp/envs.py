@@ -3,6 +3,7 @@
 python -m gymexp.envs                      all of them, one a line
 python -m gymexp.envs --search tool        those with this text in their name, domain or description
 python -m gymexp.envs show blackjack       all that NeMo Gym's files say about one
+python -m gymexp.envs gym.version=0.7.0    those of another NeMo Gym, named as for a run; or gym.python=PATH
 
 --json prints the same as JSON. Your own are listed first, and go before NeMo Gym's of the same name: files of
 conf/env/, and environments in resources_servers/ and responses_api_agents/ of the working directory.
@@ -22,11 +23,13 @@ from gymexp.config.group_options import options
 from gymexp.config.schema import GymConfig, RunConfig
 from gymexp.errors import ConfigError
 from gymexp.gym.catalogue import Dataset, Entry, load_catalogue, options_of
+from gymexp.gym.install import find_made_venv, nemo_gym_version, site_packages
 from gymexp.printable import say, say_progress
 from gymexp.record.places import cache_dir
 
 _HEAD = ("name", "domain", "agent", "tools", "turns", "data", "licence", "judge", "network", "prompt")
 _WIDTHS = {"name": 60, "agent": 22, "data": 44, "licence": 24}
+_SETTINGS = ("gym.version", "gym.python")  # a run's keys that say which NeMo Gym
 _NOTE = (
     "turns: limit on a rollout's model turns. prompt: estimate of the tokens of the longest example row; a\n"
     "rollout must fit into model.max_model_len. network: its files call others or start other programs.\n"
@@ -114,6 +117,24 @@ def _cut(text: str, width: int) -> str:
     return text if len(text) <= width else f"{text[: width - 1]}…"
 
 
+def gym_of(settings: Sequence[str]) -> GymConfig:
+    """Returns the NeMo Gym that settings such as gym.version=0.7.0 name. Raises ConfigError for any other."""
+    values: dict[str, Any] = {}
+    for setting in settings:
+        key, _, value = setting.partition("=")
+        if key not in _SETTINGS or not value:
+            raise ConfigError(
+                f"a setting must be {' or '.join(f'{key}=…' for key in _SETTINGS)}, got {setting}"
+            )
+        values[key.removeprefix("gym.")] = value.strip("'\"")
+    return GymConfig(**values)
+
+
+def _version(gym: GymConfig) -> str:
+    python = find_made_venv(gym, cache_dir())
+    return nemo_gym_version(site_packages(python)) if python else gym.version
+
+
 def _one(catalogue: Mapping[str, Entry], name: str) -> Entry:
     if name in catalogue:
         return catalogue[name]
@@ -126,16 +147,18 @@ def _one(catalogue: Mapping[str, Entry], name: str) -> Entry:
 
 def main() -> None:
     parser = parser_of("envs", __doc__ or "")
-    parser.add_argument("command", nargs="?", choices=["show"], help="show one environment")
-    parser.add_argument("name", nargs="?", metavar="NAME", help="the environment to show")
+    parser.add_argument("words", nargs="*", metavar="show NAME", help="show one environment")
     parser.add_argument("--search", metavar="TEXT", help="list only those with this text")
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args()
-    if bool(args.command) != bool(args.name) or (args.command and args.search):
+    settings = [word for word in args.words if "=" in word]
+    words = [word for word in args.words if "=" not in word]
+    if words and (words[0] != "show" or len(words) != 2 or args.search):
         parser.error("say `show NAME`, or --search TEXT, or neither")
-    catalogue = load_catalogue(GymConfig(), cache_dir(), say_progress)
-    if args.command:
-        entry = _one(catalogue, args.name)
+    gym = gym_of(settings)
+    catalogue = load_catalogue(gym, cache_dir(), say_progress)
+    if words:
+        entry = _one(catalogue, words[1])
         say(json.dumps(dataclasses.asdict(entry), indent=1) if args.json else description(entry))
         return
     entries = [entry for entry in catalogue.values() if matches(entry, args.search or "")]
@@ -147,7 +170,7 @@ def main() -> None:
     say(f"own files: {', '.join(files) or 'none'}")
     say(f"in this directory: {', '.join(own) or 'none'}\n")
     of_gym = len(entries) - len(own)
-    say(f"{table(entries)}\n\n{of_gym} environments of NeMo Gym {GymConfig().version}\n{_NOTE}")
+    say(f"{table(entries)}\n\n{of_gym} environments of NeMo Gym {_version(gym)}\n{_NOTE}")
 
 
 if __name__ == "__main__":

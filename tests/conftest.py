@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from newer_gym import newer_cache
 from slurm_sweeps import Submitted
 from vllm_cpu import vllm_here
 from whole_run import Run
@@ -31,15 +32,22 @@ if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # as under nohup, which t
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--gym-version", help="the NeMo Gym of the tests that take one, instead of the default")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The long ones first, so that of two workers none waits for them in the end."""
     items.sort(key=lambda item: item.get_closest_marker("e2e") is None)
 
 
 @pytest.fixture(scope="session")
-def gym_python() -> Path:
+def gym_python(request: pytest.FixtureRequest) -> Path:
     """NeMo Gym's interpreter with what both environments need; made on first use, as a run makes it."""
-    return ensure_environments(GymConfig(), SERVERS, cache_dir(), print)
+    version = request.config.getoption("--gym-version")
+    cache = newer_cache(version, cache_dir()) if version else cache_dir()
+    gym = GymConfig(version=version) if version else GymConfig()
+    return ensure_environments(gym, SERVERS, cache, print)
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ import pytest
 from test_layers import ROOT
 
 from gymexp import envs
+from gymexp.config.schema import GymConfig
 from gymexp.errors import ConfigError
 from gymexp.gym.catalogue import Dataset, Entry
 
@@ -104,3 +105,19 @@ def test_the_page_of_tried_environments_is_what_its_command_writes(monkeypatch):
         line = next(line for line in page.splitlines() if line.startswith(f"| {name} |"))
         assert ("reason" in seen) or f"{seen['scored']} of {seen['rollouts']}" in line
     assert f"## Played: {sum('reason' not in seen for seen in tried.values())}" in page
+
+
+def test_another_nemo_gym_is_named_as_for_a_run(told, monkeypatch):
+    asked: list[GymConfig] = []
+
+    def load(gym: GymConfig, *_: object) -> dict[str, Entry]:
+        asked.append(gym)
+        return {"chess": CHESS}
+
+    monkeypatch.setattr(envs, "load_catalogue", load)
+    monkeypatch.setattr(envs, "find_made_venv", lambda gym, cache: None)
+    assert "1 environments of NeMo Gym 0.7.0" in told("gym.version=0.7.0")
+    told("show", "chess", "gym.python=/a b/python")
+    assert asked == [GymConfig(version="0.7.0"), GymConfig(python="/a b/python")]
+    with pytest.raises(ConfigError, match=r"must be gym\.version=… or gym\.python=…, got gym\.checkout=x"):
+        told("gym.checkout=x")

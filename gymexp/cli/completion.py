@@ -51,7 +51,7 @@ _gymexp_complete() {
         export) words="--to --checkpoint --adapter --push --public --inspect --eval --steps --env --limit" ;;
         doctor) words="--init --force" ;;
         envs)
-            words="show --search --json"
+            words="show --search --json gym.version= gym.python="
             if [[ "$rest" == "show "* ]]; then
                 words="$(COMP_LINE="gymexp.t env=" COMP_POINT=13 "$python" -m gymexp.train -sc query=bash)"
                 words="${words//env=/}"

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 import socket
 from collections.abc import Iterable
 from pathlib import Path
 
 from gymexp.doctor.finding import Finding, Subject, run_command
+from gymexp.gym.python_choice import kept_required_python
 from gymexp.record.places import cache_dir
 
 _VERSION = "import importlib.metadata as m, sys; print(m.version('nemo-gym'), *sys.version_info[:2])"
@@ -39,8 +39,9 @@ def look(subject: Subject) -> Iterable[Finding]:
     elif (venv / "complete").exists():
         yield _look_at(venv / "bin" / "python", f"delete {venv}: the next run makes it anew")
     else:
-        python = next((p for v in ("3.12", "3.13", "3.14") if (p := shutil.which(f"python{v}"))), None)
-        base = python or "a Python >= 3.12, which uv downloads if there is none"
+        required = kept_required_python(gym.version, cache_dir())
+        base = f"Python {required}" if required else "a Python that this version takes"
+        base += ", which uv downloads if there is none"
         fix = "make it while the network can be reached: python -m gymexp.prepare"
         yield Finding("warn", "nemo gym", f"{venv} is not made yet: the first run makes it, with {base}", fix)
 

@@ -25,6 +25,8 @@ NEUTRAL_FIELDS: dict[str, tuple[Any, ...]] = {
     "logit_bias": ({},),
     "response_format": ({"type": "text"},),
     "tool_choice": ("auto", "none"),
+    "moderation": (),
+    "stream_options": (),
 }
 
 
@@ -86,9 +88,8 @@ def check_neutral(body: dict[str, Any]) -> None:
     """Raises BadRequest if a field of NEUTRAL_FIELDS has a value that would change the sampling."""
     for name, allowed in NEUTRAL_FIELDS.items():
         if (value := body.get(name)) is not None and value not in allowed:
-            raise BadRequest(
-                f"{name} must be {' or '.join(map(repr, allowed))} for this gateway, got {value!r}"
-            )
+            rule = " or ".join(map(repr, allowed)) or "left out"
+            raise BadRequest(f"{name} must be {rule} for this gateway, got {value!r}")
 
 
 def sampling_params(body: dict[str, Any], prompt_length: int, max_model_len: int | None) -> dict[str, Any]:

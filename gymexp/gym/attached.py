@@ -23,6 +23,7 @@ from gymexp.config.schema import EnvConfig
 from gymexp.config.suggestions import nearest
 from gymexp.errors import ConfigError, ServiceError
 from gymexp.gym.definitions import POLICY
+from gymexp.gym.environment_server import KIND, front_of
 from gymexp.processes.access_keys import POLICY as POLICY_KEY
 from gymexp.processes.http_client import no_proxy, open_url
 from gymexp.record.services_file import Replica
@@ -67,9 +68,11 @@ def replicas_of(head: Mapping[str, Any], envs: Mapping[str, EnvConfig]) -> dict[
                 f"env.{name}.agent must be an agent of the running servers, got {env.agent!r}"
                 f"{nearest(env.agent, list(agents))}. They have: {', '.join(agents) or 'none'}"
             )
-        agent = agents[env.agent]
-        url = f"http://{agent['host']}:{agent['port']}"
-        replicas[name] = [Replica(env.agent, env.agent, url, ["gym"], [], agent.get("max_steps"))]
+        limit = agents[env.agent].get("max_steps")
+        front = front_of(head, env.agent)
+        [values] = head[front][KIND].values() if front else [agents[env.agent]]
+        url = f"http://{values['host']}:{values['port']}"
+        replicas[name] = [Replica(env.agent, env.agent, url, ["gym"], [], limit, bool(front))]
     return replicas
 
 

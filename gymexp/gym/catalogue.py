@@ -34,6 +34,7 @@ from gymexp.gym.definitions import (
     servers_of_agent,
 )
 from gymexp.gym.install import Say, ensure_python, find_made_venv, nemo_gym_version, site_packages
+from gymexp.record.places import OWN_SERVERS as KINDS
 from gymexp.record.places import own_servers
 
 _SUFFIX = {"resources_servers": "server", "benchmarks": "benchmark", "responses_api_agents": "agent"}
@@ -133,9 +134,14 @@ def options_of(entry: Entry) -> dict[str, Any]:
 
 
 def datasets_of(servers: Servers, agent: str) -> list[Dataset]:
-    """Returns the agent's data sets."""
-    [values] = servers[agent][_AGENTS].values()
-    return [_dataset(entry) for entry in values.get("datasets") or []]
+    """Returns the agent's data sets; those of its other servers, as some files of NeMo Gym 0.7 have it, if it
+    has none."""
+    for name in [agent, *servers_of_agent(servers, agent)]:
+        kind = next(kind for kind in KINDS if kind in servers[name])
+        [values] = servers[name][kind].values()
+        if entries := values.get("datasets"):
+            return [_dataset(entry) for entry in entries]
+    return []
 
 
 def _dataset(entry: dict[str, Any]) -> Dataset:

@@ -22,6 +22,7 @@ from gymexp.config.schema import EnvConfig, GymConfig, JudgeConfig
 from gymexp.config.suggestions import nearest
 from gymexp.errors import ConfigError, ServiceError
 from gymexp.files import replace_file
+from gymexp.gym import environment_server
 from gymexp.gym.install import Say, ensure_python, nemo_gym_version, run_script, site_packages
 from gymexp.gym.server_settings import OF_THE_JUDGE, with_judge, with_settings
 from gymexp.gym.server_venvs import UnmetNeeds
@@ -53,7 +54,10 @@ def ensure_environments(gym: GymConfig, envs: Mapping[str, EnvConfig], cache: Pa
         site = site_packages(python)
         for name, env in envs.items():
             if gym.runtime == "managed":
-                by_env[name] = set(folders_of(playable_servers(name, env, site, python), env.agent))
+                servers = playable_servers(name, env, site, python)
+                by_env[name] = set(folders_of(servers, env.agent))
+                if warning := environment_server.warning_of(servers, env.agent, site):
+                    say(f"warning: env.{name}: {warning}")
             elif locate(env.config_path, site):  # else it is in the user's own NeMo Gym
                 by_env[name] = set(folders_of(read_servers(name, env, site, python), env.agent))
         return {folder for of_env in by_env.values() for folder in of_env}
@@ -145,9 +149,12 @@ def server_of(definition: Mapping[str, Any]) -> tuple[str, str, dict[str, Any]]:
 
 
 def servers_of_agent(servers: Servers, agent: str) -> list[str]:
-    """Returns the agent and every server that it leads to, in the file's order, without the policy's model
-    server, which gymexp defines, and without those that the file does not define."""
-    needed, open_ = {agent}, [agent]
+    """Returns the agent, the environment server that runs its episodes, and every server that these lead to,
+    in the file's order, without the policy's model server, which gymexp defines, and without those that the
+    file does not define."""
+    front = environment_server.front_of(servers, agent)
+    open_ = [agent, front] if front else [agent]
+    needed = set(open_)
     while open_:
         for name in references(server_of(servers[open_.pop()])[2]):
             if name != POLICY and name not in needed and name in servers:
@@ -167,6 +174,7 @@ def reasons_against(servers: Servers, agent: str, name: str, is_own: bool = Fals
 
     name: of the environment. is_own: the file is the user's own, who may let the policy judge itself.
     """
+    yield from environment_server.reasons_against(servers, agent)
     reasons = list(_reasons(servers, agent, name, is_own))
     left = reasons
     if judged := with_judge(servers, servers_of_agent(servers, agent), JudgeConfig("http://judge", "judge")):
@@ -180,7 +188,11 @@ def needs_judge(servers: Servers, agent: str) -> bool:
     """Returns whether `env.<name>.judge` is all that an environment of NeMo Gym's lacks to be played."""
     judged = with_judge(servers, servers_of_agent(servers, agent), JudgeConfig("http://judge", "judge"))
     lacks = bool(list(_reasons(servers, agent, "", False)))
-    return lacks and judged is not None and not list(_reasons(judged, agent, "", False))
+    others = [
+        *environment_server.reasons_against(servers, agent),
+        *(_reasons(judged, agent, "", False) if judged else ()),
+    ]
+    return lacks and judged is not None and not others
 
 
 def _reasons(servers: Servers, agent: str, name: str, is_own: bool) -> Iterator[tuple[str, str]]:

@@ -41,7 +41,7 @@ from typing import Any
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # which PYTHONSAFEPATH leaves out, as in a job
 from judge_calls import FAILED, Judges  # pyright: ignore[reportMissingImports]
-from server_code import Code, check_asked  # pyright: ignore[reportMissingImports]
+from server_code import Code, add_newer, check_asked  # pyright: ignore[reportMissingImports]
 
 del sys.path[0]
 
@@ -151,11 +151,20 @@ def is_of_this_user(scope: dict) -> bool:
     return False
 
 
-KINDS = {"resources_servers", "responses_api_agents", "responses_api_models"}
+KINDS = {"resources_servers", "responses_api_agents", "responses_api_models", "environment_servers"}
 # An agent calls these paths before the policy's first turn, so what a server refuses on them is the row.
 BEFORE_POLICY = ("/seed_session", "/reset")
 # The policy's responses so far in this rollout (a request to an agent's /run), as NeMo Gym's JSON.
 RESPONSES: ContextVar[list[bytes] | None] = ContextVar("responses", default=None)
+
+
+def url_of(error: Any) -> Any:
+    """Returns the URL of the request that failed with an error of aiohttp's; None for any other error. NeMo
+    Gym 0.7 keeps only its text."""
+    from yarl import URL
+
+    request = getattr(error, "request_info", None)
+    return None if request is None else URL(str(request.url))
 
 
 def refusal(error: Any, responses: list[bytes], resources_ports: set[int]) -> bytes | None:
@@ -166,11 +175,11 @@ def refusal(error: Any, responses: list[bytes], resources_ports: set[int]) -> by
     The body is {"refused": the server's answer, "responses": the policy's responses up to the refusal}.
     """
     text = getattr(error, "response_content", b"")
-    request = getattr(error, "request_info", None)
+    url = url_of(error)
     status = getattr(error, "status", None)
-    if not responses or request is None or status not in (400, 422):
+    if not responses or url is None or status not in (400, 422):
         return None
-    if request.url.port not in resources_ports or request.url.path in BEFORE_POLICY:
+    if url.port not in resources_ports or url.path in BEFORE_POLICY:
         return None
     if status == 422:
         try:
@@ -180,7 +189,7 @@ def refusal(error: Any, responses: list[bytes], resources_ports: set[int]) -> by
             return None
         if any(list(place) != ["body", "response"] for place in places):
             return None  # the server refused other fields, which come from the row
-    refused = f"{request.url} answered {status}: {text.decode(errors='replace')[:2000]}"
+    refused = f"{url} answered {status}: {text.decode(errors='replace')[:2000]}"
     return b'{"refused": %s, "responses": [%s]}' % (json.dumps(refused).encode(), b",".join(responses))
 
 
@@ -194,16 +203,16 @@ _MAX_REASON = 1000  # characters, of up to six bytes each in JSON; aiohttp takes
 def failure_origin(error: Exception, name: str, names: dict[int, str]) -> str:
     """Returns the value of FAILURE_HEADER for an exception that server `name` raised: {"server": the server
     that failed first, "said": why} in JSON. names: the names of all servers, by port."""
-    request = getattr(error, "request_info", None)
-    if request is None:
+    url = url_of(error)
+    if url is None:
         frames = traceback.extract_tb(error.__traceback__)
         place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
         return _header_value(name, f"{type(error).__name__}: {str(error)[:_MAX_REASON]}{place}")
     if value := (getattr(error, "headers", None) or {}).get(FAILURE_HEADER):
         return value  # the server that answered has passed on the first failure
     text = getattr(error, "response_content", b"").decode(errors="replace")
-    reason = f"{request.url.path} answered {getattr(error, 'status', '')}: {text[:_MAX_REASON]}"
-    return _header_value(names.get(request.url.port, str(request.url.origin())), reason)
+    reason = f"{url.path} answered {getattr(error, 'status', '')}: {text[:_MAX_REASON]}"
+    return _header_value(names.get(url.port, str(url.origin())), reason)
 
 
 def _header_value(server: str, reason: str) -> str:
@@ -232,7 +241,7 @@ def build_app(name: str, cls: Any, asked: list[list[str]], judges: dict[str, flo
             if answer.status >= 400:
                 watched.note(server_name, answer.headers.get(FAILURE_HEADER), f"answered {answer.status}")
             responses = RESPONSES.get()
-            if responses is not None and url_path == "/v1/responses" and answer.status == 200:
+            if responses is not None and url_path.endswith("/v1/responses") and answer.status == 200:
                 responses.append(await answer.read())
             return answer
 
@@ -253,7 +262,7 @@ def build_app(name: str, cls: Any, asked: list[list[str]], judges: dict[str, flo
     for server_name, entry in OmegaConf.to_container(global_config).items():  # pyright: ignore
         for kind in KINDS.intersection(entry) if isinstance(entry, dict) else ():
             for values in entry[kind].values():
-                names[values["port"]] = str(server_name)
+                names[values.get("port")] = str(server_name)  # NeMo Gym's own relays have none
                 if kind == "resources_servers":
                     resources_ports.add(values["port"])
 
@@ -290,6 +299,7 @@ def build_app(name: str, cls: Any, asked: list[list[str]], judges: dict[str, flo
             response.headers[FAILURE_HEADER] = value
         return response
 
+    add_newer(server, app)
     return app
 
 

@@ -21,14 +21,13 @@ from filelock import FileLock, Timeout
 from gymexp.config.schema import GymConfig
 from gymexp.errors import ConfigError, GymexpError, ServiceError
 from gymexp.files import at, replace_file
+from gymexp.gym.python_choice import find_python
 from gymexp.gym.server_venvs import UnmetNeeds, add_needs, check_own_python, missing_needs, venvs_of
 from gymexp.gym.uv_calls import check, install, uv
 from gymexp.processes.failure_reason import last_exception
 from gymexp.processes.launcher_variables import without_launchers
 from gymexp.record.places import cache_dir, cache_refused
 
-_MINIMUM = (3, 12)
-_PREFERRED = ("3.12", "3.13", "3.14")  # 3.12 is what NeMo Gym 0.4 is developed on
 _LOCK_TIMEOUT_S = 1800
 _COMPLETE = "complete"  # a file in a finished venv that lists its packages
 Say = Callable[[str], None]
@@ -202,41 +201,12 @@ def nemo_gym_version(site: Path) -> str:
     return names[0].removesuffix(".dist-info").split("-")[1] if names else ""
 
 
-def find_python() -> str:
-    """Returns a Python >= 3.12 from PATH, from pyenv, or from uv, which may download it. Raises ConfigError
-    if there is none."""
-    for name in (f"python{v}" for v in _PREFERRED):
-        if (path := shutil.which(name)) and _version_of(path) >= _MINIMUM:
-            return path
-    pyenv = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv") / "versions"
-    for version in _PREFERRED:
-        for path in sorted(pyenv.glob(f"{version}.*/bin/python"), reverse=True):
-            if _version_of(str(path)) >= _MINIMUM:
-                return str(path)
-    result = uv("python", "find", "--no-project", ">=3.12")
-    if result.returncode and not (result := uv("python", "install", "3.12")).returncode:
-        result = uv("python", "find", "--no-project", "--managed-python", "3.12")
-    if result.returncode:
-        last = (result.stderr.strip().splitlines() or ["no output"])[-1]
-        raise ConfigError(
-            "NeMo Gym needs Python >= 3.12: none is on PATH or under pyenv, and uv could not fetch one "
-            f"({last}). Install Python 3.12, or set gym.python to an interpreter that has nemo-gym installed"
-        )
-    return result.stdout.strip()
-
-
 def _checked_python(python: str, key: str) -> Path:
     path = Path(python)
     if not path.exists():
         raise ConfigError(f"{key} must be an interpreter with nemo_gym, but {python} does not exist")
     site_packages(path)
     return path
-
-
-def _version_of(python: str) -> tuple[int, ...]:
-    code = "import sys; print(*sys.version_info[:2])"
-    process = subprocess.run([python, "-c", code], capture_output=True, text=True, check=False)
-    return tuple(int(part) for part in process.stdout.split()) if process.returncode == 0 else ()
 
 
 @contextlib.contextmanager
@@ -273,7 +243,7 @@ def _seal(venv: Path) -> None:
 def _make(venv: Path, version: str, damage: str, say: Say) -> None:
     """Makes the venv. If that fails, e.g. without a network, a damaged venv is put back: it may still
     work."""
-    base = find_python()
+    base = find_python(version, venv.parent)
     why = f": {damage}" if venv.exists() else ""
     say(f"making NeMo Gym {version}'s venv in {venv} (Python: {base}){why}")
     aside = venv.with_name(f"{venv.name}.aside")

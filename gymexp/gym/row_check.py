@@ -26,6 +26,9 @@ PROTOCOL = os.dup(1)  # NeMo Gym prints while it is imported: stdout becomes std
 os.dup2(2, 1)
 
 PARAMETERS = "responses_create_params"
+# Request fields of NeMo Gym 0.7 that neither its model server nor gymexp's gateway carries out.
+_NOT_CARRIED_OUT = ("context_management", "conversation", "moderation", "prompt_cache_key")
+_NOT_CARRIED_OUT += ("prompt_cache_retention", "safety_identifier", "stream_options")
 Path = tuple[Any, ...]  # keys and indices into a row
 Problem = tuple[str, str]
 _NAMES = {
@@ -235,6 +238,9 @@ class Judge:
         if errors:
             yield {"problems": problems_of(row, errors)}
             return
+        if problems := _left_over(row[PARAMETERS]):
+            yield {"problems": problems}
+            return
         try:
             request = self._request(row[PARAMETERS])
         except self._error as error:
@@ -284,6 +290,13 @@ class Judge:
         chat = self._server._converter.responses_to_chat_completion_create_params(checked)
         body = chat.model_dump(exclude_unset=True)
         return self._server._preprocess_chat_completion_create_params(None, body)
+
+
+def _left_over(parameters: dict[str, Any]) -> list[Problem]:
+    """Returns a problem for each field of the request that nobody would carry out."""
+    rule = "must be left out, as gymexp's gateway has nothing that carries it out, got"
+    given = [name for name in _NOT_CARRIED_OUT if parameters.get(name) is not None]
+    return [(f"{PARAMETERS}.{name}", f"{rule} {_shown(parameters[name])}") for name in given]
 
 
 def _null_in_chat(row: dict[str, Any], error: dict[str, Any]) -> Path | None:

@@ -55,6 +55,17 @@ class Code:
         return self.cls
 
 
+def add_newer(server: Any, app: Any) -> None:
+    """Adds to a server's application what NeMo Gym 0.4 does not know: the server's tools over MCP, if its
+    configuration says so, and the end of a request whose client has hung up."""
+    if getattr(server.config, "expose_tools_over_mcp", False):
+        from nemo_gym.mcp_auto_exposure import maybe_auto_expose  # pyright: ignore[reportMissingImports]
+
+        maybe_auto_expose(server, app)
+    if hasattr(server, "setup_cancellation_middleware"):
+        server.setup_cancellation_middleware(app)
+
+
 def server_class(module: Any) -> Any:
     """Returns the server's class in a module. Raises ImportError if there is none."""
     from nemo_gym.server_utils import SimpleServer  # pyright: ignore[reportMissingImports]

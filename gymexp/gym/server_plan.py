@@ -22,6 +22,7 @@ from gymexp.gym.definitions import (
     server_of,
     servers_of_agent,
 )
+from gymexp.gym.environment_server import front_of
 from gymexp.gym.server_settings import JUDGE, OF_THE_JUDGE, paths_of
 from gymexp.record.places import OWN_SERVERS as KINDS
 from gymexp.record.services_file import Replica
@@ -101,7 +102,9 @@ def plan(
             resources = [new for new in names.values() if KINDS[0] in layout.config[new]]
             _, _, agent = server_of(layout.config[names[env.agent]])
             limit = agent.get("max_steps")
-            replica = Replica(names[env.agent], env.agent, urls[env.agent], services, resources, limit)
+            front = front_of(defined, env.agent)
+            url = urls[front or env.agent]
+            replica = Replica(names[env.agent], env.agent, url, services, resources, limit, bool(front))
             layout.replicas[env_name].append(replica)
     return layout
 

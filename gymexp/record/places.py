@@ -8,7 +8,7 @@ from pathlib import Path
 from gymexp.files import in_words
 
 # Folders that may contain servers of the user's own; the names are NeMo Gym's.
-OWN_SERVERS = ("resources_servers", "responses_api_agents", "responses_api_models")
+OWN_SERVERS = ("resources_servers", "responses_api_agents", "responses_api_models", "environment_servers")
 
 
 def cache_dir() -> Path:

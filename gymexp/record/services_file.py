@@ -14,7 +14,7 @@ _FILE = "services.json"
 
 @dataclass(frozen=True)
 class Replica:
-    """One instance of an environment: its agent's address, and the services that its rollouts use."""
+    """One instance of an environment: the address that plays its rows, and the services that do so."""
 
     name: str
     agent: str  # the agent's name in NeMo Gym's YAML file, which a row names in agent_ref
@@ -22,6 +22,8 @@ class Replica:
     services: list[str]
     resources: list[str]  # the resources servers among `services`
     max_steps: int | None = None  # the agent's limit of model turns
+    # whether `url` is that of an environment server of NeMo Gym 0.7, which takes typed episodes
+    takes_episodes: bool = False
 
 
 @dataclass(frozen=True)

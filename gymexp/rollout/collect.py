@@ -283,6 +283,7 @@ class Collector:
                     self._vocab_size,
                     replica.max_steps,
                     env.refused_reward,
+                    replica.takes_episodes,
                 )
                 flight = asyncio.create_task(playing)
                 seat.flights.add(flight)
@@ -303,7 +304,7 @@ class Collector:
                     progress.done += 1
                     progress.tokens += sum(len(turn.completion_ids) for turn in outcome.rollout.turns)
                     return _completed(outcome, replica, failures, began_at), attempt.play
-                is_final = failures and failures[-1].cause == "prompt_too_long"  # a retry would fail too
+                is_final = failures and failures[-1].is_final
                 if is_final or len(failures) > self._rollout.max_retries:
                     progress.done += 1
                     progress.failed += 1

@@ -19,6 +19,7 @@ import orjson
 from gymexp.errors import TokenMismatch
 from gymexp.printable import printable
 from gymexp.processes.access_keys import POLICY, header_of
+from gymexp.rollout.episode import failure_in, result_of, typed_request
 from gymexp.rollout.outcome import Cause, Completed, Played, Rollout, Task, Truncated, Turn
 from gymexp.rollout.tokens import verify_turns
 
@@ -52,14 +53,15 @@ class Sampling(Distribution):
 
 class RolloutFailure(Exception):
     """One attempt at a rollout failed. cause: as in `outcome.Failed`. server: the name of the server that
-    failed; "" if it is unknown.
+    failed; "" if it is unknown. is_final: another attempt would fail too.
     """
 
-    def __init__(self, cause: Cause, detail: str, server: str = "") -> None:
+    def __init__(self, cause: Cause, detail: str, server: str = "", is_final: bool = False) -> None:
         super().__init__(detail)
         self.cause: Cause = cause
         self.detail = detail
         self.server = server
+        self.is_final = is_final or cause == "prompt_too_long"
 
 
 async def play(
@@ -71,19 +73,21 @@ async def play(
     vocab_size: int | None,
     max_steps: int | None,
     refused_reward: float,
+    takes_episodes: bool = False,
 ) -> Played:
     """Plays one attempt at `task` with the agent at `url`, and returns its outcome. Raises RolloutFailure.
 
     vocab_size: of the policy, whose answers must have token ids below it; None for a policy whose answers are
     text alone, which training never plays with. max_steps: the agent's limit of turns; None if it has none.
-    refused_reward: the reward if the environment refuses the policy's reply.
+    refused_reward: the reward if the environment refuses the policy's reply. takes_episodes: `url` is that of
+    an environment server.
     """
     began, began_at = time.monotonic(), time.time()
     try:
         async with asyncio.timeout(timeout_s):
             headers = {"Content-Type": "application/json"} | header_of(POLICY)
             async with http.post(
-                f"{url}/run", data=request_body(task, sampling), headers=headers
+                f"{url}/run", data=request_body(task, sampling, takes_episodes), headers=headers
             ) as response:
                 body = await response.read()
     except TimeoutError:
@@ -100,6 +104,11 @@ async def play(
         raise RolloutFailure(cause, f"{prefix}{url}/run answered {response.status}: {text}")
     try:
         reply = refused or _parse(body)
+        if failure := failure_in(reply):
+            cause = _cause_in(failure.detail.encode())
+            cause = failure.cause if cause == "environment" else cause
+            raise RolloutFailure(cause, f"agent {task.agent}: {failure.detail}", "", failure.terminal)
+        reply = result_of(reply)
         played = read_reply(task, reply, vocab_size, time.monotonic() - began, max_steps)
         rollout = replace(played.rollout, began=round(began_at, 3), seed=sampling.seed)
         return replace(played, rollout=rollout)
@@ -152,8 +161,9 @@ def _cause_in(body: bytes) -> Cause:
     return "engine" if b"engine_error" in body else "environment"
 
 
-def request_body(task: Task, sampling: Sampling) -> bytes:
-    """Returns the body of `/run`: the task's row with sampling parameters in NeMo Gym's fields for them.
+def request_body(task: Task, sampling: Sampling, takes_episodes: bool = False) -> bytes:
+    """Returns the body of `/run`: the task's row with sampling parameters in NeMo Gym's fields for them; in a
+    typed episode if an environment server takes one.
 
     NeMo Gym sends `extra_body` to the policy with every turn. It gives the gateway the values for which
     OpenAI's responses have no field, such as the rollout's seed and the name of this attempt.
@@ -169,7 +179,7 @@ def request_body(task: Task, sampling: Sampling) -> bytes:
             extra[name] = value
     params["metadata"] = (params.get("metadata") or {}) | {"extra_body": orjson.dumps(extra).decode()}
     row["responses_create_params"] = params
-    return orjson.dumps(row)
+    return orjson.dumps(typed_request(task, row, sampling.play) if takes_episodes else row)
 
 
 def read_reply(
@@ -284,7 +294,7 @@ def _ran_out_of_turns(
 # and each advantage 0. The squares of 1e16 can be added up over 1e6 rollouts.
 MAX_REWARD = 1e16
 MAX_VERDICT_BYTES = 1 << 16
-_EPISODE_FIELDS = frozenset(("response", "responses_create_params", "reward", "refused"))
+_EPISODE_FIELDS = frozenset(("response", "responses_create_params", "reward", "refused", "mask_sample"))
 _TOKEN_FIELDS = frozenset(("prompt_token_ids", "generation_token_ids", "generation_log_probs"))
 
 

@@ -20,7 +20,7 @@ import json, sys
 from nemo_gym.reward_profile import RewardProfiler
 rows, results = ([json.loads(line) for line in open(path)] for path in sys.argv[1:])
 profiler = RewardProfiler()
-tasks, agents = profiler.profile_from_data(rows, results, allow_partial_rollouts=True)
+tasks, agents, *_ = profiler.profile_from_data(rows, results, allow_partial_rollouts=True)
 [agent] = profiler.prepare_for_serialization(agents)
 summary = profiler.profile_completion_summary(rows, results)
 print(json.dumps([agent["agent_ref"]["name"], agent["mean/reward"], len(tasks), summary]))

@@ -319,20 +319,22 @@ def test_the_gateway_answers_a_rewritten_history_with_a_400_that_nemo_gym_does_n
 
 
 AGENTS_TURN = """
-import asyncio, json, sys
-from types import SimpleNamespace
+import json, sys
+from nemo_gym.config_types import BaseServerConfig
 from nemo_gym.openai_utils import NeMoGymChatCompletion, NeMoGymResponseCreateParamsNonStreaming
-from nemo_gym.responses_converter import VLLMConverter
-from responses_api_models.vllm_model.app import VLLMModel
+from nemo_gym.server_utils import ServerClient
+from omegaconf import OmegaConf
+from responses_api_models.vllm_model.app import VLLMModel, VLLMModelConfig
 
-config = SimpleNamespace(
-    replace_developer_role_with_system=False, model="policy", chat_template_kwargs=None, extra_body=None,
-    return_token_id_information=True, uses_reasoning_parser=True, uses_interleaved_reasoning=True,
-    audio_root=None,
+address = {"host": "127.0.0.1", "port": 0}
+values = {"name": "policy_model", "entrypoint": "app.py", "base_url": "http://x/v1", "api_key": "none"}
+values |= {"model": "policy", "return_token_id_information": True, "uses_reasoning_parser": True}
+client = ServerClient(
+    head_server_config=BaseServerConfig.model_validate(address), global_config_dict=OmegaConf.create()
 )
-converter = VLLMConverter(return_token_id_information=True, uses_reasoning_parser=True)
-server = SimpleNamespace(config=config, _converter=converter)
-prepare = VLLMModel._preprocess_chat_completion_create_params
+server = VLLMModel(config=VLLMModelConfig.model_validate(values | address), server_client=client)
+converter = server._converter
+prepare = server._preprocess_chat_completion_create_params
 for completion in json.load(sys.stdin):
     message = completion["choices"][0]["message"]
     if reasoning := message.pop("reasoning_content", None):  # as its chat_completions does
@@ -345,7 +347,7 @@ for completion in json.load(sys.stdin):
     items += [] if calls else [{"role": "user", "content": "More."}]
     params = NeMoGymResponseCreateParamsNonStreaming(input=items)
     again = converter.responses_to_chat_completion_create_params(params)
-    print("RESULT" + json.dumps(prepare(server, None, again.model_dump(exclude_unset=True))))
+    print("RESULT" + json.dumps(prepare(None, again.model_dump(exclude_unset=True))))
 """
 
 

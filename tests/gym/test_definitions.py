@@ -123,7 +123,8 @@ def test_a_benchmark_is_resolved_by_nemo_gym_itself_and_once(gym_python, tmp_pat
 
 @pytest.mark.gym
 def test_the_catalogue_has_nemo_gyms_environments(gym_python):
-    catalogue = load_catalogue(GymConfig(), cache_dir(), print)
+    gym = GymConfig(python=str(gym_python))
+    catalogue = load_catalogue(gym, cache_dir(), print)
     site = site_packages(gym_python)
     folders = [p.name for p in (site / "environments").iterdir() if (p / "config.yaml").exists()]
     assert set(folders) <= catalogue.keys() and len(catalogue) > 200
@@ -139,7 +140,7 @@ def test_the_catalogue_has_nemo_gyms_environments(gym_python):
         "agent": "blackjack_gymnasium_agent",
         "data": {"source": "nemo_gym"},
     }
-    assert kept_catalogue(GymConfig(), cache_dir()) == catalogue
+    assert kept_catalogue(gym, cache_dir()) == catalogue
 
 
 OWN = """
@@ -165,8 +166,8 @@ def test_environments_of_the_working_directory_come_before_nemo_gyms(gym_python,
         path.write_text(text)
     (tmp_path / "resources_servers" / "mine" / "data").mkdir()
     (tmp_path / "resources_servers" / "mine" / "data" / "example.jsonl").write_text("not JSON\n")
-    said = []
-    catalogue = load_catalogue(GymConfig(), cache_dir(), said.append)
+    said, gym = [], GymConfig(python=str(gym_python))
+    catalogue = load_catalogue(gym, cache_dir(), said.append)
     assert [name for name, entry in catalogue.items() if entry.is_own] == ["mcqa", "mine"]
     mine = catalogue["mine"]
     assert (mine.agent, mine.config_path) == ("mine_agent", "resources_servers/mine/configs/mine.yaml")
@@ -174,6 +175,6 @@ def test_environments_of_the_working_directory_come_before_nemo_gyms(gym_python,
     assert catalogue["mcqa"].domain == "games" and not catalogue["blackjack"].is_own
     [warning] = [text for text in said if "warning" in text]
     assert "broken.yaml defines no environment, as NeMo Gym refuses it" in warning
-    assert kept_catalogue(GymConfig(), cache_dir()) == catalogue
+    assert kept_catalogue(gym, cache_dir()) == catalogue
     monkeypatch.chdir("/")
-    assert not any(entry.is_own for entry in load_catalogue(GymConfig(), cache_dir(), print).values())
+    assert not any(entry.is_own for entry in load_catalogue(gym, cache_dir(), print).values())

