@@ -80,6 +80,13 @@ BY_OTHER_TESTS = {
     "python -m gymexp.train experiment=quickstart trainer=dr_grpo seed=1": (
         "tests/whole_run.py::experiment=quickstart"
     ),
+    "python -m gymexp.train 'env=[sudoku,workplace]' "
+    "'dataset.schedule={0:{sudoku:1,workplace:0},100:{sudoku:1,workplace:1}}'": (
+        "tests/test_curriculum_runs.py::dataset.schedule={0:{sudoku:1,workplace:0},4:"
+    ),
+    "python -m gymexp.train 'env=[sudoku,workplace]' dataset.sampling=difficulty": (
+        "tests/test_curriculum_runs.py::dataset.sampling=difficulty"
+    ),
     "python -m gymexp.train 'env=[workplace]' env.workplace.data.source=generate": (
         "tests/whole_run.py::experiment=quickstart"
     ),

@@ -38,7 +38,9 @@ _WITHOUT_EFFECT = {
     r"engine\.urls$": "is of training: say endpoint.url=…/v1 for a server that runs already",
     r"rollout\.(truncated|drift_every|max_drift)$": _TRAINING,
     r"evaluation\.(every_steps|before|after)$": "is of a run: this command is the evaluation",
-    r"dataset\.order$": "is of training: the tasks are played in the order of their keys",
+    r"dataset\.(order|schedule|sampling)(\.|$)": (
+        "is of training: the tasks are played in the order of their keys"
+    ),
 }
 # Keys that the run decides whose tasks are played.
 _OF_THE_RUN = (
@@ -190,6 +192,8 @@ def of_run(run: RunConfig, cfg: DictConfig, overrides: Sequence[str], data_of_ru
     """
     base = OmegaConf.create(dataclasses.asdict(run))
     OmegaConf.update(base, "launcher", cfg.launcher, merge=False)  # the run may have been another kind of job
+    # The run's schedule may name environments that the evaluation leaves out.
+    OmegaConf.update(base, "dataset.schedule", {}, merge=False)
     for key in keys_of(overrides):
         if key in ("run", "checkpoint", "checkpoints", "split", "output_dir", "name"):
             continue

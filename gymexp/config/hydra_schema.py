@@ -36,9 +36,10 @@ def register() -> None:
 
     Keys that belong to other programs are open and need no `+` on the command line: TRL's arguments
     (`gymexp.training.arguments` checks them), flags of `vllm serve`, variables of the chat template, options
-    of a generator, keys of NeMo Gym's servers, and the keys that a search varies.
+    of a generator, keys of NeMo Gym's servers, the keys that a search varies, and the steps of a schedule.
     """
     node = OmegaConf.structured(_OpenRun)
-    for open_ in (node.trainer, node.engine.args, node.model.chat_template_kwargs, node.search.params):
+    open_keys = (node.trainer, node.engine.args, node.model.chat_template_kwargs, node.search.params)
+    for open_ in (*open_keys, node.dataset.schedule):
         OmegaConf.set_struct(open_, False)
     ConfigStore.instance().store(name="schema", node=node)

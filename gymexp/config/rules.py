@@ -11,6 +11,7 @@ from typing import Any
 from gymexp.config.env_rules import problems_of_environment
 from gymexp.config.group_options import options
 from gymexp.config.grpo_arguments import value_of
+from gymexp.config.mix_rules import problems_of_mix
 from gymexp.config.redaction import secrets_at
 from gymexp.config.schema import (
     DataConfig,
@@ -93,6 +94,7 @@ def problems_of(config: RunConfig) -> Iterator[str]:
             config.env
         )
     yield from _one_of("dataset.order", config.dataset.order, ("interleave", "shuffle"))
+    yield from problems_of_mix(config)
     yield from _at_least("dataset.train_size", config.dataset.train_size, 1)
     yield from _at_least("dataset.validation_size", config.dataset.validation_size, 1)
     yield from _engine_problems(config.engine)

@@ -114,7 +114,8 @@ class EnvConfig:
 
 @dataclass
 class DatasetConfig:
-    """How the selected environments' tasks become one training set. Each epoch plays it in another order."""
+    """How the selected environments' tasks become one training set. Each epoch plays it in another order.
+    With `schedule`, or with `sampling=difficulty`, each environment has epochs of its own."""
 
     # tasks in an epoch; None: as many as the weights allow without repeating a task
     train_size: int | None = None
@@ -122,6 +123,12 @@ class DatasetConfig:
     # interleave: every batch contains the environments in proportion to their weights; or shuffle
     order: str = "interleave"
     seed: int = 0  # seed of the order of the tasks, in every epoch
+    # weights of the environments by steps done, e.g. {0: {sudoku: 1, workplace: 0}, 100: {sudoku: 1,
+    # workplace: 1}}: linear between two steps, as at the last one after it; {}: env.<name>.weight
+    schedule: dict[Any, Any] = field(default_factory=dict)
+    # uniform: every task once an epoch; difficulty: a task whose group had equal rewards, as it is always or
+    # never solved, rests, each time for twice as many epochs, and comes back
+    sampling: str = "uniform"
 
 
 @dataclass

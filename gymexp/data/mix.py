@@ -133,6 +133,15 @@ def _interleaved(counts: Mapping[str, int]) -> Iterator[str]:
         yield env
 
 
+def pool(tasks_by_env: Mapping[str, Sequence[Task]], envs: Sequence[str]) -> list[Task]:
+    """Returns each task of `envs` once, one environment after the other: the tasks that a curriculum draws
+    from. Raises DataError if one of these environments has no tasks."""
+    for env in envs:
+        if not tasks_by_env[env]:
+            raise DataError(f"env.{env} has a weight but no training tasks: give it some, or weight 0")
+    return [task for env in envs for task in tasks_by_env[env]]
+
+
 def describe(
     mixed: Sequence[Task],
     tasks_by_env: Mapping[str, Sequence[Task]],

@@ -12,10 +12,12 @@ import orjson
 
 from gymexp.config.schema import EnvConfig, RunConfig
 from gymexp.data.cache import Say
-from gymexp.data.mix import describe, keys_sha256, mix
+from gymexp.data.curriculum import draws_tasks
+from gymexp.data.mix import describe, keys_sha256, mix, pool
 from gymexp.data.request_check import Split, first_requests
 from gymexp.data.rows import read_rows, server_of
 from gymexp.data.sources import fetch
+from gymexp.data.weights import Weights
 from gymexp.errors import DataError
 from gymexp.files import replace_file, replacing
 from gymexp.rollout.outcome import Task
@@ -23,9 +25,9 @@ from gymexp.rollout.outcome import Task
 
 @dataclass(frozen=True)
 class Prepared:
-    """The tasks of a run. `train` is in training order; `summary` is the content of `mix.json`. `requests` is
-    the file of `first_requests`; None if the tasks come from a run directory, as they were checked when the
-    run began."""
+    """The tasks of a run. `train` is in training order, or has each task once if a curriculum draws them;
+    `summary` is the content of `mix.json`. `requests` is the file of `first_requests`; None if the tasks come
+    from a run directory, as they were checked when the run began."""
 
     train: list[Task]
     validation: dict[str, list[Task]]
@@ -57,8 +59,15 @@ def prepare(config: RunConfig, gym_python: Path, cache: Path, say: Say) -> Prepa
     available = {name: _tasks(splits[name, "train"]) for name in config.env}
     validation_tasks = {name: _tasks(splits[name, "validation"]) for name in config.env}
     dataset = config.dataset
-    mixed = mix(available, weights, dataset.train_size, dataset.order, dataset.seed)
+    if draws_tasks(dataset):
+        schedule = Weights.of(config)
+        mixed = pool(available, schedule.ever())
+        weights = {name: float(weight) for name, weight in schedule.at(0).items()}
+    else:
+        mixed = mix(available, weights, dataset.train_size, dataset.order, dataset.seed)
     summary = describe(mixed, available, weights, dataset.order, dataset.seed)
+    if draws_tasks(dataset):
+        summary |= {"schedule": dataset.schedule, "sampling": dataset.sampling}
     for name, env_summary in summary["envs"].items():
         env_summary |= {"validation_tasks": len(validation_tasks[name])} | sources[name]
         if env_summary["repeats"]:

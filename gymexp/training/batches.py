@@ -82,6 +82,14 @@ class TaskSampler(Sampler[int]):
         return self._epoch(epoch)[index]
 
 
+class PlaceSampler(TaskSampler):
+    """Yields places of a batch (0, 1, …) instead of tasks, for a run whose tasks are drawn as it plays them
+    (`gymexp.training.drawn_tasks`)."""
+
+    def _at(self, position: int) -> int:
+        return (position - self._schedule.offset) % self._schedule.batch_tasks
+
+
 class Epochs(TrainerCallback):
     """Counts epochs by tasks played, because transformers sees one epoch only. Requests a log entry and a
     checkpoint at the end of each epoch if `logging_strategy` and `save_strategy` are "epoch"."""

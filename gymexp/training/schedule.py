@@ -11,7 +11,9 @@ from typing import Any
 
 from gymexp.config.grpo_arguments import value_of
 from gymexp.config.schema import RunConfig
+from gymexp.data.curriculum import count_tasks, draws_tasks
 from gymexp.data.mix import share_out
+from gymexp.data.weights import Weights
 from gymexp.errors import ConfigError
 from gymexp.rollout.outcome import Task
 
@@ -126,6 +128,8 @@ def _max_tasks(config: RunConfig) -> int:
     if config.dataset.train_size is not None:
         return config.dataset.train_size
     available = {name: env.data.train_size or _NO_LIMIT for name, env in config.env.items()}
+    if draws_tasks(config.dataset):
+        return sum(available[name] for name in Weights.of(config).ever())
     counts = share_out(available, {name: env.weight for name, env in config.env.items()}, None)
     return sum(counts.values())
 
@@ -134,7 +138,8 @@ def plan(config: RunConfig, num_ranks: int, mixed: Sequence[Task]) -> dict[str, 
     """Returns the entry `training` of `data/mix.json`, which describes the training before it starts.
 
     Its `tasks` is the number of tasks played in total, with repetitions; its `played` the number of different
-    tasks played, by environment. mixed: the first epoch's tasks, in order. Raises ConfigError if the run
+    tasks played, by environment. If a curriculum draws the tasks, `drawn` has the tasks by environment with
+    repetitions. mixed: the first epoch's tasks, in order. Raises ConfigError if the run
     would train nothing.
     """
     schedule = check(config, num_ranks, len(mixed))
@@ -142,7 +147,13 @@ def plan(config: RunConfig, num_ranks: int, mixed: Sequence[Task]) -> dict[str, 
     epochs = value_of(config.trainer, "num_train_epochs")
     steps = max_steps if max_steps >= 0 else schedule.num_steps(epochs)
     tasks = schedule.num_batches(steps) * schedule.batch_tasks
-    played = Counter({task.key: task.env for task in mixed[:tasks]}.values())
+    drawn = _drawn(config, schedule, steps) if draws_tasks(config.dataset) else None
+    if drawn is None:
+        played = Counter({task.key: task.env for task in mixed[:tasks]}.values())
+    else:
+        available = Counter(task.env for task in mixed)
+        # A task comes again only once each of its environment has come.
+        played = {env: min(count, available[env]) for env, count in drawn.items()}
     return {
         "processes": num_ranks,
         "tasks_per_batch": schedule.batch_tasks,
@@ -150,7 +161,15 @@ def plan(config: RunConfig, num_ranks: int, mixed: Sequence[Task]) -> dict[str, 
         "tasks": tasks,
         "epochs": tasks / schedule.num_tasks,
         "played": {env: played[env] for env in config.env},
-    }
+    } | ({} if drawn is None else {"drawn": drawn})
+
+
+def _drawn(config: RunConfig, schedule: Schedule, steps: int) -> dict[str, int]:
+    """Returns how many tasks of each environment a curriculum draws in `steps` steps, with repetitions."""
+    before = [math.floor(n * schedule.steps_per_batch) for n in range(schedule.num_batches(steps))]
+    weights = Weights.of(config)
+    counts = count_tasks(weights, weights.ever(), before, schedule.batch_tasks)
+    return {env: counts[env] for env in config.env}
 
 
 def describe(training_plan: Mapping[str, Any], num_tasks: int) -> str:

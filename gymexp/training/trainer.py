@@ -26,7 +26,7 @@ from gymexp.policy.hub_snapshot import directory_of
 from gymexp.policy.model import end_token_ids, save_policy
 from gymexp.record.directory import RunDirectory
 from gymexp.rollout.outcome import Outcome
-from gymexp.training import batches, checkpoints, drift, padding
+from gymexp.training import batches, checkpoints, drawn_tasks, drift, padding
 from gymexp.training.engine_client import ServerSampling
 from gymexp.training.ranks import know_cpu_ranks, on_main_rank
 from gymexp.training.rollout_func import Rollouts
@@ -74,13 +74,15 @@ class PolicyTrainer(GRPOTrainer):
         self._directory = directory
         self._checks = drift.Checks(config)
         self._tasks = prepared.train  # in the first epoch's order
+        self._schedule = batches.build_schedule(args, len(prepared.train))
+        self._batch_tasks = drawn_tasks.build(config, prepared.train, self._schedule.batch_tasks)
         self._tokenizer = tokenizer
         self.stopped = False  # whether training ended before its last step, on request or pruned
         super().__init__(
             model=model,
             reward_funcs=reward,
             args=self.grpo,
-            train_dataset=Dataset.from_dict({"prompt": [task.key for task in prepared.train]}),
+            train_dataset=Dataset.from_dict({"prompt": self._batch_tasks.prompts}),
             processing_class=tokenizer,
             rollout_func=self._play,  # pyright: ignore[reportArgumentType]
             peft_config=lora.build_peft_config(config.model.lora, model) if config.model.lora.r else None,
@@ -89,7 +91,6 @@ class PolicyTrainer(GRPOTrainer):
         self.eos_token_ids = end_token_ids(tokenizer, directory_of(config.model))
         if self.is_fsdp_enabled:
             self.model.register_forward_pre_hook(gather_head)  # pyright: ignore[reportOptionalMemberAccess]
-        self._schedule = batches.build_schedule(args, len(prepared.train))
         self.add_callback(StepSpans(self.spans))
         self.add_callback(batches.Epochs(lambda: self._schedule))
         self.remove_callback(PrinterCallback)  # The live view shows the numbers, and metrics.jsonl has them.
@@ -198,7 +199,9 @@ class PolicyTrainer(GRPOTrainer):
     def _play(self, prompts: list[str], trainer: Any) -> dict[str, list[Any]]:
         """TRL's `rollout_func`."""
         with self.spans.phase("rollout", self.state.global_step + 1):
-            return self._rollouts(prompts, self)
+            batch = self._rollouts(prompts, self)
+        self._batch_tasks.learn(batch["reward"], self)
+        return batch
 
     def train_from(self, checkpoint: Path | None) -> None:
         """Trains to the end, from a checkpoint or, if that is None, from the start."""
@@ -207,6 +210,7 @@ class PolicyTrainer(GRPOTrainer):
         if checkpoint:
             self._schedule = self._schedule.resumed_at(first_step, batches.read_epoch(checkpoint))
             batches.resume_generation(self, checkpoint, first_step)
+            self._batch_tasks.load(checkpoint)
         if self.args.max_steps < 0:
             self.args.max_steps = self._schedule.num_steps(self.args.num_train_epochs)
         self._step_began = time.monotonic()
@@ -217,7 +221,7 @@ class PolicyTrainer(GRPOTrainer):
             self.spans.end_all()
 
     def _get_train_sampler(self, dataset: Any = None) -> batches.TaskSampler:
-        return batches.TaskSampler(self._tasks, self._config.dataset, self._schedule, self.grpo)
+        return self._batch_tasks.sampler(self._tasks, self._config.dataset, self._schedule, self.grpo)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # transformers checks for the last step only after it has trained one. A run that is resumed from the
@@ -284,6 +288,7 @@ class PolicyTrainer(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: Any) -> Any:
         began, sync_before = time.monotonic(), self._seconds["sync"]
+        inputs = self._batch_tasks.fill(inputs, self)
         with self.spans.phase("logprobs", self.state.global_step + 1):
             output = super()._generate_and_score_completions(inputs)
             self._log_effective_sample(output)
@@ -344,6 +349,7 @@ class PolicyTrainer(GRPOTrainer):
         with self.spans.phase("checkpoint", step):
             with checkpoints.writing(target) if self.accelerator.is_main_process else nullcontext():
                 super()._save_checkpoint(model, trial)
+                self._batch_tasks.save(target, self)
                 if step % self._schedule.steps_per_batch:
                     batches.save_generation(target, self.args.process_index, self._buffered_inputs)
                 self.accelerator.wait_for_everyone()  # Every rank must have written its part before the seal.
