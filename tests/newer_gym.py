@@ -13,7 +13,8 @@ import pytest
 from filelock import FileLock
 
 from gymexp.errors import ConfigError
-from gymexp.gym.python_choice import find_python, required_python, run_uv
+from gymexp.gym.python_choice import find_python, required_python
+from gymexp.gym.uv_calls import uv
 
 OLDER = "3.13"  # the tests' way out
 
@@ -33,7 +34,7 @@ def newer_cache(version: str, cache: Path) -> Path:
         except ConfigError:
             pass
     required = required_python(version, cache)
-    found = run_uv("python", "find", "--no-project", "--system", OLDER).stdout.strip()
+    found = uv("python", "find", "--no-project", "--system", OLDER).stdout.strip()
     found = found or next(map(str, Path.home().glob(f".pyenv/versions/{OLDER}.*/bin/python")), "")
     if not found:
         pytest.skip(f"nemo-gym {version} needs Python {required}, and these tests a Python {OLDER} at least")
@@ -55,5 +56,5 @@ def _python(venv: Path) -> Path:
 
 
 def _uv(*arguments: str | Path) -> None:
-    done: subprocess.CompletedProcess[str] = run_uv(*arguments)
+    done: subprocess.CompletedProcess[str] = uv(*arguments)
     assert done.returncode == 0, done.stderr

@@ -15,7 +15,8 @@ GUIDE = (ROOT / "docs" / "guides" / "environment.md").read_text()
 FILE = re.compile(r"^`([\w./]+)`:\n\n```\w+\n(.*?)^```", re.MULTILINE | re.DOTALL)
 COMMANDS = re.compile(r"^```\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LESS = {
-    "gymexp.train": f"{ONE_STEP} env.between.max_output_tokens=24",
+    # Two groups, so that both environments are in the batch.
+    "gymexp.train": f"{ONE_STEP} trainer.per_device_train_batch_size=8 env.between.max_output_tokens=24",
     "gymexp.evaluate": "evaluation.num_tasks=4",
 }
 
