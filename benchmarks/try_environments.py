@@ -228,7 +228,8 @@ def page(tried: dict[str, Any], catalogue: dict[str, Entry]) -> str:
 
 
 _LACKS = {
-    "a judge": r"judge",
+    "a judge": r"judge|genrm_model",
+    "another model": r"refers to the server",
     "images": r"images",
     "a container": r"docker|apptainer|singularity",
     "a GPU": r"CUDA|GPU|vllm",
