@@ -174,3 +174,21 @@ def test_the_lines_of_a_requirements_txt_are_passed_on_as_they_are(tmp_path):
     [needs] = needs_of(["resources_servers/x"], tmp_path)
     assert needs.lines == ("--extra-index-url https://one.example/simple", "beads[x]>1")
     assert needs.elsewhere == []
+
+
+def test_a_dependency_comes_from_the_repository_that_the_pyproject_names(tmp_path):
+    """A registry may have another package of that name, as of NeMo Gym's code_fim (human-eval-infilling)."""
+    folder = tmp_path / "resources_servers" / "x"
+    folder.mkdir(parents=True)
+    (folder / "pyproject.toml").write_text("""
+[project]
+dependencies = ["nemo-gym[dev]", "big-beads>=1", "yarn", "thread"]
+[tool.uv.sources]
+nemo-gym = { path = "../.." }
+big_beads = { git = "https://one.example/beads.git", tag = "v1" }
+yarn = { url = "https://one.example/yarn.whl" }
+""")
+    [needs] = needs_of(["resources_servers/x"], tmp_path)
+    repository, file = "git+https://one.example/beads.git@v1", "https://one.example/yarn.whl"
+    assert needs.lines == (f"big-beads @ {repository}", f"yarn @ {file}", "thread")
+    assert needs.elsewhere == [repository, file]
