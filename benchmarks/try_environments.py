@@ -1,14 +1,14 @@
 """Plays environments of NeMo Gym on their own example rows, and writes docs/environments.md.
 
     python benchmarks/try_environments.py blackjack xlam_fc …       these
-    python benchmarks/try_environments.py --all                     all that gymexp does not refuse
+    python benchmarks/try_environments.py --all                     all that were not tried yet
     python benchmarks/try_environments.py                           only writes the page again
 
 They are played by evaluations of the tiny policy on a CPU, by `python -m gymexp.evaluate`: NeMo Gym's
 agent and servers, gymexp's gateway, and exact tokens, which the collector checks. The tiny policy solves none
 of them, so the rewards say only that the graders answer. What ends without results is on the page with its
-reason. `benchmarks/results/environments_tried.json` keeps what was seen; a name that is tried again replaces
-its line.
+reason. gymexp/gym/tried_<version>.json keeps what was seen, after each evaluation; `python -m gymexp.envs`
+shows it. A name that is tried again replaces its line.
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ from gymexp.config.schema import GymConfig
 from gymexp.files import replace_file
 from gymexp.gym.catalogue import Entry, load_catalogue
 from gymexp.gym.install import find_made_venv, site_packages
+from gymexp.gym.tried import load_tried, tried_file
 from gymexp.record.places import cache_dir
 from gymexp.rollout.rollout_files import read_index
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "gymexp" / "gym" / f"tried_{GymConfig().version}.json"
+RESULTS = tried_file(GymConfig().version)
 PAGE = ROOT / "docs" / "environments.md"
 _MAX_ROWS = 5
 _SETTINGS = [
@@ -44,11 +45,12 @@ _SETTINGS = [
 _TITLE = """\
 # Environments of NeMo Gym that were played
 
-`python benchmarks/try_environments.py NAME…` makes this page. It plays the example rows of environments with
-the tiny policy on a CPU; a benchmark without rows plays those of its resources server. The tokens of every
-turn were checked. The policy solves nothing, so the rewards show that the graders answer, not what a model
-achieves.
-`python -m gymexp.envs` lists all environments, and
+`python benchmarks/try_environments.py NAME…` makes this page, and `--all` tries all that were not tried yet.
+It plays the first five example rows of environments with the tiny policy on a CPU; a benchmark without rows
+plays those of its resources server. The tokens of every turn were checked. The policy solves nothing, so the
+rewards show that the graders answer, not what a model achieves. What needs a network was tried on a machine
+that reaches package registries alone.
+`python -m gymexp.envs` lists all environments with these figures, and
 [the guide](guides/data.md#any-environment-of-nemo-gyms) says how to train in them.
 """
 
@@ -62,7 +64,7 @@ def main() -> None:
     python = find_made_venv(gym, cache_dir())
     assert python is not None, "load_catalogue has made it"
     site = site_packages(python)
-    tried: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    tried = load_tried(gym.version)
     names = [name for name in catalogue if name not in tried] if args.all else args.names
     for start in range(0, len(names), args.together):
         for name, seen in try_some([catalogue[n] for n in names[start : start + args.together]], site, args):
@@ -206,8 +208,9 @@ def figures(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def page(tried: dict[str, Any], catalogue: dict[str, Entry]) -> str:
     """Returns docs/environments.md."""
+    refused = {entry.name: {"reason": reason} for entry in catalogue.values() if (reason := refusal(entry))}
     played = {name: seen for name, seen in sorted(tried.items()) if "reason" not in seen}
-    others = {name: seen for name, seen in sorted(tried.items()) if "reason" in seen}
+    others = {name: seen for name, seen in sorted((refused | tried).items()) if "reason" in seen}
     lines = [_TITLE, f"## Played: {len(played)}\n"]
     lines += [
         "| environment | agent | tools | rollouts | turns | tokens | rewards |",
@@ -219,9 +222,26 @@ def page(tried: dict[str, Any], catalogue: dict[str, Entry]) -> str:
         low, high = seen["rewards"]
         counts = f"{seen['scored']} of {seen['rollouts']} | {seen['turns']} | {seen['tokens']}"
         lines.append(f"| {name} | {harness} | {tools} | {counts} | {low:g} to {high:g} |")
-    lines += [f"\n## Not played: {len(others)}\n", "| environment | reason |", "|---|---|"]
-    lines += [f"| {name} | {_cell(seen['reason'])} |" for name, seen in others.items()]
+    lines += [f"\n## Not played: {len(others)}\n", "| environment | it lacks | reason |", "|---|---|---|"]
+    lines += [f"| {name} | {lacks(s['reason'])} | {_cell(s['reason'])} |" for name, s in others.items()]
     return "\n".join(lines) + "\n"
+
+
+_LACKS = {
+    "a judge": r"judge|genrm_model",
+    "another model": r"refers to the server",
+    "images": r"images",
+    "a container": r"docker|apptainer|singularity",
+    "a GPU": r"CUDA|GPU|vllm",
+    "a network": r"over the network|URLError|Name or service|resolve|clone|Connect|download|--python', '3",
+    "rows": r"no example rows",
+    "a value": r"value \?\?\?|needs a value",
+}
+
+
+def lacks(reason: str) -> str:
+    """Returns in a word what an environment would need to be played; "-" if the reason does not say."""
+    return next((what for what, words in _LACKS.items() if re.search(words, reason)), "-")
 
 
 def _cell(text: str) -> str:

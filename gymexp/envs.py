@@ -24,15 +24,30 @@ from gymexp.config.schema import GymConfig, RunConfig
 from gymexp.errors import ConfigError
 from gymexp.gym.catalogue import Dataset, Entry, load_catalogue, options_of
 from gymexp.gym.install import find_made_venv, nemo_gym_version, site_packages
+from gymexp.gym.tried import describe, load_tried
 from gymexp.printable import say, say_progress
 from gymexp.record.places import cache_dir
 
-_HEAD = ("name", "domain", "agent", "tools", "turns", "data", "licence", "judge", "network", "prompt")
+_HEAD = (
+    "name",
+    "domain",
+    "agent",
+    "tools",
+    "turns",
+    "data",
+    "licence",
+    "judge",
+    "network",
+    "prompt",
+    "tried",
+)
 _WIDTHS = {"name": 60, "agent": 22, "data": 44, "licence": 24}
 _SETTINGS = ("gym.version", "gym.python")  # a run's keys that say which NeMo Gym
 _NOTE = (
     "turns: limit on a rollout's model turns. prompt: estimate of the tokens of the longest example row; a\n"
     "rollout must fit into model.max_model_len. network: its files call others or start other programs.\n"
+    "tried: rollouts with a reward of those that the tiny policy\n"
+    "played here, or no if none had one.\n"
     "!: gymexp cannot play it; python -m gymexp.envs show NAME says why."
 )
 
@@ -43,8 +58,8 @@ def matches(entry: Entry, text: str) -> bool:
     return text.lower() in " ".join(said).lower()
 
 
-def row(entry: Entry) -> tuple[str, ...]:
-    """Returns an entry's line of the table."""
+def row(entry: Entry, seen: Mapping[str, Any] | None = None) -> tuple[str, ...]:
+    """Returns an entry's line of the table. seen: of `load_tried`."""
     data = [_where(d) for d in entry.datasets if d.repo_id or d.gitlab or d.prepare_script or entry.is_own]
     licences = [dataset.license for dataset in entry.datasets if dataset.license]
     return (
@@ -58,12 +73,13 @@ def row(entry: Entry) -> tuple[str, ...]:
         "yes" if entry.judge else "-",
         "yes" if entry.network else "-",
         (f"{entry.prompt_tokens}" if entry.prompt_tokens else "-") + (" images" if entry.images else ""),
+        "-" if seen is None else "no" if "reason" in seen else f"{seen['scored']} of {seen['rollouts']}",
     )
 
 
-def table(entries: Sequence[Entry]) -> str:
+def table(entries: Sequence[Entry], tried: Mapping[str, Any]) -> str:
     """Returns the entries as an aligned table."""
-    lines = [_HEAD, *map(row, entries)]
+    lines = [_HEAD, *(row(entry, tried.get(entry.name)) for entry in entries)]
     cells = [[_cut(cell, _WIDTHS.get(_HEAD[i], 40)) for i, cell in enumerate(line)] for line in lines]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join(
@@ -72,8 +88,8 @@ def table(entries: Sequence[Entry]) -> str:
     )
 
 
-def description(entry: Entry) -> str:
-    """Returns all that is known of an entry, one thing a line."""
+def description(entry: Entry, seen: Mapping[str, Any] | None = None) -> str:
+    """Returns all that is known of an entry, one thing a line. seen: of `load_tried`."""
     facts: dict[str, Any] = {
         "domain": entry.domain,
         "agent": f"{entry.agent} ({entry.harness})",
@@ -88,6 +104,7 @@ def description(entry: Entry) -> str:
         "examples": f"{entry.num_examples} rows in {entry.examples}" if entry.examples else "none",
         "prompt": f"about {entry.prompt_tokens} tokens in the longest example row" if entry.examples else "",
         "images": "in its rows" if entry.images else "",
+        "tried here": describe(seen),
     }
     lines = [entry.name, *textwrap.wrap(entry.description, 100), ""]
     lines += [f"  {key:<10} {value}" for key, value in facts.items() if value]
@@ -98,6 +115,10 @@ def description(entry: Entry) -> str:
     if not entry.reasons:
         lines += ["", f"  python -m gymexp.train 'env=[{entry.name}]'"]
     return "\n".join(lines)
+
+
+def _as_json(entry: Entry, tried: Mapping[str, Any]) -> dict[str, Any]:
+    return dataclasses.asdict(entry) | {"tried": tried.get(entry.name)}
 
 
 def _turns(entry: Entry) -> str:
@@ -157,20 +178,22 @@ def main() -> None:
         parser.error("say `show NAME`, or --search TEXT, or neither")
     gym = gym_of(settings)
     catalogue = load_catalogue(gym, cache_dir(), say_progress)
+    tried = load_tried(_version(gym))
     if words:
         entry = _one(catalogue, words[1])
-        say(json.dumps(dataclasses.asdict(entry), indent=1) if args.json else description(entry))
+        seen = tried.get(entry.name)
+        say(json.dumps(_as_json(entry, tried), indent=1) if args.json else description(entry, seen))
         return
     entries = [entry for entry in catalogue.values() if matches(entry, args.search or "")]
     if args.json:
-        say(json.dumps([dataclasses.asdict(entry) for entry in entries], indent=1))
+        say(json.dumps([_as_json(entry, tried) for entry in entries], indent=1))
         return
     files = [name for name in options("env") if (args.search or "") in name]
     own = [entry.name for entry in entries if entry.is_own]
     say(f"own files: {', '.join(files) or 'none'}")
     say(f"in this directory: {', '.join(own) or 'none'}\n")
     of_gym = len(entries) - len(own)
-    say(f"{table(entries)}\n\n{of_gym} environments of NeMo Gym {_version(gym)}\n{_NOTE}")
+    say(f"{table(entries, tried)}\n\n{of_gym} environments of NeMo Gym {_version(gym)}\n{_NOTE}")
 
 
 if __name__ == "__main__":

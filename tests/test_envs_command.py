@@ -46,10 +46,14 @@ ESSAY = Entry(
 )
 
 
+SEEN = {"rollouts": 5, "scored": 4, "turns": 3, "tokens": 80, "rewards": [0.0, 1.0], "failed": "a timeout"}
+
+
 @pytest.fixture
 def told(monkeypatch, capsys):
     """What the command prints with these words."""
     monkeypatch.setattr(envs, "load_catalogue", lambda *_: {"chess": CHESS, "essay": ESSAY})
+    monkeypatch.setattr(envs, "load_tried", lambda _: {"chess": SEEN})
 
     def run(*words: str) -> str:
         monkeypatch.setattr(sys, "argv", ["envs", *words])
@@ -65,8 +69,13 @@ def test_the_table_is_aligned_and_says_what_each_needs(told):
     titles, chess, essay = lines[head : head + 3]
     for title, cell in {"domain": "games", "tools": "1", "turns": "10", "data": "lab/chess"}.items():
         assert chess[titles.index(title) :].startswith(cell)
-    assert chess[titles.index("licence") :].startswith("MIT") and chess.endswith("700")
-    assert essay.startswith("essay !")
+    assert chess[titles.index("licence") :].startswith("MIT") and chess.split()[-4:] == [
+        "700",
+        "4",
+        "of",
+        "5",
+    ]
+    assert essay.startswith("essay !") and essay.endswith("-")
     assert [essay[titles.index(title) :][:3] for title in ("judge", "network")] == ["yes", "yes"]
     assert "sudoku, workplace" in lines[0] and "2 environments" in "\n".join(lines)
 
@@ -80,7 +89,10 @@ def test_one_is_shown_with_its_data_its_licence_and_the_command_or_the_reason(to
     shown = told("show", "chess")
     assert "lab/chess, licence: MIT" in shown and "python -m gymexp.train 'env=[chess]'" in shown
     assert "cannot be played: essay refers to the server judge" in told("show", "essay")
-    assert json.loads(told("show", "chess", "--json"))["tools"] == ["move"]
+    assert "4 of 5 rollouts of the tiny policy had a reward, 0 to 1, with 3 turns at most" in shown
+    assert "others: a timeout" in shown and "tried here no" in told("show", "essay")
+    as_json = json.loads(told("show", "chess", "--json"))
+    assert (as_json["tools"], as_json["tried"]) == (["move"], SEEN)
 
 
 def test_an_unknown_name_is_answered_with_the_nearest(told):

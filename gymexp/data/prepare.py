@@ -103,7 +103,9 @@ def load_prepared(run_data_dir: Path) -> Prepared:
 
 
 def _split(name: str, split: str, env: EnvConfig, path: Path, sha256: str, limit: int | None) -> Split:
-    rows = read_rows(path, name, env.agent, server=server_of(env.config_path), limit=limit)
+    own = env.data.source == "nemo_gym"
+    server = server_of(env.config_path)
+    rows = read_rows(path, name, env.agent, server=server, limit=limit, of_nemo_gym=own)
     return Split(name, split, path, sha256, rows)
 
 

@@ -55,13 +55,20 @@ def load_rows(
 
 
 def read_rows(
-    path: Path, env_name: str, agent: str, *, server: str = "", limit: int | None = None
+    path: Path,
+    env_name: str,
+    agent: str,
+    *,
+    server: str = "",
+    limit: int | None = None,
+    of_nemo_gym: bool = False,
 ) -> list[tuple[int, dict[str, Any]]]:
     """Returns the first `limit` rows of a JSONL file, each with its line number and an agent_ref.
 
     agent: the environment's agent, which must play all its rows. server: the folder of the resources server
-    whose required fields are checked. Blank lines are skipped. Raises DataError with all problems of the file
-    (20 of them in full), one `path:line: field: reason` each.
+    whose required fields are checked. of_nemo_gym: the rows are NeMo Gym's own, which may name the agent of
+    another environment of the same server. Blank lines are skipped. Raises DataError with all problems of the
+    file (20 of them in full), one `path:line: field: reason` each.
     """
     rows: list[tuple[int, dict[str, Any]]] = []
     problems: list[str] = []
@@ -84,7 +91,7 @@ def read_rows(
             if not isinstance(row, dict):
                 problems.append(f"{at}: a row must be a JSON object, got {shown(row)}")
                 continue
-            if row.get("agent_ref") is None:
+            if of_nemo_gym or row.get("agent_ref") is None:
                 row["agent_ref"] = {"type": _AGENTS, "name": agent}
             rows.append((number, row))
             problems.extend(f"{at}: {field}: {why}" for field, why in _problems(row, env_name, agent, server))

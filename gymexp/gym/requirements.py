@@ -9,6 +9,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
 from gymexp.errors import ConfigError
 from gymexp.record.places import own_servers
 
@@ -68,10 +71,23 @@ def _of_requirements_txt(text: str) -> Iterator[str]:
 
 
 def _of_pyproject_toml(text: str) -> Iterator[str]:
-    """Yields the dependencies. As NeMo Gym does outside of its own repository, without `tool.uv.sources`."""
-    for line in tomllib.loads(text).get("project", {}).get("dependencies", ()):
-        if not _NEMO_GYM.match(line):
-            yield str(line)
+    """Yields the dependencies, from the repositories that `tool.uv.sources` names, as a registry may have
+    other packages of these names."""
+    project = tomllib.loads(text)
+    sources = project.get("tool", {}).get("uv", {}).get("sources", {})
+    by_name = {canonicalize_name(name): source for name, source in sources.items()}
+    for line in map(str, project.get("project", {}).get("dependencies", ())):
+        if _NEMO_GYM.match(line):
+            continue
+        name = Requirement(line).name
+        source = by_name.get(canonicalize_name(name), {})
+        if "git" in source:
+            commit = next((f"@{source[key]}" for key in ("rev", "tag", "branch") if key in source), "")
+            folder = f"#subdirectory={source['subdirectory']}" if "subdirectory" in source else ""
+            line = f"{name} @ git+{source['git']}{commit}{folder}"
+        elif "url" in source:
+            line = f"{name} @ {source['url']}"
+        yield line
 
 
 _READERS = {"requirements.txt": _of_requirements_txt, "pyproject.toml": _of_pyproject_toml}

@@ -46,9 +46,9 @@ def add_needs(
             is_new = not (venv / "bin" / "python").exists()
             if not is_new and not _fits(venv, nemo_gym, needs):
                 continue
-            if is_new:
-                make(venv)
             try:
+                if is_new:
+                    make(venv)
                 _add(venv, nemo_gym, needs, say)
             except ServiceError as error:
                 if is_new and venv != base:

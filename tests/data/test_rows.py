@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from gymexp.data.rows import load_rows, server_of
+from gymexp.data.rows import load_rows, read_rows, server_of
 from gymexp.errors import DataError
 
 PUZZLE = {"question": "2 + 2?", "answer": "4", "metadata": {"source_dataset": "basic_arithmetic"}}
@@ -40,6 +40,14 @@ def problems(tmp_path, lines, **options) -> list[str]:
 
 def test_a_row_without_an_agent_gets_the_environments(tmp_path):
     assert read(tmp_path, [row()])[0]["agent_ref"] == {"type": "responses_api_agents", "name": "sudoku_agent"}
+
+
+def test_a_row_that_nemo_gym_ships_may_name_the_agent_of_another_environment_of_its_server(tmp_path):
+    shipped = row(agent_ref={"type": "responses_api_agents", "name": "another_agent"})
+    path = tmp_path / "example.jsonl"
+    path.write_text(json.dumps(shipped))
+    [(_, read)] = read_rows(path, "sudoku", "sudoku_agent", of_nemo_gym=True)
+    assert read["agent_ref"] == {"type": "responses_api_agents", "name": "sudoku_agent"}
 
 
 @pytest.mark.parametrize("reference", [None, {"name": "sudoku_agent"}])

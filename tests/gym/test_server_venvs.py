@@ -7,6 +7,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,7 +17,9 @@ from gymexp.gym import install
 from gymexp.gym.definitions import ensure_environments
 from gymexp.gym.install import ensure_python, site_packages
 from gymexp.gym.requirements import needs_of
+from gymexp.gym.server_plan import Layout
 from gymexp.gym.server_venvs import python_of
+from gymexp.run.services import by_interpreter
 
 NEEDS = {
     "old": "-e nemo-gym[dev] @ ../../\n# a comment\nbeads==1.0\n",
@@ -94,6 +97,13 @@ def test_servers_whose_requirements_conflict_have_a_venv_each_and_others_share_t
         "old": "1.0",
     }
     assert version(found["old"], "nemo_gym") == "0.4.0", "each venv has NeMo Gym"
+    layout = Layout(modules={f"x-{name}": f"resources_servers.{name}.app" for name in ("old", "new", "bare")})
+    sockets: dict[str, Any] = {name: name for name in layout.modules}
+    site = site_packages(found["new"])
+    assert by_interpreter(layout, found["new"], site, sockets) == {
+        found["new"]: {"x-new": "x-new", "x-bare": "x-bare"},
+        found["old"]: {"x-old": "x-old"},
+    }, "a host for each"
     count = len(said)
     assert ensure(cache, "old", "new", "any", say=said.append) == found
     assert len(said) == count, "nothing is installed twice"
@@ -164,3 +174,21 @@ def test_the_lines_of_a_requirements_txt_are_passed_on_as_they_are(tmp_path):
     [needs] = needs_of(["resources_servers/x"], tmp_path)
     assert needs.lines == ("--extra-index-url https://one.example/simple", "beads[x]>1")
     assert needs.elsewhere == []
+
+
+def test_a_dependency_comes_from_the_repository_that_the_pyproject_names(tmp_path):
+    """A registry may have another package of that name, as of NeMo Gym's code_fim (human-eval-infilling)."""
+    folder = tmp_path / "resources_servers" / "x"
+    folder.mkdir(parents=True)
+    (folder / "pyproject.toml").write_text("""
+[project]
+dependencies = ["nemo-gym[dev]", "big-beads>=1", "yarn", "thread"]
+[tool.uv.sources]
+nemo-gym = { path = "../.." }
+big_beads = { git = "https://one.example/beads.git", tag = "v1" }
+yarn = { url = "https://one.example/yarn.whl" }
+""")
+    [needs] = needs_of(["resources_servers/x"], tmp_path)
+    repository, file = "git+https://one.example/beads.git@v1", "https://one.example/yarn.whl"
+    assert needs.lines == (f"big-beads @ {repository}", f"yarn @ {file}", "thread")
+    assert needs.elsewhere == [repository, file]
