@@ -90,8 +90,12 @@ def run(folder: Path, gym_python: Path) -> Iterator[SimpleNamespace]:
     yield SimpleNamespace(directory=directory, keys=keys, said=said)
 
 
+def played(run: SimpleNamespace) -> list[dict]:
+    return [line["rollout"] for line in rollouts_of(run.directory, "step-000001")]
+
+
 def test_the_judge_decides_the_rewards_by_the_keys_that_the_user_set(run):
-    rollouts = [r for r in rollouts_of(run.directory, "step-000001") if r["task"]["env"] == JUDGED]
+    rollouts = [r for r in played(run) if r["task"]["env"] == JUDGED]
     assert rollouts and {r["reward"] for r in rollouts} == {0.75}
     assert len(run.keys) >= len(rollouts) and set(run.keys) == {f"Bearer {KEY}"}
     for rollout in rollouts:
@@ -117,7 +121,7 @@ def test_two_variants_of_one_server_play_side_by_side_under_their_own_names(run)
         assert {f"{name}-reasoning_gym", f"{name}-reasoning_gym_simple_agent"} <= logs
     sources = {
         r["task"]["env"]: r["task"]["row"]["metadata"]["source_dataset"]
-        for r in rollouts_of(run.directory, "step-000001")
+        for r in played(run)
         if r["task"]["env"] != JUDGED
     }
     assert sources == {"countdown": "countdown", "letters": "letter_counting"}
