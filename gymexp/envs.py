@@ -46,9 +46,9 @@ _SETTINGS = ("gym.version", "gym.python")  # a run's keys that say which NeMo Gy
 _NOTE = (
     "turns: limit on a rollout's model turns. prompt: estimate of the tokens of the longest example row; a\n"
     "rollout must fit into model.max_model_len. network: its files call others or start other programs.\n"
-    "tried: rollouts with a reward of those that the tiny policy\n"
-    "played here, or no if none had one.\n"
-    "!: gymexp cannot play it; python -m gymexp.envs show NAME says why."
+    "tried: rollouts with a reward of those that the tiny policy played here, or no if none had one.\n"
+    "judge: a model judges the replies; needed: env.<name>.judge must name it.\n"
+    "!: gymexp cannot play it as it is; python -m gymexp.envs show NAME says why."
 )
 
 
@@ -63,14 +63,14 @@ def row(entry: Entry, seen: Mapping[str, Any] | None = None) -> tuple[str, ...]:
     data = [_where(d) for d in entry.datasets if d.repo_id or d.gitlab or d.prepare_script or entry.is_own]
     licences = [dataset.license for dataset in entry.datasets if dataset.license]
     return (
-        f"{entry.name} !" if entry.reasons else entry.name,
+        f"{entry.name} !" if entry.reasons and not entry.needs_judge else entry.name,
         entry.domain or "-",
         entry.harness,
         str(len(entry.tools) or "-"),
         _turns(entry),
         ", ".join(dict.fromkeys(data)) or (f"{entry.num_examples} examples" if entry.examples else "-"),
         ", ".join(dict.fromkeys(licences)) or "-",
-        "yes" if entry.judge else "-",
+        "needed" if entry.needs_judge else "yes" if entry.judge else "-",
         "yes" if entry.network else "-",
         (f"{entry.prompt_tokens}" if entry.prompt_tokens else "-") + (" images" if entry.images else ""),
         "-" if seen is None else "no" if "reason" in seen else f"{seen['scored']} of {seen['rollouts']}",
@@ -111,9 +111,11 @@ def description(entry: Entry, seen: Mapping[str, Any] | None = None) -> str:
     for dataset in entry.datasets:
         licence = f", licence: {dataset.license}" if dataset.license else ""
         lines.append(f"  {dataset.type:<10} {_where(dataset)}{licence}")
-    lines += [f"  cannot be played: {reason}" for reason in entry.reasons]
-    if not entry.reasons:
-        lines += ["", f"  python -m gymexp.train 'env=[{entry.name}]'"]
+    judge = f" env.{entry.name}.judge.url=… env.{entry.name}.judge.model=…" if entry.needs_judge else ""
+    if judge or not entry.reasons:
+        lines += ["", f"  python -m gymexp.train 'env=[{entry.name}]'{judge}"]
+    else:
+        lines += [f"  cannot be played: {reason}" for reason in entry.reasons]
     return "\n".join(lines)
 
 

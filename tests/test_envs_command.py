@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 
@@ -93,6 +94,15 @@ def test_one_is_shown_with_its_data_its_licence_and_the_command_or_the_reason(to
     assert "others: a timeout" in shown and "tried here no" in told("show", "essay")
     as_json = json.loads(told("show", "chess", "--json"))
     assert (as_json["tools"], as_json["tried"]) == (["move"], SEEN)
+
+
+def test_one_that_needs_a_judge_is_shown_with_the_keys_that_name_it(told, monkeypatch):
+    judged = dataclasses.replace(ESSAY, needs_judge=True)
+    monkeypatch.setattr(envs, "load_catalogue", lambda *_: {"essay": judged})
+    assert "cannot" not in (shown := told("show", "essay"))
+    assert "python -m gymexp.train 'env=[essay]' env.essay.judge.url=… env.essay.judge.model=…" in shown
+    [line] = [line for line in told().splitlines() if line.startswith("essay")]
+    assert "needed" in line and "!" not in line
 
 
 def test_an_unknown_name_is_answered_with_the_nearest(told):

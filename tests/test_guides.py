@@ -130,6 +130,13 @@ BY_OTHER_TESTS = {
     "python -m gymexp.view outputs/<name>/<date_time> --port 8000": (
         "tests/view/test_view_command.py::test_a_port_that_is_taken_is_named"
     ),
+    "python -m gymexp.train 'env=[sudoku]' env.countdown.like=sudoku "
+    "env.countdown.data.options.task=countdown": (
+        "tests/test_environment_keys.py::test_two_variants_of_one_server_play_side_by_side_under_their_own_names"
+    ),
+    "python -m gymexp.train 'env=[mcqa]' env.mcqa.servers.mcqa.grading_mode=lenient_boxed": (
+        "tests/test_environment_keys.py::reward_if_complied=0.75"
+    ),
     "make setup": ".ci/run::make lint",
     "make test": ".ci/run::make test",
     "source .venv/bin/activate": ".ci/run::.venv/bin/python",
@@ -159,6 +166,10 @@ NOT_HERE = {
     "python -m gymexp.evaluate 'env=[sudoku]' endpoint.url=https://api.openai.com/v1 "
     "endpoint.model=gpt-5-mini endpoint.key_env=OPENAI_API_KEY": (
         "a key; tests/test_evaluations.py has an endpoint on loopback"
+    ),
+    "python -m gymexp.train 'env=[simpleqa]' env.simpleqa.judge.url=https://api.openai.com/v1 "
+    "env.simpleqa.judge.model=gpt-4.1-mini env.simpleqa.judge.key_env=JUDGE_KEY": (
+        "a key; tests/test_environment_keys.py has a judge on loopback"
     ),
     "make demo": "ten minutes; run by hand from a fresh clone before each release",
     "pip install -e '.[vllm]'": "vLLM with CUDA is 10 GB; tests/test_vllm_runs.py uses its build for CPUs",

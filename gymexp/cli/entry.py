@@ -18,7 +18,7 @@ from hydra.core.plugins import Plugins
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from gymexp.cli import catalogue_source, completion, hydra_keys
+from gymexp.cli import catalogue_source, completion, hydra_keys, variants
 from gymexp.cli.terminal import end_with, guarded, log_to_terminal, outlive_readers
 from gymexp.config.group_options import CONF_DIR
 from gymexp.config.hydra_schema import register
@@ -48,6 +48,7 @@ def hydra_main(
             return lambda: print(completion.script())
         register()
         catalogue_source.register()
+        variants.register()
         plugins: Any = Plugins.instance()
         plugins.class_name_to_class |= launchers or {SUBMITIT: _no_launcher}
         hydra_keys.check_before_runs(launchers is not None)

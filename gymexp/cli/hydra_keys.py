@@ -178,7 +178,7 @@ def check_options(cfg: DictConfig) -> None:
             if repeated:
                 raise ConfigError(
                     f"{override.key_or_group} must name each of its options once, got {repeated[0]} twice: "
-                    f"two environments of one kind are two files of conf/{override.key_or_group}/"
+                    "env.<name>.like=… makes another environment of one"
                 )
 
 

@@ -45,7 +45,7 @@ _WITHOUT_EFFECT = {
 # Keys that the run decides whose tasks are played.
 _OF_THE_RUN = (
     r"(model(?!\.(dtype|max_model_len|attn_implementation)$)|dataset|env\.\w+\."
-    r"(data|config_path|agent))(\.|$)"
+    r"(data|config_path|agent|like|system_prompt))(\.|$)"
 )
 _OPEN = ("model.chat_template_kwargs", "engine.args", "trainer", "env")
 _SOURCES = "model=…, checkpoint=…, run=…, endpoint.url=… or policy=probe"

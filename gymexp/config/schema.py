@@ -107,7 +107,7 @@ class EnvConfig:
     # gym.runtime=managed: the judge, in place of every model that the environment's resources servers ask
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     # gym.runtime=managed: keys of the environment's servers by their names in NeMo Gym's file, e.g.
-    # {mcqa: {grading_mode: strict}}; {key_env: NAME} as a value stands for that environment variable
+    # {mcqa: {grading_mode: lenient_boxed}}; {key_env: NAME} as a value stands for that environment variable
     servers: dict[str, Any] = field(default_factory=dict)
     data: DataConfig = field(default_factory=DataConfig)
 

@@ -38,8 +38,11 @@ _STALL_TIMEOUT_S = 30.0  # without a byte of progress
 def download(name: str, data: DataConfig, say: Say) -> tuple[Path, Path]:
     """Returns the train and the validation file in huggingface_hub's own cache (HF_HOME), both of one commit.
     Raises DataError that says why a file cannot be had, and what to set instead."""
-    assert data.repo_id and data.train_file and data.validation_file  # gymexp.config.rules has checked it
+    assert data.repo_id and data.train_file  # gymexp.config.rules has checked it
     train, commit = fetch_file(name, data, data.train_file, data.revision, say)
+    if data.validation_share is not None:
+        return train, train
+    assert data.validation_file
     validation, _ = fetch_file(name, data, data.validation_file, commit, say)
     return train, validation
 

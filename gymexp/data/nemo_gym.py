@@ -31,16 +31,19 @@ def fetch_named(name: str, env: EnvConfig, python: Path, cache: Path, say: Say) 
     named = datasets_of(servers, env.agent)
     files: dict[str, Path] = {}
     shipped: list[str] = []
-    for split, types in _TYPES.items():
+    splits = _TYPES if env.data.validation_share is None else {"train": _TYPES["train"]}
+    for split, types in splits.items():
         of_type = (dataset for kind in types for dataset in named if dataset.type == kind)
         chosen = next((d for d in of_type if d.type != "example" and _has_source(d, site)), None)
         if chosen is None:
-            files[split] = _examples(name, env, servers, named, site)
+            path, template = _examples(name, env, servers, named, site), env.data.prompt_config
+            files[split] = fill_prompts(name, "example", template, path, python, cache, say)
             shipped.append(split)
             continue
         path = _fetch(name, env, chosen, named, servers, site, say)
         say(f"{name}: {split} rows from {chosen.repo_id or path}, licence: {chosen.license or 'not stated'}")
-        files[split] = _with_prompts(name, chosen, path, python, cache, say)
+        template = env.data.prompt_config or chosen.prompt_config
+        files[split] = fill_prompts(name, chosen.type, template, path, python, cache, say)
     if shipped:
         count = sum(1 for line in files[shipped[0]].read_bytes().splitlines() if line.strip())
         say(
@@ -49,7 +52,7 @@ def fetch_named(name: str, env: EnvConfig, python: Path, cache: Path, say: Say) 
         )
         if (script := (site / env.config_path).parent / "prepare.py").exists():
             say(f"  {script} makes more; env.{name}.data.source=jsonl takes them")
-    return files["train"], files["validation"]
+    return files["train"], files.get("validation", files["train"])
 
 
 def _has_source(dataset: Dataset, site: Path) -> bool:
@@ -103,22 +106,28 @@ def _examples(name: str, env: EnvConfig, servers: Servers, named: list[Dataset],
     return path
 
 
-def _with_prompts(name: str, dataset: Dataset, path: Path, python: Path, cache: Path, say: Say) -> Path:
-    """Returns the rows with their prompts, if the data set keeps these in a template (`prompt_config`)."""
-    site = site_packages(python)
-    template = dataset.prompt_config and locate(dataset.prompt_config, site)
-    if not template:
+def fill_prompts(
+    name: str, label: str, template: str | None, path: Path, python: Path, cache: Path, say: Say
+) -> Path:
+    """Returns the rows with their prompts made from a template of NeMo Gym's, which is looked for as NeMo Gym
+    does, first in the working directory. label: part of the entry's name in the cache. Raises DataError if
+    there is no such file, or if NeMo Gym cannot fill the rows in, as they have prompts or lack a field."""
+    if template is None:
         return path
+    site = site_packages(python)
+    found = locate(str(Path(template).expanduser()), site)
+    if found is None:
+        raise DataError(f"env.{name}.data.prompt_config: {template} is neither in {Path.cwd()} nor in {site}")
     determined_by = {
         "rows": sha256_of(path),
-        "template": sha256_of(template),
+        "template": sha256_of(found),
         "nemo_gym": nemo_gym_version(site),
     }
 
     def make(directory: Path) -> None:
-        arguments = ["-c", _FILL, path.resolve(), template, directory / "rows.jsonl"]
-        what = f"env.{name}.data: NeMo Gym's filling of {template} with {path}"
+        arguments = ["-c", _FILL, path.resolve(), found.resolve(), directory / "rows.jsonl"]
+        what = f"env.{name}.data: NeMo Gym's filling of {found} with {path}"
         run_script(python, arguments, what, DataError, _DEADLINE_S)
 
-    entry, _ = cached(cache, f"{name}-{dataset.type}", determined_by, make, say)
+    entry, _ = cached(cache, f"{name}-{label}", determined_by, make, say)
     return entry / "rows.jsonl"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -13,10 +14,11 @@ import orjson
 from gymexp.config.schema import EnvConfig, RunConfig
 from gymexp.data.cache import Say
 from gymexp.data.curriculum import draws_tasks
+from gymexp.data.held_out import split
 from gymexp.data.mix import describe, keys_sha256, mix, pool
 from gymexp.data.request_check import Split, first_requests
-from gymexp.data.rows import read_rows, server_of
-from gymexp.data.sources import fetch
+from gymexp.data.rows import read_rows, server_of, with_system
+from gymexp.data.sources import Files, fetch
 from gymexp.data.weights import Weights
 from gymexp.errors import DataError
 from gymexp.files import replace_file, replacing
@@ -46,8 +48,11 @@ def prepare(config: RunConfig, gym_python: Path, cache: Path, say: Say) -> Prepa
         limit = min(
             (s for s in (env.data.validation_size, config.dataset.validation_size) if s), default=None
         )
-        train = _split(name, "train", env, files.train, files.train_sha256, env.data.train_size)
-        validation = _split(name, "validation", env, files.validation, files.validation_sha256, limit)
+        if env.data.validation_share is None:
+            train = _split(name, "train", env, files.train, files.train_sha256, env.data.train_size)
+            validation = _split(name, "validation", env, files.validation, files.validation_sha256, limit)
+        else:
+            train, validation = _parts(name, env, files, limit)
         splits |= {(name, "train"): train, (name, "validation"): validation}
         sources[name] = {"source": env.data.source} | {
             "train_file": str(files.train),
@@ -55,6 +60,8 @@ def prepare(config: RunConfig, gym_python: Path, cache: Path, say: Say) -> Prepa
             "validation_file": str(files.validation),
             "validation_sha256": files.validation_sha256,
         }
+        if env.data.validation_share is not None:
+            sources[name]["validation_share"] = env.data.validation_share
     requests = first_requests(config, list(splits.values()), gym_python, cache, say)
     available = {name: _tasks(splits[name, "train"]) for name in config.env}
     validation_tasks = {name: _tasks(splits[name, "validation"]) for name in config.env}
@@ -79,7 +86,8 @@ def prepare(config: RunConfig, gym_python: Path, cache: Path, say: Say) -> Prepa
 
 def needs_gym_python(envs: Mapping[str, EnvConfig]) -> bool:
     """Returns whether `fetch` needs NeMo Gym's interpreter for one of the environments."""
-    return any(env.data.source in ("generate", "nemo_gym") for env in envs.values())
+    datas = [env.data for env in envs.values()]
+    return any(data.source in ("generate", "nemo_gym") or data.prompt_config for data in datas)
 
 
 def load_prepared(run_data_dir: Path) -> Prepared:
@@ -103,10 +111,39 @@ def load_prepared(run_data_dir: Path) -> Prepared:
 
 
 def _split(name: str, split: str, env: EnvConfig, path: Path, sha256: str, limit: int | None) -> Split:
-    own = env.data.source == "nemo_gym"
-    server = server_of(env.config_path)
-    rows = read_rows(path, name, env.agent, server=server, limit=limit, of_nemo_gym=own)
-    return Split(name, split, path, sha256, rows)
+    return _made(name, split, env, path, sha256, _rows(name, env, path, limit))
+
+
+def _rows(name: str, env: EnvConfig, path: Path, limit: int | None) -> list[tuple[int, dict[str, Any]]]:
+    server, is_gyms = server_of(env.config_path), env.data.source == "nemo_gym"
+    return read_rows(path, name, env.agent, server=server, limit=limit, of_nemo_gym=is_gyms)
+
+
+def _parts(name: str, env: EnvConfig, files: Files, limit: int | None) -> tuple[Split, Split]:
+    """Returns the two parts of the training file (`data.validation_share`), each up to its limit."""
+    data = env.data
+    assert data.validation_share is not None
+    rows = _rows(name, env, files.train, None)
+    train, held_out = split(name, rows, data.validation_share, data.validation_seed)
+    sizes = {"train": (train, data.train_size), "validation": (held_out, limit)}
+    made = (
+        _made(name, part, env, files.train, files.train_sha256, some[:size])
+        for part, (some, size) in sizes.items()
+    )
+    return next(made), next(made)
+
+
+def _made(
+    name: str, part: str, env: EnvConfig, path: Path, sha256: str, rows: list[tuple[int, dict[str, Any]]]
+) -> Split:
+    """Returns rows with the system message of the user's. sha256: of their file."""
+    if env.system_prompt is not None:
+        for _, row in rows:
+            row["responses_create_params"] |= {"input": with_system(row, env.system_prompt)}
+    changed_by = [env.system_prompt, env.data.validation_share, env.data.validation_seed]
+    if changed_by[:2] != [None, None]:  # the file alone does not tell what the rows are
+        sha256 = hashlib.sha256(orjson.dumps([sha256, *changed_by])).hexdigest()
+    return Split(name, part, path, sha256, rows)
 
 
 def _tasks(split: Split) -> list[Task]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import json
 import re
 from collections.abc import Iterator
@@ -102,6 +103,15 @@ def read_rows(
     if not rows:
         raise DataError(f"env.{env_name}.data: {path} must hold at least one row, but it is empty")
     return rows
+
+
+def with_system(row: dict[str, Any], text: str) -> list[Any]:
+    """Returns a row's messages with `text` as the system message, in place of those that they begin with."""
+    messages = row["responses_create_params"]["input"]
+    if isinstance(messages, str):
+        messages = [{"role": "user", "content": messages}]
+    is_system = lambda m: isinstance(m, dict) and m.get("role") in ("system", "developer")  # noqa: E731
+    return [{"role": "system", "content": text}, *itertools.dropwhile(is_system, messages)]
 
 
 @contextlib.contextmanager

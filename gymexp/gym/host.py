@@ -219,6 +219,19 @@ def _header_value(server: str, reason: str) -> str:
     return json.dumps({"server": server, "said": reason})
 
 
+def ports_of(config: Any) -> tuple[dict[int, str], set[int]]:
+    """Returns the names of all servers by port, and the ports of the resources servers."""
+    names: dict[int, str] = {}
+    resources_ports: set[int] = set()
+    for name, entry in config.items():
+        for kind in KINDS.intersection(entry) if isinstance(entry, dict) else ():
+            for values in entry[kind].values():
+                names[values.get("port")] = str(name)  # NeMo Gym's own relays have none
+                if kind == "resources_servers":
+                    resources_ports.add(values["port"])
+    return names, resources_ports
+
+
 def build_app(name: str, cls: Any, asked: list[list[str]], judges: dict[str, float]):
     """Returns the server's web application, built as in NeMo Gym's own run_webserver, but without Ray. asked:
     as for `check_asked`. judges: as for `Judges`."""
@@ -257,15 +270,7 @@ def build_app(name: str, cls: Any, asked: list[list[str]], judges: dict[str, flo
     server = cls(config=config, server_client=client)
     app = server.setup_webserver()
     server.setup_liveness(app)
-    names: dict[int, str] = {}
-    resources_ports: set[int] = set()
-    for server_name, entry in OmegaConf.to_container(global_config).items():  # pyright: ignore
-        for kind in KINDS.intersection(entry) if isinstance(entry, dict) else ():
-            for values in entry[kind].values():
-                names[values.get("port")] = str(server_name)  # NeMo Gym's own relays have none
-                if kind == "resources_servers":
-                    resources_ports.add(values["port"])
-
+    names, resources_ports = ports_of(OmegaConf.to_container(global_config))
     watched = Judges(name, judges, names)
 
     @app.middleware("http")
