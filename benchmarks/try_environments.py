@@ -3,12 +3,13 @@
     python benchmarks/try_environments.py blackjack xlam_fc …       these
     python benchmarks/try_environments.py --all                     all that gymexp does not refuse
     python benchmarks/try_environments.py                           only writes the page again
+    python benchmarks/try_environments.py gym.python=PATH blackjack …   of another NeMo Gym
 
 They are played by evaluations of the tiny policy on a CPU, by `python -m gymexp.evaluate`: NeMo Gym's
 agent and servers, gymexp's gateway, and exact tokens, which the collector checks. The tiny policy solves none
 of them, so the rewards say only that the graders answer. What ends without results is on the page with its
-reason. `benchmarks/results/environments_tried.json` keeps what was seen; a name that is tried again replaces
-its line.
+reason. `benchmarks/results/environments_tried.json` keeps what was seen, and a file with the version in its
+name that of another NeMo Gym; a name that is tried again replaces its line.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ from pathlib import Path
 from typing import Any
 
 from gymexp.config.schema import GymConfig
+from gymexp.envs import gym_of
 from gymexp.gym.catalogue import Entry, load_catalogue
-from gymexp.gym.install import find_made_venv, site_packages
+from gymexp.gym.install import find_made_venv, nemo_gym_version, site_packages
 from gymexp.record.places import cache_dir
 from gymexp.rollout.rollout_files import read_index
 
@@ -60,7 +62,11 @@ def main() -> None:
     parser.add_argument("--max-output-tokens", type=int, default=48, help="of a model turn")
     parser.add_argument("--together", type=int, default=8, help="environments of one evaluation")
     args = parser.parse_args()
-    gym = GymConfig()
+    settings = [word for word in args.names if "=" in word]
+    args.names = [word for word in args.names if "=" not in word]
+    gym = gym_of(settings)
+    changed = {key: value for key, value in vars(gym).items() if value != getattr(GymConfig, key)}
+    args.gym = [f"gym.{key}='{value}'" for key, value in changed.items()]
     catalogue = load_catalogue(gym, cache_dir(), print)
     if unknown := [name for name in args.names if name not in catalogue]:
         parser.error(f"unknown: {', '.join(unknown)}; python -m gymexp.envs lists the names")
@@ -68,13 +74,16 @@ def main() -> None:
     python = find_made_venv(gym, cache_dir())
     assert python is not None, "load_catalogue has made it"
     site = site_packages(python)
-    tried: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    version = nemo_gym_version(site)
+    results = RESULTS if version == GymConfig.version else RESULTS.with_stem(f"{RESULTS.stem}-{version}")
+    tried: dict[str, Any] = json.loads(results.read_text()) if results.exists() else {}
     for start in range(0, len(names), args.together):
         for name, seen in try_some([catalogue[n] for n in names[start : start + args.together]], site, args):
-            tried[name] = seen | {"nemo_gym": gym.version}
+            tried[name] = seen | {"nemo_gym": version, "agent": catalogue[name].harness}
             print(f"{name}: {seen}", flush=True)
-            RESULTS.write_text(json.dumps(dict(sorted(tried.items())), indent=1) + "\n")
-    PAGE.write_text(page(tried, catalogue))
+            results.write_text(json.dumps(dict(sorted(tried.items())), indent=1) + "\n")
+    tried = json.loads(RESULTS.read_text())
+    PAGE.write_text(page(tried, load_catalogue(GymConfig(), cache_dir(), print)) + newer_section())
 
 
 def try_some(
@@ -134,7 +143,8 @@ def evaluate(
         settings += [f"{at}.data.validation_file={rows}"]
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder) / "run"
-        command = [sys.executable, "-m", "gymexp.evaluate", *_SETTINGS, *settings, f"output_dir={directory}"]
+        settings += [*args.gym, f"output_dir={directory}"]
+        command = [sys.executable, "-m", "gymexp.evaluate", *_SETTINGS, *settings]
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
         rollouts = directory / "rollouts"
         return done, list(read_index(rollouts)) if rollouts.exists() else []
@@ -182,6 +192,24 @@ def page(tried: dict[str, Any], catalogue: dict[str, Entry]) -> str:
     lines += [f"\n## Not played: {len(others)}\n", "| environment | reason |", "|---|---|"]
     lines += [f"| {name} | {_cell(seen['reason'])} |" for name, seen in others.items()]
     return "\n".join(lines) + "\n"
+
+
+def newer_section() -> str:
+    """Returns a table for each other version of NeMo Gym whose environments were tried."""
+    lines = []
+    for file in sorted(RESULTS.parent.glob(f"{RESULTS.stem}-*.json")):
+        lines += [f"\n## NeMo Gym {file.stem.rpartition('-')[2]}\n"]
+        lines += ["| environment | agent | what was seen |", "|---|---|---|"]
+        for name, seen in json.loads(file.read_text()).items():
+            what = _cell(seen["reason"]) if "reason" in seen else _in_words(seen)
+            lines.append(f"| {name} | {seen['agent']} | {what} |")
+    return "\n".join(lines) + "\n" if lines else ""
+
+
+def _in_words(seen: dict[str, Any]) -> str:
+    low, high = seen["rewards"]
+    played = f"{seen['scored']} of {seen['rollouts']} rollouts, at most {seen['turns']} turns"
+    return f"{played}, {seen['tokens']} tokens, rewards {low:g} to {high:g}"
 
 
 def _cell(text: str) -> str:
