@@ -3,6 +3,7 @@
     python benchmarks/try_environments.py blackjack xlam_fc …       these
     python benchmarks/try_environments.py --all                     all that were not tried yet
     python benchmarks/try_environments.py                           only writes the page again
+    python benchmarks/try_environments.py gym.python=PATH blackjack …   of another NeMo Gym
 
 They are played by evaluations of the tiny policy on a CPU, by `python -m gymexp.evaluate`: NeMo Gym's
 agent and servers, gymexp's gateway, and exact tokens, which the collector checks. The tiny policy solves none
@@ -25,9 +26,10 @@ from pathlib import Path
 from typing import Any
 
 from gymexp.config.schema import GymConfig
+from gymexp.envs import gym_of
 from gymexp.files import replace_file
 from gymexp.gym.catalogue import Entry, load_catalogue
-from gymexp.gym.install import find_made_venv, site_packages
+from gymexp.gym.install import find_made_venv, nemo_gym_version, site_packages
 from gymexp.gym.tried import load_tried, tried_file
 from gymexp.record.places import cache_dir
 from gymexp.rollout.rollout_files import read_index
@@ -57,21 +59,27 @@ that reaches package registries alone.
 
 def main() -> None:
     args = arguments().parse_args()
-    gym = GymConfig()
+    settings = [word for word in args.names if "=" in word]
+    args.names = [word for word in args.names if "=" not in word]
+    gym = gym_of(settings)
+    changed = {key: value for key, value in vars(gym).items() if value != getattr(GymConfig, key)}
+    args.gym = [f"gym.{key}='{value}'" for key, value in changed.items()]
     catalogue = load_catalogue(gym, cache_dir(), print)
     if unknown := [name for name in args.names if name not in catalogue]:
         arguments().error(f"unknown: {', '.join(unknown)}; python -m gymexp.envs lists the names")
     python = find_made_venv(gym, cache_dir())
     assert python is not None, "load_catalogue has made it"
     site = site_packages(python)
-    tried = load_tried(gym.version)
+    version = nemo_gym_version(site)
+    tried = load_tried(version)
     names = [name for name in catalogue if name not in tried] if args.all else args.names
     for start in range(0, len(names), args.together):
         for name, seen in try_some([catalogue[n] for n in names[start : start + args.together]], site, args):
             tried[name] = seen
             print(f"{name}: {seen}", flush=True)
-            replace_file(RESULTS, as_json(tried))
-    PAGE.write_text(page(tried, catalogue))
+            replace_file(tried_file(version), as_json(tried))
+    shown = load_catalogue(GymConfig(), cache_dir(), print)
+    PAGE.write_text(page(load_tried(GymConfig.version), shown) + newer_section())
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -148,7 +156,7 @@ def evaluate(entries: list[Entry], site: Path, args: argparse.Namespace) -> tupl
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder) / "run"
         settings = [f"env=[{','.join(entry.name for entry in entries)}]"]
-        settings += [f"model.max_model_len={args.max_model_len}", f"output_dir={directory}"]
+        settings += [*args.gym, f"model.max_model_len={args.max_model_len}", f"output_dir={directory}"]
         for entry in entries:
             at, rows = f"env.{entry.name}", Path(folder) / f"{entry.name}.jsonl"
             write_rows(site / str(entry.examples), rows)
@@ -242,6 +250,25 @@ _LACKS = {
 def lacks(reason: str) -> str:
     """Returns in a word what an environment would need to be played; "-" if the reason does not say."""
     return next((what for what, words in _LACKS.items() if re.search(words, reason)), "-")
+
+
+def newer_section() -> str:
+    """Returns a table for each other version of NeMo Gym whose environments were tried."""
+    lines = []
+    for file in sorted(RESULTS.parent.glob("tried_*.json")):
+        version = file.stem.removeprefix("tried_")
+        if version != GymConfig.version:
+            lines += [f"\n## NeMo Gym {version}\n", "| environment | what was seen |", "|---|---|"]
+            lines += [f"| {name} | {_in_words(seen)} |" for name, seen in load_tried(version).items()]
+    return "\n".join(lines) + "\n" if lines else ""
+
+
+def _in_words(seen: dict[str, Any]) -> str:
+    if "reason" in seen:
+        return _cell(seen["reason"])
+    low, high = seen["rewards"]
+    played = f"{seen['scored']} of {seen['rollouts']} rollouts, at most {seen['turns']} turns"
+    return f"{played}, {seen['tokens']} tokens, rewards {low:g} to {high:g}"
 
 
 def _cell(text: str) -> str:

@@ -145,6 +145,7 @@ def server_of(definition: Mapping[str, Any]) -> tuple[str, str, dict[str, Any]]:
     """Returns the kind, the implementation and the configuration of a server, without its data sets."""
     kind = next(k for k in KINDS if k in definition)
     implementation, values = next(iter(definition[kind].items()))
+    values = environment_server.with_types(values) if kind == environment_server.KIND else values
     return kind, implementation, {k: v for k, v in values.items() if k != "datasets"}
 
 

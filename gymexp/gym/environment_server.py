@@ -54,6 +54,12 @@ def warning_of(servers: Mapping[str, Any], agent: str, site: Path) -> str:
     )
 
 
+def with_types(values: dict[str, Any]) -> dict[str, Any]:
+    """Returns an environment server's configuration with the type that its `agent_server` may leave out."""
+    agent = values.get("agent_server")
+    return values | {"agent_server": {"type": _AGENTS} | agent} if isinstance(agent, dict) else values
+
+
 def _agents_of(definition: Any) -> list[str]:
     """Returns the agents that an environment server's definition refers to; none for another server. As in
     NeMo Gym, the key `agent_server` may leave its type out."""

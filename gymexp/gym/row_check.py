@@ -143,6 +143,10 @@ def _reason(error: dict[str, Any], value: Any) -> str:
         return "must be set" + (" (null is allowed)" if may_be_null else "") + ", but it is missing"
     if kind == "extra_forbidden":
         return f"NeMo Gym knows no such key{_nearest(error['loc'])}"
+    if kind == "union_tag_not_found":
+        return f"must be an object with a type, got {_shown(value)}"
+    if kind == "union_tag_invalid":
+        return f"has a type that NeMo Gym does not know: {_shown(error['ctx']['tag'])}"
     text = re.sub(r", (unable to|got a) .*", "", error["msg"]).replace("Input should be", "must be")
     rule = f"must be {_NAMES[kind]}" if kind in _NAMES else text.replace("False", "false")
     return f"{rule}, got {_shown(value)}"
@@ -254,9 +258,9 @@ class Judge:
                 yield {"problems": [_refused_chat(row, first)]}
             return
         except Exception as error:  # on any exception, the model server would answer 500
-            yield {
-                "problems": [(PARAMETERS, f"NeMo Gym's model server can make no request of the row: {error}")]
-            }
+            why = f"{PARAMETERS}: NeMo Gym's model server can make no request of the row: {error}"
+            field, _, reason = (_without_role(row[PARAMETERS]) or why).partition(": ")
+            yield {"problems": [(field, reason)]}
             return
         if number is None and request.get("tools"):
             number, self._count = self._count, self._count + 1
@@ -270,6 +274,8 @@ class Judge:
         parameters = row.get(PARAMETERS)
         if not isinstance(parameters, dict) or not parameters.get("tools"):
             return None, row
+        if parameters.get("tool_choice") not in (None, "auto", "none"):
+            return None, row  # NeMo Gym 0.7 refuses another choice without tools
         number = self._numbers.get(json.dumps(parameters["tools"]))
         if number is None:
             return None, row
@@ -290,6 +296,15 @@ class Judge:
         chat = self._server._converter.responses_to_chat_completion_create_params(checked)
         body = chat.model_dump(exclude_unset=True)
         return self._server._preprocess_chat_completion_create_params(None, body)
+
+
+def _without_role(parameters: dict[str, Any]) -> str:
+    """Returns the problem of the first item of the input that has neither a type nor a role, or ""."""
+    items = parameters["input"] if isinstance(parameters["input"], list) else []
+    for index, item in enumerate(items):
+        if not item.get("type") and not item.get("role"):
+            return f"{PARAMETERS}.input[{index}].role: must be set, or the item's type must"
+    return ""
 
 
 def _left_over(parameters: dict[str, Any]) -> list[Problem]:

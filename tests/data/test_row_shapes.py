@@ -104,9 +104,19 @@ def test_there_are_many_shapes_and_more_are_refused_than_taken():
     assert len(SHAPES) >= 66 and sum(not shape.taken for shape in SHAPES.values()) >= 36
 
 
+# NeMo Gym 0.7 plays these as well; the gateway refuses the choice of a function.
+TAKEN_BY_NEWER = {"role tool", "tool with null as parameters", "choice of one function"}
+
+
+@pytest.fixture(scope="module")
+def is_newer(request) -> bool:
+    return request.config.getoption("--gym-version") is not None
+
+
 @pytest.mark.parametrize("name", SHAPES)
-def test_nemo_gym_plays_a_row_of_this_shape_or_does_not(name, played):
-    assert (played[name] == 200) is SHAPES[name].taken, played[name]
+def test_nemo_gym_plays_a_row_of_this_shape_or_does_not(name, played, is_newer):
+    taken = SHAPES[name].taken or (is_newer and name in TAKEN_BY_NEWER)
+    assert (played[name] == 200) is taken, played[name]
 
 
 @pytest.fixture(scope="module")
@@ -133,11 +143,15 @@ def refused(gym_python, tmp_path_factory) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("name", [name for name, shape in SHAPES.items() if not shape.taken])
-def test_a_row_that_nemo_gym_does_not_play_is_refused_with_line_and_field(name, refused):
+def test_a_row_that_nemo_gym_does_not_play_is_refused_with_line_and_field(name, refused, is_newer):
+    if is_newer and name in TAKEN_BY_NEWER:
+        assert name not in refused
+        return
     first, *others = refused[name].strip().splitlines()
     assert first.startswith("env.") and "in its rows" in first
     assert all(":2: responses_create_params" in line for line in others), others
-    assert f"{SHAPES[name].at}: " in others[0] or f"{SHAPES[name].at}, " in others[0]
+    if not is_newer:  # which finds some faults only as it makes the request, and names no field then
+        assert f"{SHAPES[name].at}: " in others[0] or f"{SHAPES[name].at}, " in others[0]
 
 
 def test_rows_that_nemo_gym_plays_are_taken_without_the_nulls_that_it_refuses(gym_python, tmp_path):
