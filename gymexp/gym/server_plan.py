@@ -8,6 +8,7 @@ on to the policy endpoint, is shared.
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,8 @@ from gymexp.gym.definitions import (
 from gymexp.record.places import OWN_SERVERS as KINDS
 from gymexp.record.services_file import Replica
 
+_MOST_REPLICAS = 32  # of an environment with replicas=auto
+
 
 @dataclass
 class Layout:
@@ -34,6 +37,20 @@ class Layout:
     modules: dict[str, str] = field(default_factory=dict)  # server name -> Python module
     replicas: dict[str, list[Replica]] = field(default_factory=dict)  # by environment
     policy_key: str | None = None  # the API key that servers which gymexp did not start send to the policy
+
+    @property
+    def spares(self) -> set[str]:
+        """The servers that start only once a replica of an environment with replicas=auto is needed."""
+        replicas = [replica for of_env in self.replicas.values() for replica in of_env if replica.spare]
+        names = {name for replica in replicas for name in replica.services}
+        return {name for name in names if "responses_api_models" not in self.config[name]}
+
+
+def most_replicas(env: EnvConfig) -> int:
+    """Returns how many replicas of an environment a run may have at once: with replicas=auto one a core."""
+    if isinstance(env.replicas, int):
+        return env.replicas
+    return max(1, min(len(os.sched_getaffinity(0)), _MOST_REPLICAS))
 
 
 def plan(
@@ -74,8 +91,9 @@ def plan(
         defined = playable_servers(env_name, env, site, python)
         needed = servers_of_agent(defined, env.agent)
         layout.replicas[env_name] = []
-        for index in range(env.replicas):
-            suffix = f"-{index}" if env.replicas > 1 else ""
+        most = most_replicas(env)
+        for index in range(most):
+            suffix = f"-{index}" if most > 1 else ""
             names = {old: f"{env_name}-{old}{suffix}" for old in needed}
             model = models[count % len(models)]
             count += 1
@@ -90,7 +108,8 @@ def plan(
             resources = [new for new in names.values() if KINDS[0] in layout.config[new]]
             _, _, agent = server_of(layout.config[names[env.agent]])
             limit = agent.get("max_steps")
-            replica = Replica(names[env.agent], env.agent, urls[env.agent], services, resources, limit)
+            spare = index > 0 and env.replicas == "auto"
+            replica = Replica(names[env.agent], env.agent, urls[env.agent], services, resources, limit, spare)
             layout.replicas[env_name].append(replica)
     return layout
 

@@ -22,6 +22,7 @@ class Replica:
     services: list[str]
     resources: list[str]  # the resources servers among `services`
     max_steps: int | None = None  # the agent's limit of model turns
+    spare: bool = False  # whether its services start at the trainer's request alone (replicas=auto)
 
 
 @dataclass(frozen=True)

@@ -218,7 +218,9 @@ def gym_servers(
         log: Path = directory.logs / f"{name}.log"
         url, restarts = ports.url_of(sock), config.gym.max_restarts
         start = lambda: host.start_server(name, log)  # noqa: E731
-        return Service(name, start, log, url, max_restarts=restarts, key=keys.policy, explain=explain)
+        spare = name in host.spares
+        more = {"key": keys.policy, "explain": explain, "spare": spare}
+        return Service(name, start, log, url, max_restarts=restarts, **more)
 
     def explain(log: Path) -> str:
         return missing_package(last_exception(log.read_text(errors="replace")), host.python)
