@@ -1,4 +1,4 @@
-"""The rules of `dataset.schedule` and `dataset.sampling`."""
+"""The rules of `dataset.schedule`, `dataset.sampling` and `env.<name>.replicas`."""
 
 from __future__ import annotations
 
@@ -28,6 +28,20 @@ def problems_of_mix(config: RunConfig) -> Iterator[str]:
         )
     if dataset.order != "interleave":
         yield f"dataset.order must be interleave with dataset.{key}, got {dataset.order!r}: leave it out"
+
+
+def problems_of_replicas(at: str, replicas: Any, runtime: str) -> Iterator[str]:
+    """Yields a line if the replicas of an environment break a rule. at: its key."""
+    if replicas == "auto":
+        if runtime != "managed":
+            yield (
+                f"{at}.replicas must be a number with gym.runtime={runtime}, whose servers gymexp does not "
+                "start, got 'auto'"
+            )
+    elif isinstance(replicas, bool) or not isinstance(replicas, int):
+        yield f"{at}.replicas must be a whole number or auto, got {replicas!r}"
+    elif replicas < 1:
+        yield f"{at}.replicas must be >= 1, got {replicas!r}"
 
 
 def _problems_of_schedule(schedule: Mapping[Any, Any], envs: Mapping[str, EnvConfig]) -> Iterator[str]:

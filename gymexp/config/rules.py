@@ -11,7 +11,7 @@ from typing import Any
 from gymexp.config.env_rules import problems_of_environment
 from gymexp.config.group_options import options
 from gymexp.config.grpo_arguments import value_of
-from gymexp.config.mix_rules import problems_of_mix
+from gymexp.config.mix_rules import problems_of_mix, problems_of_replicas
 from gymexp.config.redaction import secrets_at
 from gymexp.config.schema import (
     DataConfig,
@@ -75,7 +75,8 @@ def problems_of(config: RunConfig) -> Iterator[str]:
         at = f"env.{name}"
         if not env.weight >= 0:
             yield f"{at}.weight must be a number >= 0, got {env.weight!r}"
-        for key in ("replicas", "max_concurrency", "max_output_tokens"):
+        yield from problems_of_replicas(at, env.replicas, config.gym.runtime)
+        for key in ("max_concurrency", "max_output_tokens"):
             yield from _at_least(f"{at}.{key}", getattr(env, key), 1)
         yield from _at_least(f"{at}.max_steps", env.max_steps, 1)
         yield from _positive(f"{at}.timeout_s", env.timeout_s)

@@ -89,7 +89,9 @@ class EnvConfig:
     agent: str = MISSING  # the agent's name in the YAML file, which a row names in agent_ref
     max_steps: int | None = None  # limit on the model turns of a rollout; None: the agent's own limit
     weight: float = 1.0  # share of the training tasks, relative to the other environments
-    replicas: int = 1  # instances of the resources server and of the agent; rollouts are spread over them
+    # instances of the resources server and of the agent; rollouts are spread over them; auto: as many as the
+    # slowest environment needs, measured while the run goes on, within the cores and the memory
+    replicas: Any = 1
     # limit on the rollouts in flight; None: 64, or fewer if the limit on open files requires it
     max_concurrency: int | None = None
     timeout_s: float = 600.0  # a rollout that takes longer counts as failed

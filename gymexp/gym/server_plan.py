@@ -8,6 +8,7 @@ on to the policy endpoint, is shared.
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,8 @@ from gymexp.gym.server_settings import JUDGE, OF_THE_JUDGE, paths_of
 from gymexp.record.places import OWN_SERVERS as KINDS
 from gymexp.record.services_file import Replica
 
+_MOST_REPLICAS = 32  # of an environment with replicas=auto
+
 
 @dataclass
 class Layout:
@@ -38,6 +41,20 @@ class Layout:
     judges: dict[str, float] = field(default_factory=dict)  # server name -> limit of a call in seconds
     asked: dict[str, list[list[str]]] = field(default_factory=dict)  # server name -> keys that the user sets
     policy_key: str | None = None  # the API key that servers which gymexp did not start send to the policy
+
+    @property
+    def spares(self) -> set[str]:
+        """The servers that start only once a replica of an environment with replicas=auto is needed."""
+        replicas = [replica for of_env in self.replicas.values() for replica in of_env if replica.spare]
+        names = {name for replica in replicas for name in replica.services}
+        return {name for name in names if "responses_api_models" not in self.config[name]}
+
+
+def most_replicas(env: EnvConfig) -> int:
+    """Returns how many replicas of an environment a run may have at once: with replicas=auto one a core."""
+    if isinstance(env.replicas, int):
+        return env.replicas
+    return max(1, min(len(os.sched_getaffinity(0)), _MOST_REPLICAS))
 
 
 def plan(
@@ -80,8 +97,9 @@ def plan(
         if JUDGE in defined:  # a server may know its address alone
             needed = [JUDGE, *(name for name in needed if name != JUDGE)]
         layout.replicas[env_name] = []
-        for index in range(env.replicas):
-            suffix = f"-{index}" if env.replicas > 1 else ""
+        most = most_replicas(env)
+        for index in range(most):
+            suffix = f"-{index}" if most > 1 else ""
             names = {old: f"{env_name}-{old}{suffix}" for old in needed}
             model = models[count % len(models)]
             count += 1
@@ -104,7 +122,10 @@ def plan(
             limit = agent.get("max_steps")
             front = front_of(defined, env.agent)
             url = urls[front or env.agent]
-            replica = Replica(names[env.agent], env.agent, url, services, resources, limit, bool(front))
+            spare = index > 0 and env.replicas == "auto"
+            replica = Replica(
+                names[env.agent], env.agent, url, services, resources, limit, bool(front), spare
+            )
             layout.replicas[env_name].append(replica)
     return layout
 

@@ -48,10 +48,11 @@ def concurrency(envs: Mapping[str, EnvConfig]) -> dict[str, int]:
     share = room // max(1, sum(value is None for value in configured.values()))
     allowed = {}
     for name, env in envs.items():
-        of_agent = (limit() - _OWN) // _OF_AGENT * env.replicas
+        replicas = env.replicas if isinstance(env.replicas, int) else 1  # auto: the least that it has
+        of_agent = (limit() - _OWN) // _OF_AGENT * replicas
         allowed[name] = env.max_concurrency or max(1, min(_MANY_ROLLOUTS, of_agent, share))
         if allowed[name] > of_agent:
-            takes = math.ceil(allowed[name] / env.replicas) * _OF_AGENT + _OWN
+            takes = math.ceil(allowed[name] / replicas) * _OF_AGENT + _OWN
             raise ConfigError(
                 f"env.{name}.max_concurrency must be at most {of_agent}, got {allowed[name]}: an agent would "
                 f"have {takes} files open, and the limit is {limit()}. Raise it (`ulimit -n {takes}`), or "

@@ -23,6 +23,7 @@ from gymexp.errors import GymexpError, NodeLost, ServiceError
 from gymexp.processes.access_keys import header
 from gymexp.processes.clock import RunningClock
 from gymexp.processes.failure_reason import reason
+from gymexp.processes.memory import memory_mb
 from gymexp.processes.process import Running, ended
 
 log = logging.getLogger(__name__)
@@ -53,8 +54,9 @@ class Service:
     silence_s: float | None = None
     explain: Callable[[Path], str] = lambda _: ""  # returns a fix for the failure that the log shows, or ""
     job: bool = False  # the process ends once, by itself; the code that added it judges its exit code
+    spare: bool = False  # whether it starts with `Supervisor.wake`, and not when it is added
     retry_start: bool = True  # whether to start it again if it ends before it was ready
-    state: str = "new"  # new, starting, ready, restarting, down, stopped
+    state: str = "new"  # new, starting, ready, restarting, resting, down, stopped
     epoch: int = 0
     exit_code: int | None = None  # exit code of the last end; negative: the number of a signal
     ended_at: float = 0.0
@@ -92,6 +94,7 @@ class Supervisor:
         on_change: Callable[[], None],
     ) -> None:
         self.services: dict[str, Service] = {}
+        self._spares: dict[str, Service] = {}  # those that do not run
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._health_interval_s = health_interval_s
         self._health_timeout_s = health_timeout_s
@@ -105,6 +108,31 @@ class Supervisor:
         self._clock = RunningClock().start()
 
     def add(self, service: Service) -> None:
+        """Starts a service, or keeps it for `wake` if it is a spare one."""
+        if service.spare:
+            self._spares[service.name] = service
+        else:
+            self._begin(service)
+
+    def wake(self, name: str) -> None:
+        """Starts a spare service that does not run."""
+        if not self._closing and (service := self._spares.pop(name, None)):
+            self._begin(service)
+
+    def has_memory_for(self, twins: Sequence[str]) -> bool:
+        """Returns whether a fifth of the memory stays free with services of the same sizes as `twins`."""
+        needed = sum(self.services[name].rss_mb for name in twins if name in self.services)
+        free, total = memory_mb()
+        return free - needed > total / 5
+
+    def rest(self, name: str) -> None:
+        """Ends a service that `wake` started; it is a spare one again once its process has ended."""
+        service = self.services.get(name)
+        if service and service.spare and service.state == "ready" and service.running:
+            self._set(service, "resting")
+            service.running.kill_tree()
+
+    def _begin(self, service: Service) -> None:
         self.services[service.name] = service
         self._tasks.append(asyncio.create_task(self._keep(service), name=service.name))
 
@@ -114,6 +142,7 @@ class Supervisor:
         Raises ServiceError if one is not ready within `deadline_s`. If the run fails first, raises its error.
         """
         until = self._clock.now() + deadline_s
+        names = [name for name in names if name not in self._spares]
         while waiting := [n for n in names if self.services[n].state != "ready"]:
             if self.failed.done():
                 self.failed.result()
@@ -196,11 +225,15 @@ class Supervisor:
                 finally:
                     watch.cancel()
                     service.running = None
-                on_purpose = service.state == "restarting"
+                on_purpose, rests = service.state == "restarting", service.state == "resting"
                 never_ready = service.state == "starting" and not service.retry_start
                 service.epoch, service.exit_code = service.epoch + 1, code
                 service.ended_at = time.monotonic()
                 self._set(service, "down")
+                if rests and not self._closing:
+                    self._spares[service.name] = self.services.pop(service.name)
+                    self._on_change()
+                    return
                 if self._closing or self._letting_go or service.job:
                     return
                 if not on_purpose:

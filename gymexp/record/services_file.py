@@ -24,6 +24,7 @@ class Replica:
     max_steps: int | None = None  # the agent's limit of model turns
     # whether `url` is that of an environment server of NeMo Gym 0.7, which takes typed episodes
     takes_episodes: bool = False
+    spare: bool = False  # whether its services start at the trainer's request alone (replicas=auto)
 
 
 @dataclass(frozen=True)

@@ -299,7 +299,7 @@ def setup_of(records: RunRecords) -> Setup:
     """Returns what of a run's configuration decides the remedy of its bottleneck."""
     gpus = {gpu.index for sample in records.samples[-20:] for gpu in sample.gpus}
     colocated = bool(records.setting("engine.colocate")) or records.setting("engine.kind") == "hf"
-    replicas = {env: int(records.setting(f"env.{env}.replicas", 1) or 1) for env in records.envs}
+    replicas = {env: records.setting(f"env.{env}.replicas", 1) or 1 for env in records.envs}
     return Setup(len(gpus) > 1 and not colocated, bool(gpus), replicas)
 
 

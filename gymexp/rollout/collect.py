@@ -33,6 +33,7 @@ from gymexp.rollout.draws import attempt_seed
 from gymexp.rollout.landing import Keep, Landing
 from gymexp.rollout.outcome import Cause, Failed, Outcome, Played, Task, task_of
 from gymexp.rollout.play import RolloutFailure, Sampling, play
+from gymexp.rollout.spare_replicas import SpareReplicas
 
 log = logging.getLogger(__name__)
 _AFTER_FAILURE_S = 0.3
@@ -62,6 +63,7 @@ class _Seat:
     epochs: tuple[int, ...] = ()
     ready: bool = True
     draining: bool = False
+    awake: bool = True  # a spare replica is not, until it is needed (`spare_replicas`)
     has_played: bool = False  # since its services last started
 
 
@@ -98,7 +100,7 @@ class Collector:
         report: Callable[[Progress], None] = lambda _: None,
     ) -> None:
         self._seats = {
-            name: [_Seat(replica, envs[name].memory_budget_mb) for replica in env_replicas]
+            name: [_Seat(one, envs[name].memory_budget_mb, awake=not one.spare) for one in env_replicas]
             for name, env_replicas in replicas.items()
         }
         self._envs = envs
@@ -161,6 +163,7 @@ class Collector:
             connector=aiohttp.TCPConnector(limit=0),
             timeout=aiohttp.ClientTimeout(total=None),
         )
+        self._spares = SpareReplicas(self._seats, self._http, self._control_url)
         self._watching = asyncio.create_task(self._watch()) if self._control_url else None
 
     async def _close(self) -> None:
@@ -198,7 +201,8 @@ class Collector:
                 for flight in seat.flights:
                     flight.cancel()
             seat.epochs = epochs
-            seat.ready = all(state["state"] == "ready" for state in states)
+            known = not seat.replica.spare or len(states) == len(seat.replica.services)
+            seat.ready = known and all(state["state"] == "ready" for state in states)
             self._keep_to_budget(seat)
         self._wake()
 
@@ -241,7 +245,9 @@ class Collector:
         landing = Landing(rollouts, self._with_attempts, keep) if keep else None
         try:
             played = await asyncio.gather(*rollouts)
-            return await (landing.all() if landing else self._with_attempts(played))
+            outcomes = await (landing.all() if landing else self._with_attempts(played))
+            await self._spares.follow(outcomes)
+            return outcomes
         finally:
             for rollout in rollouts:
                 rollout.cancel()
@@ -350,7 +356,7 @@ class Collector:
         """
         while True:
             self._raise_if_stopped()
-            seats = [s for s in self._seats[task.env] if s.ready and not s.draining]
+            seats = [s for s in self._seats[task.env] if s.awake and s.ready and not s.draining]
             if seats:
                 return min(seats, key=lambda seat: len(seat.flights))
             await self._changed.wait()

@@ -6,6 +6,9 @@ key (`gymexp.processes.access_keys`).
     GET /watch            streams a JSON line at every change of a service, and at least one a second:
                           {"services": {name: {state, epoch, rss_mb, log}}}
     POST /restart/{name}  restarts a service
+    POST /wake            {"names", "twins"}: starts the spare services of these names; answers 507 if
+                          there is too little memory for services as large as their twins
+    POST /rest            {"names"}: ends the spare services of these names
     POST /progress        takes the facts that the live view shows, as JSON
     POST /alive/{name}    records a sign of life of a trainer
     GET /node             is the websocket of the agents of other nodes (`gymexp.cluster.lead`)
@@ -59,6 +62,8 @@ class Control:
             [
                 web.get("/watch", self._watch),
                 web.post("/restart/{name}", self._restart),
+                web.post("/wake", self._wake),
+                web.post("/rest", self._rest),
                 web.post("/progress", self._progress),
                 web.post("/alive/{name}", self._alive),
                 *([web.get("/node", self.nodes.welcome)] if self.nodes else []),
@@ -97,6 +102,20 @@ class Control:
         if self.supervisor is None or name not in self.supervisor.services:
             raise web.HTTPNotFound(text=f"no service is named {name}")
         self.supervisor.restart(name)
+        return web.Response()
+
+    async def _wake(self, request: web.Request) -> web.Response:
+        asked = orjson.loads(await request.read())
+        if self.supervisor is None or not self.supervisor.has_memory_for(asked["twins"]):
+            raise web.HTTPInsufficientStorage(text="too little memory is free")
+        for name in asked["names"]:
+            self.supervisor.wake(name)
+        return web.Response()
+
+    async def _rest(self, request: web.Request) -> web.Response:
+        for name in orjson.loads(await request.read())["names"]:
+            if self.supervisor:
+                self.supervisor.rest(name)
         return web.Response()
 
     async def _alive(self, request: web.Request) -> web.Response:

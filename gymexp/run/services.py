@@ -237,7 +237,8 @@ def gym_servers(
             log: Path = directory.logs / f"{name}.log"
             url, restarts = ports.url_of(sock), config.gym.max_restarts
             start = lambda: host.start_server(name, log)  # noqa: E731
-            return Service(name, start, log, url, max_restarts=restarts, key=keys.policy, explain=explain)
+            more = {"key": keys.policy, "explain": explain, "spare": name in layout.spares}
+            return Service(name, start, log, url, max_restarts=restarts, **more)
 
         silence_s = config.gym.health_timeout_s
         start = lambda: host.start(lambda: heard(host_name))  # noqa: E731

@@ -24,10 +24,11 @@ def rollout_metrics(outcomes: Sequence[Outcome], envs: Mapping[str, EnvConfig]) 
     failed_<cause> and truncated_<limit>: the shares that `failed` and `truncated` consist of. nll: mean
     -log-probability of a sampled token (nats) under the distribution that it was drawn from, in training an
     estimate of the policy's entropy. tool_calls, tool_errors: of a rollout; errors are those that an output
-    admits (`items.is_error`). retried: failed attempts per rollout that were repeated. token_mismatches:
-    number of attempts whose tokens were not exact. refused: share of rollouts whose answer the environment
-    refused; they have the reward env.<name>.refused_reward. prompts_too_long: share of rollouts without a
-    reward because their prompt did not fit; these do not count as failed.
+    admits (`items.is_error`). replicas: those that played a rollout. retried: failed attempts per rollout
+    that were repeated. token_mismatches: number of attempts whose tokens were not exact. refused: share of
+    rollouts whose answer the environment refused; they have the reward env.<name>.refused_reward.
+    prompts_too_long: share of rollouts without a reward because their prompt did not fit; these do not count
+    as failed.
     """
     by_env: dict[str, list[Outcome]] = defaultdict(list)
     for outcome in outcomes:
@@ -62,6 +63,7 @@ def _metrics_of_played(played: Sequence[Rollout], config: EnvConfig) -> dict[str
         "reward": fmean(rewards),
         "reward_std": pstdev(rewards),
         "success": fmean(r >= config.success_reward for r in rewards),
+        "replicas": len({r.replica for r in played}),
         "turns": fmean(len(r.turns) for r in played),
         "tokens": fmean(sum(len(t.completion_ids) for t in r.turns) for r in played),
         "seconds": fmean(r.seconds.get("total", 0.0) for r in played),

@@ -30,6 +30,7 @@ def test_a_schedule_is_read_from_the_command_line_and_from_the_runs_own_file(tmp
     (tmp_path / "config.yaml").write_text(to_yaml(config))
     assert from_yaml(tmp_path / "config.yaml") == config
     assert float(Weights.of(config).at(50)["workplace"]) == 0.25
+    assert loaded("env.sudoku.replicas=auto").env["sudoku"].replicas == "auto"
     assert loaded().dataset.schedule == {} and loaded().dataset.sampling == "uniform"
 
 
@@ -82,6 +83,13 @@ def test_a_schedule_is_read_from_the_command_line_and_from_the_runs_own_file(tmp
         (
             "dataset.sampling=difficulty dataset.order=shuffle",
             r"dataset.order must be interleave with dataset.sampling=difficulty, got 'shuffle'",
+        ),
+        ("env.sudoku.replicas=many", r"env.sudoku.replicas must be a whole number or auto, got 'many'"),
+        ("env.sudoku.replicas=1.5", r"env.sudoku.replicas must be a whole number or auto, got 1.5"),
+        ("env.sudoku.replicas=null", r"env.sudoku.replicas must be a whole number or auto, got None"),
+        (
+            "env.sudoku.replicas=auto gym.runtime=attach gym.policy_port=9",
+            r"env.sudoku.replicas must be a number with gym.runtime=attach, .*, got 'auto'",
         ),
         (
             "dataset.sampling=dificulty",

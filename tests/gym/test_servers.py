@@ -69,6 +69,15 @@ def own(**settings) -> dict[str, EnvConfig]:
     return {"own": EnvConfig(config_path="own.yaml", agent="walker", **settings)}
 
 
+def test_with_auto_an_environment_may_have_a_replica_a_core_of_which_one_starts(own_site, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2})
+    layout = planned(own(replicas="auto"), own_site, model_servers=2)
+    assert [replica.spare for replica in layout.replicas["own"]] == [False, True, True]
+    servers = ("own-judge", "own-rooms", "own-walker")
+    assert layout.spares == {f"{name}-{index}" for name in servers for index in (1, 2)}
+    assert planned(own(replicas=3), own_site).spares == set()
+
+
 def test_an_environment_is_its_agent_and_every_server_it_leads_to(own_site):
     layout = planned(own(), own_site)
     assert layout.modules == {

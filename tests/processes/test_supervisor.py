@@ -476,3 +476,43 @@ def test_a_process_that_the_kernel_ended_for_want_of_memory_is_told_from_one_tha
     monkeypatch.setattr(process, "_OOM_KILLS_BEFORE", process._oom_kills() - 1)
     assert "out of memory" in process.ended(-signal.SIGKILL)
     assert process.ended(-signal.SIGTERM) == "was ended by SIGTERM"
+
+
+def test_a_spare_service_starts_when_it_is_woken_rests_and_is_woken_again(tmp_path):
+    async def story() -> None:
+        with ports.listen() as sock:
+            async with supervising() as keeper:
+                thing = service(tmp_path, SERVER, sock, spare=True)
+                keeper.add(thing)
+                await keeper.wait_ready(["thing"], 1)  # nobody waits for one that is not needed
+                assert not keeper.services and thing.pid is None
+                for times in (1, 2):
+                    keeper.wake("thing")
+                    keeper.wake("thing")  # it runs already
+                    await until(lambda: thing.state == "ready")
+                    first = thing.pid
+                    keeper.rest("thing")
+                    assert thing.state == "resting"
+                    await until(lambda: not keeper.services)
+                    assert first and not psutil.pid_exists(first)
+                    assert (thing.epoch, thing.failures) == (times, 0)
+                keeper.wake("thing")
+                await until(lambda: thing.state == "ready")
+                assert not keeper.failed.done()
+                last = thing.pid
+            assert last and not psutil.pid_exists(last), "it ends with the others"
+
+    run(story)
+
+
+def test_memory_for_more_services_leaves_a_fifth_free(tmp_path, monkeypatch):
+    async def story() -> None:
+        async with supervising() as keeper:
+            keeper.services["thing"] = service(tmp_path, SERVER)
+            keeper.services["thing"].rss_mb = 300.0
+            for free, enough in ((501.0, True), (499.0, False)):
+                monkeypatch.setattr(supervisor, "memory_mb", lambda free=free: (free, 1000.0))
+                assert keeper.has_memory_for(["thing", "unknown"]) is enough
+            keeper.services.clear()
+
+    run(story)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import re
 import threading
 import time
@@ -83,6 +84,9 @@ class Controller:
             for name, rss in rss_mb.items()
         }
         self.restarts: list[str] = []
+        self.woken: list[dict] = []
+        self.rested: list[str] = []
+        self.is_full = False
         self.on_restart: Callable[[str], None] = lambda name: None
         self.rss_mb_at_start = 10.0
         self.gone = False
@@ -92,7 +96,23 @@ class Controller:
     def app(self) -> web.Application:
         app = web.Application()
         app.add_routes([web.get("/watch", self._watch), web.post("/restart/{name}", self._restart)])
+        app.add_routes([web.post("/wake", self._wake), web.post("/rest", self._rest)])
         return app
+
+    async def _wake(self, request: web.Request) -> web.Response:
+        asked = await request.json()
+        self.woken.append(asked)
+        if self.is_full:
+            return web.Response(status=507)
+        for name in asked["names"]:
+            self.services[name] = {"state": "ready", "epoch": 0, "rss_mb": 1.0, "log": ""}
+        return web.Response()
+
+    async def _rest(self, request: web.Request) -> web.Response:
+        for name in (await request.json())["names"]:
+            self.rested.append(name)
+            del self.services[name]
+        return web.Response()
 
     async def _watch(self, request: web.Request) -> web.StreamResponse:
         response = web.StreamResponse()
@@ -130,8 +150,10 @@ def playing(
     max_steps: int | None = None,
     gateway: web.Application | None = None,
     seen: list[Progress] | None = None,
+    spare: bool = False,
 ):
     """A collector of one environment, with one replica, or two where `more` says how the second behaves.
+    spare: whether the second one is to be woken.
 
     seen: gets a copy of every report of progress.
     """
@@ -146,7 +168,8 @@ def playing(
             app.add_routes([web.post("/run", agent.run)])
             url = stack.enter_context(serving(app))
             names = [s if index == 0 else f"{s}-{index}" for s in services]
-            replicas.append(Replica(names[0], "a", url, names, names[:1], max_steps))
+            is_spare = spare and index > 0
+            replicas.append(Replica(names[0], "a", url, names, names[:1], max_steps, is_spare))
         beside: dict[str, Any] = {}
         if controller:
             beside["control_url"] = stack.enter_context(serving(controller.app()))
@@ -863,3 +886,43 @@ def test_as_many_rollouts_as_the_configuration_allows_are_in_flight_and_each_has
         agents.append(agent)
         outcomes = play(collector, 120)
     assert {type(outcome) for outcome in outcomes} == {Completed}
+
+
+CORE = threading.Lock()
+
+
+async def in_turn(key: str, attempt: int) -> Answer:
+    """One rollout after the other, of both replicas: as servers that share one core play them."""
+
+    def work() -> None:
+        with CORE:
+            time.sleep(0.04)
+
+    await asyncio.to_thread(work)
+    return reply()
+
+
+def test_a_spare_replica_is_woken_for_the_next_collection_and_rests_if_it_did_not_help(caplog):
+    """Both replicas share one core here, so two are not faster than one."""
+    caplog.set_level(logging.INFO)
+    controller = Controller(server=10.0)
+    with playing(in_turn, more=in_turn, controller=controller, spare=True) as (collector, first, second):
+        assert len(play(collector, 6)) == 6
+        assert len(second.asked) == 0 and controller.woken == [{"names": ["server-1"], "twins": ["server"]}]
+        time.sleep(0.3)  # the collector is told that it is ready
+        assert len(play(collector, 6)) == 6
+        assert len(second.asked) == 3 and controller.rested == ["server-1"]
+        assert len(play(collector, 6)) == 6
+        assert (len(first.asked), len(second.asked)) == (6 + 3 + 6, 3)
+    assert "env.e has 2 replicas from now on, 1 before (6 rollouts in 0." in caplog.text
+    assert "env.e has 1 replicas from now on, 2 before" in caplog.text
+
+
+def test_without_memory_for_a_spare_replica_the_run_goes_on_with_what_it_has(caplog):
+    caplog.set_level(logging.INFO)
+    controller = Controller(server=10.0)
+    controller.is_full = True
+    with playing(in_turn, more=in_turn, controller=controller, spare=True) as (collector, _, second):
+        assert len(play(collector, 3)) == len(play(collector, 3)) == 3
+        assert len(second.asked) == 0 and len(controller.woken) == 1, "it is not asked for again at once"
+    assert "env.e stays at 1 replicas: too little memory is free for more" in caplog.text

@@ -24,9 +24,20 @@ class Services:
         self.services = {"server": Service("server", start=None, log=Path("logs/server.log"))}  # type: ignore[arg-type]
         self.restarts: list[str] = []
         self.alive: list[str] = []
+        self.woken: list[str] = []
+        self.rested: list[str] = []
 
     def restart(self, name: str) -> None:
         self.restarts.append(name)
+
+    def has_memory_for(self, twins: list[str]) -> bool:
+        return twins == ["small"]
+
+    def wake(self, name: str) -> None:
+        self.woken.append(name)
+
+    def rest(self, name: str) -> None:
+        self.rested.append(name)
 
     def heard(self, name: str) -> None:
         self.alive.append(name)
@@ -73,6 +84,18 @@ def test_a_restart_is_passed_on_and_an_unknown_service_is_not_found():
         assert refused.status == 404
         assert "no service is named sever" in await refused.text()
         assert services.restarts == ["server"]
+
+    story(tell)
+
+
+def test_spare_services_are_woken_where_there_is_memory_and_rest():
+    async def tell(http, url, control, services) -> None:
+        for twin, status in (("small", 200), ("large", 507)):
+            asked = {"names": ["a-1", "b-1"], "twins": [twin]}
+            assert (await http.post(f"{url}/wake", json=asked)).status == status
+        assert services.woken == ["a-1", "b-1"]
+        assert (await http.post(f"{url}/rest", json={"names": ["b-1"]})).status == 200
+        assert services.rested == ["b-1"]
 
     story(tell)
 
