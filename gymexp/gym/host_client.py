@@ -60,7 +60,6 @@ class GymHost:
         self._sockets = sockets
         self._broken: dict[str, str] = {}  # the servers that cannot be imported, with the error
         self.log = log
-        self.spares = layout.spares  # the servers that do not start with the others
         self._loaded: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._starting: asyncio.Queue[asyncio.Future[_Forked]] = asyncio.Queue()
         self._ends: dict[int, asyncio.Future[int]] = {}

@@ -169,7 +169,7 @@ def playing(
             url = stack.enter_context(serving(app))
             names = [s if index == 0 else f"{s}-{index}" for s in services]
             is_spare = spare and index > 0
-            replicas.append(Replica(names[0], "a", url, names, names[:1], max_steps, is_spare))
+            replicas.append(Replica(names[0], "a", url, names, names[:1], max_steps, spare=is_spare))
         beside: dict[str, Any] = {}
         if controller:
             beside["control_url"] = stack.enter_context(serving(controller.app()))
