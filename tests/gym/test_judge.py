@@ -108,7 +108,7 @@ def test_real_servers_ask_the_judge_and_its_failure_is_no_reward(gym_python, tmp
         asyncio.run(asyncio.wait_for(story(*urls, stack), 200))
     assert (
         "env.broken.servers.over_refusal_detection.reward_if_complid is no key of this server; did you mean "
-        "reward_if_complied? Its keys: "
+        "reward_if_complied?"
     ) in found.pop("broken")
     for name, (judged, *failures) in found.items():
         assert isinstance(judged, Completed)
