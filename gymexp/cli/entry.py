@@ -82,9 +82,12 @@ def _without_secrets(main: Callable[[], Any]) -> Callable[[], Any]:
     @functools.wraps(main)
     def wrapped() -> Any:
         for key in filter(None, map(in_override, sys.argv[1:])):
+            instead = "set the variable of the environment that the program reads"
+            if ".servers." in key:
+                instead = f"name the variable of the environment that has it, by {key}.key_env=…"
             raise ConfigError(
                 f"{key} must hold no secret, as other users see the command line (ps), and run directories "
-                "keep it: leave it out, and set the variable of the environment that the program reads"
+                f"keep it: leave it out, and {instead}"
             )
         return main()
 

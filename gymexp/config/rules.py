@@ -64,7 +64,8 @@ def problems_of(config: RunConfig) -> Iterator[str]:
         for key in secrets:
             yield (
                 f"{key} must hold no secret, as run directories keep the configuration: leave it out, and "
-                "set the variable of the environment that the program reads (HF_TOKEN, WANDB_API_KEY, …)"
+                "set the variable of the environment that the program reads (HF_TOKEN, WANDB_API_KEY, …); "
+                "env.<name>.servers.<server>.<key>.key_env=… names a variable for a server"
             )
         return  # the messages of the other rules show values, and so might show a secret
     yield from _seed_problems(config)

@@ -18,7 +18,7 @@ from real_servers import Servers, policy_that_says
 from test_definitions import ROOM, site_with
 
 from gymexp.config.schema import EnvConfig, GymConfig, JudgeConfig
-from gymexp.errors import ConfigError
+from gymexp.errors import ConfigError, ServiceError
 from gymexp.gym.catalogue import load_catalogue, options_of
 from gymexp.gym.definitions import ensure_environments, playable_servers, server_of
 from gymexp.gym.install import site_packages
@@ -73,17 +73,22 @@ def test_real_servers_ask_the_judge_and_its_failure_is_no_reward(gym_python, tmp
     # NeMo Gym's first one takes a judge that fails for an unclear verdict, with a reward of its own. The
     # second asks its judge by the address alone, and takes a failure for a verdict.
     names = ["over_refusal_detection", "verifif"]
-    found: dict[str, list[Any]] = {}
+    found: dict[str, Any] = {}
 
     async def story(judge_url: str, policy_url: str, stack: ExitStack) -> None:
         envs = {name: environment(name, f"{judge_url}/v1") for name in names}
+        envs["broken"] = environment(names[0], f"{judge_url}/v1")
+        envs["broken"].servers = {names[0]: {"reward_if_complid": 1.0}}  # NeMo Gym would ignore it
         python = ensure_environments(GymConfig(), envs, cache_dir(), print)
         layout_of = lambda port: plan(envs, GymConfig(), site, policy_url, port, python=python)  # noqa: E731
         servers = Servers(layout_of, python, tmp_path, stack)
         try:
+            with pytest.raises(ServiceError) as caught:
+                await asyncio.wait_for(asyncio.shield(servers.supervisor.failed), 120)
+            found["broken"] = str(caught.value)
             services = servers.supervisor.services
-            while any(services[name].state != "ready" for name in servers.names):
-                assert not servers.supervisor.failed.done(), servers.supervisor.failed.exception()
+            good = [name for name in servers.names if name != f"broken-{names[0]}"]
+            while any(services[name].state != "ready" for name in good):
                 await asyncio.sleep(0.05)
             async with aiohttp.ClientSession() as http:
                 for judge.status, judge.said in [(200, "[[COMPLIED]]"), (400, ""), (401, "")]:
@@ -101,6 +106,10 @@ def test_real_servers_ask_the_judge_and_its_failure_is_no_reward(gym_python, tmp
     with ExitStack() as stack:
         urls = stack.enter_context(serving(judge.app)), stack.enter_context(serving(policy))
         asyncio.run(asyncio.wait_for(story(*urls, stack), 200))
+    assert (
+        "env.broken.servers.over_refusal_detection.reward_if_complid is no key of this server; did you mean "
+        "reward_if_complied?"
+    ) in found.pop("broken")
     for name, (judged, *failures) in found.items():
         assert isinstance(judged, Completed)
         assert [(f.cause, f.server) for f in failures] == 2 * [("environment", f"{name}-{JUDGE}")]
