@@ -42,8 +42,7 @@ _WIDTHS = {"name": 60, "agent": 22, "data": 44, "licence": 24}
 _NOTE = (
     "turns: limit on a rollout's model turns. prompt: estimate of the tokens of the longest example row; a\n"
     "rollout must fit into model.max_model_len. network: its files call others or start other programs.\n"
-    "tried: rollouts with a reward of those that the tiny policy\n"
-    "played here, or no if none had one.\n"
+    "tried: how many rollouts of the tiny policy had a reward here; no: none of them.\n"
     "!: gymexp cannot play it; python -m gymexp.envs show NAME says why."
 )
 
