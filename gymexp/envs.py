@@ -46,7 +46,7 @@ _SETTINGS = ("gym.version", "gym.python")  # a run's keys that say which NeMo Gy
 _NOTE = (
     "turns: limit on a rollout's model turns. prompt: estimate of the tokens of the longest example row; a\n"
     "rollout must fit into model.max_model_len. network: its files call others or start other programs.\n"
-    "tried: rollouts with a reward of those that the tiny policy played here, or no if none had one.\n"
+    "tried: how many rollouts of the tiny policy had a reward here; no: none of them.\n"
     "judge: a model judges the replies; needed: env.<name>.judge must name it.\n"
     "!: gymexp cannot play it as it is; python -m gymexp.envs show NAME says why."
 )
