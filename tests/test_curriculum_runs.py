@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 
 import pytest
@@ -19,6 +20,7 @@ CURRICULUM = [
     "dataset.schedule={0:{sudoku:1,workplace:0},4:{sudoku:1,workplace:1}}",
     "dataset.sampling=difficulty",
     *(f"env.{env}.data.train_size=4" for env in ("sudoku", "workplace")),
+    "env.workplace.replicas=auto",
     *UNEVALUATED,
 ]
 
@@ -58,3 +60,8 @@ def test_a_run_that_is_killed_and_resumed_plays_the_tasks_of_an_undisturbed_one(
     assert set(second[: len(mixed)]) <= mixed
     resting = [entry["sudoku/resting"] for entry in entries]
     assert resting[0] == 0 and max(resting) > 0
+
+    # The workplace with its several turns is the slower one once it has tasks, so it gets another replica.
+    assert max(entry.get("workplace/replicas", 0) for entry in entries) <= len(os.sched_getaffinity(0))
+    if len(os.sched_getaffinity(0)) > 1:
+        assert "env.workplace has 2 replicas from now on, 1 before" in undisturbed.log("trainer")
