@@ -1,5 +1,5 @@
 """Runs NeMo Gym's servers, one forked process each. A script for NeMo Gym's venv; of gymexp it imports
-`server_code.py` and `judge_calls.py` alone, which lie beside it.
+`server_code.py`, `judge_calls.py` and `run_key.py` alone, which lie beside it.
 
 NeMo Gym's modules take six seconds or more to import. This process, the host, imports them once and then
 forks a child for each server that the controller starts. So a start, or a restart after a failure, takes a
@@ -24,9 +24,7 @@ its children end with it.
 from __future__ import annotations
 
 import ctypes
-import functools
 import gc
-import hmac
 import json
 import os
 import resource
@@ -41,6 +39,7 @@ from typing import Any
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # which PYTHONSAFEPATH leaves out, as in a job
 from judge_calls import FAILED, Judges  # pyright: ignore[reportMissingImports]
+from run_key import require_key, session_with_key  # pyright: ignore[reportMissingImports]
 from server_code import Code, add_newer, check_asked  # pyright: ignore[reportMissingImports]
 
 del sys.path[0]
@@ -90,65 +89,6 @@ def load(config: dict, servers: dict, own: str, key: str | None) -> dict[str, Co
     modules = dict.fromkeys(server["module"] for server in servers.values())
     codes = {module: Code(module) for module in modules}
     return {name: codes[server["module"]] for name, server in servers.items()}
-
-
-def session_with_key(key: str, config: dict) -> Any:
-    """Returns aiohttp's client session, which sends the key to the servers of `config` and to nobody else."""
-    from aiohttp import ClientSession
-
-    servers = {
-        (values["host"], values["port"])
-        for entry in config.values()
-        for kind in entry.values()
-        if isinstance(kind, dict)
-        for values in kind.values()
-    }
-
-    async def add_key(request: Any, handler: Any) -> Any:
-        if (request.url.host, request.url.port) in servers:
-            request.headers["Authorization"] = f"Bearer {key}"
-        return await handler(request)
-
-    return functools.partial(ClientSession, middlewares=(add_key,))
-
-
-def require_key(key: str | None, app: Any) -> Any:
-    """Returns the ASGI application with a check before it: a request must have the key or come from a program
-    of this user. Some agents call the model server with an HTTP client of their own, which does not send the
-    key."""
-    if not key:
-        return app
-    expected = f"Bearer {key}".encode()
-
-    async def guarded(scope: dict, receive: Any, send: Any) -> None:
-        sent = b"".join(v for k, v in scope.get("headers", ()) if k == b"authorization")
-        if scope["type"] == "lifespan" or hmac.compare_digest(sent, expected) or is_of_this_user(scope):
-            await app(scope, receive, send)
-        elif scope["type"] == "websocket":
-            await send({"type": "websocket.close", "code": 1008})
-        else:
-            await send({"type": "http.response.start", "status": 401, "headers": []})
-            await send({"type": "http.response.body", "body": b"the run's key is missing or wrong\n"})
-
-    return guarded
-
-
-def is_of_this_user(scope: dict) -> bool:
-    """Returns whether the other end of a connection is a socket that this user opened on this machine. False
-    if the kernel does not tell. Source: proc_net(5) of Linux."""
-    try:
-        ends = [
-            f"{int.from_bytes(socket.inet_aton(host), sys.byteorder):08X}:{port:04X}"
-            for host, port in (scope["client"], scope["server"])
-        ]
-        with open("/proc/net/tcp") as table:
-            for line in table:
-                _, local, remote, state, _, _, _, uid, _, inode, *_ = line.split()
-                if [local, remote] == ends:  # 01: established; a closed socket has no owner
-                    return (state, int(uid)) == ("01", os.getuid()) and inode != "0"
-    except (OSError, TypeError, ValueError, KeyError):
-        pass
-    return False
 
 
 KINDS = {"resources_servers", "responses_api_agents", "responses_api_models", "environment_servers"}

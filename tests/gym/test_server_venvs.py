@@ -69,7 +69,7 @@ def cache(tmp_path, wheels, monkeypatch) -> Path:
     monkeypatch.setenv("UV_NO_INDEX", "1")
     monkeypatch.setenv("UV_FIND_LINKS", str(wheels))
     monkeypatch.setenv("UV_CACHE_DIR", str(tmp_path / "uv"))
-    monkeypatch.setattr(install, "find_python", lambda: sys.executable)
+    monkeypatch.setattr(install, "find_python", lambda *_: sys.executable)
     return tmp_path / "cache"
 
 
