@@ -34,11 +34,31 @@ if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # as under nohup, which t
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--gym-version", help="the NeMo Gym of the tests that take one, instead of the default")
+    help_ = "1/2: of the files with whole runs, and of the faults, every second from the second on"
+    parser.addoption("--part", type=_part, default=(0, 1), help=help_)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def _part(text: str) -> tuple[int, int]:
+    first, _, every = text.partition("/")
+    if not 0 <= int(first) < int(every):
+        raise ValueError(text)
+    return int(first), int(every)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """The long ones first, so that of two workers none waits for them in the end."""
     items.sort(key=lambda item: item.get_closest_marker("e2e") is None)
+    first, every = config.getoption("--part")
+    runs = [item for item in items if item.get_closest_marker("e2e") and not is_apart(item)]
+    today = set(sorted({item.path for item in runs})[first::every])
+    left_out = {id(item) for item in runs if item.path not in today}
+    items[:] = [item for item in items if id(item) not in left_out]
+
+
+def is_apart(item: pytest.Item) -> bool:
+    """Returns whether a test is one of `make test-more` or `make test-faults`."""
+    needs = any(item.get_closest_marker(name) for name in ("gpu", "ranks", "vllm", "ray", "slurm"))
+    return needs or "fault" in getattr(item, "fixturenames", ())
 
 
 @pytest.fixture(scope="session")

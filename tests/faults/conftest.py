@@ -44,18 +44,10 @@ def fault(request: pytest.FixtureRequest) -> Callable[[str], Stopwatch]:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--write-seconds", action="store_true", help="write them into docs/reliability.md")
-    parser.addoption("--part", type=_part, default=(0, 1), help="3/16: every sixteenth test, from test 3 on")
-
-
-def _part(text: str) -> tuple[int, int]:
-    first, _, every = text.partition("/")
-    if not 0 <= int(first) < int(every):
-        raise ValueError(text)
-    return int(first), int(every)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    first, every = config.getoption("--part", default=(0, 1))
+    first, every = config.getoption("--part")
     injecting = [item for item in items if "fault" in getattr(item, "fixturenames", ())]
     for item in injecting:
         item.add_marker("fault")
