@@ -43,8 +43,13 @@ class MadeUp:
 
     seconds = 0.0
     logprobs: list[float]
+    by_difficulty = False  # whether tasks of even numbers always have the same reward
+
+    def __init__(self) -> None:
+        self.played: list[list[str]] = []
 
     def __call__(self, prompts: list[str], trainer: PolicyTrainer) -> dict[str, list[Any]]:
+        self.played.append(prompts)
         draw = random.Random(f"{trainer.state.global_step} {trainer.accelerator.process_index}")
         rows = range(len(prompts))
         batch = Batch(
@@ -65,7 +70,10 @@ class MadeUp:
             "completion_ids": batch.completion_ids,
             "logprobs": [row.tolist() for row in own],
             "env_mask": [[1] * len(row) for row in own],
-            "reward": batch.rewards,
+            "reward": [
+                1.0 if self.by_difficulty and int(key[1:]) % 2 == 0 else reward
+                for key, reward in zip(prompts, batch.rewards, strict=True)
+            ],
         }
 
     def write_trained(self, batch: Any, trainer: Any) -> None:
@@ -94,11 +102,13 @@ def main() -> None:
     model_config = ModelConfig("tiny", path, dtype=options.get("dtype", "float32"), lora=lora)
     config = RunConfig(model=model_config, env={"e": EnvConfig("c", "a")}, trainer=options["trainer"])
     config.checkpoint.keep_last = 1
+    config.dataset.sampling = options.get("sampling", "uniform")
     saved = directory / "checkpoints"
     args = arguments.build(config, saved)
     model, tokenizer = load_model(model_config), load_tokenizer(model_config)
-    prepared = Prepared([Task(f"t{i}", "e", "a", {}) for i in range(64)], {}, {})
+    prepared = Prepared([Task(f"t{i}", "e", "a", {}) for i in range(options.get("tasks", 64))], {}, {})
     rollouts: Any = MadeUp()
+    rollouts.by_difficulty = config.dataset.sampling == "difficulty"
     trainer = PolicyTrainer(config, args, model, tokenizer, prepared, rollouts, saved)
     trainer.add_callback(StopAt(steps))
 
@@ -114,6 +124,8 @@ def main() -> None:
     send()
     trainer.save_now()
     trainer.save_policy(directory)
+    played = directory / f"played-{trainer.accelerator.process_index}-{trainer.state.global_step}.json"
+    played.write_text(json.dumps(rollouts.played))
     if trainer.accelerator.is_main_process:
         (directory / "logprobs.json").write_text(json.dumps(rollouts.logprobs))
     torch.distributed.destroy_process_group()
