@@ -144,7 +144,7 @@ def refusal(entry: Entry) -> str:
     if entry.reasons:
         return entry.reasons[0]
     if entry.judge:
-        return "a model judges the replies: its address and key are for you to give"
+        return "a model judges the replies: set env.<name>.judge"
     if entry.images:
         return "its rows have images, which gymexp does not pass on"
     return "" if entry.examples else "NeMo Gym ships no example rows"
