@@ -174,7 +174,8 @@ def evaluate(entries: list[Entry], site: Path, args: argparse.Namespace) -> tupl
                 running.communicate()
                 return f"the evaluation took longer than {args.deadline_s:.0f} s", []
         if running.returncode:
-            return said.rpartition("error: ")[2].strip() or f"it ended with {running.returncode}", []
+            error = re.search(r"^error: (.+)", said, re.MULTILINE | re.DOTALL)  # it may quote others' errors
+            return error[1].strip() if error else f"it ended with {running.returncode}", []
         return "", list(read_index(directory / "rollouts"))
 
 
@@ -232,6 +233,8 @@ def page(tried: dict[str, Any], catalogue: dict[str, Entry]) -> str:
         lines.append(f"| {name} | {harness} | {tools} | {counts} | {low:g} to {high:g} |")
     lines += [f"\n## Not played: {len(others)}\n", "| environment | it lacks | reason |", "|---|---|---|"]
     lines += [f"| {name} | {lacks(s['reason'])} | {_cell(s['reason'])} |" for name, s in others.items()]
+    if untried := [name for name in catalogue if name not in tried and name not in refused]:
+        lines += [f"\n## Not tried yet: {len(untried)}\n", ", ".join(untried)]
     return "\n".join(lines) + "\n"
 
 
@@ -241,7 +244,7 @@ _LACKS = {
     "images": r"images",
     "a container": r"docker|apptainer|singularity",
     "a GPU": r"CUDA|GPU|vllm",
-    "a network": r"over the network|URLError|Name or service|resolve|clone|Connect|download|--python', '3",
+    "a network": r"git\+|https?:|URLError|Name or service|--python', '3",
     "rows": r"no example rows",
     "a value": r"value \?\?\?|needs a value",
 }
