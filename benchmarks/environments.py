@@ -211,9 +211,12 @@ async def measure(
                     sock.close()
 
 
-def start_policy(supervisor: Supervisor, tokenizer: str, sockets: dict[str, Any], script: Path) -> None:
-    """Starts the gateway, as a run does, and the two fakes."""
+def start_policy(
+    supervisor: Supervisor, tokenizer: str, sockets: dict[str, Any], script: Path, reply_s: float = 0.0
+) -> None:
+    """Starts the gateway, as a run does, and the two fakes, whose replies take `reply_s` seconds."""
     fake = [sys.executable, str(BENCHMARKS / "scripted.py"), "--script", str(script)]
+    fake += ["--reply-s", str(reply_s)]
     gateway = [sys.executable, "-m", "gymexp.gateway.server", "--tokenizer", tokenizer]
     gateway += ["--engine-url", ports.url_of(sockets["engine"]), "--max-model-len", "32768"]
 

@@ -3,7 +3,8 @@
     python benchmarks/mixed.py            writes benchmarks/results/mixed_<cores>_cores.json and .md
 
 Five of the environments are tasks of reasoning_gym, one turn each; the sixth is the workplace, which has
-several turns and the slowest server. The policy is scripted and replies at once (benchmarks/scripted.py).
+several turns and the slowest server. The policy is scripted (benchmarks/scripted.py). Its replies take no
+time, which shows the most that gymexp and the servers can do, and then as long as a short reply of a model.
 "alone" is a collection of one environment, with one replica. "beside" is a collection of all six at once:
 with replicas=1, and with replicas=auto after `--settle` collections in which these follow the slowest.
 All of them are measured in turn in each round; a ratio is the median of the rounds' ratios to "alone". An
@@ -56,18 +57,24 @@ def main() -> None:
     parser.add_argument("--group", type=int, default=8, help="rollouts per row")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--settle", type=int, default=4, help="collections with replicas=auto before a round")
+    parser.add_argument("--reply-s", type=float, nargs="+", default=[0.0, 2.0], help="seconds of a reply")
     parser.add_argument("--python", help="an interpreter that has nemo_gym; default: gymexp's own venv")
     args = parser.parse_args()
     config = six(args)
     python = ensure_environments(config.gym, config.env, cache_dir(), print)
     tasks = read_tasks(args, config, python)
+    found, differ = {}, False
     with tempfile.TemporaryDirectory() as folder:
         script = Path(folder) / "script.json"
         tokenizer = load_tokenizer(str(TINY))
         write_script(script, tokenizer, [task.row for of_env in tasks.values() for task in of_env])
-        rates, rewards, replicas = asyncio.run(measure(args, config, python, tasks, len(tokenizer), script))
-    write(args, rates, replicas)
-    if any(other != rewards[WAYS[0]] for other in rewards.values()):
+        for reply_s in args.reply_s:
+            measured = measure(args, config, python, tasks, len(tokenizer), script, reply_s)
+            rates, rewards, replicas = asyncio.run(measured)
+            found[reply_s] = figures(rates, replicas)
+            differ |= any(other != rewards[WAYS[0]] for other in rewards.values())
+    write(args, found)
+    if differ:
         sys.exit("error: the rewards of the ways differ")
 
 
@@ -93,6 +100,7 @@ async def measure(
     tasks: dict[str, list[Task]],
     vocab_size: int,
     script: Path,
+    reply_s: float,
 ) -> tuple[dict[str, dict[str, list[float]]], dict[str, dict[str, Any]], dict[str, int]]:
     """Returns the rates by way and environment, the rewards by way and rollout, and the replicas at the end
     with replicas=auto."""
@@ -110,7 +118,7 @@ async def measure(
     async with control:
         with ExitStack() as stack:
             try:
-                start_policy(supervisor, str(TINY), sockets, script)
+                start_policy(supervisor, str(TINY), sockets, script, reply_s)
                 layout = start_servers(supervisor, config, python, sockets, script.parent)
                 await supervisor.wait_ready(list(sockets), config.gym.start_timeout_s)
                 ones = {env: [r for r in own if not r.spare] for env, own in layout.replicas.items()}
@@ -142,7 +150,7 @@ async def measure(
                         await asyncio.to_thread(auto.collect, warm_up, samplings_of(warm_up))
                         await asyncio.sleep(1.0)  # a step trains now, while replicas start
                     await play("replicas=auto", number, every, auto)
-                    print(f"round {number + 1}: {replicas}", flush=True)
+                    print(f"replies of {reply_s:g} s, round {number + 1}: {replicas}", flush=True)
                 return rates, rewards, dict(replicas)
             finally:
                 await asyncio.to_thread(stack.close)
@@ -198,43 +206,40 @@ def note(outcomes: list[Outcome], number: int, rewards: dict[str, Any]) -> None:
         rewards.setdefault(f"{number}/{task_of(outcome).key}", []).append(reward)
 
 
-def write(
-    args: argparse.Namespace, rates: dict[str, dict[str, list[float]]], replicas: dict[str, int]
-) -> None:
-    cores = len(os.sched_getaffinity(0))
-    envs, ways = list(rates["alone"]), WAYS[1:]
+def figures(rates: dict[str, dict[str, list[float]]], replicas: dict[str, int]) -> dict[str, Any]:
     ratios = {
         way: {
             env: statistics.median(
                 beside / alone for beside, alone in zip(rates[way][env], rates["alone"][env], strict=True)
             )
-            for env in envs
+            for env in rates["alone"]
         }
-        for way in ways
+        for way in WAYS[1:]
     }
-    found = {
-        "arguments": vars(args) | {"python": None, "cores": cores},
-        "rollouts_per_second": rates,
-        "ratio_to_alone": ratios,
-        "replicas": replicas,
-    }
+    return {"rollouts_per_second": rates, "ratio_to_alone": ratios, "replicas": replicas}
+
+
+def write(args: argparse.Namespace, found: dict[float, dict[str, Any]]) -> None:
+    cores = len(os.sched_getaffinity(0))
     path = RESULTS / f"mixed_{cores}_cores.json"
-    path.write_text(json.dumps(found, indent=1) + "\n")
+    arguments = vars(args) | {"python": None, "cores": cores}
+    path.write_text(json.dumps({"arguments": arguments, "reply_s": found}, indent=1) + "\n")
     lines = [
         f"# Six environments in one run, {cores} cores",
         "",
         "`python benchmarks/mixed.py` makes this page. The ratios are rollouts a second beside the others to",
         "rollouts a second alone, with one replica.",
-        "",
-        "| environment | alone, rollouts/s | beside, replicas=1 | beside, replicas=auto | replicas |",
-        "|---|---|---|---|---|",
     ]
-    for env in envs:
-        alone = statistics.median(rates["alone"][env])
-        beside = " | ".join(f"{ratios[way][env]:.2f}" for way in ways)
-        lines.append(f"| {env} | {alone:.1f} | {beside} | {replicas[env]} |")
+    for reply_s, of in found.items():
+        lines += ["", f"## A reply takes {reply_s:g} s", ""]
+        lines += [
+            "| environment | alone, rollouts/s | beside, replicas=1 | beside, replicas=auto | replicas |"
+        ]
+        lines += ["|---|---|---|---|---|"]
+        for env, alone in of["rollouts_per_second"]["alone"].items():
+            beside = " | ".join(f"{of['ratio_to_alone'][way][env]:.2f}" for way in WAYS[1:])
+            lines.append(f"| {env} | {statistics.median(alone):.1f} | {beside} | {of['replicas'][env]} |")
     path.with_suffix(".md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
 
 
 if __name__ == "__main__":

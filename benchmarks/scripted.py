@@ -1,14 +1,15 @@
 """A scripted policy for benchmarks/environments.py: a script of replies, and two fake servers that send them.
 
-    python benchmarks/scripted.py chat|engine --fd FD --script FILE
+    python benchmarks/scripted.py chat|engine --fd FD --script FILE [--reply-s SECONDS]
 
 `write_script` writes the policy's replies for each row, turn by turn. "chat" is an OpenAI endpoint for NeMo
-Gym's model server; "engine" takes and returns token ids like vLLM. Both reply without delay.
+Gym's model server; "engine" takes and returns token ids like vLLM. Both reply after `--reply-s` seconds.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -159,11 +160,13 @@ def main() -> None:
     parser.add_argument("kind", choices=ROUTES)
     parser.add_argument("--fd", type=int, required=True)
     parser.add_argument("--script", type=Path, required=True)
+    parser.add_argument("--reply-s", type=float, default=0.0, help="seconds that a reply takes")
     args = parser.parse_args()
     script = orjson.loads(args.script.read_bytes())
     answer = (build_engine if args.kind == "engine" else build_chat)(script)
 
     async def handle(request: web.Request) -> web.Response:
+        await asyncio.sleep(args.reply_s)
         try:
             return web.Response(body=answer(await request.read()), content_type="application/json")
         except LookupError as error:

@@ -27,6 +27,7 @@ from typing import Any
 
 from gymexp.config.schema import GymConfig
 from gymexp.envs import gym_of
+from gymexp.errors import GymexpError
 from gymexp.files import replace_file
 from gymexp.gym.catalogue import Entry, load_catalogue
 from gymexp.gym.install import find_made_venv, nemo_gym_version, site_packages
@@ -58,7 +59,7 @@ that reaches package registries alone.
 
 
 def main() -> None:
-    args = arguments().parse_args()
+    args = arguments().parse_intermixed_args()
     settings = [word for word in args.names if "=" in word]
     args.names = [word for word in args.names if "=" not in word]
     gym = gym_of(settings)
@@ -279,4 +280,7 @@ def _cell(text: str) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except GymexpError as error:
+        sys.exit(f"error: {error}")
