@@ -10,11 +10,14 @@ that were installed there; uv gets all of them whenever it adds some.
 from __future__ import annotations
 
 import itertools
+import json
 import shutil
+import subprocess
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from packaging.requirements import InvalidRequirement, Requirement
+from packaging.utils import canonicalize_name
 
 from gymexp.errors import ConfigError, ServiceError
 from gymexp.gym.requirements import Needs, marker_prefix, needs_of
@@ -80,14 +83,27 @@ def python_of(folder: str, python: Path, site: Path) -> Path:
 def check_own_python(python: Path, site: Path, folders: Iterable[str], say: Say) -> None:
     """Raises ConfigError that names what an interpreter of the user's own lacks for the folders. Another
     version than a folder asks for is only told, as the user may have chosen it."""
+    needed = missing_needs(python.parent.parent, site, folders)
+    installed = _installed(python) if needed else {}
     lacking: list[str] = []
-    for needs in missing_needs(python.parent.parent, site, folders):
-        unmet = [line for line in needs.lines if not line.startswith("-") and not _has(python, line)]
-        installed = {line: _version(python, line) for line in unmet}
-        for line, version in installed.items():
-            if version:
+    for needs in needed:
+        gone = []
+        for line in needs.lines:
+            if line.startswith("-"):  # an option of pip's
+                continue
+            try:
+                wanted = Requirement(line)
+            except InvalidRequirement:
+                say(f"warning: {needs.folder} asks for {line}, and gymexp cannot tell if {python} has it")
+                continue
+            if wanted.marker and not wanted.marker.evaluate(dict(installed["markers"])):
+                continue
+            version = installed["versions"].get(canonicalize_name(wanted.name))
+            if version is None:
+                gone.append(line)
+            elif not wanted.specifier.contains(version, prereleases=True):
                 say(f"warning: {needs.folder} asks for {line}, but {python} has {version}")
-        if gone := [line for line, version in installed.items() if not version]:
+        if gone:
             lacking.append(f"  {needs.folder}: {' '.join(gone)}")
     if lacking:
         raise ConfigError(
@@ -99,6 +115,8 @@ def check_own_python(python: Path, site: Path, folders: Iterable[str], say: Say)
 def _venvs(base: Path) -> Iterator[Path]:
     """Yields the venvs in order; those after the last one that exists have yet to be made."""
     yield base
+    if not base.name:  # an interpreter of the user's own may lie anywhere
+        return
     yield from (base.with_name(f"{base.name}-{number}") for number in itertools.count(2))
 
 
@@ -155,18 +173,22 @@ def _explained(needs: Needs, error: str) -> str:
     )
 
 
-def _has(python: Path, line: str) -> bool:
-    """Returns whether an interpreter satisfies a requirement itself, as uv judges it without a network."""
-    arguments = ["pip", "install", "--dry-run", "--offline", "--no-deps", "--python", python]
-    done = uv(*arguments, "-r", "-", given=f"{line}\n")
-    return not done.returncode and "Would install" not in done.stdout + done.stderr
+_ASK = """
+import json, platform, sys
+from importlib.metadata import distributions
+versions = {d.metadata["Name"]: d.version for d in reversed(list(distributions())) if d.metadata["Name"]}
+full = platform.python_version()
+markers = {"python_version": ".".join(full.split(".")[:2]), "python_full_version": full}
+json.dump({"versions": versions, "markers": markers}, sys.stdout)
+"""
 
 
-def _version(python: Path, line: str) -> str:
-    """Returns the installed version of a requirement's package; "" if there is none, or no name."""
-    try:
-        name = Requirement(line).name
-    except InvalidRequirement:
-        return ""
-    shown = uv("pip", "show", "--python", python, name).stdout
-    return next((ln.partition(": ")[2] for ln in shown.splitlines() if ln.startswith("Version: ")), "")
+def _installed(python: Path) -> dict[str, dict[str, str]]:
+    """Returns the packages that an interpreter itself finds, wherever they lie: "versions" by normalized
+    name; and its own "markers" of requirements."""
+    done = subprocess.run([python, "-P", "-c", _ASK], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ConfigError(f"{python} (gym.python) cannot list its packages: {done.stderr.strip()[-2000:]}")
+    found = json.loads(done.stdout)
+    found["versions"] = {canonicalize_name(name): version for name, version in found["versions"].items()}
+    return found

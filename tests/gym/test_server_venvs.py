@@ -166,6 +166,40 @@ def test_an_interpreter_of_the_users_own_is_told_what_it_lacks(cache, tmp_path):
     assert version(own / "bin" / "python", "beads") == "2.0", "nothing is installed there"
 
 
+def test_an_interpreter_of_the_users_own_may_find_its_packages_anywhere(cache, tmp_path):
+    venv = ensure(cache, "new")["new"].parent.parent
+    packages = tmp_path / "packages"  # as of `pip install --target`
+    next(venv.glob("lib/*/site-packages")).rename(packages)
+    own = tmp_path / "bin" / "own-python"
+    own.parent.mkdir()
+    own.write_text(f'#!/bin/sh\nPYTHONPATH={packages} exec {sys.executable} -S "$@"\n')
+    own.chmod(0o755)
+    gym = GymConfig(python=str(own))
+    assert ensure(cache, "new", gym=gym) == {"new": own}
+    with pytest.raises(ConfigError, match=r"lacks what servers need[^\n]*\n  resources_servers/any: string$"):
+        ensure(cache, "any", gym=gym)
+    site = site_packages(own)
+    in_root = Path("/own-python"), Path("/opt/own-python")
+    assert [python_of("resources_servers/old", python, site) for python in in_root] == [*in_root]
+
+
+def test_what_an_interpreter_of_the_users_own_cannot_tell_is_only_said(cache, tmp_path):
+    python = ensure(cache, "new")["new"]
+    folder = site_packages(python) / "resources_servers" / "loose"
+    folder.mkdir()
+    lines = (
+        "git+https://nowhere.invalid/yarn.git",
+        "beads; python_version < '3'",
+        "string; python_version < '3'",
+    )
+    (folder / "requirements.txt").write_text("\n".join(lines))
+    said: list[str] = []
+    gym = GymConfig(python=str(python))
+    ensure_python(gym, lambda _: ["resources_servers/loose"], cache, said.append)
+    [warning] = said
+    assert "asks for git+https://nowhere.invalid/yarn.git, and gymexp cannot tell" in warning
+
+
 def test_the_lines_of_a_requirements_txt_are_passed_on_as_they_are(tmp_path):
     folder = tmp_path / "resources_servers" / "x"
     folder.mkdir(parents=True)
