@@ -73,7 +73,7 @@ def main() -> None:
             rates, rewards, replicas = asyncio.run(measured)
             found[reply_s] = figures(rates, replicas)
             differ |= any(other != rewards[WAYS[0]] for other in rewards.values())
-    write(args, found)
+            write(args, found)
     if differ:
         sys.exit("error: the rewards of the ways differ")
 

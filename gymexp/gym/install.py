@@ -84,9 +84,7 @@ def _add_needs(venv: Path, python: Path, version: str, folders: list[str], say: 
     for other in venvs_of(venv, site, folders):
         if damage := find_damage(other):
             _make(other, version, damage, say)
-    add_needs(venv, f"nemo-gym=={version}", site, folders, say, make)
-    for other in venvs_of(venv, site, folders):
-        _seal(other)
+    add_needs(venv, f"nemo-gym=={version}", site, folders, say, make, _seal)
 
 
 def find_made_venv(gym: GymConfig, cache: Path) -> Path | None:

@@ -36,13 +36,20 @@ class UnmetNeeds(ServiceError):
 
 
 def add_needs(
-    base: Path, nemo_gym: str, site: Path, folders: Iterable[str], say: Say, make: Callable[[Path], None]
+    base: Path,
+    nemo_gym: str,
+    site: Path,
+    folders: Iterable[str],
+    say: Say,
+    make: Callable[[Path], None],
+    seal: Callable[[Path], None],
 ) -> None:
     """Installs what some of the folders still need, each in the first venv where it fits.
 
     base: the venv that has NeMo Gym. nemo_gym: its requirement, e.g. nemo-gym==0.4.0. site: the directory of
-    NeMo Gym's folders. make: makes a further venv with NeMo Gym, or one anew that lost files. Raises
-    UnmetNeeds if uv cannot install the requirements of a folder.
+    NeMo Gym's folders. make: makes a further venv with NeMo Gym, or one anew that lost files. seal: notes
+    which packages a venv has. Raises UnmetNeeds if uv cannot install the requirements of a folder; those of
+    the folders before it stay installed.
     """
     for needs in missing_needs(base, site, folders):
         for venv in _venvs(base):
@@ -53,6 +60,7 @@ def add_needs(
                 if is_new:
                     make(venv)
                 _add(venv, nemo_gym, needs, say)
+                seal(venv)
             except ServiceError as error:
                 if is_new and venv != base:
                     shutil.rmtree(venv, ignore_errors=True)

@@ -109,6 +109,16 @@ def test_servers_whose_requirements_conflict_have_a_venv_each_and_others_share_t
     assert len(said) == count, "nothing is installed twice"
 
 
+def test_a_venv_stays_whole_when_the_requirements_of_a_later_folder_cannot_be_installed(cache):
+    venv = ensure(cache, "any")["any"].parent.parent
+    with pytest.raises(ServiceError, match="remote needs what could not be installed"):
+        ensure(cache, "old", "remote")
+    assert version(venv / "bin" / "python", "beads") == "1.0", "the requirements of `old` were installed"
+    said: list[str] = []
+    ensure(cache, "old", "any", say=said.append)
+    assert not said, "nothing is missing, and no venv is made again"
+
+
 def test_a_requirement_never_gives_nemo_gym_a_package_that_it_does_not_take(cache):
     assert version(ensure(cache, "client")["client"], "wire") == "1.0"
 
