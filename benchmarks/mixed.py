@@ -1,6 +1,6 @@
 """Plays six environments in one run, and compares each one's rollouts per second with those it has alone.
 
-    python benchmarks/mixed.py            writes benchmarks/results/mixed_<cores>_cores.json and .md
+    python benchmarks/mixed.py            writes benchmarks/results/mixed_<cores>_cores.json
 
 Five of the environments are tasks of reasoning_gym, one turn each; the sixth is the workplace, which has
 several turns and the slowest server. The policy is scripted (benchmarks/scripted.py). Its replies take no
@@ -224,22 +224,13 @@ def write(args: argparse.Namespace, found: dict[float, dict[str, Any]]) -> None:
     path = RESULTS / f"mixed_{cores}_cores.json"
     arguments = vars(args) | {"python": None, "cores": cores}
     path.write_text(json.dumps({"arguments": arguments, "reply_s": found}, indent=1) + "\n")
-    lines = [
-        f"# Six environments in one run, {cores} cores",
-        "",
-        "`python benchmarks/mixed.py` makes this page. The ratios are rollouts a second beside the others to",
-        "rollouts a second alone, with one replica.",
-    ]
+    print("| a reply takes | environment | alone, rollouts/s | replicas=1 | replicas=auto | replicas |")
+    print("|---|---|---|---|---|---|")
     for reply_s, of in found.items():
-        lines += ["", f"## A reply takes {reply_s:g} s", ""]
-        lines += [
-            "| environment | alone, rollouts/s | beside, replicas=1 | beside, replicas=auto | replicas |"
-        ]
-        lines += ["|---|---|---|---|---|"]
         for env, alone in of["rollouts_per_second"]["alone"].items():
             beside = " | ".join(f"{of['ratio_to_alone'][way][env]:.2f}" for way in WAYS[1:])
-            lines.append(f"| {env} | {statistics.median(alone):.1f} | {beside} | {of['replicas'][env]} |")
-    path.with_suffix(".md").write_text("\n".join(lines) + "\n")
+            alone_per_s = f"{statistics.median(alone):.1f}"
+            print(f"| {reply_s:g} s | {env} | {alone_per_s} | {beside} | {of['replicas'][env]} |")
 
 
 if __name__ == "__main__":
