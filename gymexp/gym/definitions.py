@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import orjson
 from omegaconf import OmegaConf
 
-from gymexp.config.env_rules import KEY_ENV
+from gymexp.config.env_rules import KEY_ENV, variables_of
 from gymexp.config.redaction import secrets_at
 from gymexp.config.schema import EnvConfig, GymConfig, JudgeConfig
 from gymexp.config.suggestions import nearest
@@ -24,6 +26,7 @@ from gymexp.errors import ConfigError, ServiceError
 from gymexp.files import replace_file
 from gymexp.gym import environment_server
 from gymexp.gym.install import Say, ensure_python, nemo_gym_version, run_script, site_packages
+from gymexp.gym.open_values import instead_of, is_local, open_values
 from gymexp.gym.server_settings import OF_THE_JUDGE, with_judge, with_settings
 from gymexp.gym.server_venvs import UnmetNeeds
 from gymexp.record.places import OWN_SERVERS as KINDS
@@ -117,7 +120,8 @@ def playable_servers(name: str, env: EnvConfig, site: Path, python: Path | None 
         if judged is None:
             raise ConfigError(f"env.{name}.judge must be left out: {_why_no_judge(name, servers, env.agent)}")
         servers = judged
-    if reasons := list(reasons_against(servers, env.agent, name, is_own)):
+    variables = {variable for _, variable in variables_of(name, env)}  # `check_variables` asks for them
+    if reasons := list(reasons_against(servers, env.agent, name, is_own, variables, os.environ)):
         raise ConfigError("\n".join(f"env.{name} cannot be played: {reason}" for reason in reasons))
     return servers
 
@@ -170,16 +174,25 @@ def folders_of(servers: Servers, agent: str) -> list[str]:
     return [f"{kind}/{implementation}" for kind, implementation in kinds]
 
 
-def reasons_against(servers: Servers, agent: str, name: str, is_own: bool = False) -> Iterator[str]:
+def reasons_against(
+    servers: Servers,
+    agent: str,
+    name: str,
+    is_own: bool = False,
+    variables: Iterable[str] = (),
+    environ: Mapping[str, str] = MappingProxyType({}),
+) -> Iterator[str]:
     """Yields why an agent's environment cannot be played as its servers are defined, and what to set.
 
     name: of the environment. is_own: the file is the user's own, who may let the policy judge itself.
+    variables: those that the user names as the values of keys. environ: the environment variables.
     """
     yield from environment_server.reasons_against(servers, agent)
-    reasons = list(_reasons(servers, agent, name, is_own))
+    more = name, is_own, {*OF_THE_POLICY, *OF_THE_JUDGE, *variables}, environ
+    reasons = list(_reasons(servers, agent, *more))
     left = reasons
     if judged := with_judge(servers, servers_of_agent(servers, agent), JudgeConfig("http://judge", "judge")):
-        left = list(_reasons(judged, agent, name, is_own))
+        left = list(_reasons(judged, agent, *more))
     fix = f"set env.{name}.judge.url=… and env.{name}.judge.model=…"
     for reason, instead in reasons:
         yield f"{reason}: {instead}" if (reason, instead) in left else f"{reason}: {fix}"
@@ -188,25 +201,30 @@ def reasons_against(servers: Servers, agent: str, name: str, is_own: bool = Fals
 def needs_judge(servers: Servers, agent: str) -> bool:
     """Returns whether `env.<name>.judge` is all that an environment of NeMo Gym's lacks to be played."""
     judged = with_judge(servers, servers_of_agent(servers, agent), JudgeConfig("http://judge", "judge"))
-    lacks = bool(list(_reasons(servers, agent, "", False)))
-    others = [
-        *environment_server.reasons_against(servers, agent),
-        *(_reasons(judged, agent, "", False) if judged else ()),
-    ]
-    return lacks and judged is not None and not others
+    return bool(
+        judged and list(reasons_against(servers, agent, "")) and not list(reasons_against(judged, agent, ""))
+    )
 
 
-def _reasons(servers: Servers, agent: str, name: str, is_own: bool) -> Iterator[tuple[str, str]]:
+def _reasons(
+    servers: Servers, agent: str, name: str, is_own: bool, given: set[str], environ: Mapping[str, str]
+) -> Iterator[tuple[str, str]]:
     """Yields each reason, and what to do about it if a judge does not help."""
     for server in servers_of_agent(servers, agent):
-        kind, _, values = server_of(servers[server])
+        kind, implementation, values = server_of(servers[server])
         for other in dict.fromkeys(references(values)):
             if other != POLICY and other not in servers and other != "???":
                 yield (
                     f"{server} refers to the server {other}, which its file does not define",
                     f"define it in a copy of the file in {kind}/ of the working directory",
                 )
-        for at, text in _open_values(values):
+        if is_local(kind, implementation):
+            yield (
+                f"{server} would start a vLLM of its own with Ray, which gymexp does not start",
+                "serve the model by a vLLM that you start, and in a copy of the file in "
+                f"{KINDS[0]}/ of the working directory define {server} as {instead_of(implementation)}",
+            )
+        for at, text in open_values(kind, implementation, values, given, environ):
             key = f"env.{name}.servers.{server}.{at}"
             secret = any(secrets_at(key, text))
             yield (
@@ -218,20 +236,6 @@ def _reasons(servers: Servers, agent: str, name: str, is_own: bool) -> Iterator[
                 f"{server} would have the policy judge itself",
                 f"name another model in a copy of the file in {KINDS[0]}/ of the working directory",
             )
-
-
-def _open_values(value: Any, at: str = "") -> Iterator[tuple[str, str]]:
-    """Yields the path and the text of each value that the file leaves to the user: ??? or ${…}."""
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield from _open_values(inner, f"{at}.{key}" if at else str(key))
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _open_values(inner, at)
-    elif isinstance(value, str):
-        given = (*OF_THE_POLICY, *OF_THE_JUDGE)
-        if value == "???" or any(key not in given for key in re.findall(r"\$\{(\w+)\}", value)):
-            yield at, value
 
 
 def asks_policy(kind: str, values: Mapping[str, Any]) -> bool:
