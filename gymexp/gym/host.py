@@ -261,7 +261,11 @@ def serve(app: Any, sock: socket.socket, key: str | None) -> None:
         timeout_graceful_shutdown=1,
         timeout_keep_alive=30,
     )
-    uvicorn.Server(config).run(sockets=[sock])
+    try:
+        uvicorn.Server(config).run(sockets=[sock])
+    except SystemExit as end:  # a start that fails, whose exception uvicorn has written to the log
+        sys.stderr.flush()
+        os._exit(end.code if isinstance(end.code, int) else 1)
 
 
 def start(name: str, log: str, server: Code, sock: socket.socket, first: dict) -> int:

@@ -40,6 +40,7 @@ class Layout:
     modules: dict[str, str] = field(default_factory=dict)  # server name -> Python module
     replicas: dict[str, list[Replica]] = field(default_factory=dict)  # by environment
     judges: dict[str, float] = field(default_factory=dict)  # model server -> limit of a call in seconds
+    keys: dict[str, str] = field(default_factory=dict)  # server name -> its key in the user's configuration
     asked: dict[str, list[list[str]]] = field(default_factory=dict)  # server name -> keys that the user sets
     policy_key: str | None = None  # the API key that servers which gymexp did not start send to the policy
 
@@ -112,6 +113,7 @@ def plan(
                     values["max_steps"] = env.max_steps
                 urls[old] = add(new, kind, implementation, values)
                 at = f"env.{env_name}.servers.{old}"
+                layout.keys[new] = f"env.{env_name}.judge" if old == JUDGE else at
                 layout.asked[new] = [[at, *path] for path in paths_of(env.servers.get(old, {}))]
                 if kind == MODELS:
                     layout.judges[new] = env.timeout_s
