@@ -40,6 +40,8 @@ _DIRECTIVE = re.compile(r"^\s*(config_paths|_inherit_from|_copy|_delete_key):|\$
 # Values that gymexp gives, as it starts the policy's endpoint.
 OF_THE_POLICY: tuple[str, ...] = ("policy_base_url", "policy_api_key", "policy_model_name")
 _DEADLINE_S = 300.0
+_AVIARY = "aviary_agent"
+_FILL_INPUT = (_AVIARY, "gymnasium_agent")  # agents that begin with what their environment says at its reset
 
 Servers = dict[str, Any]  # NeMo Gym's definition of each server, by name
 
@@ -106,6 +108,15 @@ def read_servers(name: str, env: EnvConfig, site: Path, python: Path | None = No
     return servers
 
 
+def fills_input(name: str, env: EnvConfig, site: Path, python: Path) -> bool:
+    """Returns whether the environment's agent takes the first prompt from its resources server, so that the
+    input of a row may be empty. Raises as `read_servers`; False for a file that only the user's own NeMo Gym
+    has."""
+    if not env.config_path or locate(env.config_path, site) is None:
+        return False
+    return server_of(read_servers(name, env, site, python)[env.agent])[1] in _FILL_INPUT
+
+
 def playable_servers(name: str, env: EnvConfig, site: Path, python: Path | None = None) -> Servers:
     """Returns `read_servers` with what the user sets about them.
 
@@ -115,6 +126,7 @@ def playable_servers(name: str, env: EnvConfig, site: Path, python: Path | None 
     path = locate(env.config_path, site)
     is_own = path is None or not any(path.is_relative_to(site / folder) for folder in FOLDERS)
     servers = with_settings(name, env, servers, servers_of_agent(servers, env.agent))
+    servers = _with_whole_episodes(f"env.{name}.servers.{env.agent}", servers, env.agent)
     if env.judge.url:
         judged = with_judge(servers, servers_of_agent(servers, env.agent), env.judge)
         if judged is None:
@@ -124,6 +136,20 @@ def playable_servers(name: str, env: EnvConfig, site: Path, python: Path | None 
     if reasons := list(reasons_against(servers, env.agent, name, is_own, variables, os.environ)):
         raise ConfigError("\n".join(f"env.{name} cannot be played: {reason}" for reason in reasons))
     return servers
+
+
+def _with_whole_episodes(at: str, servers: Servers, agent: str) -> Servers:
+    """Returns the servers with an aviary agent that answers with its episode. Unless it is told, it answers
+    with a list of the prompts of all turns."""
+    kind, implementation, values = server_of(servers[agent])
+    if implementation != _AVIARY:
+        return servers
+    if values.get("return_transitions"):
+        raise ConfigError(
+            f"{at}.return_transitions must be false, as training takes an episode as a whole, got true: "
+            f"{at}.return_transitions=false"
+        )
+    return servers | {agent: {kind: {implementation: values | {"return_transitions": False}}}}
 
 
 def _why_no_judge(name: str, servers: Servers, agent: str) -> str:
