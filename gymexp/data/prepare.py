@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cache as once
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,11 @@ from gymexp.data.sources import Files, fetch
 from gymexp.data.weights import Weights
 from gymexp.errors import DataError
 from gymexp.files import replace_file, replacing
+from gymexp.gym.definitions import fills_input
+from gymexp.gym.install import site_packages
 from gymexp.rollout.outcome import Task
+
+_Reader = Callable[..., list[tuple[int, dict[str, Any]]]]
 
 
 @dataclass(frozen=True)
@@ -48,11 +54,13 @@ def prepare(config: RunConfig, gym_python: Path, cache: Path, say: Say) -> Prepa
         limit = min(
             (s for s in (env.data.validation_size, config.dataset.validation_size) if s), default=None
         )
+        read, size = _reader(name, env, gym_python), env.data.train_size
         if env.data.validation_share is None:
-            train = _split(name, "train", env, files.train, files.train_sha256, env.data.train_size)
-            validation = _split(name, "validation", env, files.validation, files.validation_sha256, limit)
+            rows, held_out = read(files.train, limit=size), read(files.validation, limit=limit)
+            train = _made(name, "train", env, files.train, files.train_sha256, rows)
+            validation = _made(name, "validation", env, files.validation, files.validation_sha256, held_out)
         else:
-            train, validation = _parts(name, env, files, limit)
+            train, validation = _parts(name, env, files, read, limit)
         splits |= {(name, "train"): train, (name, "validation"): validation}
         sources[name] = {"source": env.data.source} | {
             "train_file": str(files.train),
@@ -110,20 +118,23 @@ def load_prepared(run_data_dir: Path) -> Prepared:
     return Prepared(train, validation, summary)
 
 
-def _split(name: str, split: str, env: EnvConfig, path: Path, sha256: str, limit: int | None) -> Split:
-    return _made(name, split, env, path, sha256, _rows(name, env, path, limit))
+def _reader(name: str, env: EnvConfig, python: Path) -> _Reader:
+    """Returns what reads the rows of one of the environment's files, up to a limit."""
+    return partial(
+        read_rows,
+        env_name=name,
+        agent=env.agent,
+        server=server_of(env.config_path),
+        of_nemo_gym=env.data.source == "nemo_gym",
+        may_be_empty=once(lambda: fills_input(name, env, site_packages(python), python)),
+    )
 
 
-def _rows(name: str, env: EnvConfig, path: Path, limit: int | None) -> list[tuple[int, dict[str, Any]]]:
-    server, is_gyms = server_of(env.config_path), env.data.source == "nemo_gym"
-    return read_rows(path, name, env.agent, server=server, limit=limit, of_nemo_gym=is_gyms)
-
-
-def _parts(name: str, env: EnvConfig, files: Files, limit: int | None) -> tuple[Split, Split]:
+def _parts(name: str, env: EnvConfig, files: Files, read: _Reader, limit: int | None) -> tuple[Split, Split]:
     """Returns the two parts of the training file (`data.validation_share`), each up to its limit."""
     data = env.data
     assert data.validation_share is not None
-    rows = _rows(name, env, files.train, None)
+    rows = read(files.train)
     train, held_out = split(name, rows, data.validation_share, data.validation_seed)
     sizes = {"train": (train, data.train_size), "validation": (held_out, limit)}
     made = (

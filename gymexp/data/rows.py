@@ -10,7 +10,7 @@ import gc
 import itertools
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,13 +63,16 @@ def read_rows(
     server: str = "",
     limit: int | None = None,
     of_nemo_gym: bool = False,
+    may_be_empty: Callable[[], bool] = lambda: False,
 ) -> list[tuple[int, dict[str, Any]]]:
     """Returns the first `limit` rows of a JSONL file, each with its line number and an agent_ref.
 
     agent: the environment's agent, which must play all its rows. server: the folder of the resources server
     whose required fields are checked. of_nemo_gym: the rows are NeMo Gym's own, which may name the agent of
-    another environment of the same server. Blank lines are skipped. Raises DataError with all problems of the
-    file (20 of them in full), one `path:line: field: reason` each.
+    another environment of the same server. may_be_empty: returns whether the agent takes the first prompt
+    from its environment, so that a row's input may be an empty array; called if one is. Blank lines are
+    skipped. Raises DataError with all problems of the file (20 of them in full), one `path:line: field:
+    reason` each.
     """
     rows: list[tuple[int, dict[str, Any]]] = []
     problems: list[str] = []
@@ -95,7 +98,10 @@ def read_rows(
             if of_nemo_gym or row.get("agent_ref") is None:
                 row["agent_ref"] = {"type": _AGENTS, "name": agent}
             rows.append((number, row))
-            problems.extend(f"{at}: {field}: {why}" for field, why in _problems(row, env_name, agent, server))
+            problems.extend(
+                f"{at}: {field}: {why}"
+                for field, why in _problems(row, env_name, agent, server, may_be_empty)
+            )
             if _LONG_NUMBER.search(line):
                 problems.extend(f"{at}: {field}: {why}" for field, why in _long_integers(json.loads(line)))
     if problems:
@@ -137,12 +143,15 @@ def message(env_name: str, problems: list[str]) -> str:
     )
 
 
-def _problems(row: dict[str, Any], env_name: str, agent: str, server: str) -> Iterator[Problem]:
+def _problems(
+    row: dict[str, Any], env_name: str, agent: str, server: str, may_be_empty: Callable[[], bool]
+) -> Iterator[Problem]:
     parameters = row.get("responses_create_params")
     if not isinstance(parameters, dict):
         yield "responses_create_params", _expected("an object", row, "responses_create_params")
     else:
-        if not parameters.get("input"):  # NeMo Gym takes an empty input, but the prompt would be empty
+        given = parameters.get("input")
+        if not given and not (given == [] and may_be_empty()):  # NeMo Gym would take it, with an empty prompt
             rule = "a non-empty array of messages, or a string"
             yield "responses_create_params.input", _expected(rule, parameters, "input")
         metadata = parameters.get("metadata")

@@ -128,13 +128,16 @@ def _count_in_worker(task: dict[str, Any]) -> int | str:
 
 
 def _count_task(gateway: Any, tools: list[Any], task: dict[str, Any]) -> int | str:
-    """Returns the number of tokens of the task's first prompt, or the gateway's reason for refusing it.
+    """Returns the number of tokens of the task's first prompt, or the gateway's reason for refusing it; 0 for
+    one that is known only when the environment has begun.
 
     tools: lists of tools; the request names one of them by its index.
     """
     from gymexp.gateway.chat import BadRequest
 
     request = task["request"]
+    if not request["messages"]:
+        return 0
     if "tools" in request:
         request = request | {"tools": tools[request["tools"]]}
     try:

@@ -19,7 +19,7 @@ from typing import Any
 import orjson
 
 from gymexp.config.schema import GymConfig
-from gymexp.gym import definitions, server_settings
+from gymexp.gym import definitions, open_values, server_settings
 from gymexp.gym.definitions import (
     FOLDERS,
     RESOLVER,
@@ -40,7 +40,8 @@ from gymexp.record.places import own_servers
 _SUFFIX = {"resources_servers": "server", "benchmarks": "benchmark", "responses_api_agents": "agent"}
 _AGENTS = "responses_api_agents"
 _OWN = ("resources_servers", _AGENTS)  # the folders of the user's own that define environments
-_DECIDES = (Path(__file__), Path(definitions.__file__), Path(server_settings.__file__))  # an entry's content
+# The modules that decide an entry's content.
+_DECIDES = tuple(Path(str(module.__file__)) for module in (definitions, open_values, server_settings))
 # Words in a server's own files that show that it calls out, or starts other programs than Python.
 _NETWORK = re.compile(
     r"\b(tavily|docker|apptainer|singularity|daytona|arxiv|sandbox_host|googleapis)\b",
@@ -167,7 +168,7 @@ def _kept(root: Path, site: Path, cache: Path) -> Path:
         files += [path for folder in _OWN for path in sorted((root / folder).glob("*/data/example*.jsonl"))]
     stats = [(str(p.relative_to(root)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
     place = [] if root == site else [str(root), str(site)]
-    code = [path.read_text() for path in (RESOLVER, *_DECIDES)]
+    code = [path.read_text() for path in (RESOLVER, Path(__file__), *_DECIDES)]
     digest = hashlib.sha256(json.dumps([stats, place, code]).encode()).hexdigest()[:16]
     name = "nemo-gym" if root == site else "own-nemo-gym"
     return cache / "catalogue" / f"{name}-{nemo_gym_version(site)}-{digest}.json"

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import orjson
 from omegaconf import OmegaConf
 
-from gymexp.config.env_rules import KEY_ENV
+from gymexp.config.env_rules import KEY_ENV, variables_of
 from gymexp.config.redaction import secrets_at
 from gymexp.config.schema import EnvConfig, GymConfig, JudgeConfig
 from gymexp.config.suggestions import nearest
@@ -24,6 +26,7 @@ from gymexp.errors import ConfigError, ServiceError
 from gymexp.files import replace_file
 from gymexp.gym import environment_server
 from gymexp.gym.install import Say, ensure_python, nemo_gym_version, run_script, site_packages
+from gymexp.gym.open_values import instead_of, is_local, open_values
 from gymexp.gym.server_settings import OF_THE_JUDGE, with_judge, with_settings
 from gymexp.gym.server_venvs import UnmetNeeds
 from gymexp.record.places import OWN_SERVERS as KINDS
@@ -37,6 +40,8 @@ _DIRECTIVE = re.compile(r"^\s*(config_paths|_inherit_from|_copy|_delete_key):|\$
 # Values that gymexp gives, as it starts the policy's endpoint.
 OF_THE_POLICY: tuple[str, ...] = ("policy_base_url", "policy_api_key", "policy_model_name")
 _DEADLINE_S = 300.0
+_AVIARY = "aviary_agent"
+_FILL_INPUT = (_AVIARY, "gymnasium_agent")  # agents that begin with what their environment says at its reset
 
 Servers = dict[str, Any]  # NeMo Gym's definition of each server, by name
 
@@ -103,6 +108,15 @@ def read_servers(name: str, env: EnvConfig, site: Path, python: Path | None = No
     return servers
 
 
+def fills_input(name: str, env: EnvConfig, site: Path, python: Path) -> bool:
+    """Returns whether the environment's agent takes the first prompt from its resources server, so that the
+    input of a row may be empty. Raises as `read_servers`; False for a file that only the user's own NeMo Gym
+    has."""
+    if not env.config_path or locate(env.config_path, site) is None:
+        return False
+    return server_of(read_servers(name, env, site, python)[env.agent])[1] in _FILL_INPUT
+
+
 def playable_servers(name: str, env: EnvConfig, site: Path, python: Path | None = None) -> Servers:
     """Returns `read_servers` with what the user sets about them.
 
@@ -112,14 +126,30 @@ def playable_servers(name: str, env: EnvConfig, site: Path, python: Path | None 
     path = locate(env.config_path, site)
     is_own = path is None or not any(path.is_relative_to(site / folder) for folder in FOLDERS)
     servers = with_settings(name, env, servers, servers_of_agent(servers, env.agent))
+    servers = _with_whole_episodes(f"env.{name}.servers.{env.agent}", servers, env.agent)
     if env.judge.url:
         judged = with_judge(servers, servers_of_agent(servers, env.agent), env.judge)
         if judged is None:
             raise ConfigError(f"env.{name}.judge must be left out: {_why_no_judge(name, servers, env.agent)}")
         servers = judged
-    if reasons := list(reasons_against(servers, env.agent, name, is_own)):
+    variables = {variable for _, variable in variables_of(name, env)}  # `check_variables` asks for them
+    if reasons := list(reasons_against(servers, env.agent, name, is_own, variables, os.environ)):
         raise ConfigError("\n".join(f"env.{name} cannot be played: {reason}" for reason in reasons))
     return servers
+
+
+def _with_whole_episodes(at: str, servers: Servers, agent: str) -> Servers:
+    """Returns the servers with an aviary agent that answers with its episode. Unless it is told, it answers
+    with a list of the prompts of all turns."""
+    kind, implementation, values = server_of(servers[agent])
+    if implementation != _AVIARY:
+        return servers
+    if values.get("return_transitions"):
+        raise ConfigError(
+            f"{at}.return_transitions must be false, as training takes an episode as a whole, got true: "
+            f"{at}.return_transitions=false"
+        )
+    return servers | {agent: {kind: {implementation: values | {"return_transitions": False}}}}
 
 
 def _why_no_judge(name: str, servers: Servers, agent: str) -> str:
@@ -170,16 +200,25 @@ def folders_of(servers: Servers, agent: str) -> list[str]:
     return [f"{kind}/{implementation}" for kind, implementation in kinds]
 
 
-def reasons_against(servers: Servers, agent: str, name: str, is_own: bool = False) -> Iterator[str]:
+def reasons_against(
+    servers: Servers,
+    agent: str,
+    name: str,
+    is_own: bool = False,
+    variables: Iterable[str] = (),
+    environ: Mapping[str, str] = MappingProxyType({}),
+) -> Iterator[str]:
     """Yields why an agent's environment cannot be played as its servers are defined, and what to set.
 
     name: of the environment. is_own: the file is the user's own, who may let the policy judge itself.
+    variables: those that the user names as the values of keys. environ: the environment variables.
     """
     yield from environment_server.reasons_against(servers, agent)
-    reasons = list(_reasons(servers, agent, name, is_own))
+    more = name, is_own, {*OF_THE_POLICY, *OF_THE_JUDGE, *variables}, environ
+    reasons = list(_reasons(servers, agent, *more))
     left = reasons
     if judged := with_judge(servers, servers_of_agent(servers, agent), JudgeConfig("http://judge", "judge")):
-        left = list(_reasons(judged, agent, name, is_own))
+        left = list(_reasons(judged, agent, *more))
     fix = f"set env.{name}.judge.url=… and env.{name}.judge.model=…"
     for reason, instead in reasons:
         yield f"{reason}: {instead}" if (reason, instead) in left else f"{reason}: {fix}"
@@ -188,25 +227,30 @@ def reasons_against(servers: Servers, agent: str, name: str, is_own: bool = Fals
 def needs_judge(servers: Servers, agent: str) -> bool:
     """Returns whether `env.<name>.judge` is all that an environment of NeMo Gym's lacks to be played."""
     judged = with_judge(servers, servers_of_agent(servers, agent), JudgeConfig("http://judge", "judge"))
-    lacks = bool(list(_reasons(servers, agent, "", False)))
-    others = [
-        *environment_server.reasons_against(servers, agent),
-        *(_reasons(judged, agent, "", False) if judged else ()),
-    ]
-    return lacks and judged is not None and not others
+    return bool(
+        judged and list(reasons_against(servers, agent, "")) and not list(reasons_against(judged, agent, ""))
+    )
 
 
-def _reasons(servers: Servers, agent: str, name: str, is_own: bool) -> Iterator[tuple[str, str]]:
+def _reasons(
+    servers: Servers, agent: str, name: str, is_own: bool, given: set[str], environ: Mapping[str, str]
+) -> Iterator[tuple[str, str]]:
     """Yields each reason, and what to do about it if a judge does not help."""
     for server in servers_of_agent(servers, agent):
-        kind, _, values = server_of(servers[server])
+        kind, implementation, values = server_of(servers[server])
         for other in dict.fromkeys(references(values)):
             if other != POLICY and other not in servers and other != "???":
                 yield (
                     f"{server} refers to the server {other}, which its file does not define",
                     f"define it in a copy of the file in {kind}/ of the working directory",
                 )
-        for at, text in _open_values(values):
+        if is_local(kind, implementation):
+            yield (
+                f"{server} would start a vLLM of its own with Ray, which gymexp does not start",
+                "serve the model by a vLLM that you start, and in a copy of the file in "
+                f"{KINDS[0]}/ of the working directory define {server} as {instead_of(implementation)}",
+            )
+        for at, text in open_values(kind, implementation, values, given, environ):
             key = f"env.{name}.servers.{server}.{at}"
             secret = any(secrets_at(key, text))
             yield (
@@ -218,20 +262,6 @@ def _reasons(servers: Servers, agent: str, name: str, is_own: bool) -> Iterator[
                 f"{server} would have the policy judge itself",
                 f"name another model in a copy of the file in {KINDS[0]}/ of the working directory",
             )
-
-
-def _open_values(value: Any, at: str = "") -> Iterator[tuple[str, str]]:
-    """Yields the path and the text of each value that the file leaves to the user: ??? or ${…}."""
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield from _open_values(inner, f"{at}.{key}" if at else str(key))
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _open_values(inner, at)
-    elif isinstance(value, str):
-        given = (*OF_THE_POLICY, *OF_THE_JUDGE)
-        if value == "???" or any(key not in given for key in re.findall(r"\$\{(\w+)\}", value)):
-            yield at, value
 
 
 def asks_policy(kind: str, values: Mapping[str, Any]) -> bool:

@@ -96,6 +96,9 @@ KINDS = {"resources_servers", "responses_api_agents", "responses_api_models", "e
 BEFORE_POLICY = ("/seed_session", "/reset")
 # The policy's responses so far in this rollout (a request to an agent's /run), as NeMo Gym's JSON.
 RESPONSES: ContextVar[list[bytes] | None] = ContextVar("responses", default=None)
+# {"failed": header, "said": the answer's text} if the policy's last call in this rollout failed. NeMo Gym's
+# aviary_agent ends an episode there, and asks for a reward.
+POLICY_CALL: ContextVar[dict[str, str] | None] = ContextVar("policy_call", default=None)
 
 
 def url_of(error: Any) -> Any:
@@ -131,6 +134,20 @@ def refusal(error: Any, responses: list[bytes], resources_ports: set[int]) -> by
             return None  # the server refused other fields, which come from the row
     refused = f"{url} answered {status}: {text.decode(errors='replace')[:2000]}"
     return b'{"refused": %s, "responses": [%s]}' % (json.dumps(refused).encode(), b",".join(responses))
+
+
+async def note_policy_call(server: str, answer: Any) -> None:
+    """Notes the policy's answer, or that it failed, for the rollout that this server plays."""
+    responses, call = RESPONSES.get(), POLICY_CALL.get()
+    if responses is None or call is None:
+        return
+    call.clear()
+    if answer.status == 200:
+        responses.append(await answer.read())
+    elif answer.status >= 400:
+        call["said"] = await answer.text(errors="replace")
+        said = f"answered {answer.status}: {call['said'][:_MAX_REASON]}"
+        call["failed"] = answer.headers.get(FAILURE_HEADER) or _header_value(server, said)
 
 
 # An error response names in this header the server that failed first, and why. An agent answers 500 whichever
@@ -193,9 +210,8 @@ def build_app(name: str, cls: Any, asked: list[list[str]], judges: dict[str, flo
                 raise
             if answer.status >= 400:
                 watched.note(server_name, answer.headers.get(FAILURE_HEADER), f"answered {answer.status}")
-            responses = RESPONSES.get()
-            if responses is not None and url_path.endswith("/v1/responses") and answer.status == 200:
-                responses.append(await answer.read())
+            if url_path.endswith("/v1/responses"):
+                await note_policy_call(server_name, answer)
             return answer
 
     global_config = get_global_config_dict()
@@ -219,12 +235,17 @@ def build_app(name: str, cls: Any, asked: list[list[str]], judges: dict[str, flo
         token = RESPONSES.set(responses)
         failed: list[str] = []
         failed_token = FAILED.set(failed)
+        call: dict[str, str] = {}
+        call_token = POLICY_CALL.set(call)
         try:
             response = await call_next(request)
             session = (request.scope.get("session") or {}).get(SESSION_ID_KEY)
             if failure := watched.failure(request.url.path, session, failed):
                 request.state.failed = failure
                 return Response("the judge failed", status_code=500)
+            if responses is not None and response.status_code == 200 and "failed" in call:
+                request.state.failed = call["failed"]
+                return Response(call["said"], status_code=500)
             return response
         except Exception as error:
             if responses and (body := refusal(error, responses, resources_ports)):
@@ -234,6 +255,7 @@ def build_app(name: str, cls: Any, asked: list[list[str]], judges: dict[str, flo
         finally:
             RESPONSES.reset(token)
             FAILED.reset(failed_token)
+            POLICY_CALL.reset(call_token)
 
     server.setup_exception_middleware(app)
 
@@ -261,7 +283,11 @@ def serve(app: Any, sock: socket.socket, key: str | None) -> None:
         timeout_graceful_shutdown=1,
         timeout_keep_alive=30,
     )
-    uvicorn.Server(config).run(sockets=[sock])
+    try:
+        uvicorn.Server(config).run(sockets=[sock])
+    except SystemExit as end:  # a start that fails, whose exception uvicorn has written to the log
+        sys.stderr.flush()
+        os._exit(end.code if isinstance(end.code, int) else 1)
 
 
 def start(name: str, log: str, server: Code, sock: socket.socket, first: dict) -> int:

@@ -24,6 +24,7 @@ from gymexp.gym.definitions import (
     servers_of_agent,
 )
 from gymexp.gym.environment_server import front_of
+from gymexp.gym.open_values import MODELS
 from gymexp.gym.server_settings import JUDGE, OF_THE_JUDGE, paths_of
 from gymexp.record.places import OWN_SERVERS as KINDS
 from gymexp.record.services_file import Replica
@@ -38,7 +39,8 @@ class Layout:
     config: dict[str, Any] = field(default_factory=dict)
     modules: dict[str, str] = field(default_factory=dict)  # server name -> Python module
     replicas: dict[str, list[Replica]] = field(default_factory=dict)  # by environment
-    judges: dict[str, float] = field(default_factory=dict)  # server name -> limit of a call in seconds
+    judges: dict[str, float] = field(default_factory=dict)  # model server -> limit of a call in seconds
+    keys: dict[str, str] = field(default_factory=dict)  # server name -> its key in the user's configuration
     asked: dict[str, list[list[str]]] = field(default_factory=dict)  # server name -> keys that the user sets
     policy_key: str | None = None  # the API key that servers which gymexp did not start send to the policy
 
@@ -111,9 +113,11 @@ def plan(
                     values["max_steps"] = env.max_steps
                 urls[old] = add(new, kind, implementation, values)
                 at = f"env.{env_name}.servers.{old}"
+                layout.keys[new] = f"env.{env_name}.judge" if old == JUDGE else at
                 layout.asked[new] = [[at, *path] for path in paths_of(env.servers.get(old, {}))]
-                if old == JUDGE:
+                if kind == MODELS:
                     layout.judges[new] = env.timeout_s
+                if old == JUDGE:
                     parts = f"{urls[old]}/v1", "none", env.judge.model or ""
                     of_judge = dict(zip(OF_THE_JUDGE, parts, strict=True))
             services = [*names.values(), model]

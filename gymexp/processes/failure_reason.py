@@ -17,6 +17,13 @@ _EXCEPTION = re.compile(r"(?:\w+\.)*[A-Z]\w*(?:: .*)?")
 # Warnings, and the rest of a traceback whose exception is missing.
 _NOISE = re.compile(r'.*Warning: |\s+File "|\s{4}|Traceback \(')
 _NUM_MORE = 8
+_NUMBER = re.compile(r"0x[0-9a-f]+|\d+")
+# Errno 11, 12, 23, 24, 28, 98, 110, 111, 113: busy, no memory, too many files, disk full, address in use, …
+_PASSES = re.compile(
+    r"Connect|Timeout|timed out|URLError|HTTPError|SSLError|gaierror|RemoteDisconnected|IncompleteRead"
+    r"|BrokenPipe|BlockingIOError|CalledProcessError|MemoryError|OutOfMemory|out of memory"
+    r"|\[Errno (11|12|23|24|28|98|110|111|113)\]|[Tt]emporar|Too Many Requests"
+)
 _LINK = "For further information visit "
 _CAUSED = "The above exception was the direct cause of the following exception:"
 
@@ -33,6 +40,23 @@ def reason(log: Path, code: int = 1) -> str:
     lines = [line for line in text.splitlines() if line.strip() and not _NOISE.match(line)]
     end = "\n".join(f"    {line[:_WIDTH]}" for line in lines[-_NUM_LINES:])
     return f"The end of {log}:\n{end}" if end else f"{log} is empty"
+
+
+def exception_since(log: Path, offset: int) -> str:
+    """Returns the last exception that a process printed to its log after the first `offset` bytes; "" if
+    there is none."""
+    return last_exception(printable(_tail(log, offset)))
+
+
+def is_same(one: str, other: str) -> bool:
+    """Returns whether two exceptions differ in nothing but numbers and addresses, as of ports or objects."""
+    return _NUMBER.sub("0", one) == _NUMBER.sub("0", other)
+
+
+def may_pass(exception: str) -> bool:
+    """Returns whether an exception may be gone at the next try: it is about a network, about memory, disk or
+    files that others use too, or about another program."""
+    return bool(_PASSES.search(exception))
 
 
 def last_exception(text: str) -> str:
@@ -78,10 +102,10 @@ def _exception_at(text: str, at: int) -> str:
     return ""
 
 
-def _tail(log: Path) -> str:
+def _tail(log: Path, offset: int = 0) -> str:
     try:
         with log.open("rb") as file:
-            file.seek(max(0, log.stat().st_size - _TAIL_BYTES))
+            file.seek(max(offset, log.stat().st_size - _TAIL_BYTES))
             return file.read().decode(errors="replace")
     except OSError:
         return ""

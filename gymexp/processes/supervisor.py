@@ -2,8 +2,9 @@
 
 Every process writes to its own log. The supervisor restarts a service that exits by itself, or that gives no
 sign of life for too long. After more than `max_restarts` such failures the run ends with an error that names
-the service, the reason in its log, and the log file. A sign of life is an answered health check or a call of
-`Supervisor.heard`. A process that is stopped (SIGSTOP) gives none.
+the service, the reason in its log, and the log file. A service that was never ready and that ends twice with
+the same exception would do so again: that ends the run at once. A sign of life is an answered health check or
+a call of `Supervisor.heard`. A process that is stopped (SIGSTOP) gives none.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import aiohttp
 from gymexp.errors import GymexpError, NodeLost, ServiceError
 from gymexp.processes.access_keys import header
 from gymexp.processes.clock import RunningClock
-from gymexp.processes.failure_reason import reason
+from gymexp.processes.failure_reason import exception_since, is_same, may_pass, reason
 from gymexp.processes.memory import memory_mb
 from gymexp.processes.process import Running, ended
 
@@ -53,10 +54,14 @@ class Service:
     # longest time between two calls of `Supervisor.heard` for this service; None: only health checks count
     silence_s: float | None = None
     explain: Callable[[Path], str] = lambda _: ""  # returns a fix for the failure that the log shows, or ""
+    owner: str = ""  # what cannot start without it, e.g. env.sudoku
+    start_fix: str = ""  # what to do about a start that fails, if `explain` knows nothing
     job: bool = False  # the process ends once, by itself; the code that added it judges its exit code
     spare: bool = False  # whether it starts with `Supervisor.wake`, and not when it is added
     retry_start: bool = True  # whether to start it again if it ends before it was ready
     state: str = "new"  # new, starting, ready, restarting, resting, down, stopped
+    was_ready: bool = False
+    start_error: str = ""  # the exception of the last start, as long as none was ready
     epoch: int = 0
     exit_code: int | None = None  # exit code of the last end; negative: the number of a signal
     ended_at: float = 0.0
@@ -217,6 +222,7 @@ class Supervisor:
         try:
             while not self._closing:
                 self._set(service, "starting")
+                log_size = service.log.stat().st_size if service.log.exists() else 0
                 running = await service.start()
                 service.running, service.seen, service.ended_for = running, self._clock.now(), ""
                 watch = asyncio.create_task(self._watch(service))
@@ -226,7 +232,7 @@ class Supervisor:
                     watch.cancel()
                     service.running = None
                 on_purpose, rests = service.state == "restarting", service.state == "resting"
-                never_ready = service.state == "starting" and not service.retry_start
+                is_hopeless = service.state == "starting" and not service.retry_start
                 service.epoch, service.exit_code = service.epoch + 1, code
                 service.ended_at = time.monotonic()
                 self._set(service, "down")
@@ -238,19 +244,12 @@ class Supervisor:
                     return
                 if not on_purpose:
                     service.failures += 1
-                    last = never_ready or service.failures > service.max_restarts
+                    repeats = _repeats_start(service, log_size)
+                    last = is_hopeless or repeats or service.failures > service.max_restarts
                     again = "" if last else "; starting it again"
                     log.warning("%s %s%s (log: %s)", service.name, service.how_it_ended, again, service.log)
                     if last:
-                        raise ServiceError(
-                            f"{service.name} {service.how_it_ended}"
-                            + (
-                                f" (failure {service.failures}, gym.max_restarts={service.max_restarts})"
-                                if service.failures > 1
-                                else ""
-                            )
-                            + f"{_advice(service)}. {reason(service.log, 0 if service.ended_for else code)}"
-                        )
+                        raise ServiceError(_last_words(service, repeats))
                     await asyncio.sleep(min(0.2 * 2**service.failures, 10))
         except ServiceError as error:
             self.fail(error)
@@ -323,9 +322,31 @@ class Supervisor:
 
     def _set(self, service: Service, state: str) -> None:
         service.state = state
+        service.was_ready |= state == "ready"
         self._on_change()
 
 
-def _advice(service: Service) -> str:
-    advice = service.explain(service.log)
-    return f": {advice}" if advice else ""
+def _repeats_start(service: Service, log_size: int) -> bool:
+    """Returns whether a service that was never ready has ended with the exception of its start before, and
+    will do so again. log_size: of its log before this start."""
+    if service.was_ready or service.ended_for or (service.exit_code or 0) <= 0:
+        return False
+    before, error = service.start_error, exception_since(service.log, log_size)
+    service.start_error = error
+    return bool(error) and is_same(before, error) and not may_pass(error)
+
+
+def _last_words(service: Service, repeats: bool) -> str:
+    """Returns the error message for a service that is not started again."""
+    at_start = not service.was_ready
+    name = (
+        f"{service.owner} cannot start: its server {service.name}"
+        if at_start and service.owner
+        else service.name
+    )
+    count = f" (failure {service.failures}, gym.max_restarts={service.max_restarts})" * (service.failures > 1)
+    how = " at its start, twice in the same way" if repeats else count
+    advice = service.explain(service.log) or (service.start_fix if at_start else "")
+    code = 0 if service.ended_for else service.exit_code or 0
+    fix = f": {advice}" if advice else ""
+    return f"{name} {service.how_it_ended}{how}{fix}. {reason(service.log, code)}"

@@ -35,6 +35,8 @@ _GATEWAY_TIMEOUT_S = 30.0
 # while a library writes or loads a large file.
 _TRAINER_SILENCE_S = 900.0
 
+_START_FIX = "mend what its exception names, e.g. by one of its keys, {}.<key>"
+
 
 def gateway(
     config: RunConfig,
@@ -238,6 +240,8 @@ def gym_servers(
             url, restarts = ports.url_of(sock), config.gym.max_restarts
             start = lambda: host.start_server(name, log)  # noqa: E731
             more = {"key": keys.policy, "explain": explain, "spare": name in layout.spares}
+            if at := layout.keys.get(name):
+                more |= {"owner": ".".join(at.split(".")[:2]), "start_fix": _START_FIX.format(at)}
             return Service(name, start, log, url, max_restarts=restarts, **more)
 
         silence_s = config.gym.health_timeout_s

@@ -149,3 +149,14 @@ def test_the_server_is_named_by_its_folder():
     assert server_of("resources_servers/reasoning_gym/configs/reasoning_gym.yaml") == "reasoning_gym"
     assert server_of("/home/me/Gym/resources_servers/mine/configs/a.yaml") == "mine"
     assert server_of("somewhere/else.yaml") == ""
+
+
+def test_an_empty_input_is_for_agents_that_take_the_first_prompt_from_their_environment(tmp_path):
+    path = tmp_path / "tasks.jsonl"
+    path.write_text(json.dumps(with_parameters(input=[]) | {"task_idx": 0}))
+    [(_, read)] = read_rows(path, "maze", "maze_agent", may_be_empty=lambda: True)
+    assert read["responses_create_params"] == {"input": []}
+    for empty in ("", None):
+        path.write_text(json.dumps(with_parameters(input=empty)))
+        with pytest.raises(DataError, match=r"input: must be a non-empty array of messages, or a string"):
+            read_rows(path, "maze", "maze_agent", may_be_empty=lambda: True)

@@ -8,6 +8,7 @@ import json
 import urllib.request
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from real_servers import Servers
@@ -16,6 +17,11 @@ from gymexp.config.schema import EnvConfig, GymConfig
 from gymexp.errors import ServiceError
 from gymexp.gym.install import site_packages
 from gymexp.gym.server_plan import plan
+from gymexp.processes import ports
+from gymexp.processes.access_keys import Keys
+from gymexp.processes.supervisor import Supervisor
+from gymexp.record.directory import RunDirectory
+from gymexp.run.services import gym_servers
 
 GOOD = """
 import os, subprocess
@@ -114,3 +120,78 @@ def test_a_server_that_cannot_be_imported_is_named_and_the_others_run_each_in_it
     )
     assert "app.py" in (tmp_path / "torn-broken.log").read_text()
     assert "nice" not in said
+
+
+IN_CONSTRUCTOR = """
+from nemo_gym.base_resources_server import SimpleResourcesServer
+
+class Broken(SimpleResourcesServer):
+    def model_post_init(self, context):
+        raise FileNotFoundError("words.bin not found: run generate.py first")
+
+    async def verify(self, body):
+        raise NotImplementedError
+"""
+AT_STARTUP = """
+from nemo_gym.base_resources_server import SimpleResourcesServer
+
+class Broken(SimpleResourcesServer):
+    def setup_webserver(self):
+        app = super().setup_webserver()
+
+        async def load():
+            raise FileNotFoundError("words.bin not found: run generate.py first")
+
+        app.router.on_startup.append(load)
+        return app
+
+    async def verify(self, body):
+        raise NotImplementedError
+"""
+
+
+@pytest.mark.gym
+@pytest.mark.parametrize("code", [IN_CONSTRUCTOR, AT_STARTUP], ids=["constructor", "startup"])
+def test_a_server_that_cannot_start_ends_the_run_soon_with_its_environment_error_log_and_a_fix(
+    code, gym_python, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    envs = {"torn": put(tmp_path, "broken", code)}
+    directory = RunDirectory(tmp_path / "run")
+    directory.logs.mkdir(parents=True)
+    sockets = {}
+
+    async def story() -> str:
+        with ExitStack() as stack:
+
+            def port(name: str) -> int:
+                sockets[name] = stack.enter_context(ports.listen())
+                return sockets[name].getsockname()[1]
+
+            gym = GymConfig()
+            layout = plan(envs, gym, site_packages(gym_python), "http://127.0.0.1:9", port)
+            supervisor = Supervisor(
+                health_interval_s=gym.health_interval_s,
+                health_timeout_s=gym.health_timeout_s,
+                start_timeout_s=gym.start_timeout_s,
+                on_change=lambda: None,
+            )
+            config = SimpleNamespace(gym=gym)
+            hosted = layout, {gym_python: sockets}, Keys.new(), supervisor.heard
+            for service in gym_servers(config, directory, *hosted):  # pyright: ignore[reportArgumentType]
+                supervisor.add(service)
+            try:
+                with pytest.raises(ServiceError) as caught:
+                    await asyncio.wait_for(asyncio.shield(supervisor.failed), 120)
+                assert supervisor.services["torn-broken"].failures == 2
+                return str(caught.value)
+            finally:
+                await supervisor.close()
+
+    said = asyncio.run(asyncio.wait_for(story(), 150))
+    assert said.startswith("env.torn cannot start: its server torn-broken exited with code ")
+    assert (
+        " at its start, twice in the same way: mend what its exception names, e.g. by one of its keys, "
+        "env.torn.servers.broken.<key>. FileNotFoundError: words.bin not found: run generate.py first ("
+    ) in said
+    assert said.endswith(f"Look into {directory.logs / 'torn-broken.log'}")

@@ -12,7 +12,14 @@ from gymexp.config.schema import EnvConfig, GymConfig
 from gymexp.errors import ConfigError
 from gymexp.gym import definitions
 from gymexp.gym.catalogue import kept_catalogue, load_catalogue, options_of
-from gymexp.gym.definitions import folders_of, playable_servers, read_servers, reasons_against, server_of
+from gymexp.gym.definitions import (
+    folders_of,
+    needs_judge,
+    playable_servers,
+    read_servers,
+    reasons_against,
+    server_of,
+)
 from gymexp.gym.install import site_packages
 from gymexp.record.places import cache_dir
 
@@ -51,6 +58,97 @@ def site_with(tmp_path: Path, values: str) -> Path:
 def test_what_cannot_be_played_is_refused_with_the_reason(values, reason, tmp_path):
     with pytest.raises(ConfigError, match=f"env.room cannot be played: {reason}"):
         playable_servers("room", ROOM, site_with(tmp_path, values))
+
+
+MODEL_SERVER = """
+judge:
+  responses_api_models:
+    {}
+"""
+OPENAI = "openai_model: {{entrypoint: app.py, openai_base_url: {}, openai_api_key: {}, openai_model: wise}}"
+
+
+def test_the_endpoint_of_a_file_of_nemo_gyms_is_asked_once_its_variables_are_set():
+    file = OPENAI.format("'${oc.env:THEIR_URL,MISSING}'", "'${oc.env:THEIR_KEY,null}'")
+    servers = yaml.safe_load(FILE.format(values=JUDGED) + MODEL_SERVER.format(file))
+
+    def said(**environ: str) -> list[str]:
+        return list(reasons_against(servers, "walker", "x", environ=environ))
+
+    assert [line.split(" (")[0] for line in said()] == [
+        "judge has no value for openai_base_url",
+        "judge has no value for openai_api_key",
+    ]
+    assert len(said(THEIR_URL="http://127.0.0.1:9/v1")) == len(said(THEIR_KEY="a-key")) == 1
+    assert said(THEIR_URL="http://127.0.0.1:9/v1", THEIR_KEY="a-key") == []
+
+
+def test_keys_that_the_user_gives_a_model_server_are_not_missed(tmp_path):
+    site = site_with(tmp_path, JUDGED)
+    with (site / ROOM.config_path).open("a") as file:
+        file.write(MODEL_SERVER.format(OPENAI.format("null", "null")))
+    keys = {"openai_base_url": "http://127.0.0.1:8/v1", "openai_api_key": {"key_env": "NOT_SET_YET"}}
+    env = dataclasses.replace(ROOM, servers={"judge": keys})
+    _, _, values = server_of(playable_servers("room", env, site)["judge"])  # check_variables asks for it
+    assert values["openai_api_key"] == "${oc.env:NOT_SET_YET}"
+
+
+@pytest.mark.parametrize(
+    ("server", "said"),
+    [
+        (OPENAI.format("null", "x"), "has no value for openai_base_url (null)"),
+        (OPENAI.format("http://h/v1", "null"), "has no value for openai_api_key (null)"),
+        (OPENAI.format("http://h/v1", "YOUR_KEY"), "has no value for openai_api_key (YOUR_KEY)"),
+        (OPENAI.format("http://h/v1", "'??'"), "has no value for openai_api_key (??)"),
+        (
+            OPENAI.format("'${oc.env:NOT_SET,MISSING}'", "x"),
+            "has no value for openai_base_url (${oc.env:NOT_S",
+        ),
+        (
+            OPENAI.format("'${oc.select:a,http://unset.local/v1}'", "x"),
+            "has no value for openai_base_url (${",
+        ),
+        (OPENAI.format("'${oc.env:NOT_SET}'", "x"), "has no value for openai_base_url (${oc.env:NOT_SET})"),
+        (
+            OPENAI.format("https://h/v1", "'${oc.env:NOT_SET,dummy}'"),
+            "has no value for openai_api_key (${oc.e",
+        ),
+        ("vllm_model: {entrypoint: app.py, model: wise, api_key: x}", "has no value for base_url (null)"),
+        (
+            "vllm_model: {entrypoint: app.py, model: m, base_url: [], api_key: x}",
+            "has no value for base_url (",
+        ),
+        ("local_vllm_model: {entrypoint: app.py, model: m}", "would start a vLLM of its own with Ray"),
+        ("genrm_model: {entrypoint: app.py, model: m}", "would start a vLLM of its own with Ray"),
+    ],
+)
+def test_a_judge_that_no_endpoint_is_named_for_is_refused_with_the_key_that_names_one(server, said):
+    servers = yaml.safe_load(FILE.format(values=JUDGED) + MODEL_SERVER.format(server))
+    reasons = list(reasons_against(servers, "walker", "x"))
+    assert len(reasons) == 1 and reasons[0].startswith(f"judge {said}")
+    if "genrm" not in server:  # whose messages no other model takes
+        assert reasons[0].endswith(": set env.x.judge.url=… and env.x.judge.model=…")
+        assert needs_judge(servers, "walker")
+    # The same model as a simulated user, which the agent asks, is no judge.
+    servers["walker"]["responses_api_agents"]["walker_kind"]["user"] = servers["room"]["resources_servers"][
+        "room_kind"
+    ].pop("judge")
+    [reason] = reasons_against(servers, "walker", "x")
+    assert reason.startswith(f"judge {said}") and not needs_judge(servers, "walker")
+    fix = (
+        "set env.x.servers.judge." if "no value" in said else "serve the model by a vLLM that you start, and "
+    )
+    assert f": {fix}" in reason
+
+
+def test_a_key_that_a_file_leaves_open_is_named_and_one_that_it_leaves_out_is_not():
+    values = "api_key: '${oc.select:a,MISSING}', other_key: '${oc.env:A,null}', image: '', state: missing"
+    servers = yaml.safe_load(FILE.format(values=values))
+    [reason] = reasons_against(servers, "walker", "x")
+    assert reason == (
+        "room has no value for api_key (${oc.select:a,MISSING}): set "
+        "env.x.servers.room.api_key.key_env=…, the variable that has it"
+    )
 
 
 def test_a_judge_that_is_turned_off_is_none(tmp_path):
@@ -137,7 +235,7 @@ def test_the_catalogue_has_nemo_gyms_environments(gym_python):
     assert catalogue["equivalence_llm_judge"].judge and catalogue["circle_click"].images
     assert not catalogue["gpqa"].reasons and catalogue["verifif"].reasons
     assert catalogue["verifif"].needs_judge and not catalogue["ns_tools"].needs_judge
-    assert sum(entry.needs_judge for entry in catalogue.values()) >= 30
+    assert sum(entry.needs_judge for entry in catalogue.values()) >= 50
     assert options_of(blackjack) == {
         "config_path": "environments/blackjack/config.yaml",
         "agent": "blackjack_gymnasium_agent",

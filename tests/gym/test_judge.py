@@ -28,6 +28,7 @@ from gymexp.record.places import cache_dir
 from gymexp.rollout.outcome import Completed, Task
 from gymexp.rollout.play import RolloutFailure, Sampling, play
 
+ARENA = "arena_judge"
 KEY = "a-key-of-the-judge-5b19"
 SAMPLING = Sampling(temperature=1.0, max_output_tokens=64, seed=1, play="p")
 
@@ -68,6 +69,8 @@ def row_of(name: str, site: Path) -> dict[str, Any]:
 @pytest.mark.gym
 def test_real_servers_ask_the_judge_and_its_failure_is_no_reward(gym_python, tmp_path, monkeypatch):
     monkeypatch.setenv("JUDGE_KEY", KEY)
+    monkeypatch.setenv("ARENA_JUDGE_API_KEY", KEY)
+    monkeypatch.setenv("ARENA_JUDGE_MODEL", "wise")
     site = site_packages(gym_python)
     judge, policy = Judge(), policy_that_says("kill 1234 does it.")
     # NeMo Gym's first one takes a judge that fails for an unclear verdict, with a reward of its own. The
@@ -77,6 +80,9 @@ def test_real_servers_ask_the_judge_and_its_failure_is_no_reward(gym_python, tmp
 
     async def story(judge_url: str, policy_url: str, stack: ExitStack) -> None:
         envs = {name: environment(name, f"{judge_url}/v1") for name in names}
+        monkeypatch.setenv("ARENA_JUDGE_BASE_URL", f"{judge_url}/v1")
+        envs[ARENA] = environment(ARENA, "")
+        envs[ARENA].judge = JudgeConfig()  # NeMo Gym's own file names one, by these variables
         envs["broken"] = environment(names[0], f"{judge_url}/v1")
         envs["broken"].servers = {names[0]: {"reward_if_complid": 1.0}}  # NeMo Gym would ignore it
         python = ensure_environments(GymConfig(), envs, cache_dir(), print)
@@ -92,7 +98,7 @@ def test_real_servers_ask_the_judge_and_its_failure_is_no_reward(gym_python, tmp
                 await asyncio.sleep(0.05)
             async with aiohttp.ClientSession() as http:
                 for judge.status, judge.said in [(200, "[[COMPLIED]]"), (400, ""), (401, "")]:
-                    for name in names:
+                    for name in [*names, ARENA] if judge.status != 200 else names:
                         [replica] = servers.layout.replicas[name]
                         task = Task("t", name, replica.agent, row_of(name, site))
                         try:
@@ -110,6 +116,11 @@ def test_real_servers_ask_the_judge_and_its_failure_is_no_reward(gym_python, tmp
         "env.broken.servers.over_refusal_detection.reward_if_complid is no key of this server; did you mean "
         "reward_if_complied?"
     ) in found.pop("broken")
+    of_file = found.pop(ARENA)
+    assert [(failure.cause, failure.server) for failure in of_file] == 2 * [
+        ("environment", f"{ARENA}-arena_judge_judge_model")
+    ]
+    assert "/v1/chat/completions answered 401: " in of_file[1].detail
     for name, (judged, *failures) in found.items():
         assert isinstance(judged, Completed)
         assert [(f.cause, f.server) for f in failures] == 2 * [("environment", f"{name}-{JUDGE}")]

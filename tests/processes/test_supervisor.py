@@ -130,6 +130,68 @@ def test_a_service_that_crashes_too_often_fails_the_run_with_its_name_exit_code_
     run(story)
 
 
+# Each start notes itself in the file "starts" and ends with an exception before it serves.
+FAILS = """
+from pathlib import Path
+starts = Path("starts")
+starts.write_text(starts.read_text() + "." if starts.exists() else ".")
+number = len(starts.read_text())
+"""
+
+
+def starts_of(tmp_path: Path, code: str) -> tuple[int, str]:
+    """How often a service that may be restarted three times was started, and the error of the run."""
+
+    async def story() -> str:
+        with ports.listen() as sock:
+            async with supervising() as keeper:
+                keeper.add(service(tmp_path, FAILS + code, sock, max_restarts=3, explain=lambda _: "mend it"))
+                return await failure(keeper)
+
+    said = asyncio.run(asyncio.wait_for(story(), 60))
+    return len((tmp_path / "starts").read_text()), said
+
+
+def test_a_service_that_fails_at_its_start_twice_in_the_same_way_is_not_started_a_third_time(tmp_path):
+    # The address of an object differs between the starts, what went wrong does not.
+    starts, said = starts_of(tmp_path, "raise ValueError(f'no level 7 in {object()} of start {number}')")
+    assert starts == 2
+    assert said.startswith("thing exited with code 1 at its start, twice in the same way: mend it. ValueErr")
+    assert "no level 7" in said and str(tmp_path / "thing.log") in said
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "raise {1: ValueError, 2: KeyError, 3: TypeError, 4: OSError}[number]('other')",
+        "raise ConnectionRefusedError(111, 'Connection refused')",  # who listens there may be on its way
+        "import urllib.error; raise urllib.error.URLError('no name')",
+        "raise OSError(28, 'No space left on device')",
+        "raise MemoryError()",
+        "raise SystemExit(3)",  # without a word
+    ],
+)
+def test_a_start_that_may_go_well_the_next_time_is_tried_as_often_as_allowed(code, tmp_path):
+    starts, said = starts_of(tmp_path, code)
+    assert starts == 4 and "(failure 4, gym.max_restarts=3)" in said
+
+
+def test_a_service_that_has_been_ready_is_restarted_as_often_as_allowed(tmp_path):
+    code = FAILS + "if number > 1: raise ValueError('no level 7')\n" + SERVER
+
+    async def story() -> None:
+        with ports.listen() as sock:
+            async with supervising() as keeper:
+                thing = service(tmp_path, code, sock, max_restarts=3)
+                keeper.add(thing)
+                await keeper.wait_ready(["thing"], 20)
+                thing.signal(signal.SIGKILL)
+                assert "(failure 4, gym.max_restarts=3)" in await failure(keeper)
+                assert len((tmp_path / "starts").read_text()) == 4
+
+    run(story)
+
+
 def test_a_service_that_may_not_be_restarted_fails_the_run_with_the_signal_that_ended_it(tmp_path):
     async def story() -> None:
         async with supervising() as keeper:
