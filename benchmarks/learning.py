@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 FILES = ("metrics.jsonl", "result.json", "config.yaml", "overrides.yaml", "versions.txt", "rollouts")
 MAY_DIFFER = re.compile(r"seed|dataset\.seed|name|resume|output_dir|(tracker|gym|placement)(\..*)?")
 PATH = re.compile(r"(?:(?<=file://)|(?<![\w.<>}~/-]))~?/(?=[\w.])[^\s'\",\[\]{}]*")
-RATIO = "sampling/importance_sampling_ratio/mean"
+RATIO = "sampling/ratio_mean"
 COUNTED = {
     "rollouts": "Rollouts",
     "failed": "Failed rollouts",
@@ -330,7 +330,10 @@ def draw_held_out(runs: Sequence[Run]) -> Figure:
 
 def draw_training(runs: Sequence[Run]) -> Figure:
     trends = {f"{env}/reward": f"{env}: mean reward in training" for env in runs[0].config["env"]}
-    trends |= {RATIO: "importance-sampling ratio, mean", "seconds": "seconds a step, without evaluations"}
+    trends |= {
+        RATIO: "ratio of trainer to engine, mean over tokens",
+        "seconds": "seconds a step, without evaluations",
+    }
     trends = {key: title for key, title in trends.items() if len(series(runs, key)[0])}
     figure, (*panels, last) = make_panels(len(trends) + 1)
     for axes, (key, title) in zip(panels, trends.items(), strict=True):

@@ -186,6 +186,6 @@ def _entry(step: int, at: float, outcomes: Sequence[Outcome], rng: random.Random
         "entropy": round(0.9 - 0.05 * step, 3),
     }
     entry |= {"time/step": 9.9, "time/rollout": 7.0, "time/update": 2.5, "time/sync": 0.1, "time/other": 0.3}
-    entry |= {"sampling/importance_sampling_ratio/max": round(1.1 + 0.1 * rng.random(), 4)}
+    entry |= {"sampling/ratio_max": round(1.1 + 0.1 * rng.random(), 4)}
     entry |= {"drift": 2e-6, "sudoku/drift": 1e-6, "workplace/drift": round(2e-6 + 1e-7 * step, 9)}
     return entry | rollout_metrics(outcomes, ENVS) | group_metrics(outcomes, GROUP, ENVS)

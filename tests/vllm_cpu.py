@@ -87,6 +87,6 @@ def check(run: Run) -> None:
         assert entry["sudoku/token_mismatches"] == entry["workplace/token_mismatches"] == 0
         assert entry["workplace/turns"] > 1, "tool results came back, and the prompts went on exactly"
         assert (entry["time/sync"] > 0) == (entry["step"] > 1)
-        assert 0.99 < entry["sampling/importance_sampling_ratio/mean"] < 1.01
+        assert 0.99 < entry["sampling/ratio_mean"] < 1.01
     assert run.left() == []
     assert not (run.directory / "weights").exists(), "what weights were sent through is cleared away"

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from gymexp.config.correction import CORRECTIONS, problems_of_correction
 from gymexp.config.env_rules import problems_of_environment
 from gymexp.config.group_options import options
 from gymexp.config.grpo_arguments import value_of
@@ -127,6 +128,8 @@ def problems_of(config: RunConfig) -> Iterator[str]:
     if not 0 <= config.rollout.max_failed_share <= 1:
         yield f"rollout.max_failed_share must be between 0 and 1, got {config.rollout.max_failed_share!r}"
     yield from _one_of("rollout.truncated", config.rollout.truncated, ("scored", "masked"))
+    yield from _one_of("rollout.correction", config.rollout.correction, CORRECTIONS)
+    yield from problems_of_correction(config)
     yield from _at_least("rollout.drift_every", config.rollout.drift_every, 1)
     yield from _positive("rollout.max_drift", config.rollout.max_drift)
     yield from _at_least("evaluation.every_steps", config.evaluation.every_steps, 0)

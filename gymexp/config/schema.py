@@ -191,7 +191,12 @@ class RolloutConfig:
     max_failed_share: float = 0.2  # the run ends if a larger share of a batch's rollouts fails
     # scored: truncated rollouts train with the environment's reward; masked: they give no gradient
     truncated: str = "scored"
-    drift_every: int = 20  # optimizer steps between two checks of log-probabilities and draws
+    # how the loss treats the difference between engine and trainer. behavior: PPO's ratio is the trainer's
+    # probability over the engine's, so its clip bounds the distance from what sampled; decoupled: TRL's
+    # importance weights, which need one more pass; none: neither. auto: behavior, but decoupled for ratios of
+    # whole rollouts in 16 bits (trainer=gspo), and where trainer.vllm_importance_sampling_* is set
+    correction: str = "auto"
+    drift_every: int = 20  # optimizer steps between two checks of draws (with dropout: also of drift)
     # bound on the mean absolute difference of the trainer's and the engine's log-probabilities (nats); the
     # run ends if any environment exceeds it; None: 0.001 in float32, 0.02 in bfloat16 and float16
     max_drift: float | None = None

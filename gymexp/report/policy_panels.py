@@ -13,7 +13,6 @@ from gymexp.report.learning_panels import NO_STEPS, quantile
 from gymexp.report.panel import Chart, Panel
 from gymexp.report.run_records import RunRecords
 
-_CORRECTION = "trainer.vllm_importance_sampling_correction"
 _DRIFT_LIMIT = {"float32": 0.001}  # rollout.max_drift's default by model.dtype; else 0.02
 
 
@@ -65,16 +64,17 @@ def ratio_panel(records: RunRecords) -> Panel:
     about = "Whether tokens were sampled from the policy that is trained: the trainer's probabilities "
     about += "against the engine's."
     steps, charts, notes = records.step_numbers, [], []
-    ratio = "sampling/importance_sampling_ratio"
     traces: list[dict[str, Any]] = []
+    for part, colour in {"mean": "--c9", "max": "--c2"}.items():
+        traces += figures.line(part, steps, records.series(f"sampling/ratio_{part}"), colour)
+    charts += figures.over_steps("ratio trainer / engine of a trained token", traces, "ratio")
+    traces = []
     for part, colour in {"min": "--c1", "mean": "--c9", "max": "--c2"}.items():
-        traces += figures.line(part, steps, records.series(f"{ratio}/{part}"), colour)
-    charts += figures.over_steps("importance ratio", traces, "ratio")
-    if not traces:
-        notes.append(
-            "Importance ratio: TRL measures it with vLLM's correction alone; with one update a batch on "
-            "weights that also sampled, it is 1 by construction."
-        )
+        series = records.series(f"sampling/importance_sampling_ratio/{part}")
+        traces += figures.line(part, steps, series, colour)
+    charts += figures.over_steps("TRL's importance weights", traces, "weight")
+    traces = figures.line("cut off", steps, records.series("sampling/clipped"), "--c4")
+    charts += figures.over_steps("ratios that the correction cuts off", traces, "share", rangemode="tozero")
     traces = []
     for part, colour in {"mean": "--c1", "max": "--c2"}.items():
         series = records.series(f"sampling/sampling_logp_difference/{part}")
@@ -82,9 +82,9 @@ def ratio_panel(records: RunRecords) -> Panel:
     charts += figures.over_steps("|Δ log-probability| of a token", traces, "nats")
     charts += _drift_charts(records)
     sizes = figures.line("effective", steps, records.series("sampling/effective_sample_size"), "--c3")
-    charts += figures.over_steps("effective sample size of the weights", sizes, "share", range=[0, 1.02])
+    charts += figures.over_steps("effective sample size of the ratios", sizes, "share", range=[0, 1.02])
     if not charts:
-        notes.append(NO_STEPS if not records.steps else "Drift: not measured yet (rollout.drift_every).")
+        notes.append(NO_STEPS if not records.steps else "This run measured neither ratio nor drift.")
     return Panel("ratio", "Ratio and drift", about, charts, notes=notes)
 
 
@@ -97,7 +97,7 @@ def _drift_charts(records: RunRecords) -> list[Chart]:
         at = [i for i, value in enumerate(values) if value is not None]
         steps = [records.step_numbers[i] for i in at]
         traces += figures.points(env, steps, [values[i] for i in at], colours[env])
-    charts = figures.over_steps("drift: mean |Δ log-probability|, checked now and then", traces, "nats")
+    charts = figures.over_steps("drift: mean |Δ log-probability|", traces, "nats")
     for chart in charts:
         chart.figures[""]["layout"] |= figures.threshold(max_drift(records), "rollout.max_drift")
         chart.figures[""]["layout"]["yaxis"] |= {"type": "log", "exponentformat": "power", "dtick": 1}

@@ -31,8 +31,8 @@ _CARRIED = {
         "ref_model_sync_steps top_entropy_quantile entropy_coef use_adaptive_entropy entropy_coef_min "
         "entropy_coef_max entropy_coef_delta entropy_target off_policy_mask_threshold sapo_temperature_neg "
         "sapo_temperature_pos vespo_k_pos vespo_lambda_pos vespo_k_neg vespo_lambda_neg router_aux_loss_coef "
-        "max_completion_length disable_dropout vllm_importance_sampling_correction "
-        "vllm_importance_sampling_mode vllm_importance_sampling_clip_max vllm_importance_sampling_clip_min"
+        "max_completion_length disable_dropout vllm_importance_sampling_mode "
+        "vllm_importance_sampling_clip_max vllm_importance_sampling_clip_min"
     ),
     "memory and speed": (
         "gradient_checkpointing gradient_checkpointing_kwargs torch_compile torch_compile_backend "
@@ -60,6 +60,7 @@ OWNED = {
     "project": "tracker.project",
     "use_vllm": "engine",
     "vllm_mode": "engine",
+    "vllm_importance_sampling_correction": "rollout.correction",
     "vllm_model_impl": "engine.args.model_impl",
     "vllm_enable_sleep_mode": "engine.colocate",
     "vllm_server_base_url": "engine.urls",

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
-from gymexp.config import grpo_arguments
+from gymexp.config import correction, grpo_arguments
 from gymexp.config.grpo_arguments import value_of
 from gymexp.config.schema import RunConfig
 from gymexp.config.search_space import ends, flat
@@ -64,7 +64,7 @@ def problems(configs: Sequence[RunConfig], cache: Path, on_this_machine: bool = 
                 reasons[index] = prefix + problem
                 break
             question = {
-                "trainer": trainer,
+                "trainer": correction.complete(trainer, correction.correction_of(config)),
                 "dtype": config.model.dtype,
                 "attn_implementation": config.model.attn_implementation,
                 "here": on_this_machine,
@@ -193,7 +193,7 @@ def _request_verdicts(questions: list[dict[str, Any]]) -> list[str]:
 def build(config: RunConfig, output_dir: Path) -> GRPOConfig:
     """Builds TRL's arguments for a run; imports torch."""
     return construct(
-        config.trainer,
+        correction.complete(config.trainer, correction.correction_of(config)),
         config.model.dtype,
         output_dir=str(output_dir),
         seed=config.seed,

@@ -1,9 +1,10 @@
-"""The run-time checks of the training data, on some rollouts of every environment: drift and draws.
+"""The run-time checks of the training data: drift and draws.
 
 Drift is the difference between the engine's and the trainer's log-probabilities of the sampled tokens. It
-shows that weights, templates or distributions differ, but not how the tokens were drawn. To check the draws,
-each token is compared with a counterpart: a token that was drawn at the same position of another turn or
-rollout. Draws with a shared seed equal their counterparts more often than chance allows.
+shows that weights, templates or distributions differ, but not how the tokens were drawn. The training pass
+shows it at every step (`gymexp.training.training_pass`). To check the draws, on some rollouts of every
+environment, each token is compared with a counterpart: a token that was drawn at the same position of another
+turn or rollout. Draws with a shared seed equal their counterparts more often than chance allows.
 """
 
 from __future__ import annotations
@@ -76,13 +77,21 @@ class Tally:
 
 
 class Checks:
-    """Compares engine and trainer on the first batch of a process, and then at every step that is a multiple
-    of rollout.drift_every."""
+    """Checks the draws of the first batch of a process, and then of every step that is a multiple of
+    rollout.drift_every. Checks the drift on the same rollouts if the training pass has dropout, with which no
+    engine samples."""
 
     def __init__(self, config: RunConfig) -> None:
         self._config = config
         self._has_checked = False
         self._draws = Tally()  # over all checks of this process
+        self._has_dropout: bool | None = None
+
+    def has_dropout(self, model: torch.nn.Module) -> bool:
+        """Returns whether the model drops out anything in training. Looks at it once."""
+        if self._has_dropout is None:
+            self._has_dropout = has_dropout(model)
+        return self._has_dropout
 
     def check(self, trainer: PolicyTrainer, outcomes: Sequence[Outcome]) -> None:
         """Checks some rollouts if a check is due, and adds the metrics. Every rank must call it.
@@ -96,17 +105,20 @@ class Checks:
         rows = choose_rows(outcomes, min(NUM_ROWS, len(outcomes)), trainer.pad_token_id)
         ids = [row.completion_ids for row in rows]
         counterparts = [[-100 if token is None else token for token in row.counterparts] for row in rows]
-        own = tally(rows, score(trainer, rows, ids), score(trainer, rows, counterparts))
+        model: Any = trainer.model
+        checks_drift = self.has_dropout(model)
+        logprobs = score(trainer, rows, ids) if checks_drift else [torch.tensor(r.logprobs) for r in rows]
+        own = tally(rows, logprobs, score(trainer, rows, counterparts))
         tallies = self._sum_over_ranks(trainer, own)
         if not tallies:
             return
         total = sum(tallies.values(), Tally())
         self._draws += total
-        trainer.add_metrics({f"{env}/drift": of_env.drift for env, of_env in tallies.items()})
-        trainer.add_metrics(
-            {"drift": total.drift, "repeats/seen": total.repeats, "repeats/expected": total.expected}
-        )
-        check_drift(tallies, self._config, step)
+        trainer.add_metrics({"repeats/seen": total.repeats, "repeats/expected": total.expected})
+        if checks_drift:
+            trainer.add_metrics({f"{env}/drift": of_env.drift for env, of_env in tallies.items()})
+            trainer.add_metrics({"drift": total.drift})
+            check_drift(tallies, self._config, step)
         check_draws(self._draws)
 
     def _sum_over_ranks(self, trainer: PolicyTrainer, own: Mapping[str, Tally]) -> dict[str, Tally]:
@@ -137,6 +149,27 @@ def score(trainer: PolicyTrainer, rows: Sequence[Row], labels: Sequence[Sequence
                 )
             scores.append(output.log_probs[0, -len(row_labels) :].float().cpu())
     return scores
+
+
+def compared_envs(outcomes: Sequence[Outcome], step: int) -> list[str | None]:
+    """Returns the environment of each rollout that the weights of `step` sampled, and None for the others,
+    whose log-probabilities may differ from the trainer's."""
+    return [
+        outcome.rollout.task.env
+        if not isinstance(outcome, Failed) and outcome.rollout.weights_version in (None, step)
+        else None
+        for outcome in outcomes
+    ]
+
+
+def has_dropout(model: torch.nn.Module) -> bool:
+    """Returns whether a module has a probability of dropout above 0: as torch's own modules do, or as a
+    number that its forward pass reads, which transformers' attention does."""
+    return any(
+        isinstance(value, float) and value > 0 and ("drop" in name or isinstance(module, torch.nn.Dropout))
+        for module in model.modules()
+        for name, value in vars(module).items()
+    )
 
 
 @contextmanager

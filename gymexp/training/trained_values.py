@@ -29,10 +29,9 @@ def trained_of(batch: Mapping[str, Any], rows: Sequence[Row]) -> list[Trained]:
     """Returns what the trainer made of each rollout of this rank's batch.
 
     batch: what TRL's `_generate_and_score_completions` returns: tensors of (B) or (B, T), whose rows are
-    still in the order of the rollouts. rows: B. TRL computes log-probabilities only if it needs them: for the
-    correction of importance weights, for several updates on a batch, or for a reference model. With
-    sequence ratios the loss uses `old_per_token_logps` of another pass, which differ by rounding
-    (`PolicyTrainer._rescored`).
+    still in the order of the rollouts. rows: B. `old_per_token_logps` are the trainer's before the update: of
+    TRL's pass if it makes one, else of the training pass (`gymexp.training.training_pass`). With sequence
+    ratios the loss uses those of a further pass, which differ by rounding (`old_logprobs.rescored`).
     """
     mask = (batch["completion_mask"] * batch.get("tool_mask", 1)).bool().cpu().numpy()
     advantages = batch["advantages"].float().cpu().tolist()

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
+from gymexp.config.correction import correction_of
 from gymexp.config.schema import RunConfig
 from gymexp.data.prepare import Prepared
 from gymexp.engine.replicas import NamedTensors, TensorSpecs
@@ -26,12 +27,13 @@ from gymexp.policy.hub_snapshot import directory_of
 from gymexp.policy.model import end_token_ids, save_policy
 from gymexp.record.directory import RunDirectory
 from gymexp.rollout.outcome import Outcome
-from gymexp.training import batches, checkpoints, drawn_tasks, drift, padding
+from gymexp.training import batches, checkpoints, drawn_tasks, drift, old_logprobs, padding
 from gymexp.training.engine_client import ServerSampling
 from gymexp.training.ranks import know_cpu_ranks, on_main_rank
 from gymexp.training.rollout_func import Rollouts
 from gymexp.training.sharding import gather_head
 from gymexp.training.spans import Spans, StepSpans
+from gymexp.training.training_pass import TrainingPass
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +74,12 @@ class PolicyTrainer(GRPOTrainer):
         self.pad_token_id: int = tokenizer.pad_token_id  # pyright: ignore[reportAttributeAccessIssue]
         self.grpo = args
         self._directory = directory
+        self._correction = correction_of(config)
         self._checks = drift.Checks(config)
+        self._pass = TrainingPass(config, args, self._correction, rollouts)
+        self._row_envs: list[str | None] | None = None  # of the last rollouts, for `TrainingPass.begin`
+        self._skips_pass = False  # whether TRL is about to compute old log-probabilities that nothing reads
+        self._engine: ServerSampling | None = None
         self._tasks = prepared.train  # in the first epoch's order
         self._schedule = batches.build_schedule(args, len(prepared.train))
         self._batch_tasks = drawn_tasks.build(config, prepared.train, self._schedule.batch_tasks)
@@ -93,6 +100,8 @@ class PolicyTrainer(GRPOTrainer):
             self.model.register_forward_pre_hook(gather_head)  # pyright: ignore[reportOptionalMemberAccess]
         self.add_callback(StepSpans(self.spans))
         self.add_callback(batches.Epochs(lambda: self._schedule))
+        if self._correction == "decoupled":
+            self._stand_in_for_vllm()  # TRL corrects no other engine.
         self.remove_callback(PrinterCallback)  # The live view shows the numbers, and metrics.jsonl has them.
 
     def add_metrics(self, metrics: Mapping[str, float]) -> None:
@@ -115,8 +124,11 @@ class PolicyTrainer(GRPOTrainer):
         self._engine_version = version
         engine.named_weights = self._weights_without_other_ranks
         self._tensor_specs: TensorSpecs | None = None
-        # The trainer stands in for TRL's own client, which supports only one server. With these settings TRL
-        # calls `sync_weights` before the rollouts of each new step, and corrects by importance sampling.
+        self._stand_in_for_vllm()
+
+    def _stand_in_for_vllm(self) -> None:
+        """Makes the trainer stand in for TRL's own client, which supports only one server. TRL then calls
+        `sync_weights` before the rollouts of each new step, and makes importance weights if they are on."""
         self.use_vllm = True
         self.vllm_mode = "server"
         self.vllm_generation = self
@@ -126,20 +138,20 @@ class PolicyTrainer(GRPOTrainer):
         """Sends the current weights to the engine, unless it still has them. Every rank must call this
         method, because gathering a sharded parameter is a collective operation."""
         step = self.state.global_step
-        if not self.use_vllm or (step == self._engine_version and not self._engine.shared):
+        if self._engine is None or (step == self._engine_version and not self._engine.shared):
             return
         began = time.monotonic()
         with self.spans.phase("sync", step):
-            self._send_weights(step)
+            self._send_weights(self._engine, step)
         self._seconds["sync"] += time.monotonic() - began
 
-    def _send_weights(self, step: int) -> None:
-        if self._engine.shared:
+    def _send_weights(self, engine: ServerSampling, step: int) -> None:
+        if engine.shared:
             torch.cuda.empty_cache()  # vLLM is about to wake up on this GPU and needs the memory.
         if self._tensor_specs is None:
             self._tensor_specs = [(name, t.dtype, list(t.shape)) for name, t in self.named_weights()]
-        if self._engine.sync is not None:
-            self._engine.sync.update(step, self._tensor_specs, self.named_weights())
+        if engine.sync is not None:
+            engine.sync.update(step, self._tensor_specs, self.named_weights())
         else:
             for _ in self.named_weights():
                 pass  # This rank only takes part in gathering the parameters.
@@ -189,10 +201,11 @@ class PolicyTrainer(GRPOTrainer):
         return self.named_weights()
 
     def check_samples(self, outcomes: Sequence[Outcome]) -> None:
-        """Checks drift and draws on some rollouts, if a check is due.
+        """Checks draws on some rollouts, if a check is due; and drift, if the training pass cannot show it.
 
         outcomes: this rank's part of the batch. Raises DriftError or DrawError, on every rank alike.
         """
+        self._row_envs = drift.compared_envs(outcomes, self.state.global_step)
         with self.spans.phase("logprobs", self.state.global_step + 1):
             self._checks.check(self, outcomes)
 
@@ -237,28 +250,11 @@ class PolicyTrainer(GRPOTrainer):
         if padding.may_regroup(self.grpo, self.aux_loss_enabled):
             self._buffered_inputs = padding.group_by_length(self._buffered_inputs)
         elif self.importance_sampling_level == "sequence":
-            self._buffered_inputs = [self._rescored(batch) for batch in self._buffered_inputs]
-        return self._buffered_inputs[self._step % len(self._buffered_inputs)]
-
-    def _rescored(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Returns the micro-batch with its old log-probabilities computed again, in a pass that has the same
-        shape as the update's pass.
-
-        In bfloat16 a row's log-probabilities depend on the shape of the batch around it. In the mean over a
-        rollout, this becomes a bias of the order of trainer=gspo's clip range.
-        """
-        if (old := batch.get("old_per_token_logps")) is None:
-            return batch
-        part = padding.trim(batch)
-        ids = torch.cat([part["prompt_ids"], part["completion_ids"]], dim=1)
-        mask = torch.cat([part["prompt_mask"], part["completion_mask"]], dim=1)
-        width = part["completion_ids"].size(1)
-        with torch.no_grad():
             score = super()._get_per_token_logps_and_entropies
-            logprobs = score(self.model, ids, mask, width)[0]
-        rescored = old.clone()
-        rescored[:, :width] = logprobs
-        return batch | {"old_per_token_logps": rescored}
+            self._buffered_inputs = [
+                old_logprobs.rescored(batch, score, self.model) for batch in self._buffered_inputs
+            ]
+        return self._buffered_inputs[self._step % len(self._buffered_inputs)]
 
     def _get_per_token_logps_and_entropies(
         self,
@@ -272,10 +268,15 @@ class PolicyTrainer(GRPOTrainer):
     ) -> Any:
         trl_score = super()._get_per_token_logps_and_entropies
         has_options = any(value is not None and value is not False for value in options.values())
+        if self._skips_pass:  # TRL asks for the old log-probabilities before those of the reference.
+            self._skips_pass = False
+            return torch.zeros(input_ids.size(0), logits_to_keep, device=input_ids.device), None, None
         if batch_size is None or compute_entropy or torch.is_grad_enabled() or has_options:
-            return trl_score(
+            scored = trl_score(
                 model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, **options
             )
+            self._pass.logprobs = scored[0].detach()
+            return scored
 
         def score(ids: torch.Tensor, mask: torch.Tensor, num_completion: int) -> torch.Tensor:
             return trl_score(model, ids, mask, num_completion)[0]
@@ -284,36 +285,27 @@ class PolicyTrainer(GRPOTrainer):
         return scores, None, None
 
     def _compute_loss(self, model: Any, inputs: Any) -> torch.Tensor:
-        return super()._compute_loss(model, padding.trim(inputs))
+        part = old_logprobs.for_loss(padding.trim(inputs), self._correction)
+        loss = super()._compute_loss(model, part)
+        self._pass.end(part, self, checks_drift=not self._checks.has_dropout(model))
+        return loss
 
     def _generate_and_score_completions(self, inputs: Any) -> Any:
         began, sync_before = time.monotonic(), self._seconds["sync"]
         inputs = self._batch_tasks.fill(inputs, self)
         with self.spans.phase("logprobs", self.state.global_step + 1):
+            self._skips_pass = is_skipped = old_logprobs.is_pass_unused(self.args, self._correction)
             output = super()._generate_and_score_completions(inputs)
-            self._log_effective_sample(output)
-            self._rollouts.write_trained(output, self)
-        if self.use_vllm and self._engine.shared:
+            if is_skipped:
+                del output["old_per_token_logps"]
+            self._pass.begin(output, self._row_envs, self)
+        if self._engine is not None and self._engine.shared:
             # The engine sleeps now. If this step collects again, another sync must wake it.
             self._last_loaded_step = -1
         rollouts_and_sync = self._rollouts.seconds + self._seconds["sync"] - sync_before
         self._seconds["rollout"] += self._rollouts.seconds
         self._seconds["logprobs"] += time.monotonic() - began - rollouts_and_sync
         return output
-
-    def _log_effective_sample(self, batch: Mapping[str, Any]) -> None:
-        """Logs Kish's effective sample size, (sum w)^2 / sum w^2, of the importance weights over all ranks,
-        as a share of their number. A weight belongs to a token or, with a sequence mode, to a rollout.
-
-        Source: Kish, "Survey Sampling" (1965), section 11.7.
-        """
-        if (weights := batch.get("importance_sampling_ratio")) is None:
-            return
-        mask = batch["completion_mask"] * batch.get("tool_mask", 1)
-        sums = torch.stack(padding.effective_sample(weights, mask))
-        total, squares, number = self.accelerator.reduce(sums, reduction="sum").tolist()  # pyright: ignore[reportAttributeAccessIssue]
-        if squares > 0:
-            self.add_metrics({"sampling/effective_sample_size": total**2 / squares / number})
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         before = sum(self._seconds.values())

@@ -77,7 +77,7 @@ def _metrics(step: int, steps: int, envs: tuple[str, ...], rng: random.Random) -
             "clip_ratio/region_mean": 0.01,
         }
         line |= {
-            "sampling/importance_sampling_ratio/max": 1.1,
+            "sampling/ratio_max": 1.1,
             "drift": 1e-6,
             "completions/clipped_ratio": 0.0,
         }

@@ -12,11 +12,12 @@ from datasets import Dataset
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM, TrainerCallback
 from trl import GRPOTrainer
 
-from gymexp.config.schema import EnvConfig, LoraConfig, ModelConfig, RunConfig
+from gymexp.config.schema import EnvConfig, LoraConfig, ModelConfig, RolloutConfig, RunConfig
 from gymexp.data.prepare import Prepared
 from gymexp.policy.model import load_model, load_tokenizer
 from gymexp.rollout.outcome import Task
 from gymexp.training import arguments
+from gymexp.training.drift import without_dropout
 from gymexp.training.trainer import PolicyTrainer, reward
 
 TINY = Path(__file__).parents[2] / "gymexp" / "assets" / "tiny"
@@ -91,10 +92,10 @@ class MadeUp:
 
 
 def logprobs_of(trainer: Any, row: dict[str, Any]) -> list[float]:
-    """By the model's plain forward pass."""
+    """By the model's plain forward pass, without dropout."""
     prompt, completion = row["prompt_ids"], row["completion_ids"]
     ids = torch.tensor([[*prompt, *completion]])
-    with torch.no_grad(), trainer.accelerator.autocast():
+    with torch.no_grad(), without_dropout(trainer.model), trainer.accelerator.autocast():
         logits = trainer.model(input_ids=ids).logits[0, len(prompt) - 1 : -1].float()
     return logits.log_softmax(-1).gather(1, torch.tensor(completion)[:, None])[:, 0].tolist()
 
@@ -107,10 +108,16 @@ class Gradients(TrainerCallback):
 
 
 def config_of(
-    policy: Path | str, dtype: str = "float32", revision: str | None = None, lora: Any = None, **trainer: Any
+    policy: Path | str,
+    dtype: str = "float32",
+    revision: str | None = None,
+    lora: Any = None,
+    correction: str = "auto",
+    **trainer: Any,
 ) -> RunConfig:
     model = ModelConfig("small", str(policy), revision, dtype, lora=lora or LoraConfig())
-    return RunConfig(model=model, env={"e": EnvConfig("c", "a")}, trainer=DEFAULTS | trainer)
+    rollout = RolloutConfig(correction=correction)
+    return RunConfig(model=model, env={"e": EnvConfig("c", "a")}, trainer=DEFAULTS | trainer, rollout=rollout)
 
 
 def build_trainer(

@@ -203,7 +203,10 @@ BAD: list[tuple[str, dict[str, Any]]] = [
     ("trainer.max_steps must be of type int, got 'ten'", {"max_steps": "ten"}),
     ("trainer.num_generations must be of type int | None, got True", {"num_generations": True}),
     ("trainer.vllm_importance_sampling_mode must be one of", {"vllm_importance_sampling_mode": "token"}),
-    ("sampling_mode must be token_truncate or token_mask with loss_type=vespo", {"loss_type": "vespo"}),
+    (
+        "sampling_mode must be token_truncate or token_mask with loss_type=vespo",
+        {"loss_type": "vespo", "vllm_importance_sampling_mode": "sequence_mask"},
+    ),
     ("got 'adamw_8bit': You need to install `bitsandbytes`", {"optim": "adamw_8bit"}),
     ("got 'galore_adamw': You need to install", {"optim": "galore_adamw", "optim_target_modules": ["q"]}),
     ("got 'adamw_torch_4bit': You need to have `torchao", {"optim": "adamw_torch_4bit"}),

@@ -14,7 +14,17 @@ import torch
 from gymexp.config.schema import EnvConfig, ModelConfig, RolloutConfig, RunConfig
 from gymexp.errors import DrawError, DriftError
 from gymexp.rollout.outcome import Completed, Failed, Outcome, Rollout, Task, Truncated, Turn
-from gymexp.training.drift import Checks, Row, Tally, check_draws, check_drift, choose_rows, tally
+from gymexp.training.drift import (
+    Checks,
+    Row,
+    Tally,
+    check_draws,
+    check_drift,
+    choose_rows,
+    compared_envs,
+    has_dropout,
+    tally,
+)
 
 
 def rollout(env: str, number: int, *turns: tuple[list[int], list[int]]) -> Rollout:
@@ -159,6 +169,7 @@ class Model(torch.nn.Module):
     def __init__(self, logprob: float) -> None:
         super().__init__()
         self.logprob = logprob
+        self.attention_dropout = 0.0
         self.modes: set[bool] = set()
 
     def forward(self, input_ids: Any, labels: Any, **_: Any) -> Any:
@@ -192,6 +203,7 @@ def sudoku() -> list[Outcome]:
 
 def test_numbers_are_those_of_all_ranks_and_the_model_is_asked_without_dropout():
     trainer = rank(-0.5, Tally(num_tokens=6, difference=0.1, repeats=3, expected=1.25, variance=1))
+    trainer.model.attention_dropout = 0.1
     Checks(config(max_drift=0.5)).check(trainer, sudoku())
     # Here: four tokens, differences of 0, 0.25, 0 and 0.25; two may repeat, each with probability e^-0.5.
     assert trainer.metrics["drift"] == trainer.metrics["sudoku/drift"] == pytest.approx((0.5 + 0.1) / 10)
@@ -202,11 +214,38 @@ def test_numbers_are_those_of_all_ranks_and_the_model_is_asked_without_dropout()
 
 def test_another_ranks_drift_and_draws_end_the_run_here_too():
     drifting = rank(-0.5, Tally(num_tokens=100, difference=30.0))
+    drifting.model.attention_dropout = 0.1
     with pytest.raises(DriftError, match=r"env\.sudoku"):
         Checks(config()).check(drifting, sudoku())
     repeating = rank(-0.5, Tally(num_tokens=200, repeats=200, expected=20, variance=18))
     with pytest.raises(DrawError):
         Checks(config(max_drift=1.0)).check(repeating, sudoku())
+
+
+def test_without_dropout_the_training_pass_shows_the_drift_and_the_check_asks_for_draws_alone():
+    trainer = rank(-0.9, Tally(num_tokens=100, difference=30.0))
+    Checks(config()).check(trainer, sudoku())
+    assert trainer.metrics.keys() == {"repeats/seen", "repeats/expected"}
+
+
+@pytest.mark.parametrize(
+    ("layer", "drops"),
+    [
+        (torch.nn.Dropout(0.1), True),
+        (torch.nn.Dropout(0.0), False),
+        (torch.nn.LayerNorm(2, eps=0.1), False),
+        (torch.nn.MultiheadAttention(2, 1, dropout=0.1), True),
+    ],
+    ids=str,
+)
+def test_dropout_is_found_in_modules_and_in_numbers_that_attention_reads(layer, drops):
+    assert has_dropout(torch.nn.Sequential(layer)) == drops
+
+
+def test_only_rollouts_of_the_current_weights_are_compared():
+    task, turns = Task("t", "sudoku", "a", {}), [Turn([1], [2], [-0.5])]
+    played = [Completed(Rollout(task, turns, 1.0, [], weights_version=v)) for v in (None, 3, 2)]
+    assert compared_envs([*played, Failed(task, "timeout", "")], 3) == ["sudoku", "sudoku", None, None]
 
 
 def test_batches_are_compared_at_the_start_wherever_it_is_and_then_every_so_many_steps():

@@ -177,14 +177,15 @@ class Kept(MadeUp):
         self.own = [logprobs_of(trainer, row) for row in self.rows]
 
 
-@pytest.mark.parametrize("mode", [None, "token_truncate", "sequence_truncate"])
+@pytest.mark.parametrize("mode", ["behavior", "none", "token_truncate", "sequence_truncate"])
 def test_the_records_get_each_rollouts_own_values_before_trl_shuffles_them(policy, tmp_path, mode):
     """Every rollout has another reward, length, mask and tokens, so that values of another one are seen.
-    mode: of TRL's weights against the mismatch with servers; None: the trainer samples itself."""
+    mode: of TRL's weights against the mismatch with servers, or a correction without any."""
     rollouts = Kept(own_logprobs=True, noise=0.3)
-    more = {"vllm_importance_sampling_mode": mode} if mode else {}
+    weighs = mode not in ("behavior", "none")
+    more = {"vllm_importance_sampling_mode": mode} if weighs else {"correction": mode}
     trainer = build_trainer(policy, tmp_path, rollouts, beta=0.1, num_iterations=2, **more)
-    if mode:
+    if weighs:
         trainer.sample_with_servers(Servers(None), version=0)  # type: ignore[arg-type]
     trainer.train_from(None)
     rewards = torch.tensor([row["reward"] for row in rollouts.rows]).view(-1, 4)
@@ -201,7 +202,7 @@ def test_the_records_get_each_rollouts_own_values_before_trl_shuffles_them(polic
         ratios = [math.exp(own[i] - row["logprobs"][i]) for i in sampled]
         assert one.max_ratio == pytest.approx(max(ratios), rel=1e-3)
         bound = trainer.vllm_importance_sampling_clip_max
-        if mode is None:
+        if not weighs:
             assert one.weights is None
         elif mode == "token_truncate":
             expected = [min(ratio, bound) for ratio in ratios]

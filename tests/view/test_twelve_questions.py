@@ -307,7 +307,7 @@ def test_6_which_environment_slows_the_step_and_is_it_the_policy_or_the_environm
 def test_7_is_training_on_policy_and_exact(reader, runs):
     entry = runs[0].steps[STEPS]
     shown = reader.series("ratio", "max")[STEPS]
-    assert shown == pytest.approx(entry["sampling/importance_sampling_ratio/max"], rel=1e-3)
+    assert shown == pytest.approx(entry["sampling/ratio_max"], rel=1e-3)
     drift = reader.driver.execute_script(
         "return [...document.querySelectorAll('#ratio .chart')].flatMap((c) => c.data)"
         ".filter((d) => d.name === 'workplace').map((d) => d.y[d.y.length - 1])"
