@@ -198,6 +198,21 @@ class RolloutConfig:
 
 
 @dataclass
+class OverlapConfig:
+    """Sampling while the trainer updates the policy."""
+
+    # optimizer steps between the weights that sampled a rollout's oldest token and the step that trains on
+    # it, at most; 0: rollouts and updates take turns
+    max_staleness: int = 0
+    lead: int = 1  # batches sampled ahead as a rule; only rollouts that take longer get up to max_staleness
+    # finished: a batch has the groups that finished first; exact: the tasks in order (lead = max_staleness)
+    order: str = "finished"
+    # requests in flight at an update of the engine's weights: abort (cut, and continued with the new weights)
+    # or wait (for their end)
+    update: str = "abort"
+
+
+@dataclass
 class EvaluationConfig:
     """Evaluation: the current policy plays the held-out tasks. Tokens may be drawn from another distribution
     than in training; the names of these keys are vLLM's."""
@@ -295,6 +310,7 @@ class RunConfig:
     placement: PlacementConfig = field(default_factory=PlacementConfig)
     gym: GymConfig = field(default_factory=GymConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    overlap: OverlapConfig = field(default_factory=OverlapConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)

@@ -75,7 +75,7 @@ def test_it_samples_with_the_models_weights_then_with_those_that_it_is_sent(repl
             for parameter in model.parameters():
                 parameter *= 1.05
         assert distance(model, replicas) > 1e-3, "not sent yet"
-        replicas.post("/pause?mode=keep")
+        replicas.post("/pause?mode=abort")
         transfer.send(replicas, version, [], iter(model.named_parameters()))
         replicas.post("/reset_prefix_cache")
         replicas.post("/resume")
@@ -84,8 +84,8 @@ def test_it_samples_with_the_models_weights_then_with_those_that_it_is_sent(repl
 
 
 def test_what_is_sampled_waits_while_it_is_paused_however_often_that_is_said(replicas):
-    replicas.post("/pause?mode=keep")
-    replicas.post("/pause?mode=keep")
+    replicas.post("/pause?mode=abort")
+    replicas.post("/pause?mode=abort")
     done = threading.Event()
     threading.Thread(target=lambda: (sample(replicas), done.set()), daemon=True).start()
     assert not done.wait(1)
