@@ -137,7 +137,8 @@ class DatasetConfig:
 class EngineConfig:
     """The engine, which samples tokens from the policy."""
 
-    # vllm: `vllm serve`; hf: transformers in the trainer's process; auto: vllm if vLLM and a GPU are present
+    # vllm: `vllm serve`; hf: transformers, in the trainer's process unless overlap or several nodes ask for
+    # servers; auto: vllm if vLLM and a GPU are present
     kind: str = "auto"
     max_batch_size: int = 64  # hf: rows decoded at once
     python: str | None = None  # vllm: the Python interpreter that has vLLM; None: the running one
@@ -199,16 +200,19 @@ class RolloutConfig:
 
 @dataclass
 class OverlapConfig:
-    """Sampling while the trainer updates the policy."""
+    """Rollouts of later steps are played while the trainer trains. A rollout's tokens are then sampled with
+    older weights than those that it trains."""
 
-    # optimizer steps between the weights that sampled a rollout's oldest token and the step that trains on
-    # it, at most; 0: rollouts and updates take turns
+    # optimizer steps between the weights that sampled a rollout's oldest token and those that train it, at
+    # most; 0: the engine samples and the trainer trains in turn
     max_staleness: int = 0
-    lead: int = 1  # batches sampled ahead as a rule; only rollouts that take longer get up to max_staleness
-    # finished: a batch has the groups that finished first; exact: the tasks in order (lead = max_staleness)
+    # batches that are played ahead as a rule; rollouts that take longer may take up to max_staleness steps
+    lead: int = 1
+    # finished: a batch has the oldest groups that have ended; exact: the tasks in order, with
+    # lead=max_staleness
     order: str = "finished"
-    # requests in flight at an update of the engine's weights: abort (cut, and continued with the new weights)
-    # or wait (for their end)
+    # what happens to requests in flight when the engine gets new weights: abort: they are cut, and go on with
+    # the new weights; wait: they end first
     update: str = "abort"
 
 
