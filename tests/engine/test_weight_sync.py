@@ -441,6 +441,64 @@ def test_a_replica_that_does_not_answer_or_answers_too_late_is_named_with_the_ph
     assert slow.ill() == {}
 
 
+def test_before_the_weights_are_sent_nothing_is_in_flight_and_the_pause_is_repeated_until_then(site):
+    sync = site.sync()
+    site.gateway.left = [3, 1]
+    sync.update(1, *weights(1.0))
+    loading = ["collective_rpc", "reset_prefix_cache", "resume"]
+    assert site.servers[0].asked == ["pause?mode=abort"] * 3 + loading
+    assert site.gateway.drained == [False] * 3 and site.gateway.fenced == set()
+
+
+def test_requests_that_no_pause_ends_are_given_up_in_the_end_and_if_even_that_fails_the_update_does(site):
+    sync = site.sync()
+    site.gateway.left = [1] * 4
+    sync.update(1, *weights(1.0))
+    assert site.gateway.drained == [False] * 4 + [True]
+    site.gateway.left = [1] * 5
+    with pytest.raises(ServiceError, match=r"requests were in flight at http://.* after all cuts"):
+        sync.update(2, *weights(2.0))
+    assert site.servers[0].asked[-1] == "resume"
+    assert set(site.gateway.versions.values()) == {1}
+    assert len(site.gateway.fenced) == 2, "nothing is sampled with weights that may be half sent"
+
+
+def test_without_cuts_requests_end_by_themselves_before_the_pause_but_not_for_ever(site, monkeypatch):
+    sync = site.sync(cuts=False)
+    site.gateway.left = [5, 4, 1]
+    sync.update(1, *weights(1.0))
+    assert site.servers[0].asked == ["pause?mode=abort", "collective_rpc", "reset_prefix_cache", "resume"]
+    assert site.gateway.drained == [False] * 5, (
+        "three times some were left, then none before and after the pause"
+    )
+    monkeypatch.setattr("gymexp.engine.weight_sync._LONGEST_GENERATION_S", 0.0)
+    site.gateway.left = [5, 4, 1]
+    with pytest.raises(ServiceError, match=r"5 requests were in flight at .*overlap\.update=abort"):
+        sync.update(2, *weights(2.0))
+
+
+def test_a_gateway_that_breaks_a_connection_off_is_asked_again_and_one_that_refuses_is_not():
+    """A gateway that is restarted keeps its socket: its connections break, and the next one waits."""
+    asked = []
+
+    async def change(request: web.Request) -> web.Response:
+        asked.append(await request.json())
+        if len(asked) < 3:
+            assert request.transport is not None
+            request.transport.abort()
+        return web.json_response({}, status=200 if len(asked) == 3 else 400)
+
+    app = web.Application()
+    app.add_routes([web.post("/engine", change)])
+    with serving(app) as url:
+        admission = Admission(url, None, 5.0)
+        admission.hold("http://one")
+        assert asked == [{"urls": ["http://one"], "state": "on_hold", "weights_version": None}] * 3
+        with pytest.raises(ServiceError, match=r"did not answer /engine: HTTP Error 400"):
+            admission.hold("http://one")
+    assert len(asked) == 4
+
+
 def test_a_gateway_that_does_not_answer_is_named(site, tmp_path):
     away = Admission("http://127.0.0.1:9", None, 5.0)
     with pytest.raises(ServiceError, match=r"^the gateway did not answer /engine: "):
