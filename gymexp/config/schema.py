@@ -137,7 +137,8 @@ class DatasetConfig:
 class EngineConfig:
     """The engine, which samples tokens from the policy."""
 
-    # vllm: `vllm serve`; hf: transformers in the trainer's process; auto: vllm if vLLM and a GPU are present
+    # vllm: `vllm serve`; hf: transformers, in the trainer's process unless overlap or several nodes ask for
+    # servers; auto: vllm if vLLM and a GPU are present
     kind: str = "auto"
     max_batch_size: int = 64  # hf: rows decoded at once
     python: str | None = None  # vllm: the Python interpreter that has vLLM; None: the running one
@@ -200,6 +201,24 @@ class RolloutConfig:
     # bound on the mean absolute difference of the trainer's and the engine's log-probabilities (nats); the
     # run ends if any environment exceeds it; None: 0.001 in float32, 0.02 in bfloat16 and float16
     max_drift: float | None = None
+
+
+@dataclass
+class OverlapConfig:
+    """Rollouts of later steps are played while the trainer trains. A rollout's tokens are then sampled with
+    older weights than those that it trains."""
+
+    # optimizer steps between the weights that sampled a rollout's oldest token and those that train it, at
+    # most; 0: the engine samples and the trainer trains in turn
+    max_staleness: int = 0
+    # batches that are played ahead as a rule; rollouts that take longer may take up to max_staleness steps
+    lead: int = 1
+    # finished: a batch has the oldest groups that have ended; exact: the tasks in order, with
+    # lead=max_staleness
+    order: str = "finished"
+    # what happens to requests in flight when the engine gets new weights: abort: they are cut, and go on with
+    # the new weights; wait: they end first
+    update: str = "abort"
 
 
 @dataclass
@@ -300,6 +319,7 @@ class RunConfig:
     placement: PlacementConfig = field(default_factory=PlacementConfig)
     gym: GymConfig = field(default_factory=GymConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    overlap: OverlapConfig = field(default_factory=OverlapConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)

@@ -5,6 +5,10 @@ shows that weights, templates or distributions differ, but not how the tokens we
 shows it at every step (`gymexp.training.training_pass`). To check the draws, on some rollouts of every
 environment, each token is compared with a counterpart: a token that was drawn at the same position of another
 turn or rollout. Draws with a shared seed equal their counterparts more often than chance allows.
+
+Both need the policy's probability of a token under the weights that sampled it. So with `overlap` only tokens
+are checked that the trainer's current weights sampled: draws of a rollout that updates cut after its last
+cut, and drift of rollouts that no update met.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ import torch
 from gymexp.config.schema import RunConfig
 from gymexp.errors import DrawError, DriftError
 from gymexp.rollout.outcome import Failed, Outcome, Rollout, task_of
-from gymexp.rollout.tokens import flatten
+from gymexp.rollout.tokens import flatten, token_versions
 
 if TYPE_CHECKING:
     from gymexp.training.trainer import PolicyTrainer
@@ -37,9 +41,10 @@ _GOLDEN = (math.sqrt(5) - 1) / 2  # Its multiples, modulo 1, are spread evenly.
 class Row:
     """A rollout as the one sequence that the trainer sees, with T completion tokens.
 
-    sampled (T): True for tokens that the policy sampled. logprobs (T): the engine's log-probabilities, in
-    nats. counterparts (T): the token that was drawn at the same position of the previous turn or, in the
-    first turn, of the previous rollout in the group; None if there is no such token.
+    sampled (T): True for tokens that the policy sampled with its current weights. logprobs (T): the engine's
+    log-probabilities, in nats. counterparts (T): the token that was drawn at the same position of the
+    previous turn or, in the first turn, of the previous rollout in the group; behind a cut, the one at the
+    same position of the piece before. None if there is no such token.
     """
 
     env: str
@@ -78,12 +83,12 @@ class Tally:
 
 class Checks:
     """Checks the draws of the first batch of a process, and then of every step that is a multiple of
-    rollout.drift_every. Checks the drift on the same rollouts if the training pass has dropout, with which no
-    engine samples."""
+    rollout.drift_every. If the current weights sampled no token of a batch, the next batch is checked. Checks
+    the drift on the same rollouts if the training pass has dropout, with which no engine samples."""
 
     def __init__(self, config: RunConfig) -> None:
         self._config = config
-        self._has_checked = False
+        self._is_due = True
         self._draws = Tally()  # over all checks of this process
         self._has_dropout: bool | None = None
 
@@ -99,10 +104,10 @@ class Checks:
         outcomes: this rank's part of the batch. Raises DriftError or DrawError, on every rank alike.
         """
         step = trainer.state.global_step
-        if self._has_checked and step % self._config.rollout.drift_every:
+        self._is_due |= step % self._config.rollout.drift_every == 0
+        if not self._is_due:
             return
-        self._has_checked = True
-        rows = choose_rows(outcomes, min(NUM_ROWS, len(outcomes)), trainer.pad_token_id)
+        rows = choose_rows(outcomes, min(NUM_ROWS, len(outcomes)), trainer.pad_token_id, step)
         ids = [row.completion_ids for row in rows]
         counterparts = [[-100 if token is None else token for token in row.counterparts] for row in rows]
         model: Any = trainer.model
@@ -112,6 +117,7 @@ class Checks:
         tallies = self._sum_over_ranks(trainer, own)
         if not tallies:
             return
+        self._is_due = False
         total = sum(tallies.values(), Tally())
         self._draws += total
         trainer.add_metrics({"repeats/seen": total.repeats, "repeats/expected": total.expected})
@@ -183,8 +189,9 @@ def without_dropout(model: torch.nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-def choose_rows(outcomes: Sequence[Outcome], num_rows: int, placeholder_id: int) -> list[Row]:
-    """Returns `num_rows` rollouts, spread evenly over the environments and over each environment's tasks.
+def choose_rows(outcomes: Sequence[Outcome], num_rows: int, placeholder_id: int, version: int) -> list[Row]:
+    """Returns `num_rows` rollouts with tokens that weights of `version`, or of an unknown one, sampled. They
+    are spread evenly over the environments and over each environment's tasks.
 
     outcomes: in the order of the batch, with groups together. If there are too few rollouts, blank rows of
     one placeholder token, which counts as not sampled, fill up: a pass through a sharded model needs all
@@ -196,7 +203,9 @@ def choose_rows(outcomes: Sequence[Outcome], num_rows: int, placeholder_id: int)
             member = (
                 _rollout_of(previous) if previous and task_of(previous).key == task_of(outcome).key else None
             )
-            by_env.setdefault(task_of(outcome).env, []).append(_row(outcome.rollout, member))
+            row = _row(outcome.rollout, member, version)
+            if any(row.sampled):
+                by_env.setdefault(task_of(outcome).env, []).append(row)
     rounds = zip_longest(*(_spread(rows) for rows in by_env.values()))
     rows = [row for one_of_each in rounds for row in one_of_each if row is not None][:num_rows]
     blank = Row("", [placeholder_id], [placeholder_id], [False], [0.0], [None])
@@ -266,17 +275,25 @@ def check_draws(draws: Tally) -> None:
         )
 
 
-def _row(rollout: Rollout, member: Rollout | None) -> Row:
-    """Returns a rollout as a row. member: the previous rollout of its group, if that was played."""
+def _row(rollout: Rollout, member: Rollout | None, version: int) -> Row:
+    """Returns a rollout as a row. member: the previous rollout of its group, if that was played. version: of
+    the policy's current weights."""
     prompt_ids, completion_ids, mask, logprobs = flatten(rollout.turns)
     counterparts: list[int | None] = [None] * len(completion_ids)
     previous = member.turns[0].completion_ids if member else []
     for turn in rollout.turns:
         start = len(turn.prompt_ids) - len(prompt_ids)
-        for position, token in enumerate(previous[: len(turn.completion_ids)]):
-            counterparts[start + position] = token
+        end = len(turn.completion_ids)
+        for _, count in turn.versions or [(version, end)]:
+            for position, token in enumerate(previous[:count]):
+                counterparts[start + position] = token
+            previous = completion_ids[start : start + count]
+            start += count
         previous = turn.completion_ids
-    sampled = [bool(flag) for flag in mask]
+    versions = token_versions(rollout.turns)
+    sampled = [
+        bool(flag) and of_token in (None, version) for flag, of_token in zip(mask, versions, strict=True)
+    ]
     return Row(rollout.task.env, prompt_ids, completion_ids, sampled, logprobs, counterparts)
 
 
