@@ -1,5 +1,5 @@
 """Runs NeMo Gym's servers, one forked process each. A script for NeMo Gym's venv; of gymexp it imports
-`server_code.py`, `judge_calls.py` and `run_key.py` alone, which lie beside it.
+`server_code.py`, `judge_calls.py`, `rollout_calls.py` and `run_key.py` alone, which lie beside it.
 
 NeMo Gym's modules take six seconds or more to import. This process, the host, imports them once and then
 forks a child for each server that the controller starts. So a start, or a restart after a failure, takes a
@@ -34,11 +34,21 @@ import socket
 import sys
 import time
 import traceback
-from contextvars import ContextVar
 from typing import Any
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # which PYTHONSAFEPATH leaves out, as in a job
 from judge_calls import FAILED, Judges  # pyright: ignore[reportMissingImports]
+from rollout_calls import (  # pyright: ignore[reportMissingImports]
+    CALLS,
+    FAILURE_HEADER,
+    RESPONSES,
+    failed_stage,
+    failure_origin,
+    note_call,
+    ports_of,
+    refusal,
+    url_of,
+)
 from run_key import require_key, session_with_key  # pyright: ignore[reportMissingImports]
 from server_code import Code, add_newer, check_asked  # pyright: ignore[reportMissingImports]
 
@@ -91,104 +101,6 @@ def load(config: dict, servers: dict, own: str, key: str | None) -> dict[str, Co
     return {name: codes[server["module"]] for name, server in servers.items()}
 
 
-KINDS = {"resources_servers", "responses_api_agents", "responses_api_models", "environment_servers"}
-# An agent calls these paths before the policy's first turn, so what a server refuses on them is the row.
-BEFORE_POLICY = ("/seed_session", "/reset")
-# The policy's responses so far in this rollout (a request to an agent's /run), as NeMo Gym's JSON.
-RESPONSES: ContextVar[list[bytes] | None] = ContextVar("responses", default=None)
-# {"failed": header, "said": the answer's text} if the policy's last call in this rollout failed. NeMo Gym's
-# aviary_agent ends an episode there, and asks for a reward.
-POLICY_CALL: ContextVar[dict[str, str] | None] = ContextVar("policy_call", default=None)
-
-
-def url_of(error: Any) -> Any:
-    """Returns the URL of the request that failed with an error of aiohttp's; None for any other error. NeMo
-    Gym 0.7 keeps only its text."""
-    from yarl import URL
-
-    request = getattr(error, "request_info", None)
-    return None if request is None else URL(str(request.url))
-
-
-def refusal(error: Any, responses: list[bytes], resources_ports: set[int]) -> bytes | None:
-    """Returns the body of the agent's answer to /run if a resources server refused the policy's words as a
-    bad request (400, or 422 for the response in its body); None for any other error. NeMo Gym alone would
-    answer 500.
-
-    The body is {"refused": the server's answer, "responses": the policy's responses up to the refusal}.
-    """
-    text = getattr(error, "response_content", b"")
-    url = url_of(error)
-    status = getattr(error, "status", None)
-    if not responses or url is None or status not in (400, 422):
-        return None
-    if url.port not in resources_ports or url.path in BEFORE_POLICY:
-        return None
-    if status == 422:
-        try:
-            detail = json.loads(text)["detail"]
-            places = [problem["loc"][:2] for problem in detail] if isinstance(detail, list) else []
-        except (ValueError, KeyError, TypeError):
-            return None
-        if any(list(place) != ["body", "response"] for place in places):
-            return None  # the server refused other fields, which come from the row
-    refused = f"{url} answered {status}: {text.decode(errors='replace')[:2000]}"
-    return b'{"refused": %s, "responses": [%s]}' % (json.dumps(refused).encode(), b",".join(responses))
-
-
-async def note_policy_call(server: str, answer: Any) -> None:
-    """Notes the policy's answer, or that it failed, for the rollout that this server plays."""
-    responses, call = RESPONSES.get(), POLICY_CALL.get()
-    if responses is None or call is None:
-        return
-    call.clear()
-    if answer.status == 200:
-        responses.append(await answer.read())
-    elif answer.status >= 400:
-        call["said"] = await answer.text(errors="replace")
-        said = f"answered {answer.status}: {call['said'][:_MAX_REASON]}"
-        call["failed"] = answer.headers.get(FAILURE_HEADER) or _header_value(server, said)
-
-
-# An error response names in this header the server that failed first, and why. An agent answers 500 whichever
-# server it called failed. The body is NeMo Gym's, and an agent may pass it to the policy; nobody else uses
-# this header.
-FAILURE_HEADER = "x-gymexp-failed"
-_MAX_REASON = 1000  # characters, of up to six bytes each in JSON; aiohttp takes headers of 8 KB
-
-
-def failure_origin(error: Exception, name: str, names: dict[int, str]) -> str:
-    """Returns the value of FAILURE_HEADER for an exception that server `name` raised: {"server": the server
-    that failed first, "said": why} in JSON. names: the names of all servers, by port."""
-    url = url_of(error)
-    if url is None:
-        frames = traceback.extract_tb(error.__traceback__)
-        place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
-        return _header_value(name, f"{type(error).__name__}: {str(error)[:_MAX_REASON]}{place}")
-    if value := (getattr(error, "headers", None) or {}).get(FAILURE_HEADER):
-        return value  # the server that answered has passed on the first failure
-    text = getattr(error, "response_content", b"").decode(errors="replace")
-    reason = f"{url.path} answered {getattr(error, 'status', '')}: {text[:_MAX_REASON]}"
-    return _header_value(names.get(url.port, str(url.origin())), reason)
-
-
-def _header_value(server: str, reason: str) -> str:
-    return json.dumps({"server": server, "said": reason})
-
-
-def ports_of(config: Any) -> tuple[dict[int, str], set[int]]:
-    """Returns the names of all servers by port, and the ports of the resources servers."""
-    names: dict[int, str] = {}
-    resources_ports: set[int] = set()
-    for name, entry in config.items():
-        for kind in KINDS.intersection(entry) if isinstance(entry, dict) else ():
-            for values in entry[kind].values():
-                names[values.get("port")] = str(name)  # NeMo Gym's own relays have none
-                if kind == "resources_servers":
-                    resources_ports.add(values["port"])
-    return names, resources_ports
-
-
 def build_app(name: str, cls: Any, asked: list[list[str]], judges: dict[str, float]):
     """Returns the server's web application, built as in NeMo Gym's own run_webserver, but without Ray. asked:
     as for `check_asked`. judges: as for `Judges`."""
@@ -210,8 +122,7 @@ def build_app(name: str, cls: Any, asked: list[list[str]], judges: dict[str, flo
                 raise
             if answer.status >= 400:
                 watched.note(server_name, answer.headers.get(FAILURE_HEADER), f"answered {answer.status}")
-            if url_path.endswith("/v1/responses"):
-                await note_policy_call(server_name, answer)
+            await note_call(server_name, url_path, answer, resources_ports)
             return answer
 
     global_config = get_global_config_dict()
@@ -228,6 +139,17 @@ def build_app(name: str, cls: Any, asked: list[list[str]], judges: dict[str, flo
     server.setup_liveness(app)
     names, resources_ports = ports_of(OmegaConf.to_container(global_config))
     watched = Judges(name, judges, names)
+    is_typed = "environment_servers" in global_config[name]
+
+    async def typed(request: Any, response: Any, calls: dict[str, Any]) -> Any:
+        """Returns an environment server's answer. The status of a call that failed is not in it."""
+        body = b"".join([chunk async for chunk in response.body_iterator])
+        stage = failed_stage(body)
+        if stage == "verification" and calls.get("refused"):
+            return Response(calls["refused"], status_code=400, media_type="application/json")
+        if stage and "server" in calls:
+            request.state.failed = calls["server"]
+        return Response(body, headers=dict(response.headers))
 
     @app.middleware("http")
     async def classify_error(request: Any, call_next: Any) -> Any:
@@ -235,27 +157,31 @@ def build_app(name: str, cls: Any, asked: list[list[str]], judges: dict[str, flo
         token = RESPONSES.set(responses)
         failed: list[str] = []
         failed_token = FAILED.set(failed)
-        call: dict[str, str] = {}
-        call_token = POLICY_CALL.set(call)
+        calls: dict[str, Any] = {}
+        calls_token = CALLS.set(calls)
         try:
             response = await call_next(request)
             session = (request.scope.get("session") or {}).get(SESSION_ID_KEY)
             if failure := watched.failure(request.url.path, session, failed):
                 request.state.failed = failure
                 return Response("the judge failed", status_code=500)
-            if responses is not None and response.status_code == 200 and "failed" in call:
-                request.state.failed = call["failed"]
-                return Response(call["said"], status_code=500)
-            return response
+            if responses is None or response.status_code != 200:
+                return response
+            if "policy" in calls:
+                request.state.failed = calls["policy"]
+                return Response(calls["said"], status_code=500)
+            return await typed(request, response, calls) if is_typed and calls else response
         except Exception as error:
-            if responses and (body := refusal(error, responses, resources_ports)):
+            text = getattr(error, "response_content", b"")
+            status = getattr(error, "status", None)
+            if responses and (body := refusal(url_of(error), status, text, responses, resources_ports)):
                 return Response(body, status_code=400, media_type="application/json")
             request.state.failed = failed[0] if failed else failure_origin(error, name, names)
             raise
         finally:
             RESPONSES.reset(token)
             FAILED.reset(failed_token)
-            POLICY_CALL.reset(call_token)
+            CALLS.reset(calls_token)
 
     server.setup_exception_middleware(app)
 

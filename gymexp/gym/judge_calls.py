@@ -84,12 +84,12 @@ def _be_patient(limit_s: float) -> None:
         try:
             async with asyncio.timeout(limit_s):
                 while True:
-                    patience, said = await _try(get_global_aiohttp_client(), limit_s, arguments)
+                    patience, asked_pause, said = await _try(get_global_aiohttp_client(), limit_s, arguments)
                     if not isinstance(said, str):
                         return said
                     if time.monotonic() - began > patience:
                         raise JudgeFailed(f"{url} {said.replace(client.api_key, '***')}")
-                    await asyncio.sleep(pause)
+                    await asyncio.sleep(max(pause, asked_pause))
                     pause = min(2 * pause, 5.0)
         except TimeoutError:
             raise JudgeFailed(f"{url} gave no answer within {limit_s:g} s") from None
@@ -97,16 +97,20 @@ def _be_patient(limit_s: float) -> None:
     NeMoGymAsyncOpenAI._request_with_retry = request
 
 
-async def _try(http: Any, limit_s: float, arguments: dict[str, Any]) -> tuple[float, Any]:
-    """Returns the answer to a request, or why there is none as a text, with the seconds to go on trying."""
+async def _try(http: Any, limit_s: float, arguments: dict[str, Any]) -> tuple[float, float, Any]:
+    """Returns the answer to a request, or why there is none as a text; before it the seconds to go on trying,
+    and the least pause before the next try, as the endpoint asks for it."""
     from aiohttp import ClientError
 
     try:
         answer = await http.request(**arguments)
         if answer.status < 400:
-            return 0.0, answer
+            return 0.0, 0.0, answer
         said = f"answered {answer.status}: {' '.join((await answer.text(errors='replace')).split())[:300]}"
     except ClientError as error:
-        return _PATIENCE_S, f"cannot be reached: {type(error).__name__}: {error}"
-    patience = limit_s if answer.status == _OVERLOADED else _PATIENCE_S
-    return (patience if answer.status == _OVERLOADED or answer.status >= _BROKEN else 0.0), said
+        return _PATIENCE_S, 0.0, f"cannot be reached: {type(error).__name__}: {error}"
+    if answer.status != _OVERLOADED and answer.status < _BROKEN:
+        return 0.0, 0.0, said
+    pause = answer.headers.get("Retry-After", "")
+    is_overloaded = answer.status == _OVERLOADED or bool(pause)
+    return limit_s if is_overloaded else _PATIENCE_S, float(pause) if pause.isdecimal() else 0.0, said

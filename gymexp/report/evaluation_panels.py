@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from gymexp.report import figures
-from gymexp.report.findings import FAILED, TRUNCATED, Finding, held_out_change
+from gymexp.report.findings import FAILED, TRUNCATED, Finding, held_out_change, reason_of_failures
 from gymexp.report.held_out import compared, number
 from gymexp.report.panel import Chart, Panel, Table
 from gymexp.report.run_records import Record, RunRecords
@@ -150,7 +150,9 @@ def find_in_evaluation(records: RunRecords) -> list[Finding]:
         if change:
             text = change.text.replace("Held-out reward:", f"{labels[0]} → {labels[-1]}:", 1)
             found.append(Finding(text, "results", change.mark))
-    found += [_lost(label, env, one) for label, env, one in _results(records)]
+    for label, env, one in _results(records):
+        rows = (row for rows in records.rows_of_evaluation.values() for row in rows if row["env"] == env)
+        found.append(_lost(label, env, one, reason_of_failures(rows)))
     return [one for one in found if one]
 
 
@@ -179,10 +181,10 @@ def _paid(records: RunRecords) -> list[Finding | None]:
     ]
 
 
-def _lost(label: str, env: str, one: Mapping[str, Any]) -> Finding | None:
+def _lost(label: str, env: str, one: Mapping[str, Any], reason: str) -> Finding | None:
     failed = one["failed"] / one["planned"] if one["planned"] else 0.0
     cut = one["truncated"] or 0.0
-    parts = [f"{failed:.1%} of the rollouts failed"] if failed > FAILED else []
+    parts = [f"{failed:.1%} of the rollouts failed{f' ({reason})' * bool(reason)}"] if failed > FAILED else []
     parts += [f"a limit cut off {cut:.0%} of them"] if cut > TRUNCATED else []
     return Finding(f"{label} in {env}: {' and '.join(parts)}.", "endings") if parts else None
 

@@ -5,7 +5,9 @@ Each rule is a pure function with its thresholds. A finding is a place to look a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
 from typing import Any
@@ -29,6 +31,7 @@ TRUNCATED, FAILED, CLIPPED = 0.1, 0.02, 0.2
 DRIFT_SHARE = 0.5  # of the bound
 ENV_FALL, MEAN_RISE = -0.05, 0.02
 SLOWER = 1.3
+_MAX_REASON = 200  # characters of why rollouts failed
 DROP_SDS, DROP_LEAST = 3.0, 0.05  # robust standard deviations; and the least drop that counts
 
 
@@ -135,15 +138,26 @@ def truncations(env: str, truncated: Values) -> Finding | None:
     return Finding(f"{env}: a limit cut off {fmean(last):.0%} of the rollouts of the last steps.", "endings")
 
 
-def failures(env: str, failed: Values, by_cause: Mapping[str, Values]) -> Finding | None:
-    """More than 2 % of all training rollouts failed; with the commonest cause."""
+def reason_of_failures(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Returns why rollouts failed, as the index has it: the commonest reason, where those that differ in
+    numbers alone are one; "" if none failed."""
+    reasons = [row["text"] for row in rows if row.get("outcome") == "failed" and row.get("text")]
+    kinds = Counter(re.sub(r"\d+", "0", text) for text in reasons)
+    kind = max(kinds, key=lambda text: kinds[text], default=None)
+    reason = next((text for text in reasons if re.sub(r"\d+", "0", text) == kind), "")
+    return reason if len(reason) <= _MAX_REASON else f"{reason[: _MAX_REASON - 1]}…"
+
+
+def failures(env: str, failed: Values, by_cause: Mapping[str, Values], reason: str = "") -> Finding | None:
+    """More than 2 % of all training rollouts failed; with the commonest cause and reason."""
     measured = present(failed)
     if not measured or fmean(measured) <= FAILED:
         return None
     means = {cause: fmean(present(values) or [0]) for cause, values in by_cause.items()}
     cause = max(means, key=lambda name: means[name], default="")
     most = f", most by {cause.replace('_', ' ')}" if cause and means[cause] > 0 else ""
-    return Finding(f"{env}: {fmean(measured):.1%} of the rollouts failed{most}.", "endings")
+    why = f" ({reason})" if reason else ""
+    return Finding(f"{env}: {fmean(measured):.1%} of the rollouts failed{most}{why}.", "endings")
 
 
 def high_drift(drift: Values, limit: float) -> Finding | None:
@@ -309,9 +323,9 @@ def find(records: RunRecords) -> list[Finding]:
     looks: list[Finding | None] = [_drop(records, by_env), one_falls(by_env)]
     for env in records.envs:
         series = lambda metric, env=env: records.env_series(env, metric)  # noqa: E731
-        looks.append(
-            failures(env, series("failed"), {cause: series(f"failed_{cause}") for cause in causes()})
-        )
+        by_cause = {cause: series(f"failed_{cause}") for cause in causes()}
+        trained = (row for rows in records.rows_of_step.values() for row in rows if row["env"] == env)
+        looks.append(failures(env, series("failed"), by_cause, reason_of_failures(trained)))
         looks.append(truncations(env, series("truncated")))
         looks.append(gap_growth(env, series("reward"), records.held_out_series(env, "reward")))
         looks.append(length_growth(env, series("tokens"), series("success")))

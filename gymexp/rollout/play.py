@@ -95,9 +95,9 @@ async def play(
     except aiohttp.ClientError as error:
         raise RolloutFailure("environment", f"{url}/run: {type(error).__name__}: {error}") from None
     refused = _refusal(body, refused_reward) if response.status == 400 else None
+    server, reason = _read_failed_header(response.headers.get("x-gymexp-failed", ""))
     if response.status != 200 and refused is None:
         cause, text = _cause_in(body), body.decode(errors="replace")[:2000]
-        server, reason = _read_failed_header(response.headers.get("x-gymexp-failed", ""))
         if cause == "environment" and server:
             raise RolloutFailure(cause, f"{server}: {reason}", server)
         prefix = f"agent {task.agent}: " if cause == "token_mismatch" else ""
@@ -107,7 +107,8 @@ async def play(
         if failure := failure_in(reply):
             cause = _cause_in(failure.detail.encode())
             cause = failure.cause if cause == "environment" else cause
-            raise RolloutFailure(cause, f"agent {task.agent}: {failure.detail}", "", failure.terminal)
+            detail = f"{server}: {reason}" if server else f"agent {task.agent}: {failure.detail}"
+            raise RolloutFailure(cause, detail, server, failure.terminal)
         reply = result_of(reply)
         played = read_reply(task, reply, vocab_size, time.monotonic() - began, max_steps)
         rollout = replace(played.rollout, began=round(began_at, 3), seed=sampling.seed)

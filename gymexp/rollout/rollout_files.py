@@ -39,6 +39,7 @@ TRAIN_INDEX = "train_index.jsonl"
 _SUFFIX = ".jsonl.zst"
 _TRAIN_SUFFIX = ".train.jsonl.zst"
 _MAX_TEXT = 120  # characters of a rollout's last message in the index
+MAX_REASON = 300  # characters of why a rollout failed
 _MAX_FIELDS = 12  # of a verdict in the index
 _MAX_NAME, _MAX_WORD = 40, 24  # characters of such a field's name and of its value, if that is a text
 _NAME = re.compile(r"(step|eval)-\d{6,12}")
@@ -319,13 +320,13 @@ def read_outcomes(path: Path) -> Iterator[dict[str, Any]]:
 def _summary(outcome: Outcome, success_rewards: Mapping[str, float]) -> dict[str, Any]:
     """Returns what the index has of an outcome beside its place. tokens: that the policy sampled. nll: their
     mean -log-probability in nats; None for a policy that gives no token ids. tool_errors: as
-    `num_tool_errors` counts. text: the beginning of the last message. verdict: the fields of it that can be
-    counted. success_rewards: by environment; without one, success is None."""
+    `num_tool_errors` counts. text: the beginning of the last message, or why it failed. verdict: the fields
+    of it that can be counted. success_rewards: by environment; without one, success is None."""
     task = task_of(outcome)
     row: dict[str, Any] = {"key": task.key, "env": task.env, "outcome": type(outcome).__name__.lower()}
     row["failures"] = outcome.failures
     if isinstance(outcome, Failed):
-        return row | {"cause": outcome.cause, "text": outcome.detail[:_MAX_TEXT]}
+        return row | {"cause": outcome.cause, "text": " ".join(outcome.detail.split())[:MAX_REASON]}
     if isinstance(outcome, Truncated):
         row["limit"] = outcome.limit
     rollout, usage = outcome.rollout, outcome.rollout.usage

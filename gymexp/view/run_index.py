@@ -14,7 +14,7 @@ from typing import Any
 from gymexp.errors import RunDirectoryError
 from gymexp.record.own_files import parsed
 from gymexp.rollout.items import text_of
-from gymexp.rollout.rollout_files import is_rollout_file
+from gymexp.rollout.rollout_files import MAX_REASON, is_rollout_file
 from gymexp.view.follow import Followed
 from gymexp.view.run_files import RunFiles, key_of
 
@@ -282,7 +282,8 @@ def _old_rows(
                 "began": rollout.get("began"), "seconds": rollout.get("seconds"),
                 "seed": rollout.get("seed"), "replica": rollout.get("replica"),
                 "weights_version": rollout.get("weights_version"),
-                "text": str(record.get("detail") or _last_words(items))[:_MAX_TEXT],
+                "text": " ".join(str(record.get("detail") or "").split())[:MAX_REASON]
+                or _last_words(items)[:_MAX_TEXT],
             }
         )  # fmt: skip
         played[key] = played.get(key, 0) + 1

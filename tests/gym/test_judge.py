@@ -19,6 +19,7 @@ from test_definitions import ROOM, site_with
 
 from gymexp.config.schema import EnvConfig, GymConfig, JudgeConfig
 from gymexp.errors import ConfigError, ServiceError
+from gymexp.gym import judge_calls
 from gymexp.gym.catalogue import load_catalogue, options_of
 from gymexp.gym.definitions import ensure_environments, playable_servers, server_of
 from gymexp.gym.install import site_packages
@@ -190,3 +191,30 @@ def test_a_variable_that_is_not_set_is_named_with_the_key_that_asks_for_it(monke
     secret = dataclasses.replace(ROOM, servers={"room": {"api_key": {"key_env": "OTHER_KEY"}}})
     with pytest.raises(ConfigError, match=r"^env\.room\.servers\.room\.api_key\.key_env=OTHER_KEY must name"):
         check_variables({"room": secret})
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "patience", "pause"),
+    [
+        (429, {"Retry-After": "7"}, 60.0, 7.0),
+        (503, {"Retry-After": "7"}, 60.0, 7.0),
+        (429, {}, 60.0, 0.0),
+        (503, {"Retry-After": "Wed, 21 Oct 2026 07:28:00 GMT"}, 60.0, 0.0),
+        (503, {}, 30.0, 0.0),
+        (401, {"Retry-After": "7"}, 0.0, 0.0),
+    ],
+)
+def test_an_overloaded_judge_is_asked_again_when_it_says_so_as_long_as_the_rollout_lasts(
+    status, headers, patience, pause
+):
+    async def answer(request: web.Request) -> web.Response:
+        return web.Response(status=status, headers=headers, text="later")
+
+    async def ask(url: str) -> tuple[float, float, Any]:
+        async with aiohttp.ClientSession() as http:
+            return await judge_calls._try(http, 60.0, {"method": "POST", "url": url})
+
+    app = web.Application()
+    app.add_routes([web.post("/", answer)])
+    with serving(app) as url:
+        assert asyncio.run(ask(url)) == (patience, pause, f"answered {status}: later")

@@ -14,6 +14,7 @@ from real_servers import Servers, policy_that_says
 from gymexp.config.schema import EnvConfig, GymConfig
 from gymexp.gym.install import site_packages
 from gymexp.gym.server_plan import plan
+from gymexp.record.services_file import Replica
 from gymexp.rollout.outcome import Rollout, Task
 from gymexp.rollout.play import RolloutFailure, Sampling, play
 
@@ -39,10 +40,19 @@ class Answered(BaseVerifyRequest):
 class Strict(SimpleResourcesServer):
     config: BaseResourcesServerConfig
 
+    def setup_webserver(self):
+        app = super().setup_webserver()
+
+        @app.post("/close_session")
+        async def close(body: dict):
+            return {"resources_session_id": body["resources_session_id"]}
+
+        return app
+
     async def seed_session(self, body: dict):
-        if body["how"] == "seed":
+        if (body.get("task_data") or body)["how"] == "seed":
             raise HTTPException(status_code=400, detail="no such level")
-        return {}
+        return {key: body[key] for key in ("resources_session_id",) if key in body}
 
     async def verify(self, body: Answered) -> BaseVerifyResponse:
         if body.how.isdigit():
@@ -65,6 +75,16 @@ strict_agent:
       resources_server: {type: resources_servers, name: strict}
       model_server: {type: responses_api_models, name: policy_model}
 """
+# The same behind an environment server that takes typed episodes; of NeMo Gym 0.7.
+TYPED = """
+config_paths: [environment_servers/single_agent_turn_legacy/configs/single_agent_turn_legacy.yaml]
+strict_turn:
+  _inherit_from: single_agent_turn_legacy
+  environment_servers:
+    single_agent_turn_legacy:
+      resources_server: {type: resources_servers, name: strict}
+      agent_server: {type: responses_api_agents, name: strict_agent}
+"""
 ENV = EnvConfig(config_path="resources_servers/strict/configs/strict.yaml", agent="strict_agent")
 ROWS = {
     "400": {"how": "400", "level": 1},
@@ -85,20 +105,24 @@ ROWS = {
 }
 
 
-@pytest.fixture(scope="module")
-def outcomes(gym_python, tmp_path_factory) -> dict:
+@pytest.fixture(scope="module", params=["agent", "environment server"])
+def outcomes(request, gym_python, tmp_path_factory) -> dict:
+    typed = request.param == "environment server"
+    if typed and not (site_packages(gym_python) / "environment_servers").is_dir():
+        pytest.skip("say --gym-version 0.7.0")
     own = tmp_path_factory.mktemp("own")
     folder = own / "resources_servers" / "strict"
     (folder / "configs").mkdir(parents=True)
     (folder / "app.py").write_text(SERVER)
-    (folder / "configs" / "strict.yaml").write_text(CONFIG)
+    (folder / "configs" / "strict.yaml").write_text(CONFIG + TYPED * typed)
 
-    async def one(http: aiohttp.ClientSession, url: str, row: dict):
+    async def one(http: aiohttp.ClientSession, replica: Replica, row: dict):
         row = {"responses_create_params": {"input": "Move."}} | row
         task = Task("strict/train/0", "strict", "strict_agent", row)
         sampling = Sampling(temperature=1.0, max_output_tokens=8, seed=1)
         try:
-            return (await play(http, url, task, sampling, 60.0, 100, 1, -0.5)).rollout
+            more = sampling, 60.0, 100, 1, -0.5, replica.takes_episodes
+            return (await play(http, replica.url, task, *more)).rollout
         except RolloutFailure as failure:
             return failure
 
@@ -106,13 +130,17 @@ def outcomes(gym_python, tmp_path_factory) -> dict:
         with ExitStack() as stack:
             site = site_packages(gym_python)
             servers = Servers(
-                lambda port: plan({"strict": ENV}, GymConfig(), site, policy, port), gym_python, own, stack
+                lambda port: plan({"strict": ENV}, GymConfig(), site, policy, port, python=gym_python),
+                gym_python,
+                own,
+                stack,
             )
             try:
                 await servers.supervisor.wait_ready(servers.names, 120)
-                url = servers.layout.replicas["strict"][0].url
+                [replica] = servers.layout.replicas["strict"]
+                assert replica.takes_episodes == typed
                 async with aiohttp.ClientSession() as http:
-                    return {name: await one(http, url, row) for name, row in ROWS.items()}
+                    return {name: await one(http, replica, row) for name, row in ROWS.items()}
             finally:
                 await servers.supervisor.close()
 

@@ -68,6 +68,17 @@ def test_failures_name_their_commonest_cause():
     assert found and "10.0%" in found.text and "engine" in found.text and "timeout" not in found.text
 
 
+def test_failures_name_the_commonest_reason_whatever_its_numbers_are():
+    texts = ["a:41 answered 500: boom", "no answer", "a:42 answered 500: boom", "b" * 500]
+    rows = [{"outcome": "failed", "text": text} for text in texts]
+    rows += [{"outcome": "completed", "text": "fine"}] * 9
+    reason = findings.reason_of_failures(rows)
+    assert reason == "a:41 answered 500: boom" and findings.reason_of_failures(rows[4:]) == ""
+    found = findings.failures("e", [0.1], {"environment": [0.1]}, reason)
+    assert found and found.text.endswith("most by environment (a:41 answered 500: boom).")
+    assert len(findings.reason_of_failures(rows[3:])) == 200
+
+
 def test_one_environment_has_to_fall_while_the_mean_rises():
     found = findings.one_falls({"a": ramp(0.5, 0.44), "b": ramp(0.2, 0.4)})
     assert found and found.text.startswith("a gets worse")

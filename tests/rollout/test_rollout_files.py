@@ -91,7 +91,7 @@ def test_a_line_of_the_index_has_what_a_table_shows(tmp_path):
     assert (first["turns"], first["prompt_tokens"], first["tokens"], first["nll"]) == (2, 2, 3, 1.5)
     assert (first["seed"], first["replica"], first["began"], first["tool_calls"]) == (7, "e-1", 5.0, 1)
     assert (cut["outcome"], cut["limit"], cut["success"], cut["text"]) == ("truncated", "turns", False, "")
-    assert (failed["outcome"], failed["cause"], failed["text"]) == ("failed", "engine", ("gone " * 100)[:120])
+    assert (failed["outcome"], failed["cause"], failed["text"]) == ("failed", "engine", ("gone " * 100)[:300])
     assert (first["tool_errors"], cut["tool_errors"]) == (0, 0)
     assert all(row["key"] == "e/train/0" and row["env"] == "e" for row in (first, cut, failed))
 
