@@ -25,7 +25,6 @@ from gymexp.rollout.attempts import turn_key
 
 MAX_MODEL_LEN = 512
 NUM = 24
-NUM_TOKENS = 60
 
 
 @dataclass
@@ -50,10 +49,16 @@ def versions_of(model: Any, count: int) -> list[Any]:
 
 
 def sample_over_updates(
-    url: str, models: Sequence[Any], directory: Path, count_tokens: Callable[[], int], on_cpu: bool = False
+    url: str,
+    models: Sequence[Any],
+    directory: Path,
+    count_tokens: Callable[[], int],
+    num_tokens: int,
+    on_cpu: bool = False,
 ) -> list[Sampled]:
     """NUM turns, while the engine at `url` is sent the weights of one model after the other, and in the end
-    of the first one again. count_tokens: of all that the engine has sampled.
+    of the first one again. count_tokens: of all that the engine has sampled. num_tokens: of each turn.
+    on_cpu: whether the engine is vLLM.
     """
 
     async def run() -> list[Sampled]:
@@ -70,7 +75,7 @@ def sample_over_updates(
                         [{"role": "user", "content": f"Puzzle {i}."}],
                         seed=i,
                         play=f"{i}",
-                        max_tokens=NUM_TOKENS,
+                        max_tokens=num_tokens,
                     )
                 )
                 for i in range(NUM)
