@@ -111,7 +111,7 @@ def count_tokens(url: str) -> int:
 
 def test_over_updates_each_token_is_of_the_weights_that_the_gateway_says(model, served, tmp_path):
     models = versions_of(model, 3)
-    turns = sample_over_updates(served, models, tmp_path, lambda: count_tokens(served), 240, on_cpu=True)
+    turns = sample_over_updates(served, models, tmp_path, lambda: count_tokens(served), 440, on_cpu=True)
     check(models, turns, 1e-3)
     repeats = repeats_of_pieces(models, turns)
     assert repeats.variance > 5 and abs(repeats.z) < 4, repeats
@@ -120,5 +120,5 @@ def test_over_updates_each_token_is_of_the_weights_that_the_gateway_says(model, 
 def test_a_seed_that_pieces_share_would_show(model, served, tmp_path, monkeypatch):
     monkeypatch.setattr("gymexp.gateway.pieces.piece_seed", lambda seed, num_done: seed)
     models = versions_of(model, 3)
-    turns = sample_over_updates(served, models, tmp_path, lambda: count_tokens(served), 240, on_cpu=True)
+    turns = sample_over_updates(served, models, tmp_path, lambda: count_tokens(served), 440, on_cpu=True)
     assert repeats_of_pieces(models, turns).z > 10
