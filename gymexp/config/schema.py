@@ -189,12 +189,34 @@ class RolloutConfig:
 
     max_retries: int = 2  # retries of a rollout that failed
     max_failed_share: float = 0.2  # the run ends if a larger share of a batch's rollouts fails
+    # leave out groups whose rewards are all equal, which teach nothing, and play further tasks instead
+    dynamic_sampling: bool = False
+    # dynamic_sampling: the run ends if more groups than in this number of batches are left out in a row
+    max_resampled: int = 10
     # scored: truncated rollouts train with the environment's reward; masked: they give no gradient
     truncated: str = "scored"
     drift_every: int = 20  # optimizer steps between two checks of log-probabilities and draws
     # bound on the mean absolute difference of the trainer's and the engine's log-probabilities (nats); the
     # run ends if any environment exceeds it; None: 0.001 in float32, 0.02 in bfloat16 and float16
     max_drift: float | None = None
+
+
+@dataclass
+class OverlapConfig:
+    """Rollouts of later steps are played while the trainer trains. A rollout's tokens are then sampled with
+    older weights than those that it trains."""
+
+    # optimizer steps between the weights that sampled a rollout's oldest token and those that train it, at
+    # most; 0: the engine samples and the trainer trains in turn
+    max_staleness: int = 0
+    # batches that are played ahead as a rule; rollouts that take longer may take up to max_staleness steps
+    lead: int = 1
+    # finished: a batch has the oldest groups that have ended; exact: the tasks in order, with
+    # lead=max_staleness
+    order: str = "finished"
+    # what happens to requests in flight when the engine gets new weights: abort: they are cut, and go on with
+    # the new weights; wait: they end first
+    update: str = "abort"
 
 
 @dataclass
@@ -295,6 +317,7 @@ class RunConfig:
     placement: PlacementConfig = field(default_factory=PlacementConfig)
     gym: GymConfig = field(default_factory=GymConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    overlap: OverlapConfig = field(default_factory=OverlapConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)

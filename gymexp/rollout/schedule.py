@@ -41,7 +41,6 @@ class GroupSchedule:
         self._has_taken = False  # the batch of this version
         self._low = 0  # every serial below it is done: trained, or left out
         self._done: set[int] = set()  # the serials above it that are done
-        self._next = 0  # no serial from it on was started
         self._starts: dict[int, int] = {}  # of the groups that are neither trained nor left out: the version
         self._landed: set[int] = set()  # of these
 
@@ -75,11 +74,10 @@ class GroupSchedule:
         ahead = 1 + self._lead - self._has_taken
         room = ahead * self._size + min(late, (self._max_staleness - self._lead) * self._size)
         still_trained = (self._num_batches - self._version - self._has_taken) * self._size
-        number = max(0, min(room, still_trained) - len(self._starts))
-        unseen = (serial for serial in count(max(self._next, self._low)) if serial not in self._done)
+        known = self._done | self._starts.keys()
+        unseen = (serial for serial in count(self._low) if serial not in known)
+        number = min(room, still_trained) - len(self._starts)
         serials = [serial for _, serial in zip(range(number), unseen, strict=False)]
-        if serials:
-            self._next = serials[-1] + 1
         self._starts |= dict.fromkeys(serials, self._version)
         return serials
 
@@ -94,7 +92,7 @@ class GroupSchedule:
     def take(self) -> list[int] | None:
         """Returns the serials of this version's batch, oldest first; None if a group must still land."""
         assert not self._has_taken
-        outstanding = self._oldest_first()
+        outstanding = sorted(self._starts)  # the oldest first, as groups are started in order
         ready = [serial for serial in outstanding if serial in self._landed]
         batch = ready[: self._size]
         if len(batch) < self._size:
@@ -128,20 +126,16 @@ class GroupSchedule:
         """Begins from what `state` returned, with nothing started. version: of the weights, so the number of
         batches trained."""
         self._version, self._has_taken = version, False
-        self._low = self._next = state["low"]
+        self._low = state["low"]
         self._done = {serial for first, length in state["above"] for serial in range(first, first + length)}
         self._starts, self._landed = {}, set()
-
-    def _oldest_first(self) -> list[int]:
-        return sorted(self._starts, key=lambda serial: (self._starts[serial], serial))
 
     def _leaves_time(self, batch: set[int]) -> bool:
         """Returns whether all groups outside the batch can be trained before they are too old."""
         left = [start for serial, start in self._starts.items() if serial not in batch]
-        ages = range(self._max_staleness + 1)
         return all(
             sum(start + self._max_staleness <= self._version + steps for start in left) <= steps * self._size
-            for steps in ages
+            for steps in range(self._max_staleness)  # after more steps there is time for all
         )
 
     def _close(self, serials: Sequence[int]) -> None:

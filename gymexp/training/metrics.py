@@ -10,6 +10,7 @@ from typing import get_args
 
 from gymexp.config.schema import EnvConfig
 from gymexp.record.metric_names import name_of
+from gymexp.rollout.group_queue import Batch
 from gymexp.rollout.items import num_tool_calls, num_tool_errors
 from gymexp.rollout.outcome import Cause, Failed, Limit, Outcome, Rollout, Truncated, task_of
 
@@ -106,3 +107,18 @@ def group_metrics(
         for kind in _GROUP_KINDS
     }
     return {"groups_without_variance": flat} | shares
+
+
+def queue_metrics(batch: Batch) -> dict[str, float]:
+    """Returns what the queue of groups had when a step took its batch.
+
+    finished, in_flight: the other groups that wait for a later step, and those that are being played.
+    out_of_order: share of the batch's groups that are younger than one of these. filtered: groups that were
+    left out since the step before, as their rewards were equal.
+    """
+    return {
+        "queue/finished": batch.num_landed,
+        "queue/in_flight": batch.num_in_flight,
+        "queue/out_of_order": batch.num_overtaken / len(batch.groups),
+        "queue/filtered": len(batch.left_out),
+    }

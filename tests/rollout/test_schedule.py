@@ -216,6 +216,7 @@ def test_stragglers_do_not_hold_the_lead_back_and_are_waited_for_at_the_bound():
     assert (schedule.num_in_flight, schedule.num_landed) == (4, 0)
     for serial in (1, 2, 3):
         schedule.landed(serial, is_kept=True)
+    assert (schedule.num_in_flight, schedule.num_landed) == (1, 3)
     assert schedule.take() == [1, 2] and schedule.has_taken
     assert schedule.to_start() == [] and schedule.num_overtaken([1, 2]) == 2
     for version, batch in ((1, [3, 4]), (2, [5, 6])):
