@@ -49,7 +49,7 @@ class FakeEngine:
             "logprobs": {"content": content},
             "finish_reason": "stop" if ended else "length",
         }
-        return web.json_response({"choices": [{"index": 0, **choice}], "weights_version": 3})
+        return web.json_response({"choices": [{"index": 0, **choice}], "weights_versions": [[3, len(ids)]]})
 
     @asynccontextmanager
     async def serve(self):

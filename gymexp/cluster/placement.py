@@ -27,7 +27,8 @@ class Share:
 class Placement:
     """The GPUs that train and those that sample. engine: hf, vllm, or none for a policy that is text alone.
     training: one share for each node that trains. replicas: one share for each engine server that the run
-    starts; empty with `engine.urls`, and with engine=hf on one node, which samples in the trainer's process.
+    starts; empty with `engine.urls`, and with engine=hf on one node that samples and trains in turn, which
+    samples in the trainer's process.
     """
 
     engine: str
@@ -54,6 +55,14 @@ class Placement:
     @property
     def num_train_gpus(self) -> int:
         return sum(len(share.gpus) for share in self.training)
+
+    def halves_cores(self, share: Share) -> bool:
+        """Whether an hf engine and a trainer compute at the same time on the cores of the share's node."""
+        on_cores = [
+            any(one.node == share.node and not one.gpus for one in shares)
+            for shares in (self.training, self.replicas)
+        ]
+        return self.engine == "hf" and not share.gpus and all(on_cores)
 
 
 def num_nodes(placement: PlacementConfig) -> int:
@@ -84,13 +93,24 @@ def place(config: RunConfig, nodes: Sequence[list[str]]) -> Placement:
     On one node the default is that half of the GPUs sample (in whole replicas of
     `engine.tensor_parallel_size`) and the others train. A single GPU does both in turn, and with
     `engine.colocate` every GPU does. Of several nodes the first `placement.rollout_nodes` sample with all
-    their GPUs, and the others train with all of theirs. Raises ConfigError if the configuration does not fit
-    the GPUs.
+    their GPUs, and the others train with all of theirs. With `overlap` no GPU does both, and the hf engine
+    is a server of its own. Raises ConfigError if the configuration does not fit the GPUs.
     """
-    kind = _kind(config.engine, nodes)
-    if config.placement.rollout_nodes is None:
-        return _place_on_one(config, kind, nodes[0])
-    return _place_over_nodes(config, kind, nodes, config.placement.rollout_nodes)
+    kind, rollout_nodes = _kind(config.engine, nodes), config.placement.rollout_nodes
+    overlaps = config.overlap.max_staleness > 0
+    is_server = kind == "hf" and (overlaps or rollout_nodes is not None)
+    if is_server and config.engine.weights not in ("auto", "disk"):
+        why = "over several nodes" if rollout_nodes is not None else "and overlap.max_staleness above 0"
+        raise ConfigError(f"engine.weights must be disk with engine=hf {why}, got {config.engine.weights!r}")
+    if rollout_nodes is not None:
+        return _place_over_nodes(config, kind, nodes, rollout_nodes)
+    placement = _place_on_one(config, kind, nodes[0])
+    if overlaps and placement.shared:
+        raise ConfigError(
+            "overlap.max_staleness must be 0 where a GPU both samples and trains, as with one GPU or "
+            f"engine.colocate=true, got {config.overlap.max_staleness}: use a GPU more, or leave it out"
+        )
+    return placement
 
 
 def place_evaluation(config: RunConfig, gpus: list[str]) -> Placement:
@@ -123,10 +143,6 @@ def _kind(engine: EngineConfig, nodes: Sequence[list[str]]) -> str:
 
 def _place_over_nodes(config: RunConfig, kind: str, nodes: Sequence[list[str]], rollout: int) -> Placement:
     size = config.engine.tensor_parallel_size if kind == "vllm" else 1
-    if kind == "hf" and config.engine.weights not in ("auto", "disk"):
-        raise ConfigError(
-            f"engine.weights must be disk with engine=hf over several nodes, got {config.engine.weights!r}"
-        )
     for number, gpus in enumerate(nodes[:rollout]):
         if len(gpus) % size:
             raise ConfigError(
@@ -149,15 +165,16 @@ def _place_over_nodes(config: RunConfig, kind: str, nodes: Sequence[list[str]], 
 
 def _place_on_one(config: RunConfig, kind: str, gpus: list[str]) -> Placement:
     engine, placement = config.engine, config.placement
-    if kind == "hf" or engine.urls:
+    in_trainer = kind == "hf" and not config.overlap.max_staleness
+    if in_trainer or engine.urls:
         train = _count("placement.train_gpus", placement.train_gpus, min(1, len(gpus)), len(gpus))
-        if kind == "hf" and train > 1:
+        if in_trainer and train > 1:
             raise ConfigError(
                 f"placement.train_gpus must be 1 with engine=hf, which samples in the trainer's one process, "
                 f"got {train}: say engine=vllm"
             )
         return _on_one(kind, gpus[:train], [])
-    size = engine.tensor_parallel_size
+    size = engine.tensor_parallel_size if kind == "vllm" else 1
     if not gpus:
         return _on_one(kind, [], [[]])
     if engine.colocate or len(gpus) == 1:

@@ -137,7 +137,8 @@ class DatasetConfig:
 class EngineConfig:
     """The engine, which samples tokens from the policy."""
 
-    # vllm: `vllm serve`; hf: transformers in the trainer's process; auto: vllm if vLLM and a GPU are present
+    # vllm: `vllm serve`; hf: transformers, in the trainer's process unless overlap or several nodes ask for
+    # servers; auto: vllm if vLLM and a GPU are present
     kind: str = "auto"
     max_batch_size: int = 64  # hf: rows decoded at once
     python: str | None = None  # vllm: the Python interpreter that has vLLM; None: the running one

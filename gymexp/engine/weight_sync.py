@@ -1,17 +1,21 @@
 """Sends the trainer's weights to every replica of the engine, from the trainer's process.
 
-An update to a new version pauses the replicas, which keep their requests, sends the weights
-(`gymexp.engine.weight_transfer`), drops the prefix caches, and resumes the replicas. A replica that went away
-and came back has the weights that it began with: the gateway keeps it on hold until `tend` has sent it the
-policy's weights. Every request to a replica has a deadline, and an error names the replica and the phase. A
-replica that goes away during an update is left out of the rest of the update. With nccl and ipc a replica
-that goes away during the transfer itself makes the update fail.
+An update to a new version never meets a request. The gateway fences the replicas, so that further requests
+wait. The requests in flight are cut, or end by themselves. Once none is in flight, the weights are sent
+(`gymexp.engine.weight_transfer`), the prefix caches are dropped, the replicas resume, and the gateway lifts
+the fence and continues the generations that were cut. So each piece of a generation has one version.
+
+A replica that went away and came back has the weights that it began with: the gateway keeps it on hold until
+`tend` has sent it the policy's weights. Every request to a replica has a deadline, and an error names the
+replica and the phase. A replica that goes away during an update is left out of the rest of the update. With
+nccl and ipc a replica that goes away during the transfer itself makes the update fail.
 """
 
 from __future__ import annotations
 
 import logging
 import shutil
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,8 +29,15 @@ from gymexp.engine.replicas import (
     write_weights,
 )
 from gymexp.engine.weight_transfer import Transfer
+from gymexp.errors import ServiceError
 
 log = logging.getLogger(__name__)
+
+# The gateway itself gives up a generation after 1,800 s.
+_LONGEST_GENERATION_S = 2000.0
+# A cut request answers within milliseconds; a long one, of a busy engine, within a second or two.
+_ANSWER_S = 1.0
+_MAX_CUTS = 5
 
 
 class WeightSync:
@@ -35,7 +46,8 @@ class WeightSync:
 
     directory: for a file of weights that `tend` writes. sleeps: whether the replicas share their GPUs with
     the trainer, and free their GPU memory from `sleep` to the next update. first_version: of the weights that
-    the replicas begin with; None if it is unknown.
+    the replicas begin with; None if it is unknown. cuts: whether an update cuts the requests in flight; else
+    it waits until they end, unless end_requested is set.
     """
 
     def __init__(
@@ -46,6 +58,8 @@ class WeightSync:
         directory: Path,
         sleeps: bool = False,
         first_version: int | None = 0,
+        cuts: bool = True,
+        end_requested: threading.Event | None = None,
     ) -> None:
         self._replicas = replicas
         self._transfer = transfer
@@ -53,6 +67,8 @@ class WeightSync:
         self._directory = directory
         self._sleeps = sleeps
         self._asleep = False
+        self._cuts = cuts
+        self._end_requested = end_requested or threading.Event()
         self._version: int | None = None  # the last one sent; None before the first update
         self._first_version = first_version
         for url in replicas.urls:
@@ -60,24 +76,56 @@ class WeightSync:
 
     def update(self, version: int, specs: TensorSpecs, weights: NamedTensors) -> None:
         """Sends the weights of `version` to all replicas that are not on hold. Requests wait during the
-        update and are not lost. specs: name, dtype and shape of each weight.
+        update or are cut, and are not lost. specs: name, dtype and shape of each weight.
 
         Raises ServiceError, which names the replica and the phase.
         """
         began = time.monotonic()
         available = self._replicas.only(self._available_urls())
         try:
-            available.reach("/wake_up?tags=weights" if self._asleep else "/pause?mode=keep")
+            if self._asleep:
+                available.reach("/wake_up?tags=weights")
+            else:
+                self._clear(available)
+            cleared = time.monotonic()
             self._transfer.send(available, version, specs, weights)
             available.reach("/reset_prefix_cache")
-            for url in available.urls:
-                self._admission.updated(url, version)
         finally:
             available.reach("/wake_up?tags=kv_cache" if self._asleep else "/resume")
             self._put_on_hold(available.lost)
+        self._admission.updated(available.urls, version)
         self._asleep = False
         self._version = version
-        log.info("weights of step %d sent in %.2f s", version, time.monotonic() - began)
+        seconds = time.monotonic() - began
+        log.info("weights of step %d sent in %.2f s (fence %.2f s)", version, seconds, cleared - began)
+
+    def _clear(self, available: Replicas) -> None:
+        """Fences the replicas and pauses them, and returns once no request is in flight. Raises ServiceError
+        if that takes too long."""
+        self._admission.fence(available.urls)
+        if not self._cuts:
+            self._await_ends(available)
+        # A request may arrive at a replica behind the pause, so the pause is repeated. A replica whose
+        # requests do not answer even so loses them, and the gateway sends them again after the update.
+        for number in range(_MAX_CUTS):
+            available.reach("/pause?mode=abort")
+            is_last = number == _MAX_CUTS - 1
+            if not self._admission.in_flight(available.urls, _ANSWER_S, cut=is_last):
+                return
+        raise ServiceError(f"weights: requests were in flight at {', '.join(available.urls)} after all cuts")
+
+    def _await_ends(self, available: Replicas) -> None:
+        """Returns once no request is in flight, or once the run must end. Raises ServiceError if that takes
+        longer than any generation may take."""
+        deadline = time.monotonic() + _LONGEST_GENERATION_S
+        while left := self._admission.in_flight(available.urls, _ANSWER_S):
+            if self._end_requested.is_set():
+                return
+            if time.monotonic() > deadline:
+                raise ServiceError(
+                    f"weights: {left} requests were in flight at {', '.join(available.urls)} for "
+                    f"{_LONGEST_GENERATION_S:.0f} s; overlap.update=abort does not wait for them"
+                )
 
     def sleep(self) -> None:
         """Makes replicas that share GPUs with the trainer free their GPU memory until the next `update`."""

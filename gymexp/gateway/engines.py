@@ -2,6 +2,10 @@
 requests over replicas.
 
 The protocol is vLLM's `POST /inference/v1/generate` (from 0.30 behind --enable-scale-out) and `GET /health`.
+
+An update of the weights never meets a request. The trainer fences the engines, so that further requests wait,
+cuts those in flight or lets them end, and sends the weights once none is in flight (`drain`). Then it lifts
+the fence. So each piece of a generation was sampled with weights of one version.
 """
 
 from __future__ import annotations
@@ -9,14 +13,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter, OrderedDict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import aiohttp
-import orjson
 from aiohttp import web
 
+from gymexp.gateway.pieces import Pieces
 from gymexp.processes.access_keys import ENGINE, header_of
 from gymexp.rollout.generation import EngineError, Generation, read_answer, start_of
 
@@ -28,6 +32,7 @@ HEALTH_TIMEOUT_S = 5.0
 # the gateway closes idle connections first.
 KEEPALIVE_S = 3.0
 REMEMBERED_TURNS = 65536
+_POLL_S = 0.01
 
 
 class EngineLost(EngineError):
@@ -54,16 +59,26 @@ class Engines:
     this process.
     """
 
-    def __init__(self, urls: tuple[str, ...], timeout_s: float, hold: bool = False):
+    def __init__(
+        self,
+        urls: tuple[str, ...],
+        timeout_s: float,
+        hold: bool = False,
+        decode: Callable[[list[int]], str] | None = None,
+    ):
         """timeout_s: for one generation, including the wait for an engine. hold: whether an engine starts on
         hold and gets requests only after `open`, and is put on hold again when it goes away, as it may come
-        back with other weights.
+        back with other weights. decode: as in `Pieces`.
         """
         self.in_flight = dict.fromkeys((url.rstrip("/") for url in urls), 0)
         self.on_hold = set(self.in_flight) if hold else set[str]()
+        self.fenced = set[str]()
+        self.num_cuts = 0  # pieces after which a generation had to go on
         self._versions: dict[str, int] = {}  # of the weights last sent to each engine
         self._holds = Counter[str]()  # how often each engine was put on hold
+        self._requests = {url: set[asyncio.Timeout]() for url in self.in_flight}
         self._hold = hold
+        self._decode = decode
         self._opened = asyncio.Event()
         self._timeout_s = timeout_s
         self._url_of_turn: OrderedDict[int, str] = OrderedDict()
@@ -74,16 +89,42 @@ class Engines:
         samples with; None if unknown.
         """
         self.on_hold.discard(url)
-        self.sent_weights(url, weights_version)
+        self.updated([url], weights_version)
+
+    def fence(self, urls: Sequence[str]) -> None:
+        """Keeps further requests from the engines until `updated`."""
+        self.fenced.update(urls)
+
+    def updated(self, urls: Sequence[str], version: int | None) -> None:
+        """Lifts the fence of the engines, which sample with weights of `version` from now on; None stands for
+        an unknown version. An engine on hold stays there. The fences are lifted at once, as otherwise all
+        waiting requests would go to the first engine.
+        """
+        self.fenced.difference_update(urls)
+        if version is not None:
+            self._versions |= {url: version for url in urls if url not in self.on_hold}
         self._opened.set()
         self._opened = asyncio.Event()
 
-    def sent_weights(self, url: str, version: int | None) -> None:
-        """Records that the engine samples with weights of `version` from now on, unless it is on hold. Does
-        nothing if `version` is None, which stands for an unknown version.
+    async def drain(self, urls: Sequence[str], timeout_s: float, cut: bool) -> dict[str, int]:
+        """Waits until no request is in flight at the engines, but at most timeout_s. Returns how many are
+        left at each engine that has some.
+
+        cut: close the connections of those that are left then, and leave none. What an engine has sampled
+        for them is lost, and the same piece is requested again after the update.
         """
-        if url not in self.on_hold and version is not None:
-            self._versions[url] = version
+        deadline = asyncio.get_running_loop().time() + timeout_s
+        while left := {url: self.in_flight[url] for url in urls if self.in_flight[url]}:
+            if asyncio.get_running_loop().time() >= deadline:
+                if not cut:
+                    break
+                for request in [request for url in left for request in self._requests[url]]:
+                    if not request.expired():
+                        request.reschedule(deadline)
+                cut = False
+                deadline += timeout_s
+            await asyncio.sleep(_POLL_S)
+        return left
 
     def hold(self, url: str) -> None:
         """Puts the engine on hold: it gets no more requests until `open`."""
@@ -104,23 +145,23 @@ class Engines:
     async def generate(
         self, prompt_ids: list[int], sampling_params: dict[str, Any], continues: int
     ) -> Generation:
-        """Returns an engine's generation for the prompt.
+        """Returns the engines' generation for the prompt, in one piece.
 
         continues: how many of prompt_ids are the previous turn's prompt and generation, 0 in a first turn.
         Cancelling closes the connection, and the engine then drops the request. With `hold`, an engine that
-        goes away during the request costs only time: the same ids go to another engine, or to the same one
-        once it is open again. Raises EngineError if no engine answers in time or an answer is wrong,
-        EngineRefusal if the engine rejects the request.
+        goes away during the request costs only time: the same ids, with the pieces that there are, go to
+        another engine, or to the same one once it is open again. Raises EngineError if no engine answers in
+        time or an answer is wrong, EngineRefusal if the engine rejects the request.
         """
-        payload = orjson.dumps({"token_ids": prompt_ids, "sampling_params": sampling_params})
+        pieces = Pieces(prompt_ids, sampling_params, self._decode)
         url = "(none was open)"
         try:
             async with asyncio.timeout(self._timeout_s):
-                while True:
+                while not pieces.is_finished:
                     url = await self._pick(prompt_ids[:continues])
                     try:
-                        generation = await self._post_request(url, payload)
-                        break
+                        pieces.add(await self._post_request(url, pieces.payload()))
+                        self.num_cuts += not pieces.is_finished
                     except EngineReplaced as error:
                         log.warning("%s; the request is sent again", error)
                     except EngineLost as error:
@@ -131,26 +172,22 @@ class Engines:
                             self.hold(url)
         except TimeoutError:
             raise EngineError(f"engine {url}: no generation within {self._timeout_s:g} s") from None
+        generation = pieces.whole()
         self._remember(prompt_ids + generation.token_ids, url)
         return generation
 
     async def _post_request(self, url: str, payload: bytes) -> Generation:
-        """Returns the generation of the engine at `url`. Raises EngineLost, EngineReplaced, EngineRefusal,
-        EngineError.
+        """Returns what the engine at `url` sampled until it ended by itself, or was cut by an update. Raises
+        EngineLost, EngineReplaced, EngineRefusal, EngineError.
         """
-        assert self._session is not None, "connect first"
-        headers = {"Content-Type": "application/json"}
         first_version, num_holds = self._versions.get(url), self._holds[url]
-        self.in_flight[url] += 1
         try:
-            async with self._session.post(
-                f"{url}/inference/v1/generate", data=payload, headers=headers
-            ) as response:
-                status, body = response.status, await response.read()
+            answer = await self._answer(url, payload)
         except (aiohttp.ClientError, OSError) as error:
             raise EngineLost(f"engine {url}: {type(error).__name__}: {error}") from error
-        finally:
-            self.in_flight[url] -= 1
+        if answer is None:
+            return Generation([], [], "abort", [])
+        status, body = answer
         if self._hold and self._holds[url] != num_holds:
             raise EngineReplaced(f"engine {url} was restarted during a request")
         if status in (400, 422):
@@ -164,10 +201,33 @@ class Engines:
             generation = read_answer(body)
         except EngineError as error:
             raise EngineError(f"engine {url} {error}") from error
-        last_version = self._versions.get(url)
-        if generation.weights_versions or first_version is None or last_version is None:
+        if generation.finish_reason == "abort" and url not in self.fenced:
+            raise EngineError(f"engine {url} cut a generation off, though no weights are sent to it")
+        # Engines that slept were updated without a fence: a request may have met that update.
+        is_known = first_version is not None and first_version == self._versions.get(url)
+        if generation.versions is not None or not is_known:
             return generation
-        return replace(generation, weights_versions=(first_version, last_version))
+        return replace(generation, versions=[(first_version, len(generation.token_ids))])
+
+    async def _answer(self, url: str, payload: bytes) -> tuple[int, bytes] | None:
+        """Returns status and body of an engine's answer; None if `drain` cut the request. Raises
+        aiohttp.ClientError, OSError."""
+        assert self._session is not None, "connect first"
+        headers = {"Content-Type": "application/json"}
+        post = self._session.post(f"{url}/inference/v1/generate", data=payload, headers=headers)
+        request = asyncio.timeout(None)  # `drain` gives it a deadline
+        self.in_flight[url] += 1
+        self._requests[url].add(request)
+        try:
+            async with request, post as response:
+                return response.status, await response.read()
+        except TimeoutError:
+            if request.expired():
+                return None
+            raise
+        finally:
+            self.in_flight[url] -= 1
+            self._requests[url].discard(request)
 
     async def ill(self) -> dict[str, str]:
         """Returns the engines that fail their health check, each with the status or error that it gave."""
@@ -188,7 +248,7 @@ class Engines:
         """Returns the engine for a request, once one is open: the one that sampled previous_ids, else the
         least busy one.
         """
-        while not (urls := [url for url in self.in_flight if url not in self.on_hold]):
+        while not (urls := [url for url in self.in_flight if url not in (self.on_hold | self.fenced)]):
             await self._opened.wait()
         if len(self.in_flight) > 1 and previous_ids:
             url = self._url_of_turn.get(hash(tuple(previous_ids)))

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +19,16 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from gymexp.errors import TokenMismatch
-from gymexp.rollout.tokens import Message, as_object, content_text, encode, is_sampled, render, splice
+from gymexp.rollout.tokens import (
+    Message,
+    as_object,
+    content_text,
+    encode,
+    ids_digest,
+    is_sampled,
+    render,
+    splice,
+)
 
 if TYPE_CHECKING:
     from gymexp.gateway.reply import Reply
@@ -83,10 +91,10 @@ class History:
     ) -> None:
         """Remembers that `generation_ids`, parsed as `reply`, answered the conversation."""
         base = _without_last_assistants(conversation)
-        self._put(self._answered, _ids_digest(prompt_ids), (conversation.key(), base.key()))
+        self._put(self._answered, ids_digest(prompt_ids), (conversation.key(), base.key()))
         if base == conversation:
             digests = _reply_digests(reply.reasoning, reply.content, reply.tool_calls)
-            self._put(self._replies, _ids_digest(prompt_ids, generation_ids), digests)
+            self._put(self._replies, ids_digest(prompt_ids, generation_ids), digests)
 
     def verify(self, conversation: Conversation) -> None:
         """Raises TokenMismatch unless every sampled message was sampled from the messages before it, and has
@@ -102,7 +110,7 @@ class History:
                 return  # `splice` raises for this message
             self._verify_reply(messages, index)
             before = conversation.until(index)
-            if before.key() in self._answered.get(_ids_digest(prompt_ids), ()):
+            if before.key() in self._answered.get(ids_digest(prompt_ids), ()):
                 return  # the earlier messages were verified when this turn was answered
             try:
                 is_same = before.prompt_ids(self._tokenizer) == prompt_ids
@@ -119,7 +127,7 @@ class History:
         """Raises TokenMismatch if the reply in messages[index] is remembered, and its text is another now."""
         message = messages[index]
         ids = message["prompt_token_ids"], message["generation_token_ids"]
-        if (sampled := self._replies.get(_ids_digest(*ids))) is None:
+        if (sampled := self._replies.get(ids_digest(*ids))) is None:
             return
         reasoning = message.get("reasoning_content") or message.get("reasoning") or ""
         sent = _reply_digests(reasoning, content_text(message), message.get("tool_calls") or [])
@@ -168,10 +176,6 @@ def _reply_digests(reasoning: str, content: str, calls: Sequence[dict[str, Any]]
     arguments = json.dumps(called, sort_keys=True)  # not orjson: the policy writes integers of any size
     texts = ("".join(text.split()).encode() for text in (first, rest))
     return *map(_digest, texts), _digest(arguments.encode())
-
-
-def _ids_digest(*parts: Sequence[int]) -> bytes:
-    return _digest(b"/".join(array("q", ids).tobytes() for ids in parts))
 
 
 def _digest(data: bytes) -> bytes:

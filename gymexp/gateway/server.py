@@ -13,12 +13,14 @@ engine is any server with vLLM's `POST /inference/v1/generate` and `GET /health`
 from __future__ import annotations
 
 import argparse
+import functools
 import logging
 import os
 import socket
 import sys
 import time
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ from typing import Any
 import orjson
 from aiohttp import web
 
-from gymexp.engine.admission import EngineChange, EngineState
+from gymexp.engine.admission import Drain, EngineChange, EngineState
 from gymexp.errors import ConfigError, TokenMismatch
 from gymexp.gateway import chat
 from gymexp.gateway.engines import EngineRefusal, Engines
@@ -37,7 +39,7 @@ from gymexp.processes import access_keys
 from gymexp.processes.parent_watch import die_with_parent
 from gymexp.processes.ports import adopt, listen, url_of
 from gymexp.rollout import tokens
-from gymexp.rollout.attempts import Attempts
+from gymexp.rollout.attempts import Attempts, turn_key
 from gymexp.rollout.draws import CallSeeds
 from gymexp.rollout.generation import EngineError, Generation
 
@@ -85,7 +87,8 @@ class Gateway:
         self.parser = ReplyParser(tokenizer)
         stops = config.stop_token_ids
         self.stop_token_ids = tokens.end_of_turn_ids(tokenizer) if stops is None else list(stops)
-        self.engines = Engines(config.engine_urls, config.engine_timeout_s, config.hold)
+        decode = functools.partial(tokenizer.decode, skip_special_tokens=False)
+        self.engines = Engines(config.engine_urls, config.engine_timeout_s, config.hold, decode)
         self.prompts: OrderedDict[bytes, list[int]] = OrderedDict()
         self.seeds = CallSeeds()
         self.attempts = Attempts()
@@ -158,7 +161,8 @@ class Gateway:
         with self.seeds.take(play, rollout_seed, prompt_ids) as seed:
             generation = await self.engines.generate(prompt_ids, sampling_params | {"seed": seed}, continues)
         if play is not None:
-            self.attempts.add_turn(play, generation.weights_versions, time.perf_counter() - started)
+            key = turn_key(prompt_ids, generation.token_ids)
+            self.attempts.add_turn(play, time.perf_counter() - started, key, generation.versions)
         return generation
 
     def prompt_ids(self, conversation: Conversation) -> tuple[list[int], int]:
@@ -203,11 +207,12 @@ class Gateway:
         return json_response({"ill": ill}, status=503 if ill else 200)
 
     async def read_stats(self, request: web.Request) -> web.Response:
-        engines = {"engines": self.engines.in_flight, "on_hold": sorted(self.engines.on_hold)}
-        return json_response(self.stats | engines)
+        engines = self.engines
+        held = {"on_hold": sorted(engines.on_hold), "fenced": sorted(engines.fenced)}
+        return json_response(self.stats | {"engines": engines.in_flight, "cuts": engines.num_cuts} | held)
 
     async def read_attempts(self, request: web.Request) -> web.Response:
-        """Takes {"plays": [names of attempts]}. Answers {"attempts": […]}: for each name the fields of its
+        """Takes {"plays": [names of attempts]}. Answers {"attempts": […]}: for each name what is known of its
         `Attempt`, or null if the attempt is not known.
         """
         plays = chat.read_object(await request.read()).get("plays")
@@ -221,18 +226,34 @@ class Gateway:
             change = EngineChange.read(chat.read_object(await request.read()))
         except ValueError as error:
             raise chat.BadRequest(str(error)) from None
-        if change.url not in self.engines.in_flight:
-            raise chat.BadRequest(
-                f"url must be one of {' '.join(self.engines.in_flight)}, got {change.url!r}"
-            )
+        self._check_urls(change.urls)
         match change.state:
             case EngineState.OPEN:
-                self.engines.open(change.url, change.weights_version)
+                for url in change.urls:
+                    self.engines.open(url, change.weights_version)
+            case EngineState.FENCED:
+                self.engines.fence(change.urls)
             case EngineState.UPDATED:
-                self.engines.sent_weights(change.url, change.weights_version)
+                self.engines.updated(change.urls, change.weights_version)
             case EngineState.ON_HOLD:
-                self.engines.hold(change.url)
+                for url in change.urls:
+                    self.engines.hold(url)
         return json_response({"on_hold": sorted(self.engines.on_hold)})
+
+    async def drain(self, request: web.Request) -> web.Response:
+        """Takes a `Drain`, and answers once no request is in flight at its engines, or at its timeout."""
+        try:
+            drain = Drain.read(chat.read_object(await request.read()))
+        except ValueError as error:
+            raise chat.BadRequest(str(error)) from None
+        self._check_urls(drain.urls)
+        left = await self.engines.drain(drain.urls, drain.timeout_s, drain.cut)
+        return json_response({"in_flight": left})
+
+    def _check_urls(self, urls: Sequence[str]) -> None:
+        if unknown := [url for url in urls if url not in self.engines.in_flight]:
+            known = " ".join(self.engines.in_flight)
+            raise chat.BadRequest(f"urls must be some of {known}, got {unknown[0]!r}")
 
 
 def read_conversation(body: dict[str, Any]) -> Conversation:
@@ -260,6 +281,7 @@ def build_app(config: GatewayConfig, tokenizer: Any) -> web.Application:
             web.get("/health", gateway.health),
             web.get("/stats", gateway.read_stats),
             web.post("/engine", gateway.change_engine),
+            web.post("/drain", gateway.drain),
             web.post("/attempts", gateway.read_attempts),
         ]
     )

@@ -61,7 +61,7 @@ class TextGateway:
             answer = await self._policy.answer(body)
         if play is not None:
             usage = {"turns": 1} | answer.usage
-            self._attempts.add_turn(play, None, time.perf_counter() - started, usage)
+            self._attempts.add_turn(play, time.perf_counter() - started, usage=usage)
         return json_response(answer.to_json(_MODEL))
 
     async def models(self, request: web.Request) -> web.Response:

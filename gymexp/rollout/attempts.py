@@ -1,13 +1,15 @@
 """What the gateway knows about each attempt at a rollout: which weights sampled it, its seconds, its usage.
 
-The gateway keeps this knowledge by the attempt's name, because NeMo Gym's agents do not pass it on.
+The gateway keeps this knowledge by the attempt's name, because NeMo Gym's agents do not pass it on. Within an
+attempt it keeps the versions of the weights by the ids of each turn, as an agent may leave some of the
+policy's replies out of the episode, or show them in another order.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import aiohttp
@@ -15,58 +17,84 @@ import orjson
 
 from gymexp.errors import ServiceError
 from gymexp.processes.access_keys import RUN, header_of
-from gymexp.rollout.outcome import Failed, Outcome
+from gymexp.rollout.outcome import Failed, Outcome, Span, Turn
+from gymexp.rollout.tokens import ids_digest
 
 _TIMEOUT_S = 60.0
-_CAPACITY = 65536
+_CAPACITY = 1 << 18
 
 
-@dataclass(frozen=True)
+@dataclass
 class Attempt:
-    """versions: the oldest and the newest version of the weights that sampled the attempt, in optimizer
-    steps; None if the engine does not say. seconds: the time that the policy's turns took, the wait for an
-    engine included. usage: as in `outcome.Rollout`, of a policy that gives no token ids; else None.
+    """seconds: the time that the policy's turns took, the wait for an engine included. usage: as in
+    `outcome.Rollout`, of a policy that gives no token ids; else None. versions: by `turn_key`, which weights
+    sampled a turn (`outcome.Turn`); turns whose versions are unknown are left out. num_turns: with those.
     """
 
-    versions: tuple[int, int] | None
-    seconds: float
+    seconds: float = 0.0
     usage: dict[str, int] | None = None
+    versions: dict[str, list[Span]] = field(default_factory=dict)
+    num_turns: int = 0
 
-    def and_turn(
-        self, versions: tuple[int, int] | None, seconds: float, usage: dict[str, int] | None
-    ) -> Attempt:
-        """Returns the attempt with one more turn."""
-        known = [*(self.versions or ()), *(versions or ())]
-        total = usage
-        if usage is not None and self.usage is not None:  # a turn may lack a count, and then so does the sum
-            total = {name: self.usage[name] + usage[name] for name in self.usage.keys() & usage.keys()}
-        return Attempt((min(known), max(known)) if known else None, self.seconds + seconds, total)
+    def add_usage(self, usage: dict[str, int] | None) -> None:
+        if usage is None or self.usage is None:
+            self.usage = usage
+            return
+        # A turn may lack a count, and then so does the sum.
+        self.usage = {name: self.usage[name] + usage[name] for name in self.usage.keys() & usage.keys()}
+
+    def add_versions(self, key: str, versions: list[Span]) -> None:
+        """Adds the versions of a turn. Of two turns with the same ids, which nothing tells apart, the older
+        versions count."""
+        self.versions[key] = min(versions, self.versions.get(key, versions))
 
 
 class Attempts:
-    """The newest attempts, in the gateway's memory. An attempt that is forgotten has unknown weights."""
+    """The newest attempts, in the gateway's memory. An attempt that is forgotten has unknown weights.
+
+    capacity: the number of turns that all remembered attempts may have together.
+    """
 
     def __init__(self, capacity: int = _CAPACITY) -> None:
         self._capacity = capacity
+        self._num_turns = 0
         self._by_name: OrderedDict[str, Attempt] = OrderedDict()
 
     def add_turn(
         self,
         name: str,
-        versions: tuple[int, int] | None,
         seconds: float,
+        key: str = "",
+        versions: list[Span] | None = None,
         usage: dict[str, int] | None = None,
     ) -> None:
-        """Adds one turn to the attempt of this name. usage: of the turn, if the policy gives no token ids."""
-        earlier = self._by_name.pop(name, Attempt(None, 0.0))
-        self._by_name[name] = earlier.and_turn(versions, seconds, usage)
-        if len(self._by_name) > self._capacity:
-            self._by_name.popitem(last=False)
+        """Adds one turn to the attempt of this name. key, versions: of the turn, if its versions are known.
+        usage: of the turn, if the policy gives no token ids."""
+        attempt = self._by_name.setdefault(name, Attempt())
+        self._by_name.move_to_end(name)
+        attempt.seconds += seconds
+        attempt.num_turns += 1
+        attempt.add_usage(usage)
+        if versions is not None:
+            attempt.add_versions(key, versions)
+        self._num_turns += 1
+        while self._num_turns > self._capacity and len(self._by_name) > 1:
+            self._num_turns -= self._by_name.popitem(last=False)[1].num_turns
 
     def answer(self, names: Sequence[str]) -> dict[str, Any]:
         """Returns the JSON answer of `POST /attempts`; null for an attempt that is not known."""
         known = [self._by_name.get(name) for name in names]
-        return {"attempts": [attempt and asdict(attempt) for attempt in known]}
+        return {
+            "attempts": [
+                one and {"seconds": one.seconds, "usage": one.usage, "versions": one.versions}
+                for one in known
+            ]
+        }
+
+
+def turn_key(prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> str:
+    """Returns the key of a turn in the versions of its attempt."""
+    return ids_digest(prompt_ids, completion_ids).hex()
 
 
 async def with_attempts(
@@ -74,8 +102,7 @@ async def with_attempts(
 ) -> list[Outcome]:
     """Returns the outcomes with the weights that sampled them and the policy's seconds.
 
-    names: of each outcome's last attempt. Raises ServiceError if the gateway does not answer, or if weights
-    of two versions sampled a rollout.
+    names: of each outcome's last attempt. Raises ServiceError if the gateway does not answer.
     """
     try:
         async with http.post(
@@ -84,26 +111,36 @@ async def with_attempts(
             headers=header_of(RUN),
             timeout=aiohttp.ClientTimeout(total=_TIMEOUT_S),
         ) as response:
-            fields = orjson.loads(await response.read())["attempts"]
-        attempts = [one and Attempt(**one) for one in fields]
+            attempts = orjson.loads(await response.read())["attempts"]
         return [_with_attempt(*pair) for pair in zip(outcomes, attempts, strict=True)]
     except (aiohttp.ClientError, TimeoutError, KeyError, TypeError, ValueError) as error:
         raise ServiceError(f"the gateway did not say which weights sampled: {error!r}") from None
 
 
-def _with_attempt(outcome: Outcome, attempt: Attempt | None) -> Outcome:
+def knows_versions(outcome: Outcome) -> bool:
+    """Returns whether it is known which weights sampled each turn of the outcome. It is not known after a
+    restart of the gateway, which loses what it knew of the turns before."""
+    return isinstance(outcome, Failed) or all(turn.versions for turn in outcome.rollout.turns)
+
+
+def _with_attempt(outcome: Outcome, attempt: dict[str, Any] | None) -> Outcome:
+    """Returns the outcome with what its attempt says. attempt: an element of the answer of `/attempts`."""
     if attempt is None or isinstance(outcome, Failed):
         return outcome
-    rollout = replace(
-        outcome.rollout, seconds=outcome.rollout.seconds | {"policy": round(attempt.seconds, 4)}
-    )
-    if attempt.usage is not None:
-        rollout = replace(rollout, usage=attempt.usage)
-    if attempt.versions is None:
-        return replace(outcome, rollout=rollout)
-    oldest, newest = attempt.versions
-    if oldest != newest:
-        raise ServiceError(
-            f"{rollout.task.key} was sampled with the weights of step {oldest} and those of {newest}"
-        )
-    return replace(outcome, rollout=replace(rollout, weights_version=newest))
+    rollout, versions = outcome.rollout, attempt["versions"]
+    rollout = replace(rollout, seconds=rollout.seconds | {"policy": round(attempt["seconds"], 4)})
+    if attempt["usage"] is not None:
+        rollout = replace(rollout, usage=attempt["usage"])
+    turns = [_with_versions(turn, versions) for turn in rollout.turns]
+    outcome = replace(outcome, rollout=replace(rollout, turns=turns))
+    if not turns or not knows_versions(outcome):
+        return outcome
+    oldest = min(version for turn in turns for version, _ in turn.versions)
+    return replace(outcome, rollout=replace(outcome.rollout, weights_version=oldest))
+
+
+def _with_versions(turn: Turn, versions: dict[str, list[list[int]]]) -> Turn:
+    if not versions:
+        return turn
+    spans = versions.get(turn_key(turn.prompt_ids, turn.completion_ids), ())
+    return replace(turn, versions=[(version, count) for version, count in spans])

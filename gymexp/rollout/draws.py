@@ -36,6 +36,17 @@ def call_seed(rollout_seed: int, prompt_ids: Sequence[int], repeat: int = 0) -> 
     return _hash(f"call/{rollout_seed}/{repeat}/".encode() + array("q", prompt_ids).tobytes())
 
 
+def piece_seed(seed: int, num_done: int) -> int:
+    """Returns the seed of the piece of a sampling call that begins after `num_done` tokens. Every update of
+    the weights cuts a call into one more piece.
+
+    seed: of the call, which its first piece has. An engine starts a new generator for each piece, so a seed
+    that pieces share would repeat the draws of the first piece. A piece without tokens may share its seed
+    with the piece that follows it, as none of its draws counts.
+    """
+    return seed if num_done == 0 else _hash(f"piece/{seed}/{num_done}".encode())
+
+
 class CallSeeds:
     """Hands out seeds for the sampling calls of many rollouts at once.
 

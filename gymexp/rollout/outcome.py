@@ -13,6 +13,7 @@ SCHEMA_VERSION = 2
 
 Cause = Literal["environment", "engine", "timeout", "token_mismatch", "prompt_too_long"]
 Limit = Literal["length", "turns"]
+Span = tuple[int, int]  # a version of the weights, in optimizer steps done, and how many tokens it sampled
 
 
 @dataclass(frozen=True)
@@ -30,12 +31,15 @@ class Turn:
     """One sampling call of a rollout.
 
     prompt_ids: the token ids that the engine got. completion_ids and logprobs: the sampled ids and their
-    log-probabilities under the sampling distribution (nats), of equal length.
+    log-probabilities under the sampling distribution (nats), of equal length. versions: which weights sampled
+    the completion, from its first token to its last; more than one span if updates of the weights cut the
+    call. Empty if it is unknown.
     """
 
     prompt_ids: list[int]
     completion_ids: list[int]
     logprobs: list[float]
+    versions: list[Span] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -44,8 +48,8 @@ class Rollout:
 
     items: messages and tool calls of the episode, as NeMo Gym's output has them. verdict: the other fields of
     the environment's answer, without the task's own, by which a reader sees why it gave the reward.
-    weights_version: optimizer steps behind the weights that sampled the rollout, as the engine reports; None
-    if it is unknown, as after a restart of the gateway. refused: the environment's message if it refused the
+    weights_version: optimizer steps behind the weights that sampled the rollout's oldest token; None if it is
+    unknown, as after a restart of the gateway. refused: the environment's message if it refused the
     policy's reply (400 or 422) instead of scoring it, else ""; the reward is then
     `env.<name>.refused_reward`.
 
@@ -135,6 +139,11 @@ def outcome_from_json(record: Mapping[str, Any], task: Task | None = None) -> Ou
     task = task or Task(**(record.get("rollout") or record)["task"], row={})
     if record["outcome"] == "failed":
         return Failed(task, **fields)
-    turns = [Turn(**turn) for turn in record["rollout"]["turns"]]
+    turns = [_turn_from_json(turn) for turn in record["rollout"]["turns"]]
     rollout = Rollout(**(record["rollout"] | {"task": task, "turns": turns}))
     return Completed(rollout, **fields) if record["outcome"] == "completed" else Truncated(rollout, **fields)
+
+
+def _turn_from_json(record: Mapping[str, Any]) -> Turn:
+    spans = [(version, count) for version, count in record.get("versions", ())]
+    return Turn(**{**record, "versions": spans})

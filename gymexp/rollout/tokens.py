@@ -7,8 +7,10 @@ Pure: no I/O and no torch. A tokenizer is anything with transformers' `apply_cha
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
+from array import array
 from collections.abc import Sequence
 from typing import Any
 from uuid import uuid4
@@ -202,6 +204,25 @@ def flatten(turns: Sequence[Turn]) -> tuple[list[int], list[int], list[int], lis
         env_mask += [0] * len(env_ids) + [1] * len(turn.completion_ids)
         logprobs += [0.0] * len(env_ids) + turn.logprobs
     return prompt_ids, completion_ids, env_mask, logprobs
+
+
+def token_versions(turns: Sequence[Turn]) -> list[int | None]:
+    """Returns the version of the weights that sampled each of the completion tokens of `flatten`; None for a
+    token of the environment, and for the tokens of a turn whose versions are unknown.
+    """
+    versions: list[int | None] = []
+    for turn in turns:
+        num_env = len(turn.prompt_ids) - len(turns[0].prompt_ids) - len(versions)
+        versions += [None] * num_env
+        spans = turn.versions or [(None, len(turn.completion_ids))]
+        versions += [version for version, count in spans for _ in range(count)]
+    return versions
+
+
+def ids_digest(*parts: Sequence[int]) -> bytes:
+    """Returns a digest of lists of token ids, which tells them apart."""
+    data = b"/".join(array("q", ids).tobytes() for ids in parts)
+    return hashlib.blake2b(data, digest_size=16).digest()
 
 
 def _plain(message: Message, knows_developer: bool) -> Message:

@@ -103,6 +103,8 @@ def trainers(
             env |= {"MASTER_ADDR": master.host, "MASTER_PORT": str(master.port)}
             env |= {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // local_size))}
             env |= {"RANK": str(number), "LOCAL_RANK": str(local)}
+        elif placement.halves_cores(share):
+            env |= _half_of_the_cores()
         node = nodes[share.node]
         return Service(
             name,
@@ -114,6 +116,14 @@ def trainers(
 
     places = [(i, share) for share in placement.training for i in range(max(1, len(share.gpus)))]
     return [rank(number, *place) for number, place in enumerate(places)]
+
+
+def _half_of_the_cores() -> dict[str, str]:
+    """Returns variables for a process that shares the cores with another one. More threads than cores would
+    slow both down."""
+    if os.environ.get("OMP_NUM_THREADS"):
+        return {}
+    return {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // 2))}
 
 
 def engines(
@@ -147,6 +157,8 @@ def engines(
             env |= vllm.environment(transfer_of(config, placement))
         if share.gpus:
             env["CUDA_VISIBLE_DEVICES"] = ",".join(share.gpus)
+        elif placement.halves_cores(share):
+            env |= _half_of_the_cores()
 
         async def start() -> Running:
             if service.epoch and work.sends_weights:

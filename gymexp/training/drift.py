@@ -4,6 +4,10 @@ Drift is the difference between the engine's and the trainer's log-probabilities
 shows that weights, templates or distributions differ, but not how the tokens were drawn. To check the draws,
 each token is compared with a counterpart: a token that was drawn at the same position of another turn or
 rollout. Draws with a shared seed equal their counterparts more often than chance allows.
+
+Both need the policy's probability of a token under the weights that sampled it. So with `overlap` only tokens
+are checked that the trainer's current weights sampled: of a rollout that updates cut, those after the last
+cut.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ import torch
 from gymexp.config.schema import RunConfig
 from gymexp.errors import DrawError, DriftError
 from gymexp.rollout.outcome import Failed, Outcome, Rollout, task_of
-from gymexp.rollout.tokens import flatten
+from gymexp.rollout.tokens import flatten, token_versions
 
 if TYPE_CHECKING:
     from gymexp.training.trainer import PolicyTrainer
@@ -36,9 +40,10 @@ _GOLDEN = (math.sqrt(5) - 1) / 2  # Its multiples, modulo 1, are spread evenly.
 class Row:
     """A rollout as the one sequence that the trainer sees, with T completion tokens.
 
-    sampled (T): True for tokens that the policy sampled. logprobs (T): the engine's log-probabilities, in
-    nats. counterparts (T): the token that was drawn at the same position of the previous turn or, in the
-    first turn, of the previous rollout in the group; None if there is no such token.
+    sampled (T): True for tokens that the policy sampled with its current weights. logprobs (T): the engine's
+    log-probabilities, in nats. counterparts (T): the token that was drawn at the same position of the
+    previous turn or, in the first turn, of the previous rollout in the group; behind a cut, the one at the
+    same position of the piece before. None if there is no such token.
     """
 
     env: str
@@ -77,11 +82,11 @@ class Tally:
 
 class Checks:
     """Compares engine and trainer on the first batch of a process, and then at every step that is a multiple
-    of rollout.drift_every."""
+    of rollout.drift_every. If the current weights sampled no token of a batch, the next batch is checked."""
 
     def __init__(self, config: RunConfig) -> None:
         self._config = config
-        self._has_checked = False
+        self._is_due = True
         self._draws = Tally()  # over all checks of this process
 
     def check(self, trainer: PolicyTrainer, outcomes: Sequence[Outcome]) -> None:
@@ -90,16 +95,17 @@ class Checks:
         outcomes: this rank's part of the batch. Raises DriftError or DrawError, on every rank alike.
         """
         step = trainer.state.global_step
-        if self._has_checked and step % self._config.rollout.drift_every:
+        self._is_due |= step % self._config.rollout.drift_every == 0
+        if not self._is_due:
             return
-        self._has_checked = True
-        rows = choose_rows(outcomes, min(NUM_ROWS, len(outcomes)), trainer.pad_token_id)
+        rows = choose_rows(outcomes, min(NUM_ROWS, len(outcomes)), trainer.pad_token_id, step)
         ids = [row.completion_ids for row in rows]
         counterparts = [[-100 if token is None else token for token in row.counterparts] for row in rows]
         own = tally(rows, score(trainer, rows, ids), score(trainer, rows, counterparts))
         tallies = self._sum_over_ranks(trainer, own)
         if not tallies:
             return
+        self._is_due = False
         total = sum(tallies.values(), Tally())
         self._draws += total
         trainer.add_metrics({f"{env}/drift": of_env.drift for env, of_env in tallies.items()})
@@ -150,8 +156,9 @@ def without_dropout(model: torch.nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-def choose_rows(outcomes: Sequence[Outcome], num_rows: int, placeholder_id: int) -> list[Row]:
-    """Returns `num_rows` rollouts, spread evenly over the environments and over each environment's tasks.
+def choose_rows(outcomes: Sequence[Outcome], num_rows: int, placeholder_id: int, version: int) -> list[Row]:
+    """Returns `num_rows` rollouts with tokens that weights of `version`, or of an unknown one, sampled. They
+    are spread evenly over the environments and over each environment's tasks.
 
     outcomes: in the order of the batch, with groups together. If there are too few rollouts, blank rows of
     one placeholder token, which counts as not sampled, fill up: a pass through a sharded model needs all
@@ -163,7 +170,9 @@ def choose_rows(outcomes: Sequence[Outcome], num_rows: int, placeholder_id: int)
             member = (
                 _rollout_of(previous) if previous and task_of(previous).key == task_of(outcome).key else None
             )
-            by_env.setdefault(task_of(outcome).env, []).append(_row(outcome.rollout, member))
+            row = _row(outcome.rollout, member, version)
+            if any(row.sampled):
+                by_env.setdefault(task_of(outcome).env, []).append(row)
     rounds = zip_longest(*(_spread(rows) for rows in by_env.values()))
     rows = [row for one_of_each in rounds for row in one_of_each if row is not None][:num_rows]
     blank = Row("", [placeholder_id], [placeholder_id], [False], [0.0], [None])
@@ -233,17 +242,25 @@ def check_draws(draws: Tally) -> None:
         )
 
 
-def _row(rollout: Rollout, member: Rollout | None) -> Row:
-    """Returns a rollout as a row. member: the previous rollout of its group, if that was played."""
+def _row(rollout: Rollout, member: Rollout | None, version: int) -> Row:
+    """Returns a rollout as a row. member: the previous rollout of its group, if that was played. version: of
+    the policy's current weights."""
     prompt_ids, completion_ids, mask, logprobs = flatten(rollout.turns)
     counterparts: list[int | None] = [None] * len(completion_ids)
     previous = member.turns[0].completion_ids if member else []
     for turn in rollout.turns:
         start = len(turn.prompt_ids) - len(prompt_ids)
-        for position, token in enumerate(previous[: len(turn.completion_ids)]):
-            counterparts[start + position] = token
+        end = len(turn.completion_ids)
+        for _, count in turn.versions or [(version, end)]:
+            for position, token in enumerate(previous[:count]):
+                counterparts[start + position] = token
+            previous = completion_ids[start : start + count]
+            start += count
         previous = turn.completion_ids
-    sampled = [bool(flag) for flag in mask]
+    versions = token_versions(rollout.turns)
+    sampled = [
+        bool(flag) and of_token in (None, version) for flag, of_token in zip(mask, versions, strict=True)
+    ]
     return Row(rollout.task.env, prompt_ids, completion_ids, sampled, logprobs, counterparts)
 
 

@@ -60,7 +60,7 @@ class HFSampling:
 
 
 class ServerSampling:
-    """Servers that sample on request: vLLM, or the hf engine on a node of its own."""
+    """Servers that sample on request: vLLM, or the hf engine in processes of its own."""
 
     def __init__(self, sync: WeightSync | IpcPeer | None, shared: bool) -> None:
         """sync: WeightSync on the first rank; on the others IpcPeer with CUDA IPC, else None. shared: whether
@@ -160,6 +160,15 @@ def join_servers(
     first_version = None if config.engine.urls else 0
     directory = run.path / "weights-again"  # for the weights of a replica that is back
     admission = Admission(services.gateway_url, access_keys.required(access_keys.RUN), PHASE_TIMEOUT_S)
-    sync = WeightSync(replicas, transfer, admission, directory, services.shared, first_version)
+    sync = WeightSync(
+        replicas,
+        transfer,
+        admission,
+        directory,
+        services.shared,
+        first_version,
+        cuts=config.overlap.update == "abort",
+        end_requested=stop_requested,
+    )
     stack.callback(sync.close)
     return ServerSampling(sync, services.shared)

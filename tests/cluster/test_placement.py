@@ -12,13 +12,15 @@ from gymexp.cluster.placement import (
     transfer_of,
     visible_gpus,
 )
-from gymexp.config.schema import EngineConfig, PlacementConfig, RunConfig
+from gymexp.config.schema import EngineConfig, OverlapConfig, PlacementConfig, RunConfig
 from gymexp.errors import ConfigError
 
 
-def placed(gpus: int, rollout=None, train=None, **engine) -> Placement:
+def placed(gpus: int, rollout=None, train=None, staleness: int = 0, **engine) -> Placement:
     config = RunConfig(
-        engine=EngineConfig(**({"kind": "vllm"} | engine)), placement=PlacementConfig(rollout, train)
+        engine=EngineConfig(**({"kind": "vllm"} | engine)),
+        placement=PlacementConfig(rollout, train),
+        overlap=OverlapConfig(max_staleness=staleness),
     )
     return place(config, [[str(i) for i in range(gpus)]])
 
@@ -65,6 +67,29 @@ def test_the_hf_engine_samples_where_the_trainer_is():
     assert placed(2, kind="hf") == Placement("hf", [Share(0, ["0"])], [])
 
 
+def test_an_hf_engine_that_samples_while_the_trainer_trains_is_a_server_on_hardware_of_its_own():
+    on_cores = placed(0, kind="auto", staleness=1)
+    assert on_cores == Placement("hf", [Share(0, [])], [Share(0, [])])
+    assert not on_cores.in_trainer and not on_cores.shared
+    assert on_cores.halves_cores(on_cores.training[0]) and on_cores.halves_cores(on_cores.replicas[0])
+    on_gpus = placed(4, kind="hf", staleness=1, tensor_parallel_size=8)
+    assert on_gpus == Placement("hf", [Share(0, ["2", "3"])], [Share(0, ["0"]), Share(0, ["1"])])
+    assert not on_gpus.halves_cores(on_gpus.training[0])
+
+
+@pytest.mark.parametrize(
+    "placement",
+    [
+        Placement("hf", [Share(0, [])], []),
+        Placement("hf", [Share(1, [])], [Share(0, [])]),
+        Placement("vllm", [Share(0, [])], [Share(0, [])]),
+        Placement("hf", [Share(0, [])], [Share(0, ["0"])]),
+    ],
+)
+def test_cores_are_halved_only_where_two_processes_compute_on_them_at_once(placement):
+    assert not any(placement.halves_cores(share) for share in placement.training + placement.replicas)
+
+
 def test_auto_is_hf_where_no_gpu_is():
     assert placed(0, kind="auto").engine == "hf"
 
@@ -92,6 +117,13 @@ def test_auto_is_vllm_where_a_gpu_and_an_interpreter_with_it_are():
         (
             {"gpus": 2, "train": 2, "kind": "hf"},
             r"train_gpus must be 1 with engine=hf.*got 2: say engine=vllm",
+        ),
+        ({"gpus": 1, "staleness": 2}, r"overlap\.max_staleness must be 0 where a GPU both .* got 2"),
+        ({"gpus": 1, "staleness": 2, "kind": "hf"}, r"overlap\.max_staleness must be 0 where a GPU both"),
+        ({"gpus": 2, "staleness": 1, "colocate": True}, r"overlap\.max_staleness must be 0 where a GPU"),
+        (
+            {"gpus": 0, "staleness": 1, "kind": "hf", "weights": "nccl"},
+            r"engine\.weights must be disk with engine=hf and overlap\.max_staleness above 0, got 'nccl'",
         ),
     ],
 )

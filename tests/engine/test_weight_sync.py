@@ -85,10 +85,14 @@ class Gateway:
     def __init__(self, urls: list[str]) -> None:
         self.on_hold = list(urls)
         self.versions: dict[str, int | None] = {}
+        self.fenced: set[str] = set()
+        self.left: list[int] = []  # how many requests it says are in flight, in turn; then none
+        self.drained: list[bool] = []  # whether it was to cut those that are left
 
     def app(self) -> web.Application:
         app = web.Application()
         app.add_routes([web.get("/stats", self.stats), web.post("/engine", self.change)])
+        app.add_routes([web.post("/drain", self.drain)])
         return app
 
     async def stats(self, request: web.Request) -> web.Response:
@@ -96,11 +100,23 @@ class Gateway:
 
     async def change(self, request: web.Request) -> web.Response:
         body = await request.json()
-        if body["state"] != "updated":
-            on_hold = body["state"] == "on_hold"
-            self.on_hold = [url for url in self.on_hold if url != body["url"]] + [body["url"]] * on_hold
-        self.versions[body["url"]] = body["weights_version"]
+        urls, state = body["urls"], body["state"]
+        if state in ("open", "on_hold"):
+            self.on_hold = [url for url in self.on_hold if url not in urls] + urls * (state == "on_hold")
+        if state in ("open", "updated"):
+            self.fenced -= set(urls)
+        if state == "fenced":
+            self.fenced |= set(urls)
+        else:
+            self.versions |= dict.fromkeys(urls, body["weights_version"])
         return web.json_response({})
+
+    async def drain(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        assert self.fenced >= set(body["urls"]), "else further requests would come"
+        self.drained.append(body["cut"])
+        left = self.left.pop(0) if self.left else 0
+        return web.json_response({"in_flight": {body["urls"][0]: left} if left else {}})
 
 
 @dataclass
@@ -150,7 +166,7 @@ def test_every_replica_is_paused_given_the_weights_and_let_go_on(site, two):
     sync.update(3, *weights(1.5))
     assert set(site.gateway.versions.values()) == {3}
     for server in servers:
-        assert server.asked == ["pause?mode=keep", "collective_rpc", "reset_prefix_cache", "resume"]
+        assert server.asked == ["pause?mode=abort", "collective_rpc", "reset_prefix_cache", "resume"]
         assert server.loaded["a.weight"].shape == (3, 2)
         assert set(server.loaded["b.weight"].tolist()) == {1.5}
 
@@ -198,7 +214,7 @@ def test_a_replica_that_is_killed_within_an_update_costs_the_others_nothing(site
     sync.update(1, *weights(1.0))
     second.dies_at, first.asked = phase, []
     sync.update(2, *weights(2.0))
-    assert first.asked == ["pause?mode=keep", "collective_rpc", "reset_prefix_cache", "resume"]
+    assert first.asked == ["pause?mode=abort", "collective_rpc", "reset_prefix_cache", "resume"]
     assert set(first.loaded["b.weight"].tolist()) == {2.0}
     assert site.gateway.on_hold == [site.replicas.urls[1]], "it may come back with other weights"
     assert site.gateway.versions == {site.replicas.urls[0]: 2, site.replicas.urls[1]: None}
@@ -303,7 +319,7 @@ def test_replicas_on_the_trainers_gpus_sleep_until_their_next_weights(site):
     sync.update(1, *weights(1.0))
     loading = ["collective_rpc", "reset_prefix_cache"]
     asleep = ["sleep?level=2", "wake_up?tags=weights", *loading, "wake_up?tags=kv_cache"]
-    assert site.servers[0].asked == ["pause?mode=keep", *loading, "resume", *asleep]
+    assert site.servers[0].asked == ["pause?mode=abort", *loading, "resume", *asleep]
 
 
 def test_waiting_for_health_ends_with_health_a_deadline_or_the_runs_end(two):
@@ -329,7 +345,7 @@ def test_a_replica_that_was_woken_is_awake_and_is_paused_the_next_time(site):
         server.asked.clear()
     sync.update(2, *weights(2.0))
     loading = ["collective_rpc", "reset_prefix_cache"]
-    assert site.servers[1].asked == ["pause?mode=keep", *loading, "resume"]
+    assert site.servers[1].asked == ["pause?mode=abort", *loading, "resume"]
 
 
 def test_a_failed_update_lets_replicas_that_slept_go_on_and_leaves_the_version_as_it_was(site):
@@ -417,12 +433,70 @@ def test_a_replica_that_does_not_answer_or_answers_too_late_is_named_with_the_ph
     with pytest.raises(
         ServiceError, match=r"^weights: the engine at http://127\.0\.0\.1:9 did not answer pause: "
     ):
-        gone.post("/pause?mode=keep")
+        gone.post("/pause?mode=abort")
     slow = Replicas(site.replicas.urls[:1], timeout_s=0.1)
     with pytest.raises(ServiceError, match="did not answer slow"):
         slow.post("/slow")
     assert list(gone.ill()) == ["http://127.0.0.1:9"] and "refused" in gone.ill()["http://127.0.0.1:9"]
     assert slow.ill() == {}
+
+
+def test_before_the_weights_are_sent_nothing_is_in_flight_and_the_pause_is_repeated_until_then(site):
+    sync = site.sync()
+    site.gateway.left = [3, 1]
+    sync.update(1, *weights(1.0))
+    loading = ["collective_rpc", "reset_prefix_cache", "resume"]
+    assert site.servers[0].asked == ["pause?mode=abort"] * 3 + loading
+    assert site.gateway.drained == [False] * 3 and site.gateway.fenced == set()
+
+
+def test_requests_that_no_pause_ends_are_given_up_in_the_end_and_if_even_that_fails_the_update_does(site):
+    sync = site.sync()
+    site.gateway.left = [1] * 4
+    sync.update(1, *weights(1.0))
+    assert site.gateway.drained == [False] * 4 + [True]
+    site.gateway.left = [1] * 5
+    with pytest.raises(ServiceError, match=r"requests were in flight at http://.* after all cuts"):
+        sync.update(2, *weights(2.0))
+    assert site.servers[0].asked[-1] == "resume"
+    assert set(site.gateway.versions.values()) == {1}
+    assert len(site.gateway.fenced) == 2, "nothing is sampled with weights that may be half sent"
+
+
+def test_without_cuts_requests_end_by_themselves_before_the_pause_but_not_for_ever(site, monkeypatch):
+    sync = site.sync(cuts=False)
+    site.gateway.left = [5, 4, 1]
+    sync.update(1, *weights(1.0))
+    assert site.servers[0].asked == ["pause?mode=abort", "collective_rpc", "reset_prefix_cache", "resume"]
+    assert site.gateway.drained == [False] * 5, (
+        "three times some were left, then none before and after the pause"
+    )
+    monkeypatch.setattr("gymexp.engine.weight_sync._LONGEST_GENERATION_S", 0.0)
+    site.gateway.left = [5, 4, 1]
+    with pytest.raises(ServiceError, match=r"5 requests were in flight at .*overlap\.update=abort"):
+        sync.update(2, *weights(2.0))
+
+
+def test_a_gateway_that_breaks_a_connection_off_is_asked_again_and_one_that_refuses_is_not():
+    """A gateway that is restarted keeps its socket: its connections break, and the next one waits."""
+    asked = []
+
+    async def change(request: web.Request) -> web.Response:
+        asked.append(await request.json())
+        if len(asked) < 3:
+            assert request.transport is not None
+            request.transport.abort()
+        return web.json_response({}, status=200 if len(asked) == 3 else 400)
+
+    app = web.Application()
+    app.add_routes([web.post("/engine", change)])
+    with serving(app) as url:
+        admission = Admission(url, None, 5.0)
+        admission.hold("http://one")
+        assert asked == [{"urls": ["http://one"], "state": "on_hold", "weights_version": None}] * 3
+        with pytest.raises(ServiceError, match=r"did not answer /engine: HTTP Error 400"):
+            admission.hold("http://one")
+    assert len(asked) == 4
 
 
 def test_a_gateway_that_does_not_answer_is_named(site, tmp_path):

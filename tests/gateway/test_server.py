@@ -234,7 +234,13 @@ def test_an_engine_that_is_away_or_ill_is_a_500_at_once_that_names_it():
     async def slow():
         await asyncio.sleep(30)
 
-    texts = ["503: out of memory", "2 token_ids and 1 logprobs", "'abort'", "no choice", "within 0.5 s"]
+    texts = [
+        "503: out of memory",
+        "2 token_ids and 1 logprobs",
+        "cut a generation",
+        "no choice",
+        "within 0.5 s",
+    ]
     for fault, text in zip((broken, short, aborted, empty, slow), texts, strict=True):
         status, answer, _ = ask(fault, config={"engine_timeout_s": 0.5})
         assert (
@@ -261,18 +267,18 @@ def test_a_held_engine_gets_nothing_until_it_is_opened_and_nothing_more_once_it_
             await asyncio.sleep(0.2)
             assert not asked.done() and engine.requests == []
             assert (await (await http.get("/stats")).json())["on_hold"] == [url]
-            assert (await http.post("/engine", json={"url": url, "state": "open"})).status == 200
+            assert (await http.post("/engine", json={"urls": [url], "state": "open"})).status == 200
             status, answer = await asyncio.wait_for(asked, 5)
             assert status == 200 and answer["choices"][0]["message"]["content"] == "one"
-            held = await http.post("/engine", json={"url": url, "state": "on_hold"})
+            held = await http.post("/engine", json={"urls": [url], "state": "on_hold"})
             assert await held.json() == {"on_hold": [url]}
             asked = asyncio.create_task(chat(http))
             await asyncio.sleep(0.2)
             assert not asked.done() and len(engine.requests) == 1
             asked.cancel()
-            elsewhere = {"url": "http://elsewhere", "state": "open"}
+            elsewhere = {"urls": ["http://elsewhere"], "state": "open"}
             assert (await http.post("/engine", json=elsewhere)).status == 400
-            assert (await http.post("/engine", json={"url": url, "state": "closed"})).status == 400
+            assert (await http.post("/engine", json={"urls": [url], "state": "closed"})).status == 400
 
     asyncio.run(run())
 
@@ -290,7 +296,7 @@ def test_a_request_whose_engine_goes_away_is_answered_by_another_and_only_time_i
             gateway(gone, dying_url, other_url, hold=True) as http,
         ):
             for url in (gone, dying_url, other_url):
-                await http.post("/engine", json={"url": url, "state": "open"})
+                await http.post("/engine", json={"urls": [url], "state": "open"})
             status, answer = await chat(http)
             assert status == 200 and answer["choices"][0]["message"]["content"] == "from the other"
             assert dying.requests == other.requests, "the same ids and the same seed"
@@ -306,7 +312,7 @@ def test_a_500_of_an_engine_that_is_well_is_the_requests_own():
 
         engine = FakeEngine(broken, "fine" + END)
         async with engine.serve() as url, gateway(url, hold=True) as http:
-            await http.post("/engine", json={"url": url, "state": "open"})
+            await http.post("/engine", json={"urls": [url], "state": "open"})
             status, answer = await chat(http)
             assert status == 500 and "this one alone" in answer["error"]["message"]
             assert (await chat(http))[0] == 200
@@ -464,7 +470,7 @@ def test_ids_survive_nemo_gyms_own_conversion(tmp_path, gym_python):
 def versions_in(answer: dict) -> list:
     """The weights of each attempt, with seconds that were measured."""
     assert all(one is None or 0 < one["seconds"] < 10 for one in answer["attempts"])
-    return [one and one["versions"] for one in answer["attempts"]]
+    return [one and list(one["versions"].values()) for one in answer["attempts"]]
 
 
 def test_which_weights_sampled_a_rollout_is_what_its_engine_said():
@@ -476,7 +482,7 @@ def test_which_weights_sampled_a_rollout_is_what_its_engine_said():
             async with http.post("/attempts", json={"plays": ["first", "unheard of"]}) as response:
                 return await response.json()
 
-    assert versions_in(asyncio.run(run())) == [[3, 3], None]
+    assert versions_in(asyncio.run(run())) == [[[[3, len(encode(TOKENIZER, "Grid" + END))]]], None]
 
 
 class SilentEngine(FakeEngine):
@@ -484,17 +490,17 @@ class SilentEngine(FakeEngine):
 
     async def generate(self, request):
         answer = await super().generate(request)
-        body = {k: v for k, v in json.loads(answer.body).items() if k != "weights_version"}
+        body = {k: v for k, v in json.loads(answer.body).items() if k != "weights_versions"}
         return web.json_response(body)
 
 
-def test_of_an_engine_that_says_no_version_it_is_what_was_sent_to_it_before_and_during_the_rollout():
+def test_of_an_engine_that_says_no_version_it_is_what_was_sent_to_it_last():
     async def run():
-        engine = SilentEngine(*["Grid" + END] * 4)
+        engine = SilentEngine("Grid" + END, "One" + END, "Two three" + END, "Grid" + END)
         async with engine.serve() as url, gateway(url, hold=True) as http:
 
             async def tell(**change):
-                async with http.post("/engine", json={"url": url} | change) as response:
+                async with http.post("/engine", json={"urls": [url]} | change) as response:
                     assert response.status == 200
 
             await tell(state="open", weights_version=4)
@@ -509,7 +515,8 @@ def test_of_an_engine_that_says_no_version_it_is_what_was_sent_to_it_before_and_
             async with http.post("/attempts", json={"plays": ["old", "both", "unknown"]}) as response:
                 return await response.json()
 
-    assert versions_in(asyncio.run(run())) == [[4, 4], [4, 5], None]
+    grid, one, two = (len(encode(TOKENIZER, text + END)) for text in ("Grid", "One", "Two three"))
+    assert versions_in(asyncio.run(run())) == [[[[4, grid]]], [[[4, one]], [[5, two]]], []]
 
 
 def test_a_generation_ends_at_the_tokens_that_the_gateway_was_told():
@@ -576,7 +583,8 @@ def test_stats_count_requests_tokens_seconds_and_errors():
 
     url, fresh, stats, (first, _) = asyncio.run(run())
     empty = dict.fromkeys(("requests", "in_flight", "prompt_tokens", "generation_tokens", "seconds"), 0)
-    assert fresh == empty | {"errors": 0, "cached_prompts": 0, "engines": {url: 0}, "on_hold": []}
+    held = {"engines": {url: 0}, "cuts": 0, "on_hold": [], "fenced": []}
+    assert fresh == empty | {"errors": 0, "cached_prompts": 0} | held
     assert 0.1 <= stats.pop("seconds") < 5
     assert stats == {
         "requests": 3,
@@ -585,8 +593,7 @@ def test_stats_count_requests_tokens_seconds_and_errors():
         "generation_tokens": len(encode(TOKENIZER, "one two" + END)),
         "errors": 2,
         "cached_prompts": 1,
-        "engines": {url: 0},
-        "on_hold": [],
+        **held,
     }
 
 
@@ -604,8 +611,12 @@ def test_its_other_routes_answer_in_openais_and_vllms_shape_and_refuse_what_they
                     ("/attempts", {}),
                     ("/attempts", {"plays": "x"}),
                     ("/attempts", {"plays": [1]}),
-                    ("/engine", {"url": url, "state": "yes"}),
+                    ("/engine", {"urls": [url], "state": "yes"}),
                     ("/engine", {}),
+                    ("/engine", {"urls": ["http://elsewhere"], "state": "open"}),
+                    ("/drain", {"urls": [url], "timeout_s": True, "cut": False}),
+                    ("/drain", {"urls": [url], "timeout_s": 1}),
+                    ("/drain", {"urls": ["http://elsewhere"], "timeout_s": 1, "cut": False}),
                     ("/tokenize", {"messages": "x"}),
                     ("/tokenize", {"messages": [1]}),
                 )
@@ -627,9 +638,11 @@ def test_its_other_routes_answer_in_openais_and_vllms_shape_and_refuse_what_they
         )
     texts = [answer["error"]["message"] for _, answer in answers]
     assert texts[0] == texts[1] == texts[2] == "plays must be a list of texts"
-    assert texts[3] == "state must be one of open, updated, on_hold, got 'yes'"
-    assert texts[4] == "url must be a text, got None"
-    assert texts[5] == texts[6] == "messages must be a list of at least one object"
+    assert texts[3] == "state must be one of open, fenced, updated, on_hold, got 'yes'"
+    assert texts[4] == "urls must be a list of texts, got None"
+    assert texts[5] == texts[8] == f"urls must be some of {url}, got 'http://elsewhere'"
+    assert texts[6:8] == ["timeout_s must be a number >= 0, got True", "cut must be a boolean, got None"]
+    assert texts[9] == texts[10] == "messages must be a list of at least one object"
 
 
 def test_errors_have_openais_shape_and_are_never_those_that_nemo_gym_repeats_for_ever():
@@ -646,25 +659,26 @@ def test_errors_have_openais_shape_and_are_never_those_that_nemo_gym_repeats_for
     assert (status, answer["error"]["type"], answer["error"]["code"]) == (400, "invalid_request_error", 400)
 
 
-def test_an_attempts_versions_go_from_the_oldest_to_the_newest_weights_of_its_turns():
-    def says(version):
+def test_an_attempt_has_the_versions_of_each_of_its_turns_and_the_older_ones_of_equal_turns():
+    def says(version, text="x"):
         async def answer():
-            ids = encode(TOKENIZER, "x" + END)
+            ids = encode(TOKENIZER, text + END)
             content = [{"logprob": -1.0}] * len(ids)
             choice = {"token_ids": ids, "logprobs": {"content": content}, "finish_reason": "stop"}
-            return web.json_response({"choices": [choice], "weights_version": version})
+            return web.json_response({"choices": [choice], "weights_versions": [[version, len(ids)]]})
 
         return answer
 
     async def run():
-        engine = FakeEngine(says(5), says(3), says(7), says(6), says(6))
+        engine = FakeEngine(says(5), says(3), says(7, "y z"), says(6), says(6))
         async with engine.serve() as url, gateway(url) as http:
             for play in ("a", "a", "a", "b", None):
                 await chat(http, seed=1, play=play)
             async with http.post("/attempts", json={"plays": ["a", "b", "none"]}) as response:
                 return await response.json()
 
-    assert versions_in(asyncio.run(run())) == [[3, 7], [6, 6], None]
+    x, y = len(encode(TOKENIZER, "x" + END)), len(encode(TOKENIZER, "y z" + END))
+    assert versions_in(asyncio.run(run())) == [[[[3, x]], [[7, y]]], [[[6, x]]], None]
 
 
 def test_plain_text_is_tokenized_with_the_special_tokens_that_the_tokenizer_adds_unless_asked_not_to():
@@ -757,14 +771,14 @@ def test_an_engine_that_was_started_anew_under_a_request_is_asked_again_once_it_
         ids = encode(TOKENIZER, "wrong" + END)
         content = [{"token_id": i, "logprob": -0.5} for i in ids]
         choice = {"token_ids": ids, "logprobs": {"content": content}, "finish_reason": "stop"}
-        return web.json_response({"choices": [choice], "weights_version": 0})
+        return web.json_response({"choices": [choice], "weights_versions": [[0, len(ids)]]})
 
     async def run():
         engine = FakeEngine(old_weights, "Grid" + END)
         async with engine.serve() as url, gateway(url, hold=True) as http:
 
             async def tell(**change):
-                async with http.post("/engine", json={"url": url} | change) as response:
+                async with http.post("/engine", json={"urls": [url]} | change) as response:
                     assert response.status == 200
 
             await tell(state="open", weights_version=1)

@@ -24,6 +24,7 @@ from gymexp.config.schema import EnvConfig, RolloutConfig
 from gymexp.errors import RolloutError, ServiceError
 from gymexp.record.services_file import Replica
 from gymexp.rollout import collect
+from gymexp.rollout.attempts import knows_versions, turn_key
 from gymexp.rollout.collect import Collector, Stopped
 from gymexp.rollout.failed_share import check_failed_share
 from gymexp.rollout.outcome import Completed, Failed, Rollout, Task, Truncated
@@ -609,10 +610,13 @@ def in_background(collector: Collector, count: int) -> tuple[threading.Thread, l
     return thread, outcomes
 
 
-def gateway_that_says(versions_of: Callable[[list[str]], object]) -> web.Application:
+def gateway_that_says(versions_of: Callable[[list[str]], Any]) -> web.Application:
     async def versions(request: web.Request) -> web.Response:
         versions = versions_of((await request.json())["plays"])
-        attempts = versions and [{"versions": one, "seconds": 0.5} for one in versions]
+        key = turn_key([1, 2], [3, 4])
+        attempts = versions and [
+            {"versions": {key: one} if one else {}, "seconds": 0.5, "usage": None} for one in versions
+        ]
         return web.json_response({"attempts": attempts})
 
     app = web.Application()
@@ -626,26 +630,19 @@ def test_a_rollout_says_which_weights_sampled_it_as_the_gateway_knows_by_the_nam
 
     asked: list[str] = []
 
-    def versions_of(plays: list[str]) -> list[list[int] | None]:
+    def versions_of(plays: list[str]) -> list[list[list[int]] | None]:
         asked.extend(plays)
-        return [[7, 7], [7, 7], None]
+        return [[[7, 2]], [[7, 1], [9, 1]], None]
 
     with playing(at_second_try, gateway=gateway_that_says(versions_of)) as (collector, agent):
         outcomes = play(collector, 3)
-    assert [outcome.rollout.weights_version for outcome in outcomes] == [7, 7, None]
+    assert [outcome.rollout.weights_version for outcome in outcomes] == [7, 7, None], "the oldest token's"
+    assert [outcome.rollout.turns[0].versions for outcome in outcomes] == [[(7, 2)], [(7, 1), (9, 1)], []]
+    assert [knows_versions(outcome) for outcome in outcomes] == [True, True, False]
     for outcome in outcomes:
         assert outcome.rollout.seconds["policy"] == 0.5
         assert 0 < outcome.rollout.seconds["queue"] < 10, "the attempt that counts is the second"
     assert set(asked) == {name for _, name in drawn(agent)[-3:]}
-
-
-def test_a_rollout_of_weights_of_two_versions_ends_the_run():
-    mixed = gateway_that_says(lambda plays: [[6, 7] for _ in plays])
-    with (
-        playing(fine, gateway=mixed) as (collector, _),
-        pytest.raises(ServiceError, match="sampled with the weights of step 6 and those of 7"),
-    ):
-        play(collector, 1)
 
 
 def test_a_gateway_that_does_not_say_which_weights_sampled_ends_the_run():
@@ -656,7 +653,7 @@ def test_a_gateway_that_does_not_say_which_weights_sampled_ends_the_run():
         play(collector, 1)
 
 
-@pytest.mark.parametrize("versions", [[[7, 7]], [[7, 7]] * 3, None])
+@pytest.mark.parametrize("versions", [[[[7, 2]]], [[[7, 2]]] * 3, None])
 def test_a_gateway_that_answers_for_more_or_fewer_rollouts_than_it_was_asked_about_ends_the_run(versions):
     with (
         playing(fine, gateway=gateway_that_says(lambda plays: versions)) as (collector, _),

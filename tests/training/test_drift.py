@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -33,7 +34,7 @@ def batch(*envs: str, groups: int = 4, members: int = 4) -> list[Outcome]:
 
 def test_rows_come_from_every_environment_and_from_several_of_its_tasks():
     outcomes = batch("a", "b", "c") + batch("rare", groups=1, members=2)
-    rows = choose_rows(outcomes, 8, 0)
+    rows = choose_rows(outcomes, 8, 0, 0)
     counts = {env: sum(row.env == env for row in rows) for env in ("a", "b", "c", "rare")}
     assert len(rows) == 8
     assert set(counts.values()) == {2}
@@ -43,7 +44,7 @@ def test_rows_come_from_every_environment_and_from_several_of_its_tasks():
 
 def test_failures_are_no_rows_and_missing_rows_are_filled_up():
     outcomes = [Failed(Task("a/train/0", "a", "a", {}), "timeout", "slow"), *batch("a", groups=1, members=2)]
-    rows = choose_rows(outcomes, 3, 9)
+    rows = choose_rows(outcomes, 3, 9, 0)
     assert [row.env for row in rows] == ["a", "a", ""]
     assert rows[-1] == Row("", [9], [9], [False], [0.0], [None])
     nothing = [torch.zeros(len(row.completion_ids)) for row in rows]
@@ -52,7 +53,7 @@ def test_failures_are_no_rows_and_missing_rows_are_filled_up():
 
 def test_a_truncated_rollout_is_compared_as_any_other():
     cut = Truncated(rollout("a", 0, ([1], [2, 3])), "length")
-    assert choose_rows([cut], 1, 0)[0].completion_ids == [2, 3]
+    assert choose_rows([cut], 1, 0, 0)[0].completion_ids == [2, 3]
 
 
 def test_a_token_is_compared_with_the_turn_before_and_in_a_first_turn_with_the_groups_rollout_before():
@@ -65,13 +66,44 @@ def test_a_token_is_compared_with_the_turn_before_and_in_a_first_turn_with_the_g
         ([1, 1, 21, 22, 50, 51, 31, 32, 33, 52], [41]),
     )
     other_task = rollout("a", 1, ([2], [61]))
-    rows = choose_rows([Completed(first), Completed(second), Completed(other_task)], 3, 0)
+    rows = choose_rows([Completed(first), Completed(second), Completed(other_task)], 3, 0, 0)
     [row] = [row for row in rows if 21 in row.completion_ids]
     assert row.completion_ids == [21, 22, 50, 51, 31, 32, 33, 52, 41]
     assert row.sampled == [True, True, False, False, True, True, True, False, True]
     assert row.counterparts == [11, 12, None, None, 21, 22, None, None, 31]
     assert rows[0] is row, "rows with nothing to compare come last"
     assert sum(token is not None for other in rows[1:] for token in other.counterparts) == 0
+
+
+def versioned(number: int, prompt: list[int], ids: list[int], *versions: tuple[int, int]) -> Rollout:
+    played = rollout("a", number, (prompt, ids))
+    return replace(played, turns=[replace(played.turns[0], versions=list(versions))])
+
+
+def test_only_what_the_current_weights_sampled_is_checked_and_a_piece_is_compared_with_the_one_before():
+    cut = versioned(0, [1], [11, 12, 13, 14, 15, 16], (3, 2), (4, 1), (5, 3))
+    old, new = versioned(1, [2], [21, 22], (4, 2)), versioned(2, [3], [31], (5, 1))
+    outcomes = [Completed(one) for one in (old, cut, new)]
+    rows = choose_rows(outcomes, 3, 0, 5)
+    assert [row.completion_ids for row in rows[:2]] == [[11, 12, 13, 14, 15, 16], [31]], "none of the old one"
+    assert rows[0].sampled == [False, False, False, True, True, True]
+    assert rows[0].counterparts == [None, None, 11, 13, None, None]
+    assert rows[2].sampled == [False], "a blank row, as every rank needs as many"
+    assert [any(row.sampled) for row in choose_rows(outcomes, 3, 0, 6)] == [False] * 3
+
+
+def test_pieces_that_share_a_seed_would_show():
+    """The draws of a piece would be those of the piece before."""
+    rng = random.Random(0)
+    draws = Tally()
+    for number in range(20):
+        ids = [rng.randrange(50) for _ in range(10)]
+        [row] = choose_rows([Completed(versioned(number, [1], ids + ids, (1, 10), (2, 10)))], 1, 0, 2)
+        chance = torch.full((20,), math.log(1 / 50))
+        draws += tally([row], [chance], [chance])["a"]
+    assert (draws.repeats, draws.expected) == (200, pytest.approx(4.0))
+    with pytest.raises(DrawError):
+        check_draws(draws)
 
 
 def test_tallies_are_sums_over_what_was_sampled():
@@ -218,3 +250,19 @@ def test_batches_are_compared_at_the_start_wherever_it_is_and_then_every_so_many
         if trainer.metrics:
             compared.append(step)
     assert compared == [7, 20, 40]
+
+
+def test_a_check_that_is_due_waits_for_tokens_of_the_current_weights():
+    checks = Checks(config(max_drift=1.0))
+    compared = []
+    for step, version in ((20, 19), (21, 20), (22, 22), (23, 23), (40, 39), (41, 41)):
+        of_version = [Completed(versioned(0, [1], [2, 3], (version, 2)))]
+        trainer = rank(-0.5, Tally(), step)
+        checks.check(trainer, [replace(one, rollout=in_sudoku(one.rollout)) for one in of_version])
+        if trainer.metrics:
+            compared.append(step)
+    assert compared == [22, 41]
+
+
+def in_sudoku(played: Rollout) -> Rollout:
+    return replace(played, task=Task("sudoku/train/0", "sudoku", "a", {}))

@@ -138,6 +138,16 @@ class HFEngine:
         finally:
             self.resume()
 
+    def cut(self) -> None:
+        """Ends all requests, also those that wait, with what they have (finish_reason "abort"). The engine
+        must be paused."""
+        with self._changed:
+            assert self._pauses and not self._stepping, "pause first"
+            rows = self._batch.clear() + list(self._waiting)
+            self._waiting.clear()
+        for row in rows:
+            self._succeed(row, "abort")()
+
     def free_memory(self) -> None:
         """Drops the keys and values of finished rows and, if no row is running, those of the batch too."""
         with self.paused():
@@ -231,7 +241,7 @@ class HFEngine:
     def _succeed(self, row: Row, reason: FinishReason) -> Callable[[], None]:
         """Returns a function that sets the row's generation in its future."""
         ids = row.ids[row.prompt_length : row.length].tolist()
-        generation = Generation(ids, row.logprobs, reason, (row.first_version, row.last_version))
+        generation = Generation(ids, row.logprobs, reason, row.versions)
 
         def notify() -> None:
             if row.future.set_running_or_notify_cancel():

@@ -13,6 +13,7 @@ import numpy as np
 from gymexp.engine.hf.cache import LayerRows, SlotCache
 from gymexp.engine.hf.sampling import SamplingParams
 from gymexp.rollout.generation import FinishReason
+from gymexp.rollout.outcome import Span
 
 WORTH = 16  # tokens; a shorter common prefix is computed, as a copy would gain nothing
 
@@ -42,7 +43,8 @@ class Row:
         self.rng = rng
         self.reused = 0  # leading tokens whose keys and values come from `donor`
         self.donor: int | Kept | None = None
-        self.kv_version = self.first_version = self.last_version = 0
+        self.kv_version = 0
+        self.versions: list[Span] = []
 
     @property
     def num_new(self) -> int:
@@ -60,10 +62,11 @@ class Row:
             self.ids = np.concatenate([self.ids, np.zeros(len(self.ids), dtype=np.int64)])
         self.ids[self.length] = token
         self.length += 1
-        if not self.logprobs:
-            self.first_version = version
         self.logprobs.append(logprob)
-        self.last_version = version
+        if self.versions and self.versions[-1][0] == version:
+            self.versions[-1] = version, self.versions[-1][1] + 1
+        else:
+            self.versions.append((version, 1))
         if token in self.ends or (self.params.stop and self._ends_in_stop_text(tokenizer)):
             return "stop"
         return "length" if len(self.logprobs) == self.limit else None

@@ -1,11 +1,12 @@
-"""Runs the hf engine as a server of its own, for runs whose trainer is on another node:
+"""Runs the hf engine as a server of its own, for runs whose trainer is on another node, or samples and
+trains at the same time:
 
     python -m gymexp.engine.hf.replica RUN_DIR/config.yaml --fd N
 
 Besides the routes of `server.py` it has the routes of vLLM that `gymexp.engine.weight_sync` uses, so that the
 trainer need not know which engine it is:
 
-    POST /pause   POST /resume   POST /reset_prefix_cache
+    POST /pause?mode=abort   POST /resume   POST /reset_prefix_cache
     POST /collective_rpc   {"method": "reload_weights", "kwargs": {"weights_path": DIRECTORY}}
 
 Every path demands the key GYMEXP_ENGINE_KEY, which must be in the environment
@@ -70,14 +71,19 @@ class Weights:
                 # With a new version the engine drops the keys and values of the old weights.
                 self._engine.weights_version = int(file.metadata()[VERSION_KEY])
 
-    async def _pause(self, _: web.Request) -> web.Response:
+    async def _pause(self, request: web.Request) -> web.Response:
+        if (mode := request.query.get("mode", "abort")) != "abort":
+            raise web.HTTPBadRequest(text=f"the hf engine's only mode of a pause is abort, got {mode}")
         if not self._is_paused:
             self._is_paused = True
-            await asyncio.to_thread(self._engine.pause)
+            self._pausing = asyncio.create_task(asyncio.to_thread(self._engine.pause))
+        await asyncio.shield(self._pausing)
+        await asyncio.to_thread(self._engine.cut)
         return web.json_response({})
 
     async def _resume(self, _: web.Request) -> web.Response:
         if self._is_paused:
+            await asyncio.shield(self._pausing)
             self._is_paused = False
             self._engine.resume()
         return web.json_response({})

@@ -2,7 +2,7 @@
 
     POST /inference/v1/generate   {"token_ids": [...], "sampling_params": {...}}
       -> {"choices": [{"token_ids", "logprobs": {"content": [{"logprob"}, ...]}, "finish_reason"}],
-          "weights_version", "first_weights_version"}
+          "weights_versions": [[version, number of tokens], ...]}
     GET /health   GET /stats
 
 `serve` runs it in the trainer's process, on a thread and an event loop of its own; `replica.py` runs it in a
