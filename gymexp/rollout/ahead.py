@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
 
@@ -10,6 +11,7 @@ from gymexp.rollout.outcome import Outcome, Task
 from gymexp.rollout.play import Sampling
 from gymexp.rollout.progress import Progress
 
+log = logging.getLogger(__name__)
 Landed = Callable[[list[Outcome] | BaseException], None]
 _Played = tuple[Outcome, str]  # an outcome, and the name of its last attempt
 _PROGRESS_S = 0.5
@@ -19,7 +21,8 @@ class Ahead:
     """The groups in flight of a collector. Its public methods may be called from any thread.
 
     play: plays one rollout, as often as it takes. complete: returns the outcomes with what the gateway knows
-    of their attempts. report: gets the progress of all groups about twice a second, once one was started.
+    of their attempts. is_complete: says whether an outcome has what training needs. report: gets the
+    progress of all groups about twice a second, once one was started.
     """
 
     def __init__(
@@ -27,11 +30,13 @@ class Ahead:
         loop: asyncio.AbstractEventLoop,
         play: Callable[[Task, Sampling, Progress], Awaitable[_Played]],
         complete: Callable[[Sequence[_Played]], Awaitable[list[Outcome]]],
+        is_complete: Callable[[Outcome], bool],
         report: Callable[[Progress], None],
     ) -> None:
         self._loop = loop
         self._play = play
         self._complete = complete
+        self._is_complete = is_complete
         self._report = report
         self._progress = Progress(total=0, began=time.monotonic())
         self._groups: set[asyncio.Task[list[Outcome]]] = set()
@@ -76,10 +81,21 @@ class Ahead:
         self._progress.began, self._progress.tokens = time.monotonic(), 0
 
     async def _play_group(self, tasks: Sequence[Task], samplings: Sequence[Sampling]) -> list[Outcome]:
-        rollouts = [
-            asyncio.ensure_future(self._play(task, sampling, self._progress))
-            for task, sampling in zip(tasks, samplings, strict=True)
-        ]
+        """Plays the rollouts of a group. If it is not known which weights sampled one, as the gateway was
+        restarted meanwhile, plays that one again with the same draws."""
+        outcomes: dict[int, Outcome] = {}
+        while missing := [index for index in range(len(tasks)) if index not in outcomes]:
+            played = await self._play_all([(tasks[index], samplings[index]) for index in missing])
+            for index, outcome in zip(missing, played, strict=True):
+                if self._is_complete(outcome):
+                    outcomes[index] = outcome
+                else:
+                    log.info("%s is played again: which weights sampled it is not known", tasks[index].key)
+                    self._progress.done -= 1
+        return [outcomes[index] for index in range(len(tasks))]
+
+    async def _play_all(self, plays: Sequence[tuple[Task, Sampling]]) -> list[Outcome]:
+        rollouts = [asyncio.ensure_future(self._play(*one, self._progress)) for one in plays]
         try:
             return await self._complete(await asyncio.gather(*rollouts))
         finally:

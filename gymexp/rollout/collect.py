@@ -28,7 +28,7 @@ from gymexp.processes import open_files
 from gymexp.processes.access_keys import RUN, header_of
 from gymexp.record.services_file import Replica
 from gymexp.rollout.ahead import Ahead
-from gymexp.rollout.attempts import with_attempts
+from gymexp.rollout.attempts import knows_versions, with_attempts
 from gymexp.rollout.draws import attempt_seed
 from gymexp.rollout.landing import Keep, Landing
 from gymexp.rollout.outcome import Cause, Failed, Outcome, Played, Task
@@ -102,7 +102,10 @@ class Collector:
         self._thread = threading.Thread(target=self._loop.run_forever, name="collector", daemon=True)
         self._thread.start()
         self._stop = False
-        self.ahead = Ahead(self._loop, self._play_task, self._with_attempts, self._report_ahead)
+        # Without a gateway nothing knows the weights, and the outcomes stay without them.
+        is_complete = knows_versions if gateway_url else lambda _: True
+        play = self._play_task
+        self.ahead = Ahead(self._loop, play, self._with_attempts, is_complete, self._report_ahead)
         self._num_collections = 0
         self._submit(self._open()).result()
 

@@ -17,8 +17,8 @@ from gymexp.config.schema import RolloutConfig
 from gymexp.errors import RolloutError
 from gymexp.rollout.ahead import Landed
 from gymexp.rollout.failed_share import check_failed_share
+from gymexp.rollout.group_schedule import GroupSchedule
 from gymexp.rollout.outcome import Failed, Outcome, task_of
-from gymexp.rollout.schedule import GroupSchedule
 
 _MEANWHILE_S = 1.0
 

@@ -21,9 +21,9 @@ from gymexp.data.curriculum import draws_tasks
 from gymexp.errors import RunDirectoryError
 from gymexp.rollout.ahead import Landed
 from gymexp.rollout.group_queue import GroupQueue
+from gymexp.rollout.group_schedule import GroupSchedule
 from gymexp.rollout.outcome import Task
 from gymexp.rollout.play import Distribution
-from gymexp.rollout.schedule import GroupSchedule
 from gymexp.training import checkpoints
 from gymexp.training.batches import PlaceSampler, TaskOrder
 from gymexp.training.drawn_tasks import GROUPS_FILE, DrawnTasks, FixedTasks
@@ -139,7 +139,7 @@ def _read(checkpoint: Path) -> dict[str, Any] | None:
         ) from None
 
 
-class SendFirst(TrainerCallback):
+class _SendFirst(TrainerCallback):
     """Sends the engine a step's weights as soon as the step is done, so that it samples with them during an
     evaluation and a checkpoint."""
 
@@ -150,7 +150,7 @@ class SendFirst(TrainerCallback):
         self._trainer.sync_weights()
 
 
-class PlayAhead(TrainerCallback):
+class _PlayAhead(TrainerCallback):
     """Starts the groups of later batches at the end of a step, after its evaluation, unless training ends."""
 
     def __init__(self, trainer: PolicyTrainer, tasks: QueuedTasks) -> None:
@@ -162,10 +162,12 @@ class PlayAhead(TrainerCallback):
             self._tasks.play_ahead(self._trainer)
 
 
-def last_callbacks(trainer: PolicyTrainer) -> list[TrainerCallback]:
-    """Returns the callbacks that must come after all others."""
+def around(callbacks: Sequence[TrainerCallback], trainer: PolicyTrainer) -> list[TrainerCallback]:
+    """Returns a run's callbacks with those that must come before and after them."""
     tasks = trainer.batch_tasks
-    return [PlayAhead(trainer, tasks)] if isinstance(tasks, QueuedTasks) and tasks.is_ahead else []
+    if not isinstance(tasks, QueuedTasks) or not tasks.is_ahead:
+        return list(callbacks)
+    return [_SendFirst(trainer), *callbacks, _PlayAhead(trainer, tasks)]
 
 
 def build(config: RunConfig, tasks: Sequence[Task], batch_tasks: int, rollouts: Rollouts) -> FixedTasks:

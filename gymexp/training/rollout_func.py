@@ -27,7 +27,7 @@ from gymexp.rollout.outcome import Failed, Outcome, Task, task_of
 from gymexp.rollout.play import Distribution, Sampling
 from gymexp.rollout.rollout_files import RolloutWriter
 from gymexp.rollout.trained import Trained
-from gymexp.training.metrics import group_metrics, queue_metrics, rollout_metrics
+from gymexp.training.metrics import group_metrics, queue_metrics, rollout_metrics, staleness_metrics
 from gymexp.training.ranks import on_main_rank
 from gymexp.training.trained_values import Row, trained_of
 
@@ -212,6 +212,8 @@ class Rollouts:
             trainer.add_metrics(group_metrics(played, num_generations, self._config.env))
             if batch:
                 trainer.add_metrics(queue_metrics(batch))
+            if max_staleness := self._config.overlap.max_staleness:
+                trainer.add_metrics(staleness_metrics(outcomes, step, max_staleness))
             return outcomes
 
         return on_main_rank(accelerator, play)

@@ -93,8 +93,6 @@ class PolicyTrainer(GRPOTrainer):
             self.model.register_forward_pre_hook(gather_head)  # pyright: ignore[reportOptionalMemberAccess]
         self.add_callback(StepSpans(self.spans))
         self.add_callback(batches.Epochs(lambda: self._schedule))
-        if config.overlap.max_staleness:
-            self.add_callback(queued_tasks.SendFirst(self))
         self.remove_callback(PrinterCallback)  # The live view shows the numbers, and metrics.jsonl has them.
 
     def add_metrics(self, metrics: Mapping[str, float]) -> None:
@@ -333,6 +331,8 @@ class PolicyTrainer(GRPOTrainer):
             total = (now - self._step_began) / steps
             spent = {f"time/{name}": seconds / steps for name, seconds in self._seconds.items()}
             logs |= {"time/step": total, **spent, "time/other": total - sum(spent.values())}
+            if self._config.overlap.max_staleness:
+                logs["idle/trainer"] = spent["time/rollout"] / total
             self._step_began = now
             self._seconds = dict.fromkeys(self._seconds, 0.0)
         super().log(logs, start_time)

@@ -131,7 +131,7 @@ def work(run: RunDirectory, config: RunConfig, stop_requested: threading.Event) 
             trainer.add_callback(MetricsFile(run.metrics, first_step))
         if tracker:
             trainer.add_callback(tracker)
-        for callback in (Steps(reporter), evaluation, stop, *queued_tasks.last_callbacks(trainer)):
+        for callback in queued_tasks.around((Steps(reporter), evaluation, stop), trainer):
             trainer.add_callback(callback)
 
         held_out = _train(trainer, evaluation, config, run, resume)

@@ -8,7 +8,7 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -152,7 +152,7 @@ class Training:
         flat: Callable[[str], bool] = lambda key: False,
         seconds: float = 0.02,
         rollout: dict | None = None,
-        servers: bool = True,
+        callbacks: Sequence[TrainerCallback] = (),
         **trainer: Any,
     ) -> None:
         config = config_of(policy, **SMALL | trainer)
@@ -178,11 +178,9 @@ class Training:
             directory / "checkpoints",
         )
         self.trainer._checks.check = lambda *_: None  # type: ignore[method-assign]  # the tokens are made up
-        if servers:
-            self.trainer.sample_with_servers(self.engine, step)  # type: ignore[arg-type]
+        self.trainer.sample_with_servers(self.engine, step)  # type: ignore[arg-type]
         self.stop = Until(until)
-        self.trainer.add_callback(self.stop)
-        for callback in queued_tasks.last_callbacks(self.trainer):
+        for callback in queued_tasks.around([*callbacks, self.stop], self.trainer):
             self.trainer.add_callback(callback)
 
     def train(self) -> Training:
@@ -278,6 +276,10 @@ def test_finished_groups_overtake_slow_ones_which_are_trained_within_the_bound(p
     assert set(Counter(trained).values()) == {9}, "36 groups of 4 tasks"
     assert trained != [key for key, _ in ahead.players.started], "some were overtaken"
     assert any(entry["queue/out_of_order"] > 0 for entry in ahead.logs)
+    for entry in ahead.logs:
+        assert 0 < entry["idle/trainer"] == entry["time/rollout"] / entry["time/step"] < 1
+        parts = ("rollout", "sync", "logprobs", "update", "evaluation", "other")
+        assert sum(entry[f"time/{part}"] for part in parts) == pytest.approx(entry["time/step"])
 
 
 @pytest.mark.parametrize("order", ["exact", "finished"])
@@ -368,21 +370,28 @@ def test_a_rollout_beyond_the_bound_ends_the_run(policy, tmp_path):
 
 
 def test_no_group_is_started_during_an_evaluation_which_has_the_weights_of_its_step(policy, tmp_path):
-    run = Training(
-        policy, tmp_path, overlap=AHEAD, flat=lambda key: key[-1] == "1", rollout={"dynamic_sampling": True}
-    )
-    seen = []
-
     class Evaluation(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            with run.trainer.batch_tasks.holding():
-                before = len(run.players.started)
-                time.sleep(0.1)  # long enough for groups to land, and to be left out
-                seen.append((run.engine.version - state.global_step, len(run.players.started) - before))
+        seen: list[tuple[int, int]] = []  # noqa: RUF012
+        run: Training
 
-    run.trainer.callback_handler.callbacks.insert(-1, Evaluation())
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            with self.run.trainer.batch_tasks.holding():
+                before = len(self.run.players.started)
+                time.sleep(0.1)  # long enough for groups to land, and to be left out
+                new = len(self.run.players.started) - before
+                self.seen.append((self.run.engine.version - state.global_step, new))
+
+    evaluation, rollout = Evaluation(), {"dynamic_sampling": True}
+    run = evaluation.run = Training(
+        policy,
+        tmp_path,
+        overlap=AHEAD,
+        flat=lambda key: key[-1] == "1",
+        rollout=rollout,
+        callbacks=[evaluation],
+    )
     run.train()
-    assert seen == [(0, 0)] * STEPS
+    assert evaluation.seen == [(0, 0)] * STEPS
     assert [len(batch) for batch in run.batches()] == [BATCH] * STEPS
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gymexp.rollout.schedule import GroupSchedule
+from gymexp.rollout.group_schedule import GroupSchedule
 
 MANY = settings(max_examples=500, deadline=None)
 
