@@ -30,14 +30,13 @@ def choose(args: Namespace, run: Path) -> list[dict[str, Any]]:
     names = read_names(run / "rollouts")
     if not names:
         raise RunDirectoryError(f"{run} must be the directory of a run that has played rollouts")
-    if args.eval is not None:
-        name = f"eval-{args.eval:06d}"
-    elif args.step is not None:
-        name = f"step-{args.step:06d}"
-    else:
-        name = names[-1]  # eval-… comes before step-…
+    asked = {"eval": args.eval, "step": args.step, "filtered": args.filtered}
+    named = [f"{kind}-{step:06d}" for kind, step in asked.items() if step is not None]
+    name = named[0] if named else names[-1]  # step-… comes last
     if name not in names:
-        raise RunDirectoryError(f"--step and --eval must name a file of this run, got {name}: {_list(names)}")
+        raise RunDirectoryError(
+            f"--step, --eval and --filtered must name a file of this run, got {name}: {_list(names)}"
+        )
     of_file = load_index(run / "rollouts", name)
     chosen = [row for row in of_file if args.env in (None, row["env"])]
     if not chosen:
@@ -68,6 +67,7 @@ def main() -> None:
     of = parser.add_mutually_exclusive_group()
     of.add_argument("--step", type=int, metavar="N", help="training rollouts of this step; else the newest")
     of.add_argument("--eval", type=int, metavar="N", help="held-out rollouts of the evaluation after step N")
+    of.add_argument("--filtered", type=int, metavar="N", help="those that were left out before step N")
     parser.add_argument("--env", metavar="NAME", help="of this environment alone")
     one = parser.add_mutually_exclusive_group()
     one.add_argument("--worst", action="store_true", help="print the rollout with the lowest reward")

@@ -39,6 +39,7 @@ def run(tmp_path) -> Path:
     writer.write("step-000001", step[:1], 2)
     writer.write("step-000002", step, 2)
     writer.write("eval-000002", step[3:], 2)
+    writer.write("filtered-000002", step[:3], 3)
     (tmp_path / "data").mkdir()
     row = {"responses_create_params": {"input": [{"role": "system", "content": f"Be brief {EVIL}"}]}}
     line = json.dumps({"key": "office/train/7", "row": row})
@@ -70,6 +71,7 @@ def test_the_newest_step_is_a_table_with_a_line_for_each_rollout(run):
 def test_step_evaluation_and_environment_are_chosen(run):
     assert len(rollouts(run, "--step", "1").splitlines()) == 2
     assert len(rollouts(run, "--eval", "2").splitlines()) == 2
+    assert len(rollouts(run, "--filtered", "2").splitlines()) == 4
     assert len(rollouts(run, "--env", "sudoku").splitlines()) == 3
 
 
@@ -112,7 +114,7 @@ def test_a_row_that_the_run_does_not_have_is_said_to_be_missing(run):
     [
         (
             ["--step", "9"],
-            "must name a file of this run, got step-000009: eval-000002, step-000001, step-000002",
+            "must name a file of this run, got step-000009: eval-000002, filtered-000002, step-000001, ",
         ),
         (["--env", "chess"], "--env must be one of office, sudoku, got 'chess'"),
         (["--number", "4"], "--number must be below 4, got 4"),

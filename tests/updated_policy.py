@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -25,7 +24,6 @@ from gymexp.rollout.attempts import turn_key
 
 MAX_MODEL_LEN = 512
 NUM = 24
-NUM_TOKENS = 60
 
 
 @dataclass
@@ -50,10 +48,16 @@ def versions_of(model: Any, count: int) -> list[Any]:
 
 
 def sample_over_updates(
-    url: str, models: Sequence[Any], directory: Path, count_tokens: Callable[[], int], on_cpu: bool = False
+    url: str,
+    models: Sequence[Any],
+    directory: Path,
+    count_tokens: Callable[[], int],
+    num_tokens: int,
+    on_cpu: bool = False,
 ) -> list[Sampled]:
     """NUM turns, while the engine at `url` is sent the weights of one model after the other, and in the end
-    of the first one again. count_tokens: of all that the engine has sampled.
+    of the first one again. count_tokens: of all that the engine has sampled. num_tokens: of each turn.
+    on_cpu: whether the engine is vLLM.
     """
 
     async def run() -> list[Sampled]:
@@ -70,13 +74,16 @@ def sample_over_updates(
                         [{"role": "user", "content": f"Puzzle {i}."}],
                         seed=i,
                         play=f"{i}",
-                        max_tokens=NUM_TOKENS,
+                        max_tokens=num_tokens,
                     )
                 )
                 for i in range(NUM)
             ]
             for version, model in enumerate(models[1:], start=1):
-                await at_least(await asyncio.to_thread(count_tokens) + 15 * NUM, count_tokens)
+                begun = await asyncio.to_thread(count_tokens)
+                while await asyncio.to_thread(count_tokens) < begun + 15 * NUM:
+                    assert not all(one.done() for one in asked), "too few tokens for an update within them"
+                    await asyncio.sleep(0.005)
                 await asyncio.to_thread(sync.update, version, [], iter(model.named_parameters()))
             answers = await asyncio.gather(*asked)
             async with http.post("/attempts", json={"plays": [f"{i}" for i in range(NUM)]}) as response:
@@ -89,13 +96,6 @@ def sample_over_updates(
 
 def task(number: int) -> list[dict]:
     return [{"role": "user", "content": f"Puzzle {number}."}]
-
-
-async def at_least(num_tokens: int, count_tokens: Callable[[], int]) -> None:
-    deadline = time.monotonic() + 120
-    while await asyncio.to_thread(count_tokens) < num_tokens:
-        assert time.monotonic() < deadline, "the engine does not sample"
-        await asyncio.sleep(0.005)
 
 
 def read(answer: tuple[int, dict], attempt: dict) -> Sampled:

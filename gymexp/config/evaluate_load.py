@@ -36,7 +36,7 @@ _WITHOUT_EFFECT = {
     r"model\.lora(\.|$)": "is of training: checkpoint=… takes a checkpoint of an adapter as it is",
     r"engine\.(weights|colocate)$": _TRAINING,
     r"engine\.urls$": "is of training: say endpoint.url=…/v1 for a server that runs already",
-    r"rollout\.(truncated|correction|drift_every|max_drift)$": _TRAINING,
+    r"rollout\.(truncated|correction|dynamic_sampling|max_resampled|drift_every|max_drift)$": _TRAINING,
     r"evaluation\.(every_steps|before|after)$": "is of a run: this command is the evaluation",
     r"dataset\.(order|schedule|sampling)(\.|$)": (
         "is of training: the tasks are played in the order of their keys"

@@ -13,11 +13,13 @@ from gymexp.config.env_rules import problems_of_environment
 from gymexp.config.group_options import options
 from gymexp.config.grpo_arguments import value_of
 from gymexp.config.mix_rules import problems_of_mix, problems_of_replicas
+from gymexp.config.overlap_rules import problems_of_overlap
 from gymexp.config.redaction import secrets_at
 from gymexp.config.schema import (
     DataConfig,
     EngineConfig,
     EvaluationConfig,
+    GymConfig,
     LauncherConfig,
     LoraConfig,
     RunConfig,
@@ -98,6 +100,7 @@ def problems_of(config: RunConfig) -> Iterator[str]:
         )
     yield from _one_of("dataset.order", config.dataset.order, ("interleave", "shuffle"))
     yield from problems_of_mix(config)
+    yield from problems_of_overlap(config)
     yield from _at_least("dataset.train_size", config.dataset.train_size, 1)
     yield from _at_least("dataset.validation_size", config.dataset.validation_size, 1)
     yield from _engine_problems(config.engine)
@@ -112,18 +115,7 @@ def problems_of(config: RunConfig) -> Iterator[str]:
             f"adapter, got {config.trainer['sync_ref_model']!r}"
         )
     yield from _sharding_problems(config.trainer)
-    yield from _one_of("gym.runtime", config.gym.runtime, ("managed", "cli", "attach"))
-    if config.gym.runtime == "cli" and not config.gym.checkout:
-        yield "gym.checkout must name your NeMo Gym checkout when gym.runtime=cli, got None"
-    if config.gym.runtime == "attach" and config.gym.policy_port is None:
-        yield (
-            "gym.policy_port must be the port of the running servers' policy_base_url "
-            "when gym.runtime=attach, got None"
-        )
-    yield from _at_least("gym.model_servers", config.gym.model_servers, 1)
-    for key in ("start_timeout_s", "health_interval_s", "health_timeout_s"):
-        yield from _positive(f"gym.{key}", getattr(config.gym, key))
-    yield from _at_least("gym.max_restarts", config.gym.max_restarts, 0)
+    yield from _gym_problems(config.gym)
     yield from _at_least("rollout.max_retries", config.rollout.max_retries, 0)
     if not 0 <= config.rollout.max_failed_share <= 1:
         yield f"rollout.max_failed_share must be between 0 and 1, got {config.rollout.max_failed_share!r}"
@@ -138,6 +130,21 @@ def problems_of(config: RunConfig) -> Iterator[str]:
     yield from _checkpoint_problems(config)
     yield from _search_problems(config)
     yield from _tracker_problems(config.tracker)
+
+
+def _gym_problems(gym: GymConfig) -> Iterator[str]:
+    yield from _one_of("gym.runtime", gym.runtime, ("managed", "cli", "attach"))
+    if gym.runtime == "cli" and not gym.checkout:
+        yield "gym.checkout must name your NeMo Gym checkout when gym.runtime=cli, got None"
+    if gym.runtime == "attach" and gym.policy_port is None:
+        yield (
+            "gym.policy_port must be the port of the running servers' policy_base_url "
+            "when gym.runtime=attach, got None"
+        )
+    yield from _at_least("gym.model_servers", gym.model_servers, 1)
+    for key in ("start_timeout_s", "health_interval_s", "health_timeout_s"):
+        yield from _positive(f"gym.{key}", getattr(gym, key))
+    yield from _at_least("gym.max_restarts", gym.max_restarts, 0)
 
 
 def _tracker_problems(tracker: TrackerConfig) -> Iterator[str]:

@@ -190,6 +190,10 @@ class RolloutConfig:
 
     max_retries: int = 2  # retries of a rollout that failed
     max_failed_share: float = 0.2  # the run ends if a larger share of a batch's rollouts fails
+    # leave out groups whose rewards are all equal, which teach nothing, and play further tasks instead
+    dynamic_sampling: bool = False
+    # dynamic_sampling: the run ends if more groups than in this number of batches are left out in a row
+    max_resampled: int = 10
     # scored: truncated rollouts train with the environment's reward; masked: they give no gradient
     truncated: str = "scored"
     # how the loss treats the difference between engine and trainer. behavior: PPO's ratio is the trainer's

@@ -113,7 +113,7 @@ class Evaluator:
 
         A rollout gets the seed that a run's held-out evaluation gives it, so the two play the same.
         """
-        from gymexp.rollout.collect import check_failed_share
+        from gymexp.rollout.failed_share import check_failed_share
         from gymexp.rollout.play import Sampling
         from gymexp.rollout.rollout_files import RolloutWriter
         from gymexp.training.callbacks import held_out_distribution

@@ -14,7 +14,6 @@ import logging
 import secrets
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field, replace
@@ -24,15 +23,17 @@ import aiohttp
 import orjson
 
 from gymexp.config.schema import EnvConfig, RolloutConfig
-from gymexp.errors import RolloutError, ServiceError
+from gymexp.errors import ServiceError
 from gymexp.processes import open_files
 from gymexp.processes.access_keys import RUN, header_of
 from gymexp.record.services_file import Replica
-from gymexp.rollout.attempts import with_attempts
+from gymexp.rollout.ahead import Ahead
+from gymexp.rollout.attempts import knows_versions, with_attempts
 from gymexp.rollout.draws import attempt_seed
 from gymexp.rollout.landing import Keep, Landing
-from gymexp.rollout.outcome import Cause, Failed, Outcome, Played, Task, task_of
+from gymexp.rollout.outcome import Cause, Failed, Outcome, Played, Task
 from gymexp.rollout.play import RolloutFailure, Sampling, play
+from gymexp.rollout.progress import Progress
 from gymexp.rollout.spare_replicas import SpareReplicas
 
 log = logging.getLogger(__name__)
@@ -65,19 +66,6 @@ class _Seat:
     draining: bool = False
     awake: bool = True  # a spare replica is not, until it is needed (`spare_replicas`)
     has_played: bool = False  # since its services last started
-
-
-@dataclass
-class Progress:
-    """The state of a collection, for the live view. tokens: sampled by the policy since it began."""
-
-    total: int
-    began: float  # time.monotonic()
-    done: int = 0
-    in_flight: int = 0
-    failed: int = 0
-    retried: int = 0
-    tokens: int = 0
 
 
 class Collector:
@@ -114,6 +102,11 @@ class Collector:
         self._thread = threading.Thread(target=self._loop.run_forever, name="collector", daemon=True)
         self._thread.start()
         self._stop = False
+        # Without a gateway nothing knows the weights, and the outcomes stay without them.
+        is_complete = knows_versions if gateway_url else lambda _: True
+        play = self._play_task
+        self.ahead = Ahead(self._loop, play, self._with_attempts, is_complete, self._report_ahead)
+        self._num_collections = 0
         self._submit(self._open()).result()
 
     def collect(
@@ -139,8 +132,13 @@ class Collector:
         finally:
             running.cancel()
 
+    def follow(self, outcomes: Sequence[Outcome]) -> None:
+        """Changes the numbers of replicas after a batch that `ahead` played; `collect` does so by itself."""
+        self._submit(self._spares.follow(outcomes)).result()
+
     def stop(self) -> None:
-        """Makes a running and every later `collect` raise Stopped. Safe to call from a signal handler."""
+        """Ends a running and every later `collect`, and the groups in flight, with Stopped. Safe to call from
+        a signal handler."""
         self._stop = True
         self._loop.call_soon_threadsafe(self._wake)
 
@@ -169,6 +167,7 @@ class Collector:
     async def _close(self) -> None:
         if self._watching:
             self._watching.cancel()
+        await self.ahead.close()
         await self._http.close()
 
     def _wake(self) -> None:
@@ -237,6 +236,7 @@ class Collector:
         self, tasks: Sequence[Task], samplings: Sequence[Sampling], keep: Keep | None
     ) -> list[Outcome]:
         progress = Progress(total=len(tasks), began=time.monotonic())
+        self._num_collections += 1
         reporting = asyncio.create_task(self._report_regularly(progress))
         rollouts = [
             asyncio.create_task(self._play_task(task, sampling, progress))
@@ -255,6 +255,11 @@ class Collector:
             if landing:
                 await landing.close()
             reporting.cancel()
+            self._num_collections -= 1
+            self._report(progress)
+
+    def _report_ahead(self, progress: Progress) -> None:
+        if not self._num_collections:  # an evaluation reports its own progress
             self._report(progress)
 
     async def _with_attempts(self, played: Sequence[tuple[Outcome, str]]) -> list[Outcome]:
@@ -377,22 +382,3 @@ def _completed(
     queue = round(max(0.0, rollout.began - began_at), 4)
     rollout = replace(rollout, replica=replica.name, seconds=rollout.seconds | {"queue": queue})
     return replace(outcome, rollout=rollout, failures=[failure.cause for failure in failures])
-
-
-def check_failed_share(outcomes: Sequence[Outcome], max_share: float) -> None:
-    """Raises RolloutError if more than `max_share` of the outcomes are failures. The message names the
-    commonest cause and a log. Prompts that are too long count only if every outcome is a failure.
-    """
-    failed = [o for o in outcomes if isinstance(o, Failed)]
-    if len(failed) < len(outcomes):
-        failed = [o for o in failed if o.cause != "prompt_too_long"]
-    if len(failed) <= max_share * len(outcomes):
-        return
-    (env, cause), count = Counter((task_of(o).env, o.cause) for o in failed).most_common()[0]
-    example = next(o for o in failed if (o.task.env, o.cause) == (env, cause))
-    raise RolloutError(
-        f"{len(failed)} of {len(outcomes)} rollouts failed, more than "
-        f"rollout.max_failed_share={max_share:g} allows. "
-        f"Most often ({count}): {cause} in env.{env}, for example {example.task.key}: {example.detail}\n"
-        f"Look into {example.log or 'the logs of the run directory'}"
-    )

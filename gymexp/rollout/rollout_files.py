@@ -2,7 +2,8 @@
 
 `rollouts/<name>.jsonl.zst` has an outcome a line. Each of its zstd frames has one group, so that a reader can
 decompress that group alone; `zstd -dc` reads the whole file. `rollouts/index.jsonl` has a line for each
-rollout of every file: what a table shows of the rollout, and where its frame is.
+rollout of every file: what a table shows of the rollout, and where its frame is. The names are step-N and
+eval-N, and filtered-N for the groups that rollout.dynamic_sampling left out before step N was trained.
 
 `rollouts/<name>.train.jsonl.zst` has a line for each rollout of a training step: what the trainer made of the
 rollout (`gymexp.rollout.trained`). Its index is `rollouts/train_index.jsonl`; a line belongs to the rollout
@@ -42,7 +43,7 @@ _MAX_TEXT = 120  # characters of a rollout's last message in the index
 MAX_REASON = 300  # characters of why a rollout failed
 _MAX_FIELDS = 12  # of a verdict in the index
 _MAX_NAME, _MAX_WORD = 40, 24  # characters of such a field's name and of its value, if that is a text
-_NAME = re.compile(r"(step|eval)-\d{6,12}")
+_NAME = re.compile(r"(step|eval|filtered)-\d{6,12}")
 _NUMBER, _TEXT = (int, float, type(None)), (str, type(None))
 _COUNT = (int, type(None))
 # The types that a field of the index may have, where a line has it.

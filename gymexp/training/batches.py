@@ -41,6 +41,21 @@ def build_schedule(args: GRPOConfig, num_tasks: int) -> Schedule:
     return Schedule(num_tasks, batch_tasks, Fraction(uses, args.gradient_accumulation_steps))
 
 
+class TaskOrder:
+    """The order of the tasks, epoch after epoch without end: a position's index in `tasks`."""
+
+    def __init__(self, tasks: Sequence[Task], dataset: DatasetConfig) -> None:
+        """tasks: in the order of the first epoch."""
+        self._num_tasks = len(tasks)
+        # A batch has no more tasks than an epoch, so its tasks come from two epochs at most.
+        order = partial(epoch_order, tasks, order=dataset.order, seed=dataset.seed)
+        self._epoch = lru_cache(maxsize=4)(order)
+
+    def __call__(self, position: int) -> int:
+        epoch, index = divmod(position, self._num_tasks)
+        return self._epoch(epoch)[index]
+
+
 class TaskSampler(Sampler[int]):
     """Yields the indices of `tasks` for the whole training.
 
@@ -61,9 +76,7 @@ class TaskSampler(Sampler[int]):
         self._num_batches = max(1, schedule.num_batches(args.max_steps))
         self._num_generations = args.num_generations
         self._repeats = args.steps_per_generation * args.num_iterations
-        # A batch has no more tasks than an epoch, so its tasks come from two epochs at most.
-        order = partial(epoch_order, tasks, order=dataset.order, seed=dataset.seed)
-        self._epoch = lru_cache(maxsize=2)(order)
+        self._order = TaskOrder(tasks, dataset)
 
     def __iter__(self) -> Iterator[int]:
         count = self._schedule.batch_tasks
@@ -78,13 +91,12 @@ class TaskSampler(Sampler[int]):
         return self._num_batches * self._schedule.batch_tasks * self._num_generations * self._repeats
 
     def _at(self, position: int) -> int:
-        epoch, index = divmod(position, self._schedule.num_tasks)
-        return self._epoch(epoch)[index]
+        return self._order(position)
 
 
 class PlaceSampler(TaskSampler):
-    """Yields places of a batch (0, 1, …) instead of tasks, for a run whose tasks are drawn as it plays them
-    (`gymexp.training.drawn_tasks`)."""
+    """Yields places of a batch (0, 1, …) instead of tasks, for a run whose tasks are known only when it plays
+    them (`gymexp.training.drawn_tasks`, `gymexp.training.queued_tasks`)."""
 
     def _at(self, position: int) -> int:
         return (position - self._schedule.offset) % self._schedule.batch_tasks

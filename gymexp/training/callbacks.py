@@ -23,8 +23,8 @@ from gymexp.files import append_line, read_lines, replace_file
 from gymexp.processes.access_keys import RUN, header_of
 from gymexp.processes.http_client import open_url
 from gymexp.record.metric_names import as_held_out, by_env
-from gymexp.rollout.collect import Progress
 from gymexp.rollout.play import Distribution
+from gymexp.rollout.progress import Progress
 from gymexp.training.metrics import rollout_metrics
 from gymexp.training.ranks import on_main_rank
 from gymexp.training.rollout_func import Rollouts
@@ -187,7 +187,8 @@ class Evaluation(TrainerCallback):
 
         with trainer.spans.phase("evaluation", step):
             trainer.sync_weights()
-            metrics = on_main_rank(trainer.accelerator, play)
+            with trainer.batch_tasks.holding():
+                metrics = on_main_rank(trainer.accelerator, play)
         trainer.log_evaluation(dict(metrics), metrics["eval_seconds"])
         self.newest = metrics
         return metrics

@@ -10,23 +10,26 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gymexp.config.schema import RunConfig
-from gymexp.data.curriculum import Curriculum, draws_tasks, from_json, to_json
+from gymexp.data.curriculum import Curriculum, from_json, to_json
 from gymexp.data.weights import Weights
 from gymexp.errors import RunDirectoryError
 from gymexp.record.metric_names import name_of
 from gymexp.rollout.outcome import Task
 from gymexp.training.batches import PlaceSampler, TaskSampler
 from gymexp.training.ranks import on_main_rank
+from gymexp.training.schedule import Schedule
 
 if TYPE_CHECKING:
     from gymexp.training.trainer import PolicyTrainer
 
 _FILE = "curriculum.json"
+GROUPS_FILE = "groups.json"  # of a run that takes its batches from a queue of groups
 
 
 class FixedTasks:
@@ -47,11 +50,22 @@ class FixedTasks:
     def learn(self, rewards: Sequence[float | None], trainer: PolicyTrainer) -> None:
         """Takes the rewards of the batch that was filled last. rewards: of this rank's part."""
 
+    @contextmanager
+    def holding(self) -> Iterator[None]:
+        """Lets an evaluation play within the block."""
+        yield
+
     def save(self, checkpoint: Path, trainer: PolicyTrainer) -> None:
         """Writes what the next batches depend on to a checkpoint of the last finished step."""
 
-    def load(self, checkpoint: Path) -> None:
-        """Goes on from a checkpoint."""
+    def begin(self, trainer: PolicyTrainer, checkpoint: Path | None, schedule: Schedule) -> None:
+        """Begins the training, from a checkpoint or, if that is None, from the start. Raises
+        RunDirectoryError if the tasks after this checkpoint are not known."""
+        if checkpoint and (checkpoint / GROUPS_FILE).exists():
+            raise RunDirectoryError(
+                f"{checkpoint} was written with overlap.max_staleness >= 1 or rollout.dynamic_sampling=true, "
+                "where tasks train in another order: resume the run with the same"
+            )
 
 
 class DrawnTasks(FixedTasks):
@@ -101,7 +115,9 @@ class DrawnTasks(FixedTasks):
         state = self._before if is_begun else self._curriculum.snapshot()
         (checkpoint / _FILE).write_text(json.dumps(to_json(state)))
 
-    def load(self, checkpoint: Path) -> None:
+    def begin(self, trainer: PolicyTrainer, checkpoint: Path | None, schedule: Schedule) -> None:
+        if checkpoint is None:
+            return
         try:
             self._curriculum.restore(from_json(json.loads((checkpoint / _FILE).read_text())))
         except (OSError, KeyError, TypeError, ValueError) as error:
@@ -109,12 +125,6 @@ class DrawnTasks(FixedTasks):
                 f"{checkpoint / _FILE} must have the state of the draws, as a run with dataset.schedule or "
                 f"dataset.sampling=difficulty writes it: {type(error).__name__}: {error}"
             ) from None
-
-
-def build(config: RunConfig, tasks: Sequence[Task], batch_tasks: int) -> FixedTasks:
-    """Returns what decides the tasks of a run's batches. tasks: `Prepared.train`. batch_tasks: tasks of a
-    generation batch, over all ranks."""
-    return DrawnTasks(config, tasks, batch_tasks) if draws_tasks(config.dataset) else FixedTasks(tasks)
 
 
 def equal_groups(rewards: Sequence[float | None], num_generations: int) -> list[bool | None]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from statistics import fmean, pstdev
 from typing import get_args
 
 from gymexp.config.schema import EnvConfig
 from gymexp.record.metric_names import name_of
+from gymexp.rollout.group_queue import Batch
 from gymexp.rollout.items import num_tool_calls, num_tool_errors
 from gymexp.rollout.outcome import Cause, Failed, Limit, Outcome, Rollout, Truncated, task_of
 
@@ -106,3 +107,51 @@ def group_metrics(
         for kind in _GROUP_KINDS
     }
     return {"groups_without_variance": flat} | shares
+
+
+def queue_metrics(batch: Batch) -> dict[str, float]:
+    """Returns what the queue of groups had when a step took its batch.
+
+    finished, in_flight: the other groups that wait for a later step, and those that are being played.
+    out_of_order: share of the batch's groups that are younger than one of these. filtered: groups that were
+    left out since the step before, as their rewards were equal.
+    """
+    return {
+        "queue/finished": batch.num_landed,
+        "queue/in_flight": batch.num_in_flight,
+        "queue/out_of_order": batch.num_overtaken / len(batch.groups),
+        "queue/filtered": len(batch.left_out),
+    }
+
+
+def staleness_metrics(outcomes: Sequence[Outcome], version: int, max_staleness: int) -> dict[str, float]:
+    """Returns how many optimizer steps older than `version`, which trains, the weights were that sampled.
+
+    mean, max, p95, tokens_<steps>: over sampled tokens; the last ones are shares. in_flight, in_queue: means
+    over rollouts, of the steps from a rollout's oldest to its newest token, and from there to its training.
+    turns_cut: turns that new weights cut and continued. Rollouts of unknown versions do not count.
+    """
+    tokens: Counter[int] = Counter()
+    in_flight, in_queue, num_cut = [], [], 0
+    for outcome in outcomes:
+        spans = [] if isinstance(outcome, Failed) else [turn.versions for turn in outcome.rollout.turns]
+        if not spans or not all(spans):
+            continue
+        for number, count in (span for of_turn in spans for span in of_turn):
+            tokens[version - number] += count
+        newest = max(of_turn[-1][0] for of_turn in spans)
+        in_flight.append(newest - min(of_turn[0][0] for of_turn in spans))
+        in_queue.append(version - newest)
+        num_cut += sum(len(of_turn) > 1 for of_turn in spans)
+    if not tokens:
+        return {}
+    ages, total = sorted(tokens.elements()), tokens.total()
+    shares = {f"staleness/tokens_{age}": tokens[age] / total for age in range(max_staleness + 1)}
+    return shares | {
+        "staleness/mean": fmean(ages),
+        "staleness/max": ages[-1],
+        "staleness/p95": ages[math.ceil(0.95 * total) - 1],
+        "staleness/in_flight": fmean(in_flight),
+        "staleness/in_queue": fmean(in_queue),
+        "overlap/turns_cut": num_cut,
+    }

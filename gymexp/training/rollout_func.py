@@ -16,14 +16,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from gymexp.config.schema import RunConfig
-from gymexp.errors import ServiceError
+from gymexp.errors import RolloutError, ServiceError
+from gymexp.rollout.ahead import Landed
 from gymexp.rollout.batch import build_batch
-from gymexp.rollout.collect import Collector, check_failed_share
-from gymexp.rollout.outcome import Failed, Outcome, Task
+from gymexp.rollout.collect import Collector
+from gymexp.rollout.failed_share import check_failed_share
+from gymexp.rollout.group_queue import Batch as GroupBatch
+from gymexp.rollout.group_queue import GroupQueue
+from gymexp.rollout.outcome import Failed, Outcome, Task, task_of
 from gymexp.rollout.play import Distribution, Sampling
 from gymexp.rollout.rollout_files import RolloutWriter
 from gymexp.rollout.trained import Trained
-from gymexp.training.metrics import group_metrics, rollout_metrics
+from gymexp.training.metrics import group_metrics, queue_metrics, rollout_metrics, staleness_metrics
 from gymexp.training.ranks import on_main_rank
 from gymexp.training.trained_values import Row, trained_of
 
@@ -43,13 +47,17 @@ def seed_of(run_seed: int, step: int | None, key: str, index: int) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
-def check_weights(outcomes: Sequence[Outcome], version: int) -> None:
-    """Raises ServiceError if an engine sampled a rollout with weights of another version than `version`."""
+def check_weights(outcomes: Sequence[Outcome], version: int, max_staleness: int = 0) -> None:
+    """Raises ServiceError if an engine sampled a rollout with weights of a later version than `version`, or
+    of one that is more than `max_staleness` older."""
     for outcome in outcomes:
-        if not isinstance(outcome, Failed) and outcome.rollout.weights_version not in (None, version):
+        if isinstance(outcome, Failed) or outcome.rollout.weights_version is None:
+            continue
+        if not 0 <= version - outcome.rollout.weights_version <= max_staleness:
+            allowed = f" and overlap.max_staleness={max_staleness}" if max_staleness else ""
             raise ServiceError(
                 f"{outcome.rollout.task.key} was sampled with the weights of step "
-                f"{outcome.rollout.weights_version}, where the policy's are those of step {version}"
+                f"{outcome.rollout.weights_version}, where the policy's are those of step {version}{allowed}"
             )
 
 
@@ -75,7 +83,9 @@ class Rollouts:
         self._tasks = tasks
         self._writer = writer
         self._send = send
-        self.seconds = 0.0  # duration of the last call
+        self.seconds = 0.0  # duration of the last call, or of the wait for its batch
+        self.waited = 0.0  # of this, before the call
+        self._batch: GroupBatch | None = None  # that the next call returns; None: the call plays its prompts
         self._step: int | None = None  # the current training step, which may need several collections
         self._num_played: Counter[str] = Counter()  # rollouts of each task in the current step
         self._rows = _Rows(-1)
@@ -96,7 +106,8 @@ class Rollouts:
             placeholder_id=trainer.pad_token_id,
             mask_truncated=self._config.rollout.truncated == "masked",
         )
-        self.seconds = time.monotonic() - began
+        self.seconds = self.waited + time.monotonic() - began
+        self.waited = 0.0
         trainer.check_samples(outcomes)
         return {
             "prompt_ids": batch.prompt_ids,
@@ -121,22 +132,59 @@ class Rollouts:
         num_played = Counter[str]() if held_out else self._played_in(weights_version)
         samplings = []
         for key in keys:
-            index = num_played[key]
+            samplings.append(self._sampling(key, step, num_played[key], distribution))
             num_played[key] += 1
-            env = self._config.env[self._tasks[key].env]
-            samplings.append(
-                Sampling(
-                    **dataclasses.asdict(distribution),
-                    max_output_tokens=env.max_output_tokens,
-                    seed=seed_of(self._config.seed, step, key, index),
-                )
-            )
         with self._engine.sampling(weights_version):
             tasks = [self._tasks[key] for key in keys]
             outcomes = self._collector.collect(tasks, samplings, self._engine.tend)
         check_failed_share(outcomes, self._config.rollout.max_failed_share)
         check_weights(outcomes, weights_version)
         return outcomes
+
+    def _sampling(self, key: str, step: int | None, index: int, distribution: Distribution) -> Sampling:
+        return Sampling(
+            **dataclasses.asdict(distribution),
+            max_output_tokens=self._config.env[self._tasks[key].env].max_output_tokens,
+            seed=seed_of(self._config.seed, step, key, index),
+        )
+
+    def start(
+        self, key: str, step: int, indices: Sequence[int], distribution: Distribution, landed: Landed
+    ) -> None:
+        """Begins to play a group of one task, on the first rank. step, indices: decide the seeds. landed:
+        gets the outcomes, or an error, in another thread."""
+        assert self._collector is not None
+        samplings = [self._sampling(key, step, index, distribution) for index in indices]
+        self._collector.ahead.start([self._tasks[key]] * len(samplings), samplings, landed)
+
+    def forget(self, num_rollouts: int) -> None:
+        """Takes rollouts of groups out of the progress, on the first rank."""
+        assert self._collector is not None
+        self._collector.ahead.forget(num_rollouts)
+
+    def take(self, queue: GroupQueue, step: int) -> list[str]:
+        """Waits on the first rank for the queue's batch, which the next call returns. Returns the tasks of
+        its groups. Raises what `play` does."""
+        assert self._collector is not None
+        try:
+            with self._engine.sampling(step):
+                queue.advance(step)
+                batch = queue.take(self._engine.tend)
+        except RolloutError:
+            self._write_left_out(step, queue.left_out)
+            raise
+        self._write_left_out(step, batch.left_out)
+        outcomes = batch.outcomes
+        self._collector.follow(outcomes)
+        check_failed_share(outcomes, self._config.rollout.max_failed_share)
+        check_weights(outcomes, step, self._config.overlap.max_staleness)
+        self._batch = batch
+        return [task_of(group[0]).key for group in batch.groups]
+
+    def _write_left_out(self, step: int, groups: Sequence[Sequence[Outcome]]) -> None:
+        if groups and self._writer:
+            outcomes = [outcome for group in groups for outcome in group]
+            self._writer.write(f"filtered-{step + 1:06d}", outcomes, len(groups[0]))
 
     def _played_in(self, step: int) -> Counter[str]:
         """Returns the number of rollouts that `step` has already played of each task."""
@@ -154,12 +202,18 @@ class Rollouts:
         def play() -> list[Outcome]:
             earlier = Counter(self._num_played) if step == self._step else None
             softmax = Distribution(temperature=trainer.grpo.temperature)
-            outcomes = self.play(all_prompts, step, softmax, held_out=False)
+            batch, self._batch = self._batch, None
+            outcomes = batch.trained if batch else self.play(all_prompts, step, softmax, held_out=False)
             num_generations = trainer.grpo.num_generations
             assert num_generations
             self.write(f"step-{step + 1:06d}", outcomes, num_generations, earlier)
-            trainer.add_metrics(rollout_metrics(outcomes, self._config.env))
-            trainer.add_metrics(group_metrics(outcomes, num_generations, self._config.env))
+            played = batch.outcomes if batch else outcomes
+            trainer.add_metrics(rollout_metrics(played, self._config.env))
+            trainer.add_metrics(group_metrics(played, num_generations, self._config.env))
+            if batch:
+                trainer.add_metrics(queue_metrics(batch))
+            if max_staleness := self._config.overlap.max_staleness:
+                trainer.add_metrics(staleness_metrics(outcomes, step, max_staleness))
             return outcomes
 
         return on_main_rank(accelerator, play)

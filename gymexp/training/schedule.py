@@ -103,6 +103,7 @@ def check(config: RunConfig, num_ranks: int, num_tasks: int | None = None) -> Sc
         )
     max_tasks = _max_tasks(config) if num_tasks is None else num_tasks
     schedule = schedule_of(config.trainer, num_ranks, max_tasks)
+    _check_steps(config, schedule, num_ranks)
     if schedule.batch_tasks <= max_tasks:
         return schedule
     ranks = "" if num_ranks == 1 else f" on {num_ranks} training processes"
@@ -120,6 +121,21 @@ def check(config: RunConfig, num_ranks: int, num_tasks: int | None = None) -> Sc
             f"{schedule.batch_tasks})"
         )
     raise ConfigError(f"{problem}, or make the batch smaller; with fewer nothing would be trained")
+
+
+def _check_steps(config: RunConfig, schedule: Schedule, num_ranks: int) -> None:
+    """Refuses a queue of groups for a batch that is not one optimizer step, where the steps since a rollout
+    was sampled would not count the batches, and a step would train on what its own updates made stale."""
+    overlap = config.overlap.max_staleness
+    if schedule.steps_per_batch == 1 or not (overlap or config.rollout.dynamic_sampling):
+        return
+    key = f"overlap.max_staleness={overlap}" if overlap else "rollout.dynamic_sampling=true"
+    ranks = "" if num_ranks == 1 else f" on {num_ranks} training processes"
+    raise ConfigError(
+        f"with {key} a batch of rollouts must be one optimizer step, got {schedule.steps_per_batch} steps a "
+        f"batch{ranks}: leave out trainer.num_iterations, trainer.steps_per_generation and "
+        "trainer.generation_batch_size"
+    )
 
 
 def _max_tasks(config: RunConfig) -> int:

@@ -27,7 +27,7 @@ from gymexp.policy.hub_snapshot import directory_of
 from gymexp.policy.model import end_token_ids, save_policy
 from gymexp.record.directory import RunDirectory
 from gymexp.rollout.outcome import Outcome
-from gymexp.training import batches, checkpoints, drawn_tasks, drift, old_logprobs, padding
+from gymexp.training import batches, checkpoints, drift, old_logprobs, padding, queued_tasks
 from gymexp.training.engine_client import ServerSampling
 from gymexp.training.ranks import know_cpu_ranks, on_main_rank
 from gymexp.training.rollout_func import Rollouts
@@ -82,14 +82,14 @@ class PolicyTrainer(GRPOTrainer):
         self._engine: ServerSampling | None = None
         self._tasks = prepared.train  # in the first epoch's order
         self._schedule = batches.build_schedule(args, len(prepared.train))
-        self._batch_tasks = drawn_tasks.build(config, prepared.train, self._schedule.batch_tasks)
+        self.batch_tasks = queued_tasks.build(config, prepared.train, self._schedule.batch_tasks, rollouts)
         self._tokenizer = tokenizer
         self.stopped = False  # whether training ended before its last step, on request or pruned
         super().__init__(
             model=model,
             reward_funcs=reward,
             args=self.grpo,
-            train_dataset=Dataset.from_dict({"prompt": self._batch_tasks.prompts}),
+            train_dataset=Dataset.from_dict({"prompt": self.batch_tasks.prompts}),
             processing_class=tokenizer,
             rollout_func=self._play,  # pyright: ignore[reportArgumentType]
             peft_config=lora.build_peft_config(config.model.lora, model) if config.model.lora.r else None,
@@ -213,7 +213,7 @@ class PolicyTrainer(GRPOTrainer):
         """TRL's `rollout_func`."""
         with self.spans.phase("rollout", self.state.global_step + 1):
             batch = self._rollouts(prompts, self)
-        self._batch_tasks.learn(batch["reward"], self)
+        self.batch_tasks.learn(batch["reward"], self)
         return batch
 
     def train_from(self, checkpoint: Path | None) -> None:
@@ -223,9 +223,9 @@ class PolicyTrainer(GRPOTrainer):
         if checkpoint:
             self._schedule = self._schedule.resumed_at(first_step, batches.read_epoch(checkpoint))
             batches.resume_generation(self, checkpoint, first_step)
-            self._batch_tasks.load(checkpoint)
         if self.args.max_steps < 0:
             self.args.max_steps = self._schedule.num_steps(self.args.num_train_epochs)
+        self.batch_tasks.begin(self, checkpoint, self._schedule)
         self._step_began = time.monotonic()
         self._seconds = dict.fromkeys(self._seconds, 0.0)
         try:
@@ -234,7 +234,7 @@ class PolicyTrainer(GRPOTrainer):
             self.spans.end_all()
 
     def _get_train_sampler(self, dataset: Any = None) -> batches.TaskSampler:
-        return self._batch_tasks.sampler(self._tasks, self._config.dataset, self._schedule, self.grpo)
+        return self.batch_tasks.sampler(self._tasks, self._config.dataset, self._schedule, self.grpo)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # transformers checks for the last step only after it has trained one. A run that is resumed from the
@@ -292,7 +292,8 @@ class PolicyTrainer(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: Any) -> Any:
         began, sync_before = time.monotonic(), self._seconds["sync"]
-        inputs = self._batch_tasks.fill(inputs, self)
+        with self.spans.phase("rollout", self.state.global_step + 1):
+            inputs = self.batch_tasks.fill(inputs, self)
         with self.spans.phase("logprobs", self.state.global_step + 1):
             self._skips_pass = is_skipped = old_logprobs.is_pass_unused(self.args, self._correction)
             output = super()._generate_and_score_completions(inputs)
@@ -322,6 +323,8 @@ class PolicyTrainer(GRPOTrainer):
             total = (now - self._step_began) / steps
             spent = {f"time/{name}": seconds / steps for name, seconds in self._seconds.items()}
             logs |= {"time/step": total, **spent, "time/other": total - sum(spent.values())}
+            if self._config.overlap.max_staleness:
+                logs["idle/trainer"] = spent["time/rollout"] / total
             self._step_began = now
             self._seconds = dict.fromkeys(self._seconds, 0.0)
         super().log(logs, start_time)
@@ -341,7 +344,7 @@ class PolicyTrainer(GRPOTrainer):
         with self.spans.phase("checkpoint", step):
             with checkpoints.writing(target) if self.accelerator.is_main_process else nullcontext():
                 super()._save_checkpoint(model, trial)
-                self._batch_tasks.save(target, self)
+                self.batch_tasks.save(target, self)
                 if step % self._schedule.steps_per_batch:
                     batches.save_generation(target, self.args.process_index, self._buffered_inputs)
                 self.accelerator.wait_for_everyone()  # Every rank must have written its part before the seal.

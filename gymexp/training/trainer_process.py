@@ -78,7 +78,7 @@ def work(run: RunDirectory, config: RunConfig, stop_requested: threading.Event) 
     from gymexp.policy.model import load_model, load_tokenizer
     from gymexp.record.optuna_study import Judge
     from gymexp.rollout.rollout_files import RolloutWriter
-    from gymexp.training import arguments, checkpoints
+    from gymexp.training import arguments, checkpoints, queued_tasks
     from gymexp.training.callbacks import Evaluation, MetricsFile, ProgressReporter, Steps, StopOnRequest
     from gymexp.training.engine_client import ServerSampling, join_servers, serve_hf
     from gymexp.training.rollout_func import Rollouts
@@ -131,7 +131,7 @@ def work(run: RunDirectory, config: RunConfig, stop_requested: threading.Event) 
             trainer.add_callback(MetricsFile(run.metrics, first_step))
         if tracker:
             trainer.add_callback(tracker)
-        for callback in (Steps(reporter), evaluation, stop):
+        for callback in queued_tasks.around((Steps(reporter), evaluation, stop), trainer):
             trainer.add_callback(callback)
 
         held_out = _train(trainer, evaluation, config, run, resume)

@@ -26,7 +26,7 @@ COLUMNS = {
     "replica": str, "weights_version": int, "retries": int, "text": str, "offset": int, "length": int,
     "line": int,
 }  # fmt: skip
-_SPLITS = {"step": "train", "eval": "held-out"}
+_SPLITS = {"step": "train", "eval": "held-out", "filtered": "left out"}
 _MAX_TEXT = 120  # characters, as in the index
 _OUTCOMES = ("completed", "truncated", "failed")
 _TYPES = {str: "TEXT", int: "INTEGER", float: "REAL"}

@@ -10,7 +10,7 @@ from gymexp.view.tables import Row
 
 _MAX_TASKS = 400  # of an environment; of more, every second, third … in their order is left out
 _MAX_STEPS = 120
-_AXES = {"train": "step", "held-out": "evaluation after step"}
+_AXES = {"train": "step", "held-out": "evaluation after step", "left out": "step"}
 
 
 def task_map(tasks: Sequence[Row], split: str) -> Panel:

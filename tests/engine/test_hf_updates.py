@@ -29,7 +29,7 @@ def sampled(models, tmp_path):
         app.add_routes(Weights(model, engine).routes())
         try:
             with serving(app) as url:
-                return sample_over_updates(url, models, tmp_path, lambda: int(engine.stats()["tokens"]))
+                return sample_over_updates(url, models, tmp_path, lambda: int(engine.stats()["tokens"]), 60)
         finally:
             engine.close()
 

@@ -25,9 +25,11 @@ from gymexp.errors import RolloutError, ServiceError
 from gymexp.record.services_file import Replica
 from gymexp.rollout import collect
 from gymexp.rollout.attempts import knows_versions, turn_key
-from gymexp.rollout.collect import Collector, Progress, Stopped, check_failed_share
+from gymexp.rollout.collect import Collector, Stopped
+from gymexp.rollout.failed_share import check_failed_share
 from gymexp.rollout.outcome import Completed, Failed, Rollout, Task, Truncated
 from gymexp.rollout.play import Sampling, read_reply
+from gymexp.rollout.progress import Progress
 
 VOCAB_SIZE = 100
 AFTER_FAILURE_S = collect._AFTER_FAILURE_S

@@ -19,11 +19,12 @@ from transformers import TrainerControl
 
 from gymexp.config.schema import EnvConfig, EvaluationConfig, ModelConfig, RunConfig
 from gymexp.data.prepare import Prepared
-from gymexp.rollout.collect import Progress
 from gymexp.rollout.outcome import Completed, Rollout, Task, Turn
+from gymexp.rollout.progress import Progress
 from gymexp.rollout.rollout_files import RolloutWriter, read_outcomes
 from gymexp.training import callbacks
 from gymexp.training.callbacks import Evaluation, MetricsFile, ProgressReporter, Steps, StopOnRequest
+from gymexp.training.drawn_tasks import FixedTasks
 from gymexp.training.rollout_func import Rollouts
 from gymexp.training.spans import Spans
 
@@ -56,6 +57,7 @@ class Trainer:
         self.grpo = SimpleNamespace(temperature=0.8)
         self.logged: list[tuple[dict[str, float], float]] = []
         self.spans = Spans()
+        self.batch_tasks = FixedTasks([])
         self.accelerator = SimpleNamespace(
             num_processes=num_processes,
             is_main_process=True,

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from gymexp.config.schema import EnvConfig
 from gymexp.rollout.outcome import Cause, Completed, Failed, Outcome, Rollout, Task, Truncated, Turn
-from gymexp.training.metrics import group_metrics, rollout_metrics
+from gymexp.training.metrics import group_metrics, rollout_metrics, staleness_metrics
 
 ENVS = {
     "a": EnvConfig(config_path="c", agent="x"),
@@ -184,3 +184,33 @@ def test_what_the_environment_refused_and_prompts_without_room_are_counted_apart
     metrics = rollout_metrics([refused, too_long, played("a", 1.0), failed("a")], ENVS)
     assert (metrics["a/refused"], metrics["a/prompts_too_long"], metrics["a/failed"]) == (0.25, 0.25, 0.25)
     assert metrics["a/reward"] == 0.0
+
+
+def sampled_by(*turns: list[tuple[int, int]]) -> Outcome:
+    made = [Turn([1], [2] * sum(n for _, n in spans), [], spans) for spans in turns]
+    return Completed(Rollout(task("a"), made, 1.0, []))
+
+
+def test_staleness_is_counted_by_sampled_token_and_split_into_play_and_wait():
+    outcomes = [
+        sampled_by([(3, 10)], [(3, 5), (5, 4)]),  # the second turn was cut by two updates
+        sampled_by([(6, 1)]),
+        sampled_by([(6, 90)], []),  # a turn of unknown weights
+        failed("a"),
+    ]
+    metrics = staleness_metrics(outcomes, 6, 4)
+    assert metrics == {
+        "staleness/tokens_0": 1 / 20,
+        "staleness/tokens_1": 4 / 20,
+        "staleness/tokens_2": 0,
+        "staleness/tokens_3": 15 / 20,
+        "staleness/tokens_4": 0,
+        "staleness/mean": (15 * 3 + 4 * 1) / 20,
+        "staleness/max": 3,
+        "staleness/p95": 3,
+        "staleness/in_flight": (2 + 0) / 2,
+        "staleness/in_queue": (1 + 0) / 2,
+        "overlap/turns_cut": 1,
+    }
+    assert staleness_metrics([sampled_by([(9, 19), (8, 1)])], 9, 1)["staleness/p95"] == 0
+    assert staleness_metrics([failed("a")], 6, 4) == {}

@@ -152,7 +152,9 @@ def test_a_rollout_file_has_an_outcome_a_line_without_the_tasks_row(tmp_path):
     records = list(read_outcomes(tmp_path / "step-000001.jsonl.zst"))
     assert [record["outcome"] for record in records] == ["completed", "completed", "failed"]
     assert records[0]["rollout"]["task"] == {"key": "e/train/0", "env": "e", "agent": "a"}
-    assert records[0]["rollout"]["turns"] == [{"prompt_ids": [1], "completion_ids": [2], "logprobs": [-0.5]}]
+    assert records[0]["rollout"]["turns"] == [
+        {"prompt_ids": [1], "completion_ids": [2], "logprobs": [-0.5], "versions": []}
+    ]
     assert (records[2]["cause"], records[2]["schema"]) == ("timeout", 2)
 
 

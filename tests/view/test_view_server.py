@@ -10,6 +10,8 @@ from html.parser import HTMLParser
 import pytest
 from viewed_runs import OBEYED, served, write_run
 
+from gymexp.rollout.outcome import outcome_from_json
+from gymexp.rollout.rollout_files import RolloutWriter, read_outcomes
 from gymexp.view.access import Access, tunnel
 
 
@@ -72,6 +74,23 @@ def test_what_others_wrote_is_text_on_every_page(viewer, page):
     for data in filter(str.strip, shown.data):
         json.loads(data)
     assert len(answer.text) < 1_000_000
+
+
+def test_groups_that_were_left_out_of_training_are_shown_as_such(tmp_path):
+    path = write_run(tmp_path / "run")
+    outcomes = [outcome_from_json(one) for one in read_outcomes(path / "rollouts" / "step-000002.jsonl.zst")]
+    RolloutWriter(path / "rollouts", {}, last_step=99).write("filtered-000002", outcomes, len(outcomes))
+    with served(path) as viewer:
+
+        def text(page: str) -> str:
+            return " ".join("".join(Page(viewer.get(viewer.root + page).text).text).split())
+
+        assert "left out of step 2" in text("steps") and "left out of step 2" not in text("steps?split=train")
+        assert "left out of step 2" in text("steps?split=left%20out")
+        assert "left out 2" in text("rollouts?split=left%20out")
+        assert "--filtered 2 --number 0" in text("rollout/filtered-000002/0")
+        assert "not trained on, as left out" in text("rollout/filtered-000002/0/tokens")
+        assert viewer.get(f"{viewer.root}tasks?split=left%20out").status == 200
 
 
 def test_a_hostile_text_is_seen_whole_with_its_controls_named(viewer):
