@@ -23,13 +23,11 @@ from gymexp.record.metric_names import name_of
 from gymexp.rollout.outcome import Task
 from gymexp.training.batches import PlaceSampler, TaskSampler
 from gymexp.training.ranks import on_main_rank
-from gymexp.training.schedule import Schedule
 
 if TYPE_CHECKING:
     from gymexp.training.trainer import PolicyTrainer
 
 _FILE = "curriculum.json"
-GROUPS_FILE = "groups.json"  # of a run that takes its batches from a queue of groups
 
 
 class FixedTasks:
@@ -58,14 +56,8 @@ class FixedTasks:
     def save(self, checkpoint: Path, trainer: PolicyTrainer) -> None:
         """Writes what the next batches depend on to a checkpoint of the last finished step."""
 
-    def begin(self, trainer: PolicyTrainer, checkpoint: Path | None, schedule: Schedule) -> None:
-        """Begins the training, from a checkpoint or, if that is None, from the start. Raises
-        RunDirectoryError if the tasks after this checkpoint are not known."""
-        if checkpoint and (checkpoint / GROUPS_FILE).exists():
-            raise RunDirectoryError(
-                f"{checkpoint} was written with overlap.max_staleness >= 1 or rollout.dynamic_sampling=true, "
-                "where tasks train in another order: resume the run with the same"
-            )
+    def begin(self, trainer: PolicyTrainer, checkpoint: Path | None) -> None:
+        """Begins the training, from a checkpoint or, if that is None, from the start."""
 
 
 class DrawnTasks(FixedTasks):
@@ -115,7 +107,7 @@ class DrawnTasks(FixedTasks):
         state = self._before if is_begun else self._curriculum.snapshot()
         (checkpoint / _FILE).write_text(json.dumps(to_json(state)))
 
-    def begin(self, trainer: PolicyTrainer, checkpoint: Path | None, schedule: Schedule) -> None:
+    def begin(self, trainer: PolicyTrainer, checkpoint: Path | None) -> None:
         if checkpoint is None:
             return
         try:

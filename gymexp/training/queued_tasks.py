@@ -26,15 +26,17 @@ from gymexp.rollout.outcome import Task
 from gymexp.rollout.play import Distribution
 from gymexp.training import checkpoints
 from gymexp.training.batches import PlaceSampler, TaskOrder
-from gymexp.training.drawn_tasks import GROUPS_FILE, DrawnTasks, FixedTasks
+from gymexp.training.drawn_tasks import DrawnTasks, FixedTasks
 from gymexp.training.ranks import on_main_rank
-from gymexp.training.schedule import Schedule
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from gymexp.training.rollout_func import Rollouts
     from gymexp.training.trainer import PolicyTrainer
+
+
+_FILE = "groups.json"
 
 
 class QueuedTasks(FixedTasks):
@@ -59,16 +61,19 @@ class QueuedTasks(FixedTasks):
         """Whether groups are played during training."""
         return self._config.overlap.max_staleness > 0
 
-    def begin(self, trainer: PolicyTrainer, checkpoint: Path | None, schedule: Schedule) -> None:
+    def begin(self, trainer: PolicyTrainer, checkpoint: Path | None) -> None:
         if not trainer.accelerator.is_main_process:
             return
-        step = checkpoints.step_of(checkpoint) if checkpoint else 0
         overlap = self._config.overlap
-        lead = min(overlap.lead, overlap.max_staleness)
-        num_batches = schedule.num_batches(trainer.args.max_steps)
-        groups = GroupSchedule(self._batch_tasks, lead, overlap.max_staleness, overlap.order, num_batches)  # pyright: ignore[reportArgumentType]
-        first = schedule.offset + step * self._batch_tasks  # in a checkpoint of a run without a queue
-        groups.restore((checkpoint and _read(checkpoint)) or {"low": first, "above": []}, step)
+        groups = GroupSchedule(
+            self._batch_tasks,
+            min(overlap.lead, overlap.max_staleness),
+            overlap.max_staleness,
+            overlap.order,  # pyright: ignore[reportArgumentType]
+            num_batches=trainer.args.max_steps,
+        )
+        if checkpoint:
+            groups.restore(_read(checkpoint), checkpoints.step_of(checkpoint))
         self._num_generations = trainer.grpo.num_generations or 1
         self._distribution = Distribution(temperature=trainer.grpo.temperature)
         self._queue = GroupQueue(
@@ -109,7 +114,7 @@ class QueuedTasks(FixedTasks):
     def save(self, checkpoint: Path, trainer: PolicyTrainer) -> None:
         if self._queue is not None:
             state = self._queue.state(trainer.state.global_step)
-            (checkpoint / GROUPS_FILE).write_text(json.dumps(state))
+            (checkpoint / _FILE).write_text(json.dumps(state))
 
     def _play(self, serial: int, landed: Landed) -> None:
         """Begins to play a group. Its seeds are those that it has in a run without a queue."""
@@ -123,16 +128,14 @@ class QueuedTasks(FixedTasks):
         return self._tasks[self._order(serial)].key
 
 
-def _read(checkpoint: Path) -> dict[str, Any] | None:
-    """Returns the state in a checkpoint; None if its run had no queue."""
-    path = checkpoint / GROUPS_FILE
-    if not path.exists():
-        return None
+def _read(checkpoint: Path) -> dict[str, Any]:
+    """Returns the state of the queue in a checkpoint. Raises RunDirectoryError if it has none."""
+    path = checkpoint / _FILE
     try:
         state = json.loads(path.read_text())
         above = [[int(first), int(length)] for first, length in state["above"]]
         return {"low": int(state["low"]), "above": above}
-    except (KeyError, TypeError, ValueError) as error:
+    except (OSError, KeyError, TypeError, ValueError) as error:
         raise RunDirectoryError(
             f"{path} must have the groups that are done, as a run with overlap.max_staleness or "
             f"rollout.dynamic_sampling writes it: {type(error).__name__}: {error}"

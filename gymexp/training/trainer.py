@@ -225,7 +225,7 @@ class PolicyTrainer(GRPOTrainer):
             batches.resume_generation(self, checkpoint, first_step)
         if self.args.max_steps < 0:
             self.args.max_steps = self._schedule.num_steps(self.args.num_train_epochs)
-        self.batch_tasks.begin(self, checkpoint, self._schedule)
+        self.batch_tasks.begin(self, checkpoint)
         self._step_began = time.monotonic()
         self._seconds = dict.fromkeys(self._seconds, 0.0)
         try:

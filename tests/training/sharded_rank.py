@@ -11,6 +11,7 @@ import json
 import os
 import random
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,13 @@ import torch
 from safetensors.torch import save_file
 from transformers import TrainerCallback
 
-from gymexp.config.schema import EnvConfig, LoraConfig, ModelConfig, RunConfig
+from gymexp.config.schema import EnvConfig, LoraConfig, ModelConfig, OverlapConfig, RunConfig
 from gymexp.data.prepare import Prepared
 from gymexp.policy.model import load_model, load_tokenizer
 from gymexp.rollout.batch import Batch
-from gymexp.rollout.outcome import Task
-from gymexp.training import arguments, checkpoints
+from gymexp.rollout.group_queue import GroupQueue
+from gymexp.rollout.outcome import Failed, Task, task_of
+from gymexp.training import arguments, checkpoints, queued_tasks
 from gymexp.training.drift import Row, score
 from gymexp.training.trainer import PolicyTrainer
 
@@ -76,6 +78,18 @@ class MadeUp:
             ],
         }
 
+    def start(self, key: str, step: int, indices: range, distribution: Any, landed: Any) -> None:
+        """Lands a group of the queue at once, in another thread as the collector does."""
+        failed = Failed(Task(key, "e", "a", {}), "engine", "made up")
+        threading.Thread(target=lambda: landed([failed] * len(indices))).start()
+
+    def forget(self, num_rollouts: int) -> None:
+        """Nothing shows it."""
+
+    def take(self, queue: GroupQueue, step: int) -> list[str]:
+        queue.advance(step)
+        return [task_of(group[0]).key for group in queue.take(lambda: None).groups]
+
     def write_trained(self, batch: Any, trainer: Any) -> None:
         """Nothing keeps it."""
 
@@ -102,6 +116,7 @@ def main() -> None:
     model_config = ModelConfig("tiny", path, dtype=options.get("dtype", "float32"), lora=lora)
     config = RunConfig(model=model_config, env={"e": EnvConfig("c", "a")}, trainer=options["trainer"])
     config.checkpoint.keep_last = 1
+    config.overlap = OverlapConfig(**options.get("overlap", {}))
     config.dataset.sampling = options.get("sampling", "uniform")
     saved = directory / "checkpoints"
     args = arguments.build(config, saved)
@@ -110,7 +125,8 @@ def main() -> None:
     rollouts: Any = MadeUp()
     rollouts.by_difficulty = config.dataset.sampling == "difficulty"
     trainer = PolicyTrainer(config, args, model, tokenizer, prepared, rollouts, saved)
-    trainer.add_callback(StopAt(steps))
+    for callback in queued_tasks.around([StopAt(steps)], trainer):
+        trainer.add_callback(callback)
 
     def send() -> None:
         weights = {name: tensor.cpu().clone() for name, tensor in trainer.named_weights()}
