@@ -1,11 +1,13 @@
-"""Whole runs of the tiny policy with each `rollout.correction`."""
+"""Whole runs of the tiny policy with each `rollout.correction`, and in packs (`model.packing`)."""
 
 from __future__ import annotations
 
+import json
+import shutil
 import sys
 
 import pytest
-from whole_run import BATCH, UNEVALUATED
+from whole_run import BATCH, TINY, UNEVALUATED
 
 from gymexp.rollout.outcome import outcome_from_json
 from gymexp.rollout.rollout_files import read_train_index, read_trained
@@ -44,3 +46,23 @@ def test_a_run_measures_ratio_and_drift_at_every_step_and_records_the_trainers_v
         pairs = zip(trained["logprobs"], engine, mask, strict=True)
         assert max(abs(a - b) for a, b, flag in pairs if flag) < 1e-3
         assert (trained.get("weights") is None) == (correction != "decoupled")
+
+
+def test_a_run_trains_in_packs_on_what_the_same_model_sampled_beside(started):
+    """The hf engine has an attention of its own in the model that the trainer packs rows for."""
+    run = started(
+        "packed", "model.packing=tree", "trainer.max_steps=2", "trainer.warmup_steps=0", *UNEVALUATED
+    )
+    assert run.ended_cleanly() == 0, run.said
+    entries = [entry for entry in run.metrics() if "loss" in entry]
+    assert [entry["drift"] < 1e-5 for entry in entries] == [True, True]
+
+
+def test_a_model_that_cannot_be_packed_is_refused_before_the_run_starts(started, tmp_path):
+    copy = shutil.copytree(TINY, tmp_path / "tiny")
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.1}))
+    run = started("refused", "model.packing=varlen", f"model.path={copy}", *UNEVALUATED)
+    assert run.ended_cleanly() == 1
+    assert "model.packing must be none" in run.said and "attention_dropout of 0.1" in run.said
+    assert not run.directory.exists()

@@ -34,6 +34,7 @@ _TRAINING = "is of training, and an evaluation has none"
 _WITHOUT_EFFECT = {
     r"trainer(\.|$)": _TRAINING,
     r"model\.lora(\.|$)": "is of training: checkpoint=… takes a checkpoint of an adapter as it is",
+    r"model\.packing$": _TRAINING,
     r"engine\.(weights|colocate)$": _TRAINING,
     r"engine\.urls$": "is of training: say endpoint.url=…/v1 for a server that runs already",
     r"rollout\.(truncated|correction|dynamic_sampling|max_resampled|drift_every|max_drift)$": _TRAINING,

@@ -14,6 +14,7 @@ from gymexp.config.group_options import options
 from gymexp.config.grpo_arguments import value_of
 from gymexp.config.mix_rules import problems_of_mix, problems_of_replicas
 from gymexp.config.overlap_rules import problems_of_overlap
+from gymexp.config.packing import problems_of_packing
 from gymexp.config.redaction import secrets_at
 from gymexp.config.schema import (
     DataConfig,
@@ -106,6 +107,7 @@ def problems_of(config: RunConfig) -> Iterator[str]:
     yield from _engine_problems(config.engine)
     yield from _placement_problems(config)
     yield from _one_of("model.dtype", config.model.dtype, ("float32", "bfloat16", "float16"))
+    yield from problems_of_packing(config)
     yield from _at_least("model.max_model_len", config.model.max_model_len, 8)
     yield from _lora_problems(config.model.lora)
     yield from _launcher_problems(config.launcher)

@@ -39,6 +39,9 @@ class ModelConfig:
     dtype: str = "bfloat16"
     # how transformers computes attention: any implementation that supports training
     attn_implementation: str = "sdpa"
+    # how the trainer lays out the rollouts of a micro-batch. none: padded rows; varlen: one row without
+    # padding; tree: one row without padding, in which rollouts of the same prompt share its tokens
+    packing: str = "none"
     max_model_len: int = 4096  # limit on the tokens of a rollout: prompt and generations of all turns
     # variables of the chat template, e.g. {enable_thinking: false}
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)

@@ -37,7 +37,7 @@ def train(
     from gymexp.record.places import cache_dir
     from gymexp.report.held_out import read_held_out
     from gymexp.run import controller
-    from gymexp.training import arguments, checkpoints, schedule, sharding
+    from gymexp.training import arguments, checkpoints, packing_rules, schedule, sharding
     from gymexp.view.progress import View
     from gymexp.view.table import held_out_table
 
@@ -72,13 +72,14 @@ def train(
         view.say(schedule.describe(training_plan, len(prepared.train)))
         prepared.summary["training"] = training_plan
         config = dataclasses.replace(config, model=hub_snapshot.pin(config.model, view.say))
+        packing_rules.check(config.model, hub_snapshot.directory_of(config.model))
         tokenizer_check.check(config.model, prepared, cache_dir())
         prompt_lengths.check(config.model, prepared, cache_dir())
         run = RunDirectory.claim(directory)
         write_prepared(prepared, run.data)
         run.describe(config, overrides)
     else:
-        hub_snapshot.directory_of(config.model, view.say)
+        packing_rules.check(config.model, hub_snapshot.directory_of(config.model, view.say))
         run.go_on_with(config, overrides)
     with view:
         result = controller.run(config, run, python, site, placement, view, allocation, checkpoint)

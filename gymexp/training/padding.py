@@ -65,11 +65,15 @@ def trim(inputs: dict[str, Any]) -> dict[str, Any]:
 
 def group_by_length(batches: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Returns the same rows, sorted by their number of tokens, in as many micro-batches of the same sizes."""
+    lengths = torch.cat([b["prompt_mask"].sum(1) + b["completion_mask"].sum(1) for b in batches])
+    return regroup(batches, torch.argsort(lengths, stable=True))
+
+
+def regroup(batches: Sequence[dict[str, Any]], order: torch.Tensor) -> list[dict[str, Any]]:
+    """Returns the same rows in another order, in as many micro-batches of the same sizes."""
     if len(batches) < 2:
         return list(batches)
     rows = batches[0]["prompt_ids"].size(0)
-    lengths = torch.cat([b["prompt_mask"].sum(1) + b["completion_mask"].sum(1) for b in batches])
-    order = torch.argsort(lengths, stable=True)
     joined = {
         name: torch.cat([b[name] for b in batches])[order]
         for name, value in batches[0].items()
@@ -85,17 +89,19 @@ def score_by_length(
     attention_mask: torch.Tensor,
     num_completion: int,
     batch_size: int,
+    order: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Returns the scores of the last `num_completion` columns of every row, (B, num_completion). Columns that
     are padding in all rows of a part are 0.
 
     input_ids and attention_mask: (B, P + num_completion), prompts left-padded and completions right-padded.
     score: takes the ids and the mask of at most `batch_size` rows and the number of columns to score, and
-    returns the scores of these columns.
+    returns the scores of these columns. order (B): of the rows; None: by their number of tokens.
     """
     num_prompt = input_ids.size(1) - num_completion
     scores: torch.Tensor | None = None
-    for rows in torch.argsort(attention_mask.sum(1), stable=True).split(batch_size):
+    order = torch.argsort(attention_mask.sum(1), stable=True) if order is None else order
+    for rows in order.split(batch_size):
         mask = attention_mask[rows]
         prompt = max(1, int(mask[:, :num_prompt].sum(1).max()))
         completion = max(1, int(mask[:, num_prompt:].sum(1).max()))

@@ -27,10 +27,11 @@ from gymexp.policy.hub_snapshot import directory_of
 from gymexp.policy.model import end_token_ids, save_policy
 from gymexp.record.directory import RunDirectory
 from gymexp.rollout.outcome import Outcome
-from gymexp.training import batches, checkpoints, drift, old_logprobs, padding, queued_tasks
+from gymexp.training import batches, checkpoints, drift, old_logprobs, packing, padding, queued_tasks
 from gymexp.training.engine_client import ServerSampling
 from gymexp.training.ranks import know_cpu_ranks, on_main_rank
 from gymexp.training.rollout_func import Rollouts
+from gymexp.training.scoring import Scorer
 from gymexp.training.sharding import gather_head
 from gymexp.training.spans import Spans, StepSpans
 from gymexp.training.training_pass import TrainingPass
@@ -100,6 +101,12 @@ class PolicyTrainer(GRPOTrainer):
             self.model.register_forward_pre_hook(gather_head)  # pyright: ignore[reportOptionalMemberAccess]
         self.add_callback(StepSpans(self.spans))
         self.add_callback(batches.Epochs(lambda: self._schedule))
+        trl_score = super()._get_per_token_logps_and_entropies
+        self._scorer = Scorer(config.model.packing, trl_score, self.accelerator.autocast)
+        if config.model.packing != "none":
+            for one in (self.model, self.ref_model):
+                if one is not None:
+                    packing.prepare(one)
         if self._correction == "decoupled":
             self._stand_in_for_vllm()  # TRL corrects no other engine.
         self.remove_callback(PrinterCallback)  # The live view shows the numbers, and metrics.jsonl has them.
@@ -248,11 +255,13 @@ class PolicyTrainer(GRPOTrainer):
         if self._buffered_inputs is buffered or self._buffered_inputs is None:
             return inputs
         if padding.may_regroup(self.grpo, self.aux_loss_enabled):
-            self._buffered_inputs = padding.group_by_length(self._buffered_inputs)
+            is_tree = self._config.model.packing == "tree"
+            group = packing.group_by_prompt if is_tree else padding.group_by_length
+            self._buffered_inputs = group(self._buffered_inputs)
         elif self.importance_sampling_level == "sequence":
-            score = super()._get_per_token_logps_and_entropies
             self._buffered_inputs = [
-                old_logprobs.rescored(batch, score, self.model) for batch in self._buffered_inputs
+                old_logprobs.rescored(batch, self._scorer.in_one_pass, self.model)
+                for batch in self._buffered_inputs
             ]
         return self._buffered_inputs[self._step % len(self._buffered_inputs)]
 
@@ -262,27 +271,15 @@ class PolicyTrainer(GRPOTrainer):
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
         logits_to_keep: int,
-        batch_size: int | None = None,
-        compute_entropy: bool = False,
-        **options: Any,
+        **more: Any,
     ) -> Any:
-        trl_score = super()._get_per_token_logps_and_entropies
-        has_options = any(value is not None and value is not False for value in options.values())
         if self._skips_pass:  # TRL asks for the old log-probabilities before those of the reference.
             self._skips_pass = False
             return torch.zeros(input_ids.size(0), logits_to_keep, device=input_ids.device), None, None
-        if batch_size is None or compute_entropy or torch.is_grad_enabled() or has_options:
-            scored = trl_score(
-                model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, **options
-            )
+        scored = self._scorer(model, input_ids, attention_mask, logits_to_keep, **more)
+        if torch.is_grad_enabled():
             self._pass.logprobs = scored[0].detach()
-            return scored
-
-        def score(ids: torch.Tensor, mask: torch.Tensor, num_completion: int) -> torch.Tensor:
-            return trl_score(model, ids, mask, num_completion)[0]
-
-        scores = padding.score_by_length(score, input_ids, attention_mask, logits_to_keep, batch_size)
-        return scores, None, None
+        return scored
 
     def _compute_loss(self, model: Any, inputs: Any) -> torch.Tensor:
         part = old_logprobs.for_loss(padding.trim(inputs), self._correction)

@@ -54,8 +54,9 @@ class MadeUp:
         self.played.append(prompts)
         draw = random.Random(f"{trainer.state.global_step} {trainer.accelerator.process_index}")
         rows = range(len(prompts))
+        prompt = [draw.randrange(5, 500) for _ in range(draw.randrange(2, 9))]  # these are one group
         batch = Batch(
-            prompt_ids=[[draw.randrange(5, 500) for _ in range(draw.randrange(2, 9))] for _ in rows],
+            prompt_ids=[prompt for _ in rows],
             completion_ids=[[draw.randrange(5, 500) for _ in range(draw.randrange(2, 9))] for _ in rows],
             logprobs=[],
             env_mask=[],
@@ -113,7 +114,8 @@ def main() -> None:
         deepspeed.init_distributed("gloo", auto_mpi_discovery=False)  # accelerate's work where there are GPUs
     lora = LoraConfig(r=options.get("lora"))
     path = options.get("path", "gymexp/assets/tiny")
-    model_config = ModelConfig("tiny", path, dtype=options.get("dtype", "float32"), lora=lora)
+    dtype, packing = options.get("dtype", "float32"), options.get("packing", "none")
+    model_config = ModelConfig("tiny", path, dtype=dtype, lora=lora, packing=packing)
     config = RunConfig(model=model_config, env={"e": EnvConfig("c", "a")}, trainer=options["trainer"])
     config.checkpoint.keep_last = 1
     config.overlap = OverlapConfig(**options.get("overlap", {}))

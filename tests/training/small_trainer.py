@@ -113,9 +113,10 @@ def config_of(
     revision: str | None = None,
     lora: Any = None,
     correction: str = "auto",
+    packing: str = "none",
     **trainer: Any,
 ) -> RunConfig:
-    model = ModelConfig("small", str(policy), revision, dtype, lora=lora or LoraConfig())
+    model = ModelConfig("small", str(policy), revision, dtype, lora=lora or LoraConfig(), packing=packing)
     rollout = RolloutConfig(correction=correction)
     return RunConfig(model=model, env={"e": EnvConfig("c", "a")}, trainer=DEFAULTS | trainer, rollout=rollout)
 

@@ -87,6 +87,17 @@ def test_shards_train_go_on_from_a_checkpoint_and_end_as_a_whole_policy_does(
     assert said == json.loads((expected / "model" / "config.json").read_text())
 
 
+@pytest.mark.ranks
+@pytest.mark.parametrize(
+    "trainer",
+    [{}, {"fsdp": True}, pytest.param(ZERO_3, marks=with_deepspeed)],
+    ids=["whole", "fsdp", "zero3"],
+)
+def test_packed_rows_train_as_padded_ones_do_on_several_ranks(tmp_path, whole, trainer):
+    train(tmp_path, 2, trainer, packing="tree")
+    assert differ(tmp_path / "sent-2.safetensors", whole({}) / "sent-2.safetensors") < 1e-4
+
+
 def becomes_the_final_model(run: Path, lora: int | None, path: str, dtype: str = "float32") -> None:
     """The shards of the last checkpoint make the very files that the ranks wrote together at the end."""
     data = DataConfig("jsonl", train_file="t", validation_file="v")
