@@ -189,11 +189,11 @@ def fake_gateway() -> Iterator[str]:
     """Serves the gateway's routes that an update uses, and yields the URL. No replica is held back."""
 
     async def stats(_: web.Request) -> web.Response:
-        return web.json_response({"on_hold": []})
+        return web.json_response({"on_hold": [], "in_flight": {}})
 
     loop = asyncio.new_event_loop()
     app = web.Application()
-    app.add_routes([web.get("/stats", stats), web.post("/engine", stats)])
+    app.add_routes([web.get("/stats", stats), web.post("/engine", stats), web.post("/drain", stats)])
     runner = web.AppRunner(app)
     sock = ports.listen()
     loop.run_until_complete(runner.setup())

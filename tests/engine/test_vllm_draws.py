@@ -1,11 +1,14 @@
-"""The real vLLM draws each turn, rollout and attempt anew, through the gateway."""
+"""The real vLLM draws each turn, rollout, attempt and piece anew, through the gateway. Over updates of its
+weights, each token is of the weights that the gateway says."""
 
 from __future__ import annotations
 
 import asyncio
 import os
+import re
 import subprocess
 import threading
+import urllib.request
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -14,13 +17,14 @@ import pytest
 from conversing import TOKENIZER, build_model, converse
 from repeats import Repeats, repeats_beyond_chance
 from scripted_engine import gateway
+from updated_policy import check, repeats_of_pieces, sample_over_updates, versions_of
 from vllm_cpu import vllm_here
 
 from gymexp.config.schema import EngineConfig, ModelConfig
 from gymexp.engine import vllm
 from gymexp.engine.replicas import Replicas
 from gymexp.processes import ports
-from gymexp.processes.access_keys import ENGINE
+from gymexp.processes.access_keys import ENGINE, header
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 NUM = 48
@@ -96,3 +100,25 @@ def test_a_seed_that_turns_share_would_show(model, served, monkeypatch):
 def test_the_same_seed_draws_the_same_tokens(served):
     ids = [[message["generation_token_ids"] for message in rollout] for rollout in sample(served, [5, 5, 6])]
     assert ids[0] == ids[1] != ids[2]
+
+
+def count_tokens(url: str) -> int:
+    request = urllib.request.Request(f"{url}/metrics", headers=header("the engine's"))
+    with urllib.request.urlopen(request, timeout=30) as response:
+        found = re.findall(r"^vllm:generation_tokens_total.* (\S+)$", response.read().decode(), re.MULTILINE)
+    return int(sum(map(float, found)))
+
+
+def test_over_updates_each_token_is_of_the_weights_that_the_gateway_says(model, served, tmp_path):
+    models = versions_of(model, 3)
+    turns = sample_over_updates(served, models, tmp_path, lambda: count_tokens(served), 440, on_cpu=True)
+    check(models, turns, 1e-3)
+    repeats = repeats_of_pieces(models, turns)
+    assert repeats.variance > 5 and abs(repeats.z) < 4, repeats
+
+
+def test_a_seed_that_pieces_share_would_show(model, served, tmp_path, monkeypatch):
+    monkeypatch.setattr("gymexp.gateway.pieces.piece_seed", lambda seed, num_done: seed)
+    models = versions_of(model, 3)
+    turns = sample_over_updates(served, models, tmp_path, lambda: count_tokens(served), 440, on_cpu=True)
+    assert repeats_of_pieces(models, turns).z > 10

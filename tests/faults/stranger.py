@@ -18,8 +18,8 @@ PATHS = {
     "GET": "/ /health /v1/models /stats /watch /node /metrics /docs /openapi.json /server_info /nothing "
     "/global_config_dict_yaml /is_sleeping /get_world_size /version /ping",
     "POST": "/v1/chat/completions /v1/completions /v1/responses /inference/v1/generate /tokenize /attempts "
-    "/engine /restart/trainer /restart/gateway /progress /alive/trainer /run /verify /seed_session /pause "
-    "/resume /sleep /wake_up /collective_rpc /update_weights /reset_prefix_cache /start_weight_update",
+    "/engine /drain /restart/trainer /restart/gateway /progress /alive/trainer /run /verify /seed_session "
+    "/pause /resume /sleep /wake_up /collective_rpc /update_weights /reset_prefix_cache /start_weight_update",
     "OPTIONS": "/v1/chat/completions /collective_rpc",
     "HEAD": "/health",
 }
