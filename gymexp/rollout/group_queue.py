@@ -148,17 +148,23 @@ class GroupQueue:
 
     def _land(self, serial: int, result: list[Outcome] | BaseException) -> None:
         with self._changed:
-            if isinstance(result, BaseException):
-                self._error = self._error or result
-            else:
-                is_kept = not self._rollout.dynamic_sampling or rewards_differ(result)
-                self._schedule.landed(serial, is_kept)
-                if is_kept:
-                    self._landed[serial] = result
-                else:
-                    self._leave_out(result)
-                self._start()
+            try:
+                self._take_in(serial, result)
+            except Exception as error:  # nobody sees it in the collector's thread, so `take` raises it
+                self._error = self._error or error
             self._changed.notify_all()
+
+    def _take_in(self, serial: int, result: list[Outcome] | BaseException) -> None:
+        if isinstance(result, BaseException):
+            self._error = self._error or result
+            return
+        is_kept = not self._rollout.dynamic_sampling or rewards_differ(result)
+        self._schedule.landed(serial, is_kept)
+        if is_kept:
+            self._landed[serial] = result
+        else:
+            self._leave_out(result)
+        self._start()
 
     def _leave_out(self, group: Group) -> None:
         self._left_out.append(group)

@@ -169,6 +169,8 @@ class Rollouts:
         try:
             with self._engine.sampling(step):
                 queue.advance(step)
+                if self._config.overlap.max_staleness:
+                    self._engine.tend()  # for an engine that is back, also where nothing has to be waited for
                 batch = queue.take(self._engine.tend)
         except RolloutError:
             self._write_left_out(step, queue.left_out)

@@ -252,6 +252,7 @@ def test_in_exact_order_later_batches_are_played_ahead_and_train_the_tasks_that_
     assert max(ages) == 2 and ages[: BATCH * GENERATIONS] == [0] * 6
     # Each step's last groups are started as soon as the engine has the weights before it.
     assert [version for _, version in ahead.players.started] == [0] * 9 + [1] * 3 + [2] * 3 + [3] * 3
+    assert ahead.engine.num_tended >= STEPS, "also where the batch has landed already"
     assert ahead.players.num_in_flight == 0, "nothing is played beyond the last step"
     assert ahead.players.num_forgotten == STEPS * BATCH * GENERATIONS
     assert [entry["queue/filtered"] for entry in ahead.logs] == [0] * STEPS
@@ -359,6 +360,13 @@ def test_an_error_in_the_collectors_thread_is_raised_at_the_next_batch(policy, t
     with pytest.raises(ServiceError, match="the gateway did not say"):
         run.trainer.train_from(None)
     assert run.trainer.state.global_step < STEPS
+
+
+def test_a_fault_of_the_queue_in_the_collectors_thread_is_raised_as_well(policy, tmp_path):
+    run = Training(policy, tmp_path, rollout={"dynamic_sampling": True})
+    run.players.collect = lambda *_: [object()]  # type: ignore[method-assign,assignment,return-value]
+    with pytest.raises(AttributeError, match="has no attribute 'rollout'"):
+        run.trainer.train_from(None)
 
 
 def test_a_rollout_beyond_the_bound_ends_the_run(policy, tmp_path):
