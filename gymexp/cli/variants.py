@@ -13,6 +13,7 @@ from typing import Any
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.default_element import ResultDefault
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import MissingConfigException
 from omegaconf import OmegaConf
 
 from gymexp.cli.catalogue_source import explain_unknown
@@ -35,6 +36,11 @@ def register() -> None:
         before, _overrides = _overrides, list(overrides)
         try:
             return load(self, config_name, overrides, *a, **k)
+        except MissingConfigException as error:
+            group, _, name = (error.missing_cfg_file or "").partition("/")
+            if group == "env" and (like := _named_in(overrides).get(name)):
+                raise ConfigError(_listed(name, like)) from None
+            raise
         finally:
             _overrides = before
 
@@ -116,6 +122,13 @@ def _bases(
     if name in _named_in(_overrides) and any(default.config_path == own for default in defaults):
         raise ConfigError(_chosen(name, chain[1]))
     return bases
+
+
+def _listed(name: str, like: str) -> str:
+    return (
+        f"env=[…,{name}] must leave {name} out: env.{name}.like={like} plays it beside those of the list. A "
+        f"sweep that plays it in some jobs needs a file env/{name}.yaml in --config-dir, with like: {like}"
+    )
 
 
 def _chosen(name: str, like: str) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import MissingConfigException
 from hydra.types import RunMode
 from test_catalogue_source import CATALOGUE
 
@@ -92,6 +93,16 @@ def test_files_of_the_users_name_variants_and_one_may_be_like_another(own):
     [
         (["env.a.like=sudok"], r"env\.a\.like=sudok: env=sudok is not known; did you mean env=sudoku"),
         (["env.a.like=a"], r"env\.a\.like=a must name another environment: a is like a$"),
+        (
+            ["env=[sudoku,small]", "env.small.like=sudoku"],
+            r"^env=\[…,small\] must leave small out: env\.small\.like=sudoku plays it beside those of the "
+            r"list\. A sweep .* needs a file env/small\.yaml in --config-dir, with like: sudoku$",
+        ),
+        (
+            ["env=small", "+env.small={like: go}"],
+            r"^env=\[…,small\] must leave small out: env\.small\.like=go",
+        ),
+        (["env=[smal]", "env.small.like=go"], r"Could not load 'env/smal'"),
         (["env.sudoku.like=go"], r"env\.sudoku\.like=go must be of a name that env=\[…\] leaves out"),
         (
             ["env.a.like=b", "env.b.like=go"],
@@ -100,8 +111,28 @@ def test_files_of_the_users_name_variants_and_one_may_be_like_another(own):
     ],
 )
 def test_a_name_that_cannot_be_followed_is_answered(overrides, said):
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises((ConfigError, MissingConfigException), match=said):
         composed(*overrides)
+
+
+def test_a_sweep_over_a_list_that_names_a_variant_is_answered():
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        loader = GlobalHydra.instance().config_loader()
+        asked = ["env=[sudoku],[sudoku,small]", "env.small.like=sudoku"]
+        master = loader.load_configuration("train", asked, RunMode.MULTIRUN)
+        with pytest.raises(ConfigError, match=r"^env=\[…,small\] must leave small out: "):
+            load_job(loader, master, "env=[sudoku,small]", "env.small.like=sudoku")
+
+
+def test_a_sweep_plays_a_variant_of_a_file_in_some_jobs(own, tmp_path):
+    path = own(env__small="# @package env.small\nlike: sudoku\nweight: 2\n")
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        loader = GlobalHydra.instance().config_loader()
+        asked = [path, "env=[sudoku],[sudoku,small]"]
+        master = loader.load_configuration("train", asked, RunMode.MULTIRUN)
+        jobs = [load_job(loader, master, path, f"env=[{names}]") for names in ("sudoku", "sudoku,small")]
+    assert [set(job.env) for job in jobs] == [{"sudoku"}, {"sudoku", "small"}]
+    assert jobs[1].env["small"].config_path == jobs[1].env["sudoku"].config_path
 
 
 def test_a_circle_of_files_and_a_defaults_list_are_named(own):
