@@ -17,7 +17,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.nn import functional
@@ -26,9 +26,6 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from gymexp.training.padding import regroup
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 _ATTENTION = "gymexp_packed"
 
@@ -84,8 +81,8 @@ class Pack:
     columns: torch.Tensor
 
 
-def prepare(model: PreTrainedModel) -> None:
-    """Lets a model attend in packs. Rows with padding are computed as before."""
+def prepare(model: Any) -> None:
+    """Lets a transformers model attend in packs. Rows with padding are computed as before."""
     AttentionInterface.register(_ATTENTION, _attend)
     AttentionMaskInterface.register(_ATTENTION, sdpa_mask)
     model.config.get_text_config()._attn_implementation = _ATTENTION

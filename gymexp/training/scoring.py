@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -15,10 +14,9 @@ from gymexp.training import packing, padding
 class Scorer:
     """Stands for TRL's `_get_per_token_logps_and_entropies`, whose arguments and results it has."""
 
-    def __init__(
-        self, packs: str, trl_score: Callable[..., Any], autocast: Callable[[], AbstractContextManager[None]]
-    ) -> None:
-        """packs: `model.packing`. trl_score: TRL's own method. autocast: of the accelerator."""
+    def __init__(self, packs: str, trl_score: Callable[..., Any], autocast: Callable[..., Any]) -> None:
+        """packs: `model.packing`. trl_score: TRL's own method. autocast: returns the
+        context in which a pass computes."""
         self._packs = packs
         self._trl_score = trl_score
         self._autocast = autocast

@@ -292,7 +292,7 @@ class PolicyTrainer(GRPOTrainer):
         with self.spans.phase("rollout", self.state.global_step + 1):
             inputs = self.batch_tasks.fill(inputs, self)
         with self.spans.phase("logprobs", self.state.global_step + 1):
-            self._skips_pass = is_skipped = old_logprobs.is_pass_unused(self.args, self._correction)
+            self._skips_pass = is_skipped = old_logprobs.is_pass_unused(self.grpo, self._correction)
             output = super()._generate_and_score_completions(inputs)
             if is_skipped:
                 del output["old_per_token_logps"]
