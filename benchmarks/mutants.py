@@ -49,6 +49,7 @@ MODULES = {  # the tests of each module, slow ones last, as the first failure en
     "rollout/batch": "rollout/test_batch.py",
     "rollout/collect": "rollout/test_collect.py",
     "rollout/play": "rollout/test_play.py rollout/test_collect.py",
+    "rollout/group_queue": "rollout/test_group_queue.py",
     "rollout/group_schedule": "rollout/test_group_schedule.py",
     "sweep/watch": "sweep/test_watch.py",
     "sweep/job": "sweep/test_job.py sweep/test_job_lead.py",
