@@ -22,8 +22,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from gymexp.coldstart.tiny import Shape
 from gymexp.config import load as loading
-from gymexp.config import rules
 from gymexp.config.schema import EnvConfig, GymConfig, ModelConfig
+from gymexp.config.value_rules import not_finite
 from gymexp.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ def load(cfg: DictConfig) -> ColdstartConfig:
     problems += [f"shape.{key} must be >= 1, got {value}" for key, value in sizes.items() if value < 1]
     if config.shape != Shape() and not config.from_scratch:
         problems.append("shape.* needs from_scratch=true: an existing model has its own shape")
-    problems += rules.not_finite("sft", dataclasses.asdict(config.sft))
+    problems += not_finite("sft", dataclasses.asdict(config.sft))
     if not 0 <= config.sft.seed < 2**32:
         problems.append(f"sft.seed must be between 0 and 2**32 - 1, got {config.sft.seed}")
     if config.sft.learning_rate <= 0:

@@ -8,6 +8,7 @@ from typing import Any
 
 from gymexp.config.grpo_arguments import value_of
 from gymexp.config.schema import RunConfig
+from gymexp.config.value_rules import one_of
 
 CORRECTIONS = ("auto", "behavior", "decoupled", "none")
 _OF_TRL = "vllm_importance_sampling_"  # the arguments of TRL's correction begin with this
@@ -31,9 +32,10 @@ def correction_of(config: RunConfig) -> str:
 
 
 def problems_of_correction(config: RunConfig) -> Iterator[str]:
-    """Yields a problem for each argument of TRL's correction that `rollout.correction` does without."""
+    """Yields a problem if the value is unknown, and for each argument of TRL's that it does without."""
     correction = config.rollout.correction
-    if correction in ("auto", "decoupled"):
+    yield from one_of("rollout.correction", correction, CORRECTIONS)
+    if correction not in ("behavior", "none"):
         return
     for name, value in _given(config).items():
         yield (

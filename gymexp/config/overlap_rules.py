@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from gymexp.config.schema import OverlapConfig, RolloutConfig, RunConfig
-from gymexp.config.suggestions import nearest
+from gymexp.config.value_rules import one_of
 
 ORDERS = ("finished", "exact")
 UPDATES = ("abort", "wait")
@@ -37,9 +37,7 @@ def problems_of_overlap(config: RunConfig) -> Iterator[str]:
 
 def _problems_of_keys(overlap: OverlapConfig) -> Iterator[str]:
     for key, allowed in (("order", ORDERS), ("update", UPDATES)):
-        if (value := getattr(overlap, key)) not in allowed:
-            near = nearest(str(value), allowed)
-            yield f"overlap.{key} must be one of {', '.join(allowed)}, got {value!r}{near}"
+        yield from one_of(f"overlap.{key}", getattr(overlap, key), allowed)
     if overlap.lead < 1:
         yield f"overlap.lead must be >= 1, got {overlap.lead}"
     elif overlap.lead > overlap.max_staleness:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from gymexp.config.schema import RunConfig
+from gymexp.config.value_rules import one_of
 
 PACKINGS = ("none", "varlen", "tree")
 
@@ -12,8 +13,7 @@ PACKINGS = ("none", "varlen", "tree")
 def problems_of_packing(config: RunConfig) -> Iterator[str]:
     """Yields a problem for each key that does not go together with `model.packing`."""
     model = config.model
-    if model.packing not in PACKINGS:
-        yield f"model.packing must be one of {', '.join(PACKINGS)}, got {model.packing!r}"
+    yield from one_of("model.packing", model.packing, PACKINGS)
     if model.packing == "none":
         return
     with_packs = f"with model.packing={model.packing}"

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 from collections.abc import Iterator
 from typing import Any
 
-from gymexp.config.correction import CORRECTIONS, problems_of_correction
+from gymexp.config.correction import problems_of_correction
 from gymexp.config.env_rules import problems_of_environment
 from gymexp.config.group_options import options
 from gymexp.config.grpo_arguments import value_of
@@ -27,36 +26,7 @@ from gymexp.config.schema import (
     TrackerConfig,
 )
 from gymexp.config.search_space import problems_of_space
-from gymexp.config.suggestions import nearest
-
-
-def _one_of(key: str, value: Any, allowed: tuple[str | None, ...]) -> Iterator[str]:
-    if value not in allowed:
-        names = [name for name in allowed if name is not None]
-        near = nearest(str(value), names)
-        yield f"{key} must be one of {', '.join(names)}, got {value!r}{near}"
-
-
-def _at_least(key: str, value: float | None, least: float) -> Iterator[str]:
-    if value is not None and not value >= least:
-        yield f"{key} must be >= {least:g}, got {value!r}"
-
-
-def _positive(key: str, value: float | None) -> Iterator[str]:
-    if value is not None and not value > 0:
-        yield f"{key} must be > 0, got {value!r}"
-
-
-def not_finite(at: str, value: Any) -> Iterator[str]:
-    """Yields a problem for each key at or below `at` whose number is nan or infinite; no key allows these."""
-    if isinstance(value, float) and not math.isfinite(value):
-        yield f"{at} must be a finite number, got {value!r}"
-    elif isinstance(value, dict):
-        for name, inner in value.items():
-            yield from not_finite(f"{at}.{name}" if at else str(name), inner)
-    elif isinstance(value, list):
-        for index, inner in enumerate(value):
-            yield from not_finite(f"{at}[{index}]", inner)
+from gymexp.config.value_rules import at_least, not_finite, one_of, positive
 
 
 def problems_of(config: RunConfig) -> Iterator[str]:
@@ -82,10 +52,10 @@ def problems_of(config: RunConfig) -> Iterator[str]:
             yield f"{at}.weight must be a number >= 0, got {env.weight!r}"
         yield from problems_of_replicas(at, env.replicas, config.gym.runtime)
         for key in ("max_concurrency", "max_output_tokens"):
-            yield from _at_least(f"{at}.{key}", getattr(env, key), 1)
-        yield from _at_least(f"{at}.max_steps", env.max_steps, 1)
-        yield from _positive(f"{at}.timeout_s", env.timeout_s)
-        yield from _positive(f"{at}.memory_budget_mb", env.memory_budget_mb)
+            yield from at_least(f"{at}.{key}", getattr(env, key), 1)
+        yield from at_least(f"{at}.max_steps", env.max_steps, 1)
+        yield from positive(f"{at}.timeout_s", env.timeout_s)
+        yield from positive(f"{at}.memory_budget_mb", env.memory_budget_mb)
         if abs(env.refused_reward) > 1e16:
             yield f"{at}.refused_reward must be within ±1e16, as every reward, got {env.refused_reward!r}"
         if env.refused_reward and config.gym.runtime != "managed":
@@ -99,16 +69,16 @@ def problems_of(config: RunConfig) -> Iterator[str]:
         yield "env.<name>.weight must be > 0 for at least one environment, got 0 for all: " + ", ".join(
             config.env
         )
-    yield from _one_of("dataset.order", config.dataset.order, ("interleave", "shuffle"))
+    yield from one_of("dataset.order", config.dataset.order, ("interleave", "shuffle"))
     yield from problems_of_mix(config)
     yield from problems_of_overlap(config)
-    yield from _at_least("dataset.train_size", config.dataset.train_size, 1)
-    yield from _at_least("dataset.validation_size", config.dataset.validation_size, 1)
+    yield from at_least("dataset.train_size", config.dataset.train_size, 1)
+    yield from at_least("dataset.validation_size", config.dataset.validation_size, 1)
     yield from _engine_problems(config.engine)
     yield from _placement_problems(config)
-    yield from _one_of("model.dtype", config.model.dtype, ("float32", "bfloat16", "float16"))
+    yield from one_of("model.dtype", config.model.dtype, ("float32", "bfloat16", "float16"))
     yield from problems_of_packing(config)
-    yield from _at_least("model.max_model_len", config.model.max_model_len, 8)
+    yield from at_least("model.max_model_len", config.model.max_model_len, 8)
     yield from _lora_problems(config.model.lora)
     yield from _launcher_problems(config.launcher)
     if config.model.lora.r is not None and config.trainer.get("sync_ref_model"):
@@ -118,16 +88,15 @@ def problems_of(config: RunConfig) -> Iterator[str]:
         )
     yield from _sharding_problems(config.trainer)
     yield from _gym_problems(config.gym)
-    yield from _at_least("rollout.max_retries", config.rollout.max_retries, 0)
+    yield from at_least("rollout.max_retries", config.rollout.max_retries, 0)
     if not 0 <= config.rollout.max_failed_share <= 1:
         yield f"rollout.max_failed_share must be between 0 and 1, got {config.rollout.max_failed_share!r}"
-    yield from _one_of("rollout.truncated", config.rollout.truncated, ("scored", "masked"))
-    yield from _one_of("rollout.correction", config.rollout.correction, CORRECTIONS)
+    yield from one_of("rollout.truncated", config.rollout.truncated, ("scored", "masked"))
     yield from problems_of_correction(config)
-    yield from _at_least("rollout.drift_every", config.rollout.drift_every, 1)
-    yield from _positive("rollout.max_drift", config.rollout.max_drift)
-    yield from _at_least("evaluation.every_steps", config.evaluation.every_steps, 0)
-    yield from _at_least("evaluation.num_tasks", config.evaluation.num_tasks, 1)
+    yield from at_least("rollout.drift_every", config.rollout.drift_every, 1)
+    yield from positive("rollout.max_drift", config.rollout.max_drift)
+    yield from at_least("evaluation.every_steps", config.evaluation.every_steps, 0)
+    yield from at_least("evaluation.num_tasks", config.evaluation.num_tasks, 1)
     yield from _distribution_problems(config.evaluation)
     yield from _checkpoint_problems(config)
     yield from _search_problems(config)
@@ -135,7 +104,7 @@ def problems_of(config: RunConfig) -> Iterator[str]:
 
 
 def _gym_problems(gym: GymConfig) -> Iterator[str]:
-    yield from _one_of("gym.runtime", gym.runtime, ("managed", "cli", "attach"))
+    yield from one_of("gym.runtime", gym.runtime, ("managed", "cli", "attach"))
     if gym.runtime == "cli" and not gym.checkout:
         yield "gym.checkout must name your NeMo Gym checkout when gym.runtime=cli, got None"
     if gym.runtime == "attach" and gym.policy_port is None:
@@ -143,16 +112,16 @@ def _gym_problems(gym: GymConfig) -> Iterator[str]:
             "gym.policy_port must be the port of the running servers' policy_base_url "
             "when gym.runtime=attach, got None"
         )
-    yield from _at_least("gym.model_servers", gym.model_servers, 1)
+    yield from at_least("gym.model_servers", gym.model_servers, 1)
     for key in ("start_timeout_s", "health_interval_s", "health_timeout_s"):
-        yield from _positive(f"gym.{key}", getattr(gym, key))
-    yield from _at_least("gym.max_restarts", gym.max_restarts, 0)
+        yield from positive(f"gym.{key}", getattr(gym, key))
+    yield from at_least("gym.max_restarts", gym.max_restarts, 0)
 
 
 def _tracker_problems(tracker: TrackerConfig) -> Iterator[str]:
     trackers = ("none", "wandb", "trackio", "mlflow", "tensorboard")
-    yield from _one_of("tracker.kind", tracker.kind, trackers)
-    yield from _one_of("tracker.mode", tracker.mode, (None, "online", "offline", "disabled"))
+    yield from one_of("tracker.kind", tracker.kind, trackers)
+    yield from one_of("tracker.mode", tracker.mode, (None, "online", "offline", "disabled"))
     if not 0 <= tracker.rollouts <= 200:
         yield (
             f"tracker.rollouts must be between 0 and 200, got {tracker.rollouts}: trackers are slow "
@@ -187,10 +156,10 @@ def _distribution_problems(evaluation: EvaluationConfig) -> Iterator[str]:
         )
     if not 0 < evaluation.top_p <= 1:
         yield f"evaluation.top_p must be > 0 and <= 1, got {evaluation.top_p!r}"
-    yield from _at_least("evaluation.top_k", evaluation.top_k, 0)
+    yield from at_least("evaluation.top_k", evaluation.top_k, 0)
     if not 0 <= evaluation.min_p <= 1:
         yield f"evaluation.min_p must be between 0 and 1, got {evaluation.min_p!r}"
-    yield from _positive("evaluation.repetition_penalty", evaluation.repetition_penalty)
+    yield from positive("evaluation.repetition_penalty", evaluation.repetition_penalty)
     if temperature == 0:
         for key, neutral in (("top_p", 1.0), ("top_k", 0), ("min_p", 0.0)):
             if (value := getattr(evaluation, key)) != neutral:
@@ -203,7 +172,7 @@ def _distribution_problems(evaluation: EvaluationConfig) -> Iterator[str]:
 def _placement_problems(config: RunConfig) -> Iterator[str]:
     placement, engine = config.placement, config.engine
     for key in ("rollout_gpus", "train_gpus", "rollout_nodes", "train_nodes"):
-        yield from _at_least(f"placement.{key}", getattr(placement, key), 1)
+        yield from at_least(f"placement.{key}", getattr(placement, key), 1)
     if placement.rollout_nodes is None:
         if placement.train_nodes > 1:
             yield (
@@ -239,17 +208,17 @@ def _launcher_problems(launcher: LauncherConfig) -> Iterator[str]:
         )
     if launcher.mem is not None and not re.fullmatch(r"\d+[KMGT]?", launcher.mem):
         yield f"launcher.mem must be a number with K, M, G or T, as in 200G, got {launcher.mem!r}"
-    yield from _at_least("launcher.signal_s", launcher.signal_s, 1)
-    yield from _at_least("launcher.gpus", launcher.gpus, 0)
-    yield from _at_least("launcher.cpus", launcher.cpus, 1)
-    yield from _at_least("launcher.array_parallelism", launcher.array_parallelism, 1)
+    yield from at_least("launcher.signal_s", launcher.signal_s, 1)
+    yield from at_least("launcher.gpus", launcher.gpus, 0)
+    yield from at_least("launcher.cpus", launcher.cpus, 1)
+    yield from at_least("launcher.array_parallelism", launcher.array_parallelism, 1)
 
 
 def _checkpoint_problems(config: RunConfig) -> Iterator[str]:
     checkpoint = config.checkpoint
-    yield from _at_least("checkpoint.keep_last", checkpoint.keep_last, 1)
-    yield from _at_least("checkpoint.keep_best", checkpoint.keep_best, 0)
-    yield from _at_least("checkpoint.keep_every", checkpoint.keep_every, 1)
+    yield from at_least("checkpoint.keep_last", checkpoint.keep_last, 1)
+    yield from at_least("checkpoint.keep_best", checkpoint.keep_best, 0)
+    yield from at_least("checkpoint.keep_every", checkpoint.keep_every, 1)
     for key in ("keep_best", "keep_every"):
         if getattr(checkpoint, key) and checkpoint.keep_last is None:
             yield f"checkpoint.keep_last must be set with checkpoint.{key}, got None, which keeps all"
@@ -268,10 +237,10 @@ def _checkpoint_problems(config: RunConfig) -> Iterator[str]:
 
 def _search_problems(config: RunConfig) -> Iterator[str]:
     search = config.search
-    yield from _at_least("search.num_trials", search.num_trials, 0)
-    yield from _one_of("search.direction", search.direction, ("maximize", "minimize"))
-    yield from _at_least("search.startup_trials", search.startup_trials, 1)
-    yield from _at_least("search.warmup_steps", search.warmup_steps, 0)
+    yield from at_least("search.num_trials", search.num_trials, 0)
+    yield from one_of("search.direction", search.direction, ("maximize", "minimize"))
+    yield from at_least("search.startup_trials", search.startup_trials, 1)
+    yield from at_least("search.warmup_steps", search.warmup_steps, 0)
     yield from problems_of_space(search.params)
     if search.num_trials and search.trial is None:
         yield (
@@ -295,8 +264,8 @@ def _search_problems(config: RunConfig) -> Iterator[str]:
 def _lora_problems(lora: LoraConfig) -> Iterator[str]:
     if lora.r is None and lora != LoraConfig():
         yield "model.lora.r must be the adapter's rank where other keys of model.lora are set, got None"
-    yield from _at_least("model.lora.r", lora.r, 1)
-    yield from _at_least("model.lora.lora_alpha", lora.lora_alpha, 1)
+    yield from at_least("model.lora.r", lora.r, 1)
+    yield from at_least("model.lora.lora_alpha", lora.lora_alpha, 1)
     if not 0 <= lora.lora_dropout < 1:
         yield f"model.lora.lora_dropout must be >= 0 and below 1, got {lora.lora_dropout!r}"
     if not _may_name_modules(lora.target_modules):
@@ -355,11 +324,11 @@ _VLLM_OWNED = {
 
 
 def _engine_problems(engine: EngineConfig) -> Iterator[str]:
-    yield from _one_of("engine.kind", engine.kind, ("auto", "hf", "vllm"))
-    yield from _one_of("engine.weights", engine.weights, ("auto", "nccl", "ipc", "disk"))
-    yield from _at_least("engine.max_batch_size", engine.max_batch_size, 1)
-    yield from _at_least("engine.tensor_parallel_size", engine.tensor_parallel_size, 1)
-    yield from _positive("engine.start_timeout_s", engine.start_timeout_s)
+    yield from one_of("engine.kind", engine.kind, ("auto", "hf", "vllm"))
+    yield from one_of("engine.weights", engine.weights, ("auto", "nccl", "ipc", "disk"))
+    yield from at_least("engine.max_batch_size", engine.max_batch_size, 1)
+    yield from at_least("engine.tensor_parallel_size", engine.tensor_parallel_size, 1)
+    yield from positive("engine.start_timeout_s", engine.start_timeout_s)
     for name in engine.args:
         plain = str(name).lstrip("-").replace("-", "_")
         if plain in _VLLM_OWNED:
@@ -399,4 +368,4 @@ def _data_problems(at: str, data: DataConfig) -> Iterator[str]:
         if value is not None and value < 1:
             yield f"{at}.{key} must be >= 1, got {value!r}"
     for key in ("train_seed", "validation_seed"):  # Python's Random draws the same for seed and -seed
-        yield from _at_least(f"{at}.{key}", getattr(data, key), 0)
+        yield from at_least(f"{at}.{key}", getattr(data, key), 0)
