@@ -42,11 +42,11 @@ from rollout_calls import (  # pyright: ignore[reportMissingImports]
     CALLS,
     FAILURE_HEADER,
     RESPONSES,
-    failed_stage,
     failure_origin,
     note_call,
     ports_of,
     refusal,
+    typed_answer,
     url_of,
 )
 from run_key import require_key, session_with_key  # pyright: ignore[reportMissingImports]
@@ -101,6 +101,14 @@ def load(config: dict, servers: dict, own: str, key: str | None) -> dict[str, Co
     return {name: codes[server["module"]] for name, server in servers.items()}
 
 
+def read_config(cls: Any, values: Any, name: str, asked: list[list[str]]) -> Any:
+    """Returns the server's configuration from its values in NeMo Gym's config. asked: as for
+    `check_asked`."""
+    config = cls.model_fields["config"].annotation.model_validate(values | {"name": name})
+    check_asked(config, asked)
+    return config
+
+
 def build_app(name: str, cls: Any, asked: list[list[str]], judges: dict[str, float]):
     """Returns the server's web application, built as in NeMo Gym's own run_webserver, but without Ray. asked:
     as for `check_asked`. judges: as for `Judges`."""
@@ -127,9 +135,7 @@ def build_app(name: str, cls: Any, asked: list[list[str]], judges: dict[str, flo
 
     global_config = get_global_config_dict()
     values = OmegaConf.to_container(get_first_server_config_dict(global_config, name), resolve=True)
-    assert isinstance(values, dict)
-    config = cls.model_fields["config"].annotation.model_validate(values | {"name": name})
-    check_asked(config, asked)
+    config = read_config(cls, values, name, asked)
     client = RecordingClient(
         head_server_config=BaseServerConfig.model_validate(global_config["head_server"]),
         global_config_dict=global_config,
@@ -140,16 +146,6 @@ def build_app(name: str, cls: Any, asked: list[list[str]], judges: dict[str, flo
     names, resources_ports = ports_of(OmegaConf.to_container(global_config))
     watched = Judges(name, judges, names)
     is_typed = "environment_servers" in global_config[name]
-
-    async def typed(request: Any, response: Any, calls: dict[str, Any]) -> Any:
-        """Returns an environment server's answer. The status of a call that failed is not in it."""
-        body = b"".join([chunk async for chunk in response.body_iterator])
-        stage = failed_stage(body)
-        if stage == "verification" and calls.get("refused"):
-            return Response(calls["refused"], status_code=400, media_type="application/json")
-        if stage and "server" in calls:
-            request.state.failed = calls["server"]
-        return Response(body, headers=dict(response.headers))
 
     @app.middleware("http")
     async def classify_error(request: Any, call_next: Any) -> Any:
@@ -170,7 +166,7 @@ def build_app(name: str, cls: Any, asked: list[list[str]], judges: dict[str, flo
             if "policy" in calls:
                 request.state.failed = calls["policy"]
                 return Response(calls["said"], status_code=500)
-            return await typed(request, response, calls) if is_typed and calls else response
+            return await typed_answer(request, response, calls) if is_typed and calls else response
         except Exception as error:
             text = getattr(error, "response_content", b"")
             status = getattr(error, "status", None)

@@ -91,7 +91,21 @@ async def note_call(server: str, path: str, answer: Any, resources_ports: set[in
             calls["refused"] = refusal(URL(answer.url), answer.status, text, responses, resources_ports)
 
 
-def failed_stage(body: bytes) -> str | None:
+async def typed_answer(request: Any, response: Any, calls: dict[str, Any]) -> Any:
+    """Returns an environment server's answer to /run. Its text does not have the status of a call that
+    failed, which `calls` (of CALLS) has."""
+    from starlette.responses import Response  # pyright: ignore[reportMissingImports]
+
+    body = b"".join([chunk async for chunk in response.body_iterator])
+    stage = _failed_stage(body)
+    if stage == "verification" and calls.get("refused"):
+        return Response(calls["refused"], status_code=400, media_type="application/json")
+    if stage and "server" in calls:
+        request.state.failed = calls["server"]
+    return Response(body, headers=dict(response.headers))
+
+
+def _failed_stage(body: bytes) -> str | None:
     """Returns the stage of the failure that an environment server's answer to /run tells; None if it tells
     none."""
     try:
