@@ -101,9 +101,12 @@ def load(config: dict, servers: dict, own: str, key: str | None) -> dict[str, Co
     return {name: codes[server["module"]] for name, server in servers.items()}
 
 
-def read_config(cls: Any, values: Any, name: str, asked: list[list[str]]) -> Any:
-    """Returns the server's configuration from its values in NeMo Gym's config. asked: as for
+def read_config(cls: Any, entry: Any, name: str, asked: list[list[str]]) -> Any:
+    """Returns the server's configuration. entry: its part of NeMo Gym's config, an OmegaConf. asked: as for
     `check_asked`."""
+    from omegaconf import OmegaConf
+
+    values: Any = OmegaConf.to_container(entry, resolve=True)
     config = cls.model_fields["config"].annotation.model_validate(values | {"name": name})
     check_asked(config, asked)
     return config
@@ -134,8 +137,7 @@ def build_app(name: str, cls: Any, asked: list[list[str]], judges: dict[str, flo
             return answer
 
     global_config = get_global_config_dict()
-    values = OmegaConf.to_container(get_first_server_config_dict(global_config, name), resolve=True)
-    config = read_config(cls, values, name, asked)
+    config = read_config(cls, get_first_server_config_dict(global_config, name), name, asked)
     client = RecordingClient(
         head_server_config=BaseServerConfig.model_validate(global_config["head_server"]),
         global_config_dict=global_config,
