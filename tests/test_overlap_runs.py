@@ -98,17 +98,6 @@ def test_a_run_that_is_asked_to_end_twice_goes_on_and_trains_each_task_once(star
     assert Counter(keys) == Counter(tasks_in_order(run)[: len(keys)])
 
 
-def test_an_engine_that_is_killed_comes_back_and_nothing_is_lost_or_too_old(started):
-    run = started("lost", LENGTH, "overlap.max_staleness=2", *UNEVALUATED)
-    run.wait_for_step(2)
-    run.server("hf-0").kill()
-    assert run.ended_cleanly() == 0, run.said
-    assert "is back, with the weights of step" in run.log("trainer")
-    keys = trained(run)
-    assert Counter(keys) == Counter(tasks_in_order(run)[: len(keys)])
-    assert max(entry["staleness/max"] for entry in run.metrics() if "loss" in entry) <= 2
-
-
 def test_groups_of_equal_rewards_do_not_train(started):
     run = started(
         "dynamic",
