@@ -69,10 +69,10 @@ def _problems_with_other_keys(config: RunConfig) -> Iterator[str]:
             f"trainer.vllm_importance_sampling_mode must be token_truncate or token_mask with {on}, as the "
             f"weight of a whole rollout vanishes if older weights sampled it, got {mode!r}"
         )
-    if config.trainer.get("vllm_importance_sampling_correction") is False:
+    if config.rollout.correction == "none":
         yield (
-            f"trainer.vllm_importance_sampling_correction must be left out with {on}, as nothing else would "
-            "correct for the older weights that sampled, got False"
+            f"rollout.correction must be behavior or decoupled with {on}, as nothing else corrects for the "
+            "older weights that sampled, got 'none'"
         )
 
 

@@ -66,8 +66,8 @@ def test_what_overlaps_is_read_from_the_command_line_and_from_the_runs_own_file(
             r"trainer.vllm_importance_sampling_mode must be token_truncate or token_mask with overlap",
         ),
         (
-            f"{ON} ++trainer.vllm_importance_sampling_correction=false",
-            r"trainer.vllm_importance_sampling_correction must be left out with overlap.max_staleness=4",
+            f"{ON} rollout.correction=none",
+            r"rollout.correction must be behavior or decoupled with overlap.max_staleness=4",
         ),
         (f"{DYNAMIC} rollout.max_resampled=0", r"rollout.max_resampled must be >= 1, got 0"),
         (
