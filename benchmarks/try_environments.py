@@ -220,7 +220,7 @@ def page(tried: dict[str, Any], catalogue: dict[str, Entry]) -> str:
     """Returns docs/environments.md."""
     refused = {entry.name: {"reason": reason} for entry in catalogue.values() if (reason := refusal(entry))}
     played = {name: seen for name, seen in sorted(tried.items()) if "reason" not in seen}
-    others = {name: seen for name, seen in sorted((refused | tried).items()) if "reason" in seen}
+    others = {n: seen for n, seen in sorted((tried | refused).items()) if n not in played}
     lines = [_TITLE, f"## Played: {len(played)}\n"]
     lines += [
         "| environment | agent | tools | rollouts | turns | tokens | rewards |",
@@ -262,8 +262,11 @@ def newer_section() -> str:
     for file in sorted(RESULTS.parent.glob("tried_*.json")):
         version = file.stem.removeprefix("tried_")
         if version != GymConfig.version:
-            lines += [f"\n## NeMo Gym {version}\n", "| environment | what was seen |", "|---|---|"]
-            lines += [f"| {name} | {_in_words(seen)} |" for name, seen in load_tried(version).items()]
+            tried = load_tried(version)
+            num_played = sum("reason" not in seen for seen in tried.values())
+            lines += [f"\n## NeMo Gym {version}: {num_played} played, {len(tried) - num_played} not\n"]
+            lines += ["| environment | what was seen |", "|---|---|"]
+            lines += [f"| {name} | {_in_words(seen)} |" for name, seen in tried.items()]
     return "\n".join(lines) + "\n" if lines else ""
 
 
