@@ -264,7 +264,10 @@ def newer_section() -> str:
         if version != GymConfig.version:
             tried = load_tried(version)
             num_played = sum("reason" not in seen for seen in tried.values())
-            lines += [f"\n## NeMo Gym {version}: {num_played} played, {len(tried) - num_played} not\n"]
+            lines += [
+                f"\n## NeMo Gym {version}\n",
+                f"Played: {num_played}. Not played: {len(tried) - num_played}.\n",
+            ]
             lines += ["| environment | what was seen |", "|---|---|"]
             lines += [f"| {name} | {_in_words(seen)} |" for name, seen in tried.items()]
     return "\n".join(lines) + "\n" if lines else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -52,6 +53,7 @@ class Trainer(SimpleNamespace):
         )
         self.state = SimpleNamespace(global_step=0)
         self.spans = Spans()
+        self.batch_tasks = SimpleNamespace(holding=nullcontext)
 
     def add_metrics(self, metrics: Any) -> None: ...
     def check_samples(self, outcomes: Any) -> None: ...
