@@ -190,7 +190,9 @@ def test_without_cuts_an_update_waits_for_the_ends_and_further_requests_wait_for
 def test_a_run_that_must_end_does_not_wait_for_the_ends(tmp_path):
     async def run():
         async with site(tmp_path, cuts=False) as on:
-            asked = on.ask(1000)
+            for engine in on.engines:
+                engine._token_s = 0.01  # so that the reply takes longer than a look at what is in flight
+            asked = on.ask(400)
             await asyncio.sleep(0.05)
             on.sync._end_requested.set()
             await on.update(1)
