@@ -93,27 +93,34 @@ def test_an_evaluation_prints_a_table_and_writes_its_results_and_a_line_a_task(b
     assert (status["ended"], status["phase"]) == ("finished", "stop")
 
 
+def killed_half_way(directory: Path) -> list[psutil.Process]:
+    """Kills an evaluation like `base` once some of its rollouts are kept. Returns its processes. Begins again
+    if it ended first: all are kept in two batches, which lie close together on a fast machine."""
+    landed = directory / "landing" / "eval-000000.jsonl.zst"
+    for _ in range(4):
+        shutil.rmtree(directory, ignore_errors=True)
+        began = subprocess.Popen(
+            command(*BASE, *ONE_BY_ONE, "evaluation.samples=8", f"output_dir='{directory}'"),
+            stdout=subprocess.DEVNULL,
+            cwd=ROOT,
+            env=os.environ | NO_WAY_OUT,
+        )
+        try:
+            until = time.monotonic() + PATIENCE_S
+            while began.poll() is None and time.monotonic() < until:
+                if landed.exists() and landed.stat().st_size:
+                    return psutil.Process(began.pid).children(recursive=True)
+                time.sleep(0.002)
+        finally:
+            began.kill()
+            began.wait()
+    raise AssertionError("each evaluation ended before it could be killed")
+
+
 def test_one_that_is_killed_half_way_and_resumed_writes_the_same_bytes(base, folder):
     directory = folder / "killed"
-    slow = [*BASE, *ONE_BY_ONE, "evaluation.samples=8"]
-    began = subprocess.Popen(
-        command(*slow, f"output_dir='{directory}'"),
-        stdout=subprocess.DEVNULL,
-        cwd=ROOT,
-        env=os.environ | NO_WAY_OUT,
-    )
-    try:
-        landed, until = directory / "landing" / "eval-000000.jsonl.zst", time.monotonic() + PATIENCE_S
-        while (
-            not (landed.exists() and landed.stat().st_size)
-            and began.poll() is None
-            and time.monotonic() < until
-        ):
-            time.sleep(0.002)
-        children = psutil.Process(began.pid).children(recursive=True)
-    finally:
-        began.kill()
-        began.wait()
+    children = killed_half_way(directory)
+    landed = directory / "landing" / "eval-000000.jsonl.zst"
     assert landed.exists() and not (directory / "results.json").exists()
     psutil.wait_procs(children, timeout=30)
     said = evaluate(f"resume={directory}")
