@@ -103,6 +103,9 @@ def end_with(error: GymexpError) -> NoReturn:
     # Python's shutdown restores the default handlers, and one more signal would then change the exit code.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+    # If a KeyboardInterrupt leaves an `exec` of text, as every dataclass has one, `python -m` ends itself by
+    # SIGINT in place of this code, unless another `exec` follows.
+    exec("")
     sys.exit(128 + error.number)
 
 

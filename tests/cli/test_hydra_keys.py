@@ -287,3 +287,21 @@ def test_ctrl_c_in_the_first_seconds_is_a_line_and_130(after_s, tmp_path):
     said = "\n".join(line for line in shown.splitlines() if not line.startswith("import time:"))
     assert process.returncode == 130, said
     assert "Traceback" not in said and said.count("error: ended by SIGINT") == 1, said
+
+
+INTERRUPTED = """
+from gymexp.cli.terminal import guarded
+from gymexp.config.schema import RunConfig
+
+def main():
+    exec("raise KeyboardInterrupt")
+
+guarded(main, RunConfig)()
+"""
+
+
+def test_ctrl_c_within_an_exec_is_130_too(tmp_path):
+    """Importing a dataclass runs text by `exec`; `python -m` remembers an interrupt there."""
+    (tmp_path / "interrupted.py").write_text(INTERRUPTED)
+    shown = train(cwd=tmp_path, module="interrupted")
+    assert (shown.returncode, shown.stderr) == (130, "error: ended by SIGINT before it began\n")
