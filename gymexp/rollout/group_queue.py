@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from gymexp.config.schema import RolloutConfig
 from gymexp.errors import RolloutError
@@ -23,6 +23,7 @@ from gymexp.rollout.outcome import Failed, Outcome, task_of
 _MEANWHILE_S = 1.0
 
 Group = list[Outcome]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -92,11 +93,29 @@ class GroupQueue:
         meanwhile: called about once a second in the caller's thread. Raises what ended a group, in this and
         every later call, and RolloutError if too many groups in a row are left out.
         """
+        return self._await(self._batch, meanwhile)
+
+    def landed(self, is_wanted: Callable[[Group], bool], meanwhile: Callable[[], None]) -> list[Group]:
+        """Waits until a group that is wanted has landed, or none is in flight. Returns the groups that have
+        landed and are in no batch yet, the oldest first.
+
+        meanwhile: as for `take`. What ends a group ends the wait too, and is raised by the next `take`.
+        """
+
+        def look() -> list[Group] | None:
+            groups = [self._landed[serial] for serial in sorted(self._landed)]
+            may_land = self._schedule.num_in_flight and self._error is None
+            return None if may_land and not any(map(is_wanted, groups)) else groups
+
+        return self._await(look, meanwhile)
+
+    def _await(self, look: Callable[[], T | None], meanwhile: Callable[[], None]) -> T:
+        """Returns what `look` does once that is not None. Calls `meanwhile` about once a second."""
         next_call = time.monotonic() + _MEANWHILE_S
         while True:
             with self._changed:
-                if batch := self._batch():
-                    return batch
+                if (found := look()) is not None:
+                    return found
                 self._changed.wait(max(0.0, next_call - time.monotonic()))
             if time.monotonic() >= next_call:
                 meanwhile()

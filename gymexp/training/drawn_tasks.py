@@ -20,7 +20,7 @@ from gymexp.data.curriculum import Curriculum, from_json, to_json
 from gymexp.data.weights import Weights
 from gymexp.errors import RunDirectoryError
 from gymexp.record.metric_names import name_of
-from gymexp.rollout.outcome import Task
+from gymexp.rollout.outcome import Outcome, Task
 from gymexp.training.batches import PlaceSampler, TaskSampler
 from gymexp.training.ranks import on_main_rank
 
@@ -47,6 +47,11 @@ class FixedTasks:
 
     def learn(self, rewards: Sequence[float | None], trainer: PolicyTrainer) -> None:
         """Takes the rewards of the batch that was filled last. rewards: of this rank's part."""
+
+    def landed(self, step: int) -> list[Outcome]:
+        """Returns the rollouts that wait for a later batch, in the step that trains the weights of `step`. On
+        the first rank only."""
+        return []
 
     @contextmanager
     def holding(self) -> Iterator[None]:

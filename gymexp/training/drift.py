@@ -26,6 +26,7 @@ from gymexp.config.schema import RunConfig
 from gymexp.errors import DrawError, DriftError
 from gymexp.rollout.outcome import Failed, Outcome, Rollout, task_of
 from gymexp.rollout.tokens import flatten, token_versions
+from gymexp.training.ranks import on_main_rank
 
 if TYPE_CHECKING:
     from gymexp.training.trainer import PolicyTrainer
@@ -83,8 +84,12 @@ class Tally:
 
 class Checks:
     """Checks the draws of the first batch of a process, and then of every step that is a multiple of
-    rollout.drift_every. If the current weights sampled no token of a batch, the next batch is checked. Checks
-    the drift on the same rollouts if the training pass has dropout, with which no engine samples."""
+    rollout.drift_every. Checks the drift on the same rollouts where the training pass cannot show it: it has
+    dropout, with which no engine samples, or updates have met all rollouts (`overlap`).
+
+    If the current weights sampled no token of a batch, because the trainer sets the pace, rollouts are
+    checked that have landed for a later batch, before the weights change.
+    """
 
     def __init__(self, config: RunConfig) -> None:
         self._config = config
@@ -105,13 +110,37 @@ class Checks:
         """
         step = trainer.state.global_step
         self._is_due |= step % self._config.rollout.drift_every == 0
-        if not self._is_due:
+        if self._is_due:
+            rows = choose_rows(outcomes, min(NUM_ROWS, len(outcomes)), trainer.pad_token_id, step)
+            self._check(trainer, rows)
+
+    def before_update(self, trainer: PolicyTrainer, in_backward: bool) -> None:
+        """Checks rollouts that have landed for a later batch, if a check is still due before the last pass of
+        a step. Every rank must call it before each pass and after it.
+
+        in_backward: whether the weights may change in what follows at once. Only DeepSpeed changes them in
+        the backward pass; otherwise there is time until after it, and more rollouts have landed.
+        """
+        accelerator, step = trainer.accelerator, trainer.state.global_step
+        changes_now = in_backward == bool(trainer.is_deepspeed_enabled)
+        if not (self._is_due and changes_now and accelerator.sync_gradients):
             return
-        rows = choose_rows(outcomes, min(NUM_ROWS, len(outcomes)), trainer.pad_token_id, step)
+        num_ranks = accelerator.num_processes
+
+        def choose() -> list[Row]:
+            landed = trainer.batch_tasks.landed(step)
+            return choose_rows(landed, NUM_ROWS * num_ranks, trainer.pad_token_id, step)
+
+        rows = on_main_rank(accelerator, choose)
+        self._check(trainer, rows[accelerator.process_index :: num_ranks])
+
+    def _check(self, trainer: PolicyTrainer, rows: Sequence[Row]) -> None:
+        """Checks this rank's rows. Every rank must have the same number."""
+        step = trainer.state.global_step
         ids = [row.completion_ids for row in rows]
         counterparts = [[-100 if token is None else token for token in row.counterparts] for row in rows]
         model: Any = trainer.model
-        checks_drift = self.has_dropout(model)
+        checks_drift = self.has_dropout(model) or self._config.overlap.max_staleness > 0
         logprobs = score(trainer, rows, ids) if checks_drift else [torch.tensor(r.logprobs) for r in rows]
         own = tally(rows, logprobs, score(trainer, rows, counterparts))
         tallies = self._sum_over_ranks(trainer, own)

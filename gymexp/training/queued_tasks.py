@@ -22,7 +22,7 @@ from gymexp.errors import RunDirectoryError
 from gymexp.rollout.ahead import Landed
 from gymexp.rollout.group_queue import GroupQueue
 from gymexp.rollout.group_schedule import GroupSchedule
-from gymexp.rollout.outcome import Task
+from gymexp.rollout.outcome import Outcome, Task
 from gymexp.rollout.play import Distribution
 from gymexp.training import checkpoints
 from gymexp.training.batches import PlaceSampler, TaskOrder
@@ -98,6 +98,9 @@ class QueuedTasks(FixedTasks):
         """Starts the groups that are sampled with the weights that the engine has just got."""
         if self._queue is not None:
             self._queue.advance(trainer.state.global_step)
+
+    def landed(self, step: int) -> list[Outcome]:
+        return [] if self._queue is None else self._rollouts.landed(self._queue, step)
 
     @contextmanager
     def holding(self) -> Iterator[None]:

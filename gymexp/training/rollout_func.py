@@ -183,6 +183,17 @@ class Rollouts:
         self._batch = batch
         return [task_of(group[0]).key for group in batch.groups]
 
+    def landed(self, queue: GroupQueue, step: int) -> list[Outcome]:
+        """Returns on the first rank the rollouts that wait for a later batch, group after group. First waits
+        for one with tokens of the current weights, those of `step`, if one may still land."""
+
+        def is_current(group: Sequence[Outcome]) -> bool:
+            turns = [turn for one in group if not isinstance(one, Failed) for turn in one.rollout.turns]
+            return any(version == step for turn in turns for version, _ in turn.versions)
+
+        groups = queue.landed(is_current, self._engine.tend)
+        return [outcome for group in groups for outcome in group]
+
     def _write_left_out(self, step: int, groups: Sequence[Sequence[Outcome]]) -> None:
         if groups and self._writer:
             outcomes = [outcome for group in groups for outcome in group]

@@ -308,10 +308,17 @@ class PolicyTrainer(GRPOTrainer):
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         before = sum(self._seconds.values())
         began = time.monotonic()
+        self._check_before_update(in_backward=True)
         loss = super().training_step(*args, **kwargs)
+        self._check_before_update(in_backward=False)
         generated = sum(self._seconds.values()) - before
         self._seconds["update"] += time.monotonic() - began - generated
         return loss
+
+    def _check_before_update(self, in_backward: bool) -> None:
+        began = time.monotonic()
+        self._checks.before_update(self, in_backward)
+        self._seconds["logprobs"] += time.monotonic() - began
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:

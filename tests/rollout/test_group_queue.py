@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from gymexp.config.schema import RolloutConfig
-from gymexp.errors import RolloutError
+from gymexp.errors import RolloutError, ServiceError
 from gymexp.rollout.group_queue import GroupQueue, rewards_differ
 from gymexp.rollout.group_schedule import GroupSchedule
 from gymexp.rollout.outcome import Completed, Failed, Outcome, Rollout, Task
@@ -105,6 +105,22 @@ def test_what_is_called_meanwhile_may_end_the_wait(monkeypatch):
 
     with pytest.raises(OSError, match="the engine is lost"):
         players.queue.take(meanwhile)
+
+
+def test_what_has_landed_is_shown_once_a_wanted_group_has_or_none_is_in_flight():
+    players = Players(size=1)
+    players.queue.advance(0)
+    one, other = group(0, 1), group(1, 0)
+    players.land(1, one)
+    threading.Timer(0.1, players.land, (0, other)).start()
+    assert players.queue.landed(other.__eq__, lambda: None) == [other, one]
+    assert players.queue.landed(lambda group: False, lambda: None) == [other, one], "no other will land"
+    assert players.queue.take(lambda: None).groups == [other], "it is still there"
+    players.queue.advance(1)
+    players.land(2, ServiceError("gone"))
+    assert players.queue.landed(lambda group: False, lambda: None) == [one]
+    with pytest.raises(ServiceError, match="gone"):
+        players.queue.take(lambda: None)
 
 
 def test_groups_whose_rewards_differ_are_told_from_others():

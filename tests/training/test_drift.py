@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from gymexp.config.schema import EnvConfig, ModelConfig, RolloutConfig, RunConfig
+from gymexp.config.schema import EnvConfig, ModelConfig, OverlapConfig, RolloutConfig, RunConfig
 from gymexp.errors import DrawError, DriftError
 from gymexp.rollout.outcome import Completed, Failed, Outcome, Rollout, Task, Truncated, Turn
 from gymexp.training.drift import (
@@ -301,6 +301,34 @@ def test_a_check_that_is_due_waits_for_tokens_of_the_current_weights():
         if trainer.metrics:
             compared.append(step)
     assert compared == [22, 41]
+
+
+@pytest.mark.parametrize("deepspeed", [False, True])
+def test_a_check_that_the_batch_left_due_takes_what_landed_before_the_weights_change(deepspeed):
+    checks = Checks(replace(config(max_drift=0.2), overlap=OverlapConfig(max_staleness=1)))
+    old, new = (
+        [Completed(in_sudoku(versioned(0, [1], ids, (version, 2))))]
+        for ids, version in (([2, 3], 4), ([5, 6], 5))
+    )
+    trainer = rank(-0.5, Tally(), step=5)
+    trainer.is_deepspeed_enabled = deepspeed
+    trainer.accelerator.num_processes, trainer.accelerator.process_index = 1, 0
+    asked: list[int] = []
+    trainer.batch_tasks = SimpleNamespace(landed=lambda step: asked.append(step) or [*old, *new])
+    checks.check(trainer, old)
+    assert not trainer.metrics
+    trainer.accelerator.sync_gradients = False  # not the last micro-batch
+    for in_backward in (True, False):
+        checks.before_update(trainer, in_backward)
+    assert not asked
+    trainer.accelerator.sync_gradients = True
+    checks.before_update(trainer, in_backward=not deepspeed)
+    assert not asked
+    checks.before_update(trainer, in_backward=deepspeed)
+    # The new one has two tokens, with differences of 0 and 0.25.
+    assert asked == [5] and trainer.metrics["drift"] == pytest.approx(0.125)
+    checks.before_update(trainer, in_backward=deepspeed)
+    assert asked == [5], "it is done"
 
 
 def in_sudoku(played: Rollout) -> Rollout:

@@ -25,7 +25,7 @@ from gymexp.policy.model import load_model, load_tokenizer
 from gymexp.rollout.collect import Stopped
 from gymexp.rollout.outcome import Completed, Failed, Rollout, Task, Turn
 from gymexp.rollout.rollout_files import RolloutWriter, read_index
-from gymexp.training import arguments, checkpoints, queued_tasks
+from gymexp.training import arguments, checkpoints, drift, queued_tasks
 from gymexp.training.drawn_tasks import FixedTasks
 from gymexp.training.rollout_func import Rollouts, seed_of
 from gymexp.training.trainer import PolicyTrainer
@@ -109,7 +109,7 @@ class Players:
             Completed(
                 Rollout(
                     task,
-                    [Turn([5, 6], [7 + sampling.seed % 9, 9], [-1.0, -1.0])],
+                    [Turn([5, 6], [7 + sampling.seed % 9, 9], [-1.0, -1.0], [(version, 2)])],
                     1.0 if self.flat(task.key) else float(sampling.seed),
                     [],
                     version,
@@ -177,11 +177,17 @@ class Training:
             rollouts,
             directory / "checkpoints",
         )
-        self.trainer._checks.check = lambda *_: None  # type: ignore[method-assign]  # the tokens are made up
+        # The tokens are made up, so the checks' rows are noted and not scored.
+        self.checked: list[tuple[int, list[drift.Row]]] = []
+        self.trainer._checks._check = self._note  # type: ignore[method-assign]
         self.trainer.sample_with_servers(self.engine, step)  # type: ignore[arg-type]
         self.stop = Until(until)
         for callback in queued_tasks.around([*callbacks, self.stop], self.trainer):
             self.trainer.add_callback(callback)
+
+    def _note(self, trainer: Any, rows: list[drift.Row]) -> None:
+        self.checked.append((trainer.state.global_step, rows))
+        self.trainer._checks._is_due = not any(any(row.sampled) for row in rows)
 
     def train(self) -> Training:
         with contextlib.suppress(Stopped):
@@ -401,6 +407,16 @@ def test_no_group_is_started_during_an_evaluation_which_has_the_weights_of_its_s
     run.train()
     assert evaluation.seen == [(0, 0)] * STEPS
     assert [len(batch) for batch in run.batches()] == [BATCH] * STEPS
+
+
+def test_where_the_trainer_sets_the_pace_what_landed_for_later_batches_is_checked(policy, tmp_path):
+    """With a rollout that takes no time, each batch but the first is older than the weights that train it."""
+    overlap = {"max_staleness": 1, "lead": 1, "order": "exact"}
+    run = start_training(policy, tmp_path, overlap=overlap, seconds=0.0, rollout={"drift_every": 2})
+    assert [step for step, _ in run.checked] == [0, 2, 2, 4, 4], "the batch, and then what landed for later"
+    has_current = [any(any(row.sampled) for row in rows) for _, rows in run.checked]
+    assert has_current == [True, False, True, False, True]
+    assert run.ages()[BATCH * GENERATIONS :] == [1] * (STEPS - 1) * BATCH * GENERATIONS
 
 
 def test_the_engine_is_tended_while_the_trainer_waits(policy, tmp_path, monkeypatch):
