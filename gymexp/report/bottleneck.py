@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
+
+from gymexp.report.pace import load_exponent, step_with_lead
 
 Row = Mapping[str, Any]
 PHASES = ("rollout", "sync", "logprobs", "update", "evaluation", "other")
@@ -14,24 +17,37 @@ LAST_STEPS = 10
 TAIL_IN_FLIGHT = 0.25  # a step is in its tail while fewer than this share of its rollouts still play
 LONG_TAIL = 0.35  # of the rollout phase
 LONG_QUEUE = 0.35  # of a rollout's time from the start of the collection to its end
-IDLE_SHARE = 0.5  # of a step, in which GPUs that only train wait for rollouts
+LATENCY = 0.5  # The exponent below which decode latency holds the rollouts back, and else throughput.
+MAX_LEAD = 4
+WORTH = 0.9  # A longer lead must give at most this share of a step's seconds.
 
 
 @dataclass(frozen=True)
 class Setup:
     """What of the configuration decides a remedy. gpus_apart: whether some GPUs only train, and others only
-    sample. has_gpus: whether the run samples on GPUs. replicas: by environment."""
+    sample. has_gpus: whether the run samples on GPUs. replicas: by environment. max_staleness, lead: of
+    `overlap`. packing: of the model. correction: of the rollouts."""
 
     gpus_apart: bool
     has_gpus: bool
     replicas: Mapping[str, int]
+    max_staleness: int = 0
+    lead: int = 1
+    packing: str = "none"
+    correction: str = "auto"
+
+    @property
+    def may_overlap(self) -> bool:
+        """Whether rollouts can be played while the trainer trains, on GPUs of their own, and are not yet."""
+        return self.gpus_apart and not self.max_staleness
 
 
 @dataclass(frozen=True)
 class Bottleneck:
     """phase: the one that takes most of a step. share: of the step's seconds. env: the environment whose last
     rollout ends last most often; "" if the phase is another. cause: tail, queue, policy or environment.
-    cause_share: of the rollout phase (tail), or of the rollouts' seconds. seconds: of the tail, else 0."""
+    cause_share: of the rollout phase (tail), or of the rollouts' seconds. seconds: of the tail, else 0.
+    step: seconds of a step. exponent: of `pace.load_exponent`; None if it cannot be told."""
 
     phase: str
     share: float
@@ -39,6 +55,8 @@ class Bottleneck:
     cause: str = ""
     cause_share: float = 0.0
     seconds: float = 0.0
+    step: float = math.nan
+    exponent: float | None = None
 
 
 def tail_seconds(rows: Sequence[Row]) -> float | None:
@@ -71,12 +89,14 @@ def find_bottleneck(
         return None
     seconds = {phase: sum(entry.get(f"time/{phase}") or 0 for entry in last) for phase in PHASES}
     phase = max(seconds, key=lambda name: seconds[name])
-    share = seconds[phase] / whole
+    share, step = seconds[phase] / whole, whole / len(last)
     rows = {entry["step"]: rows_of_step.get(entry["step"], ()) for entry in last}
     rows = {step: [row for row in of if _has_times(row)] for step, of in rows.items()}
     if phase != "rollout" or not any(rows.values()):
-        return Bottleneck(phase, share)
-    return _of_rollouts(share, seconds["rollout"], [of for of in rows.values() if of])
+        return Bottleneck(phase, share, step=step)
+    found = _of_rollouts(share, seconds["rollout"], [of for of in rows.values() if of])
+    exponent = load_exponent([row for of in rows.values() for row in of])
+    return replace(found, step=step, exponent=exponent)
 
 
 def _of_rollouts(share: float, rollout_seconds: float, steps: Sequence[Sequence[Row]]) -> Bottleneck:
@@ -108,7 +128,7 @@ def sentence(found: Bottleneck, setup: Setup) -> str:
         f"Bottleneck: {_NAMES.get(found.phase, found.phase)} {_verb(found.phase)} {found.share:.0%} of a step"
     )
     if found.phase != "rollout":
-        return f"{head}. {_REMEDIES[found.phase]}"
+        return f"{head}. {_remedy_of_phase(found.phase, setup)}"
     parts = [head]
     if found.env:
         parts.append(f"{found.env} ends last most often")
@@ -122,6 +142,8 @@ def sentence(found: Bottleneck, setup: Setup) -> str:
         parts.append(f"{found.cause_share:.0%} of its rollouts' time is the policy's sampling")
     elif found.cause:
         parts.append(f"{found.cause_share:.0%} of its rollouts' time is the environment, not the policy")
+    if found.exponent is not None and found.cause in ("policy", "tail"):
+        parts.append(_LIMITS[found.exponent < LATENCY].format(2**found.exponent))
     return f"{'; '.join(parts)}. {_remedy(found, setup)}"
 
 
@@ -130,6 +152,10 @@ _NAMES = {
     "sync": "sending weights",
     "logprobs": "log-probabilities",
     "update": "the update",
+}
+_LIMITS = {
+    True: "decode latency sets their pace (with twice as many in flight a token takes {:.1f} times as long)",
+    False: "throughput sets their pace (with twice as many in flight a token takes {:.1f} times as long)",
 }
 
 
@@ -146,19 +172,52 @@ _REMEDIES = {
 }
 
 
+def _remedy_of_phase(phase: str, setup: Setup) -> str:
+    if phase == "logprobs" and setup.correction == "decoupled":
+        return "rollout.correction=behavior needs no pass for them."
+    if phase == "update" and setup.packing == "none":
+        return (
+            "model.packing=tree computes the prompt of a task once for several rollouts; more GPUs that "
+            "train (placement.train_gpus) would mend it too."
+        )
+    return _REMEDIES[phase]
+
+
 def _remedy(found: Bottleneck, setup: Setup) -> str:
     env = found.env or "<name>"
-    if found.cause == "tail":
-        return (
-            "Overlapping rollouts with the update would mend it, which gymexp does not do yet; "
-            f"env.{env}.max_output_tokens and env.{env}.max_steps bound the longest."
-        )
     if found.cause == "queue":
         return f"A higher env.{env}.max_concurrency, or more env.{env}.replicas, would mend it."
     if found.cause == "environment":
         return f"More env.{env}.replicas (now {setup.replicas.get(env, 1)}) would mend it."
-    if setup.gpus_apart and found.share >= IDLE_SHARE:
-        return "The GPUs that train are idle meanwhile: engine.colocate=true lets every GPU sample too."
+    if setup.may_overlap:
+        return _overlap(found)
+    if setup.max_staleness and (found.exponent is None or found.exponent < LATENCY):
+        least = found.step * (1 - found.share)
+        return (
+            f"A longer overlap.lead (now {setup.lead}), within overlap.max_staleness (now "
+            f"{setup.max_staleness}), has more of them in flight; a step needs {least:.1f} s besides them."
+        )
+    if found.cause == "tail":
+        return f"env.{env}.max_output_tokens and env.{env}.max_steps bound the longest."
     if setup.has_gpus:
         return "More GPUs that sample (placement.rollout_gpus) would mend it."
     return "A GPU that samples, or a faster one, would mend it."
+
+
+def _overlap(found: Bottleneck) -> str:
+    """Returns which lead to try, and how long a step would then take: a range where it cannot be told whether
+    latency or throughput decides."""
+    batch, trainer = found.share * found.step, (1 - found.share) * found.step
+    exponents = (0.0, 1.0) if found.exponent is None else (found.exponent,)
+
+    def estimate(lead: int) -> list[float]:
+        return [step_with_lead(batch, trainer, lead, exponent) for exponent in exponents]
+
+    lead = 1
+    while lead < MAX_LEAD and estimate(lead + 1)[0] <= WORTH * estimate(lead)[0]:
+        lead += 1
+    seconds = " to ".join(f"{one:.1f}" for one in estimate(lead))
+    return (
+        "If they are played while the trainer trains (overlap.max_staleness="
+        f"{MAX_LEAD} overlap.lead={lead}), a step takes about {seconds} s instead of {found.step:.1f} s."
+    )

@@ -314,7 +314,15 @@ def setup_of(records: RunRecords) -> Setup:
     gpus = {gpu.index for sample in records.samples[-20:] for gpu in sample.gpus}
     colocated = bool(records.setting("engine.colocate")) or records.setting("engine.kind") == "hf"
     replicas = {env: records.setting(f"env.{env}.replicas", 1) or 1 for env in records.envs}
-    return Setup(len(gpus) > 1 and not colocated, bool(gpus), replicas)
+    return Setup(
+        len(gpus) > 1 and not colocated,
+        bool(gpus),
+        replicas,
+        records.setting("overlap.max_staleness", 0),
+        records.setting("overlap.lead", 1),
+        records.setting("model.packing", "none"),
+        records.setting("rollout.correction", "auto"),
+    )
 
 
 def find(records: RunRecords) -> list[Finding]:

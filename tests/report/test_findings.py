@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -180,7 +181,7 @@ def test_the_tail_begins_when_fewer_than_a_quarter_play():
 
 def test_the_largest_phase_is_the_bottleneck():
     found = find_bottleneck([step(2, rollout=2, update=7, other=1)], {})
-    assert found == Bottleneck("update", 0.7)
+    assert found and found == Bottleneck("update", 0.7, step=10)
     assert "train_gpus" in sentence(found, Setup(True, True, {}))
     assert find_bottleneck([], {}) is None
 
@@ -188,7 +189,7 @@ def test_the_largest_phase_is_the_bottleneck():
 @pytest.mark.parametrize(
     ("played", "cause", "remedy"),
     [
-        (rows([1, 1, 1, 1, 1, 1, 1, 9]), "tail", "Overlapping"),
+        (rows([1, 1, 1, 1, 1, 1, 1, 9]), "tail", "env.slow.max_output_tokens"),
         (rows([2] * 8, queue=8), "queue", "env.slow.max_concurrency"),
         (rows([9] * 8, policy=0.2), "environment", "env.slow.replicas (now 3)"),
         (rows([9] * 8, policy=0.8), "policy", "placement.rollout_gpus"),
@@ -198,27 +199,54 @@ def test_slow_rollouts_have_a_cause_and_a_remedy(played, cause, remedy):
     fast = rows([0.5] * 8, env="fast")
     found = find_bottleneck([step(2, rollout=9, update=1)], {2: [*fast, *played]})
     assert found and (found.phase, found.env, found.cause) == ("rollout", "slow", cause)
+    assert (found.step, found.exponent) == (10, None)
     assert remedy in sentence(found, Setup(False, True, {"slow": 3}))
 
 
-def test_idle_gpus_that_only_train_should_be_colocated():
-    found = Bottleneck("rollout", 0.6, "e", "policy", 0.9)
-    assert "engine.colocate=true" in sentence(found, Setup(True, True, {}))
-    assert "engine.colocate" not in sentence(
-        Bottleneck("rollout", 0.4, "e", "policy", 0.9), Setup(True, True, {})
-    )
-    assert "A GPU" in sentence(found, Setup(False, False, {}))
+def test_gpus_that_wait_should_overlap_and_the_sentence_says_what_it_gives():
+    latency = Bottleneck("rollout", 0.75, "e", "policy", 0.9, step=40, exponent=0.0)
+    text = sentence(latency, Setup(True, True, {}))
+    # 40 s: a batch is 30 s, the rest 10. With a lead of 3 a batch has all four steps but for 10 s.
+    assert "decode latency" in text and "overlap.max_staleness=4 overlap.lead=3" in text
+    assert "about 10.0 s instead of 40.0 s" in text
+    throughput = sentence(replace(latency, exponent=1.0), Setup(True, True, {}))
+    assert "throughput" in throughput and "overlap.lead=1), a step takes about 30.0 s" in throughput
+    unknown = sentence(replace(latency, exponent=None), Setup(True, True, {}))
+    assert "pace" not in unknown and "about 10.0 to 30.0 s" in unknown
+    tail = sentence(replace(latency, cause="tail"), Setup(True, True, {}))
+    assert "overlap.lead=3" in tail
+    assert "overlap" not in sentence(latency, Setup(False, True, {})), "the GPU trains meanwhile"
+    assert "A GPU" in sentence(latency, Setup(False, False, {}))
+
+
+def test_a_run_that_overlaps_gets_what_is_left_to_change():
+    found = Bottleneck("rollout", 0.25, "e", "policy", 0.9, step=40, exponent=0.1)
+    ahead = Setup(True, True, {}, max_staleness=4, lead=1)
+    assert "overlap.lead (now 1), within overlap.max_staleness (now 4)" in sentence(found, ahead)
+    assert "30.0 s besides" in sentence(found, ahead)
+    assert "rollout_gpus" in sentence(replace(found, exponent=0.9), ahead)
+    update = Bottleneck("update", 0.6, step=40)
+    assert "model.packing=tree" in sentence(update, ahead)
+    assert "model.packing" not in sentence(update, replace(ahead, packing="tree"))
+    scored = Bottleneck("logprobs", 0.6)
+    assert "rollout.correction=behavior" in sentence(scored, replace(ahead, correction="decoupled"))
+    assert "rollout.correction" not in sentence(scored, ahead)
 
 
 def test_a_remedy_names_keys_that_exist():
     """Of every cause with every setup, against the schema."""
     found = [
-        Bottleneck("rollout", share, "e", cause, 0.9)
-        for share in (0.4, 0.6)
+        Bottleneck("rollout", 0.6, "e", cause, 0.9, step=9, exponent=exponent)
+        for exponent in (None, 0.1, 0.9)
         for cause in ("tail", "queue", "policy", "environment", "")
     ]
     found += [Bottleneck(phase, 0.6) for phase in PHASES]
-    setups = [Setup(apart, gpus, {"e": 1}) for apart, gpus in product((False, True), repeat=2)]
+    setups = [
+        Setup(apart, gpus, {"e": 1}, staleness, correction=correction)
+        for apart, gpus in product((False, True), repeat=2)
+        for staleness in (0, 4)
+        for correction in ("auto", "decoupled")
+    ]
     known = defaults({"env": {"e": {}}})
     named = {
         key
