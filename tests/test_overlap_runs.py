@@ -98,6 +98,39 @@ def test_a_run_that_is_asked_to_end_twice_goes_on_and_trains_each_task_once(star
     assert Counter(keys) == Counter(tasks_in_order(run)[: len(keys)])
 
 
+def test_an_engine_that_is_killed_while_the_trainer_trains_comes_back_and_nothing_is_lost(started):
+    run = started("lost", LENGTH, "overlap.max_staleness=3", *UNEVALUATED)
+    for step in (1, 3):
+        run.wait_for_step(step)
+        run.server("hf-0").kill()
+    assert run.ended_cleanly() == 0, run.said
+    assert run.log("trainer").count("is back, with the weights of step") == 2
+    keys = trained(run)
+    assert Counter(keys) == Counter(tasks_in_order(run)[: len(keys)])
+    ages = {
+        step - 1 - version
+        for step in range(1, STEPS + 1)
+        for line in run.rollouts(f"step-{step:06d}")
+        for turn in spans(line)
+        for version, _ in turn
+    }
+    assert 0 <= min(ages) < max(ages) <= 3
+    drifts = [entry["drift"] for entry in run.metrics() if "drift" in entry]
+    assert drifts and max(drifts) < 0.001
+
+
+def test_a_run_whose_groups_all_have_equal_rewards_ends_and_names_the_environment(started):
+    """Draws that are all but greedy make the rollouts of a group equal."""
+    dynamic = ["rollout.dynamic_sampling=true", "rollout.max_resampled=2", "trainer.temperature=0.01"]
+    run = started("flat", "env=[sudoku]", *dynamic, *UNEVALUATED)
+    assert run.ended_cleanly() == 1, run.said
+    assert "rollout.dynamic_sampling left out 9 groups in a row" in run.said
+    assert "of env.sudoku" in run.said and "rollout.max_resampled=2" in run.said
+    left_out = [row for row in read_index(run.directory / "rollouts") if row["file"] == "filtered-000001"]
+    assert len(left_out) == 9 * GENERATIONS, "they are kept"
+    assert run.steps() == []
+
+
 def test_groups_of_equal_rewards_do_not_train(started):
     run = started(
         "dynamic",
