@@ -2,6 +2,12 @@
 
     python benchmarks/make_model.py outputs/model_4b --size 4b
     python benchmarks/step.py --model outputs/model_4b [--train-gpus 1] [-- engine.args.max_num_seqs=256 …]
+    python benchmarks/step.py --model outputs/model_4b --ways before ahead           both, and their ratio
+
+A way is one run: `before` plays and trains in turn and makes a pass for old log-probabilities; `in_turn` has
+gymexp's defaults; `ahead` overlaps (`overlap.*`, by --lead) and packs (`model.packing=tree`, with
+--packed-micro-batch). The ratio is that of the mean seconds of their measured steps; before these, the queue
+of `ahead` fills for `lead` further steps.
 
 The script runs `python -m gymexp.train engine=vllm` with this model, reads metrics.jsonl (`time/*`) and the
 rollouts, and ends the run after the last step to measure, without a checkpoint. It leaves out the first
@@ -49,26 +55,38 @@ ROOT = Path(__file__).resolve().parent.parent
 PARTS = ("rollout", "sync", "logprobs", "update", "other")
 PEAK_FLOPS = 989e12  # H100 and H200, bfloat16, dense
 PACKAGES = ("torch", "transformers", "trl", "vllm", "accelerate")
+OF_OVERLAP = ("idle/trainer", "idle/engine", "staleness/mean", "staleness/max", "overlap/turns_cut")
 POLL_S = 0.5
 
 
+WAYS = ("before", "in_turn", "ahead")
+
+
 def main() -> None:
-    args = parse()
-    if not (args.model / "config.json").exists():
-        sys.exit(f"error: --model must be a model directory, {args.model} has no config.json")
+    args = parse(__doc__ or "", ["in_turn"], facts.RESULTS / "step.json")
     with ExitStack() as stack:
         if args.run_dir is None:
             args.run_dir = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "run"
-        report = Report(args)
-        report.error = run(args, report)
-        report.write()
-    report.show()
-    sys.exit(1 if report.error else 0)
+        results = measure(args)
+    sys.exit(1 if any(report.error for report in results.reports) else 0)
 
 
-def parse() -> argparse.Namespace:
+def measure(args: argparse.Namespace) -> Results:
+    """Makes a run of each way, beside `args.run_dir`, and writes the results."""
+    results = Results(args)
+    for way in args.ways:
+        args.until = time.monotonic() + args.deadline_s
+        report = results.begin(way)
+        report.error = run(args, report, results)
+        results.write()
+        report.show()
+    results.show()
+    return results
+
+
+def parse(about: str, ways: list[str], output: Path) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=about, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--model", type=Path, required=True, help="a model directory, e.g. of make_model.py")
     parser.add_argument("--env", nargs="+", default=["sudoku", "workplace"])
@@ -80,49 +98,73 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=1024, help="tokens per reply")
     parser.add_argument("--max-model-len", type=int, default=16_384)
     parser.add_argument("--train-gpus", type=int, default=1)
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=ways)
+    parser.add_argument("--lead", type=int, default=1, help="batches that `ahead` plays ahead")
+    parser.add_argument("--packed-micro-batch", type=int, default=16, help="of `ahead`, as --micro-batch")
+    parser.add_argument("--engine", choices=("vllm", "hf"), default="vllm", help="hf to try this on a CPU")
     parser.add_argument("--gym-python", help="an interpreter that has nemo_gym; default: gymexp's own venv")
     parser.add_argument("--engine-python", help="an interpreter that has vLLM; default: this one")
     parser.add_argument("--peak-flops", type=float, help=f"of a GPU per second; with GPUs {PEAK_FLOPS:g}")
-    parser.add_argument("--deadline-s", type=float, default=540.0)
+    parser.add_argument("--deadline-s", type=float, default=540.0, help="of each way")
     parser.add_argument(
         "--run-dir", type=Path, help="the directory to keep the run in; default: a temporary one"
     )
-    parser.add_argument("--output", type=Path, default=facts.RESULTS / "step.json")
+    parser.add_argument("--output", type=Path, default=output)
     parser.add_argument("overrides", nargs="*", help="overrides of the run, after --")
     args = parser.parse_args()
-    if args.rollouts % (args.micro_batch * args.train_gpus) or args.rollouts % args.group:
-        parser.error("--rollouts must be a multiple of --group, and of --micro-batch times --train-gpus")
-    args.until = time.monotonic() + args.deadline_s
+    for size in {micro_batch_of(args, way) for way in args.ways}:
+        if args.rollouts % (size * args.train_gpus) or args.rollouts % args.group:
+            parser.error("--rollouts must be a multiple of --group, and of a micro-batch times --train-gpus")
+    if not (args.model / "config.json").exists():
+        parser.error(f"--model must be a model directory, {args.model} has no config.json")
     if args.peak_flops is None and visible_gpus():
         args.peak_flops = PEAK_FLOPS
     return args
 
 
-def overrides(args: argparse.Namespace) -> list[str]:
+def micro_batch_of(args: argparse.Namespace, way: str) -> int:
+    return args.packed_micro_batch if way == "ahead" else args.micro_batch
+
+
+def warm_up_of(args: argparse.Namespace, way: str) -> int:
+    return args.warm_up + (args.lead if way == "ahead" else 0)
+
+
+def overrides(args: argparse.Namespace, way: str, run_dir: Path) -> list[str]:
+    micro_batch, warm_up = micro_batch_of(args, way), warm_up_of(args, way)
     words = [
         f"env=[{','.join(args.env)}]",
-        "engine=vllm",
+        f"engine={args.engine}",
         "model=qwen3_4b",
         "model.name=benchmark",
         f"model.path='{args.model.resolve()}'",
         f"model.max_model_len={args.max_model_len}",
-        f"hydra.run.dir='{args.run_dir.resolve()}'",
+        f"hydra.run.dir='{run_dir.resolve()}'",
         "evaluation.before=false",
         "evaluation.after=false",
         "rollout.max_drift=1.0",  # random weights of many layers cause more rounding error than trained ones
         "trainer.learning_rate=1e-6",
-        f"trainer.max_steps={args.warm_up + args.steps}",
+        # The groups of the last steps have none behind them, so these are not measured.
+        f"trainer.max_steps={warm_up + args.steps + (args.lead if way == 'ahead' else 0)}",
         f"trainer.num_generations={args.group}",
-        f"trainer.per_device_train_batch_size={args.micro_batch}",
-        f"trainer.gradient_accumulation_steps={args.rollouts // (args.micro_batch * args.train_gpus)}",
+        f"trainer.per_device_train_batch_size={micro_batch}",
+        f"trainer.gradient_accumulation_steps={args.rollouts // (micro_batch * args.train_gpus)}",
         f"engine.start_timeout_s={args.deadline_s:.0f}",
         f"gym.start_timeout_s={args.deadline_s:.0f}",
     ]
-    num_tasks = args.rollouts // args.group * (args.warm_up + args.steps)
+    if way == "before":
+        words.append("rollout.correction=decoupled")
+    elif way == "ahead":
+        words += [
+            f"overlap.lead={args.lead}",
+            f"overlap.max_staleness={max(4, args.lead)}",
+            "model.packing=tree",
+        ]
+    num_tasks = args.rollouts // args.group * (warm_up + args.steps + args.lead)
     for name in args.env:
         words += [
             f"env.{name}.max_output_tokens={args.tokens}",
-            f"env.{name}.max_concurrency={args.rollouts}",
+            f"env.{name}.max_concurrency={args.rollouts * (args.lead + 2)}",
             f"env.{name}.data.source=generate",
             f"env.{name}.data.train_size={max(num_tasks, 8)}",
             f"env.{name}.data.validation_size=1",
@@ -135,11 +177,13 @@ def overrides(args: argparse.Namespace) -> list[str]:
     return words + args.overrides
 
 
-def run(args: argparse.Namespace, report: Report) -> str:
+def run(args: argparse.Namespace, report: Report, results: Results) -> str:
     """Trains until the last step to measure is logged; returns an error message, or "" if all went well."""
-    args.run_dir.parent.mkdir(parents=True, exist_ok=True)
-    output = args.run_dir.with_name(args.run_dir.name + ".txt")
-    command = [sys.executable, "-m", "gymexp.train", *overrides(args)]
+    run_dir = args.run_dir.with_name(f"{args.run_dir.name}_{report.way}")
+    run_dir.parent.mkdir(parents=True, exist_ok=True)
+    output = run_dir.with_name(run_dir.name + ".txt")
+    num_steps = report.warm_up + args.steps
+    command = [sys.executable, "-m", "gymexp.train", *overrides(args, report.way, run_dir)]
     paths = ("model.path", "hydra.", "gym.python", "engine.python")
     report.overrides = [o for o in command[3:] if not o.startswith(paths)]
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}".rstrip(":")}
@@ -157,17 +201,19 @@ def run(args: argparse.Namespace, report: Report) -> str:
     try:
         while True:
             ended = process.poll() is not None
-            if (now := phase_of(args.run_dir)) != phase:
+            if (now := phase_of(run_dir)) != phase:
                 phase = now
-                print(f"{time.monotonic() - began:4.0f} s: {phase}", flush=True)
-            report.read(args.run_dir)
-            if len(report.steps) == args.warm_up + args.steps:
+                print(f"{report.way}, {time.monotonic() - began:4.0f} s: {phase}", flush=True)
+            if report.read(run_dir):
+                results.write()
+            if len(report.steps) >= num_steps:
+                del report.steps[num_steps:]
                 return ""
             if ended:
                 return f"the run ended with {process.returncode}:\n{output.read_text()[-3000:]}"
             if time.monotonic() > args.until:
                 return (
-                    f"{len(report.steps)} of {args.warm_up + args.steps} steps within "
+                    f"{len(report.steps)} of {num_steps} steps within "
                     f"{args.deadline_s:.0f} s (--deadline-s). Its output:\n{output.read_text()[-1500:]}"
                 )
             time.sleep(POLL_S)
@@ -197,36 +243,81 @@ def phase_of(run_dir: Path) -> str:
     return f"{status.get('phase')}" + (f" (starting: {' '.join(starting)})" if starting else "")
 
 
-class Report:
-    """The measurements of the steps so far, as JSON and as a table."""
+class Results:
+    """The measurements of all ways, as JSON."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         self.model = facts.model(args.model)
         self.machine = facts.machine()
-        self.steps: list[dict[str, Any]] = []
-        self.overrides: list[str] = []
-        self.error = ""
+        self.reports: list[Report] = []
         self.versions = facts.versions(sys.executable, PACKAGES)
         if args.engine_python:
             self.versions |= facts.versions(args.engine_python, ("vllm",))
 
-    def read(self, run_dir: Path) -> None:
-        """Reads the steps that the run has logged since the last call, prints them and writes the results."""
+    def begin(self, way: str) -> Report:
+        self.reports.append(Report(self.args, way, self.model))
+        return self.reports[-1]
+
+    def ratios(self) -> dict[str, float]:
+        """The mean step of each way, as a share of the first one's."""
+        means = {report.way: report.mean_step() for report in self.reports}
+        first = means[self.reports[0].way]
+        return {way: mean / first for way, mean in means.items() if mean and first}
+
+    def write(self) -> None:
+        left_out = ("until", "model", "output", "run_dir", "gym_python", "engine_python", "overrides")
+        arguments = {name: value for name, value in vars(self.args).items() if name not in left_out}
+        common = {"machine": self.machine, "versions": self.versions, "model": self.model}
+        ways = {
+            report.way: {
+                "overrides": report.overrides,
+                "error": report.error or None,
+                "results": report.summary(),
+                "steps": report.steps,
+            }
+            for report in self.reports
+        }
+        facts.write(
+            self.args.output, common | {"arguments": arguments, "ratios": self.ratios(), "ways": ways}
+        )
+
+    def show(self) -> None:
+        for way, ratio in list(self.ratios().items())[1:]:
+            print(f"a step of {way} takes {ratio:.3f} of one of {self.reports[0].way}")
+        print(self.args.output)
+
+
+class Report:
+    """The measurements of a way's steps so far."""
+
+    def __init__(self, args: argparse.Namespace, way: str, model: dict[str, Any]) -> None:
+        self.args = args
+        self.way = way
+        self.warm_up = warm_up_of(args, way)
+        self.model = model
+        self.steps: list[dict[str, Any]] = []
+        self.overrides: list[str] = []
+        self.error = ""
+
+    def read(self, run_dir: Path) -> bool:
+        """Reads the steps that the run has logged since the last call, and prints them. Returns whether there
+        are any."""
         path = run_dir / "metrics.jsonl"
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         logged = [json.loads(line) for line in lines if line.endswith("\n")]
-        for entry in [e for e in logged if "loss" in e][len(self.steps) :]:
+        new = [e for e in logged if "loss" in e][len(self.steps) :]
+        for entry in new:
             lengths, sampled = read_lengths(run_dir / "rollouts" / f"step-{entry['step']:06d}.jsonl.zst")
             step = self.split(entry, lengths, sampled)
             self.steps.append(step)
             parts = ", ".join(f"{part} {step['seconds'][part]:.2f}" for part in PARTS)
             mfu = f", MFU {step['mfu']:.3f}" if step["mfu"] else ""
-            rate = step["rollout_tokens_per_s"]
+            rate = step["tokens_per_s"]
             print(
                 f"step {entry['step']}: {step['seconds']['step']:.2f} s ({parts}), {rate:.0f} tokens/s{mfu}"
             )
-            self.write()
+        return bool(new)
 
     def split(self, entry: dict[str, Any], lengths: list[int], sampled: int) -> dict[str, Any]:
         """Returns the measurements of one step.
@@ -240,19 +331,19 @@ class Report:
         updating = seconds["update"] + seconds["other"]
         return {
             "step": entry["step"],
-            "warm_up": len(self.steps) < self.args.warm_up,
+            "warm_up": len(self.steps) < self.warm_up,
             "seconds": seconds,
             "rollouts": len(lengths),
             "sampled_tokens": sampled,
             "trained_tokens": sum(lengths),
             "longest": max(lengths, default=0),
-            "rollout_tokens_per_s": sampled / seconds["rollout"],
+            "tokens_per_s": sampled / seconds["step"],
             "update_tokens_per_s": sum(lengths) / updating,
             "mfu": flops / updating / peak if peak else None,
             "mfu_update": flops / seconds["update"] / peak if peak else None,
             "failed": {name: entry.get(f"{name}/failed") for name in self.args.env},
             "drift": entry.get("drift"),
-        }
+        } | {name: entry[name] for name in OF_OVERLAP if name in entry}
 
     def update_flops(self, lengths: list[int]) -> float:
         """Returns the FLOPs of the update on rollouts of these lengths, by the MFU formula of the module."""
@@ -272,39 +363,29 @@ class Report:
             return {}
 
         def median(name: str) -> float | None:
-            values = [step[name] for step in steps if step[name] is not None]
+            values = [step[name] for step in steps if step.get(name) is not None]
             return statistics.median(values) if values else None
 
-        names = ("rollout_tokens_per_s", "update_tokens_per_s", "trained_tokens", "mfu", "mfu_update")
+        names = ("tokens_per_s", "update_tokens_per_s", "trained_tokens", "mfu", "mfu_update")
         parts = ("step", *PARTS)
         seconds = {part: statistics.median(step["seconds"][part] for step in steps) for part in parts}
-        return {"steps": len(steps), "seconds": seconds} | {name: median(name) for name in names}
+        overlap = {name: median(name) for name in OF_OVERLAP if name in steps[0]}
+        return {"steps": len(steps), "seconds": seconds} | {name: median(name) for name in names} | overlap
 
-    def write(self) -> None:
-        left_out = ("until", "model", "output", "run_dir", "gym_python", "engine_python", "overrides")
-        arguments = {name: value for name, value in vars(self.args).items() if name not in left_out}
-        results = {
-            "machine": self.machine,
-            "versions": self.versions,
-            "model": self.model,
-            "arguments": arguments,
-            "overrides": self.overrides,
-            "error": self.error or None,
-            "results": self.summary(),
-            "steps": self.steps,
-        }
-        facts.write(self.args.output, results)
+    def mean_step(self) -> float | None:
+        steps = [step["seconds"]["step"] for step in self.steps if not step["warm_up"]]
+        return statistics.fmean(steps) if steps else None
 
     def show(self) -> None:
         if medians := self.summary():
             steps, tokens = medians["steps"], medians["trained_tokens"]
-            print(f"\nmedian of {steps} steps, {tokens:.0f} tokens trained in each")
+            print(f"\n{self.way}: median of {steps} steps, {tokens:.0f} tokens trained in each")
             whole = medians["seconds"]["step"]
             for part in PARTS:
                 seconds = medians["seconds"][part]
                 print(f"  {part:<10}{seconds:>8.2f} s {seconds / whole:>6.1%}")
             print(f"  {'step':<10}{whole:>8.2f} s")
-            print(f"rollouts: {medians['rollout_tokens_per_s']:.0f} tokens/s sampled")
+            print(f"rollouts: {medians['tokens_per_s']:.0f} tokens sampled for each second of a step")
             print(f"update: {medians['update_tokens_per_s']:.0f} tokens/s", end="")
             if medians["mfu"]:
                 mfu, alone = medians["mfu"], medians["mfu_update"]
@@ -312,7 +393,6 @@ class Report:
             print()
         if self.error:
             print(f"error: {self.error}", file=sys.stderr)
-        print(self.args.output)
 
 
 def read_lengths(path: Path) -> tuple[list[int], int]:
