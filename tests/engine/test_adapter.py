@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import socket
 
 import pytest
 
-from gymexp.config.schema import EngineConfig, LoraConfig, ModelConfig
+from gymexp.cluster.placement import Placement, Share
+from gymexp.config.schema import EngineConfig, LoraConfig, ModelConfig, RunConfig
 from gymexp.engine.adapter import check, max_rank, name_of
 from gymexp.engine.vllm import Version, environment, explain, serve_command
 from gymexp.errors import ConfigError
+from gymexp.processes.access_keys import Keys
+from gymexp.record.directory import RunDirectory
+from gymexp.run import services
+from gymexp.run.work import TRAINING, evaluation
 
 
 def model(**lora) -> ModelConfig:
@@ -70,3 +77,28 @@ def test_a_name_that_vllm_does_not_know_is_never_taken_for_the_models(monkeypatc
 def test_a_model_that_this_vllm_has_no_adapters_for_is_told_with_what_to_do(tmp_path):
     (tmp_path / "log").write_text("ValueError: GPT2LMHeadModel does not support LoRA yet.\n")
     assert "set model.lora.sync=merged" in explain(tmp_path / "log")
+
+
+@pytest.mark.parametrize(
+    ("engine", "sync", "work", "names_it"),
+    [
+        ("vllm", "adapter", TRAINING, True),
+        ("vllm", "merged", TRAINING, False),
+        ("hf", "adapter", TRAINING, False),  # in the trainer, where the adapter is in the model
+        ("vllm", "adapter", evaluation([0]), False),  # of a whole model
+    ],
+)
+def test_the_gateway_names_the_adapter_where_one_is_sent(tmp_path, monkeypatch, engine, sync, work, names_it):
+    started: list[list[str]] = []
+
+    async def note(command, *_, **__):
+        started.append(command)
+
+    monkeypatch.setattr(services, "spawn", note)
+    placement = Placement(engine, [Share(0, [])], [Share(0, [])] * (engine == "vllm"))
+    config, directory = RunConfig(model=model(sync=sync)), RunDirectory(tmp_path)
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        gateway = services.gateway(config, placement, directory, sock, ["http://e"], Keys.new(), work)
+        asyncio.run(gateway.start())
+    assert ("--adapter" in started[0]) == names_it
+    assert not names_it or "--hold" in started[0]
