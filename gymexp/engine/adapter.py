@@ -12,11 +12,14 @@ from pathlib import Path
 
 from gymexp.config.lora_rules import MAX_RANK, is_sent
 from gymexp.config.schema import ModelConfig
+from gymexp.config.suggestions import nearest
 from gymexp.errors import ConfigError
 
 # Model types whose linear layers have the same names in transformers' model as in vLLM's, which takes
 # adapters of them (0.31, `SupportsLoRA`).
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+# Those layers, but for the output head.
+_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # What vLLM takes for --max-lora-rank, but for 1.
 _RANKS = (8, 16, 32, 64, 128, 256, 320, MAX_RANK)
 
@@ -41,3 +44,10 @@ def check(model: ModelConfig, directory: Path, engine: str) -> None:
             f"model.lora.sync must be merged with model.path={model.path!r}, whose type is {kind}: vLLM gets "
             f"adapters of the types {', '.join(MODEL_TYPES)} alone, got 'adapter'"
         )
+    targets = model.lora.target_modules
+    for target in targets if isinstance(targets, list) else ():
+        if (layer := target.rsplit(".", 1)[-1]) not in _LAYERS:
+            raise ConfigError(
+                f"model.lora.target_modules must name layers of {', '.join(_LAYERS)} with "
+                f"model.lora.sync=adapter, got {target!r}{nearest(layer, _LAYERS)}"
+            )

@@ -62,13 +62,15 @@ def name_base(directory: Path, model: ModelConfig) -> None:
 def _check_targets(targets: str | list[str], model: PreTrainedModel) -> None:
     linear = _linear_modules(model)
     if isinstance(targets, str):
-        missing = [] if any(re.fullmatch(targets, name) for name in linear) else [targets]
+        matched = [name for name, _ in model.named_modules() if re.fullmatch(targets, name)]
+        missing = [name for name in matched if name not in linear] if matched else [targets]
     else:
         missing = [t for t in targets if not any(name == t or name.endswith(f".{t}") for name in linear)]
     if missing:
         known = sorted({name.rsplit(".", 1)[-1] for name in linear})
         raise ConfigError(
-            f"model.lora.target_modules must name linear layers of the model, and {missing[0]!r} is none"
+            "model.lora.target_modules must name linear layers of the model other than its output head, and "
+            f"{missing[0]!r} is none"
             f"{nearest(missing[0], known)}. Known: {', '.join(known)}"
         )
 

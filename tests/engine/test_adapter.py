@@ -57,6 +57,15 @@ def test_models_whose_layers_vllm_does_not_know_by_name_are_refused_and_merged_o
         check(model(), tmp_path, "vllm")
 
 
+def test_a_layer_that_vllm_would_not_find_is_refused_before_anything_starts(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3"}')
+    for targets in ("all-linear", r".*_proj", ["q_proj", "model.layers.3.mlp.up_proj"]):
+        check(model(target_modules=targets), tmp_path, "vllm")
+    for target in ("q_prj", "embed_tokens", "lm_head"):
+        with pytest.raises(ConfigError, match=rf"model\.lora\.target_modules must name .* got '{target}'"):
+            check(model(target_modules=["q_proj", target]), tmp_path, "vllm")
+
+
 def test_vllm_is_started_with_room_for_one_adapter_and_one_api_server():
     command = serve_command(model(r=12), EngineConfig(), 4000, Version(0, 31), "adapter", num_api_servers=4)
     flags = dict(zip(command, [*command[1:], ""], strict=True))

@@ -195,6 +195,8 @@ def test_the_adapter_goes_where_it_is_told_to(targets, where):
         (["q_proj", "qv_proj"], r"and 'qv_proj' is none; did you mean v_proj\?.*Known: down_proj, gate_proj"),
         (["lm_head"], "and 'lm_head' is none"),
         ("attention", "and 'attention' is none"),
+        (".*(q_proj|lm_head)", "and 'lm_head' is none"),  # peft would take it, and TRL would not see it
+        (r".*(q_proj|\.0\.mlp)", r"and 'model\.layers\.0\.mlp' is none"),  # peft would raise ValueError
     ],
 )
 def test_a_target_that_the_model_does_not_have_is_named(targets, said):
