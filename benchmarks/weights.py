@@ -3,6 +3,7 @@
     python benchmarks/weights.py                    one vLLM on the first GPU, the trainer on the second
     python benchmarks/weights.py --replicas 2       two vLLM, on the first two GPUs, the trainer on the third
     python benchmarks/weights.py --way ipc          both on one GPU
+    python benchmarks/weights.py --way adapter      an adapter of all linear layers alone, of --rank 16
 
 vLLM serves a model of benchmarks/make_model.py with dummy weights. The script sends it random weights from
 the trainer's GPU as the trainer does, by `WeightSync.update`, and measures from the pause request to the
@@ -36,8 +37,9 @@ import torch
 from aiohttp import web
 from make_model import SIZES, make, make_tensors
 
-from gymexp.config.schema import EngineConfig, ModelConfig
+from gymexp.config.schema import EngineConfig, LoraConfig, ModelConfig
 from gymexp.engine import vllm
+from gymexp.engine.adapter_transfer import AdapterTransfer
 from gymexp.engine.admission import Admission
 from gymexp.engine.replicas import Replicas
 from gymexp.engine.weight_sync import WeightSync
@@ -54,18 +56,19 @@ def main() -> None:
     )
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["0.5b", "4b"])
     parser.add_argument("--replicas", type=int, default=1)
-    parser.add_argument("--way", choices=("nccl", "ipc", "disk"), default="nccl")
+    parser.add_argument("--way", choices=("nccl", "ipc", "disk", "adapter"), default="nccl")
+    parser.add_argument("--rank", type=int, default=16, help="of the adapter, with --way adapter")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--engine-python", default=sys.executable)
     parser.add_argument("--output", type=Path, default=facts.RESULTS / "weights.json")
     args = parser.parse_args()
     needed = args.replicas + (args.way == "nccl")
-    if args.way != "disk" and torch.cuda.device_count() < needed:
+    if args.way in ("nccl", "ipc") and torch.cuda.device_count() < needed:
         parser.error(f"--way {args.way} with {args.replicas} replicas needs {needed} GPUs")
     results: dict[str, Any] = {
         "machine": facts.machine(),
         "versions": facts.versions(args.engine_python, ("vllm", "trl", "torch", "transformers")),
-        "arguments": {"replicas": args.replicas, "way": args.way, "rounds": args.rounds},
+        "arguments": {name: getattr(args, name) for name in ("replicas", "way", "rank", "rounds")},
         "sizes": {},
     }
     for size in args.sizes:
@@ -85,13 +88,15 @@ def measure(size: str, args: argparse.Namespace, result: dict[str, Any], write: 
         if args.way == "disk":
             make(directory / "model", size)  # vLLM reloads only weights that it has loaded from files
         named = make_tensors(directory / "model", size, device=device)
+        if args.way == "adapter":
+            named = make_adapter(named, args.rank)
         num_bytes = sum(tensor.nbytes for tensor in named.values())
         print(f"{size}: {len(named)} tensors, {num_bytes / 1e9:.2f} GB", flush=True)
         urls = [serve(directory, index, args, stack) for index in range(args.replicas)]
         replicas = Timed(urls)
         replicas.wait_healthy(START_S, threading.Event())
         gateway_url = stack.enter_context(fake_gateway())
-        transfer = open_transfer(args.way, device, directory)
+        transfer = open_transfer(args, device, directory)
         sync = WeightSync(replicas, transfer, Admission(gateway_url, None, START_S), directory / "again")
         specs = [(name, tensor.dtype, list(tensor.shape)) for name, tensor in named.items()]
         seconds, pauses, phases = [], [], {}
@@ -144,7 +149,8 @@ def serve(directory: Path, index: int, args: argparse.Namespace, stack: ExitStac
     """Starts a vLLM replica with dummy weights on its own GPU; returns its URL. `stack` ends it."""
     sock = stack.enter_context(ports.reserve())
     shared = args.way == "ipc"
-    model = ModelConfig(name="dummy", path=str(directory / "model"), max_model_len=4096)
+    lora = LoraConfig(r=args.rank) if args.way == "adapter" else LoraConfig()
+    model = ModelConfig(name="dummy", path=str(directory / "model"), max_model_len=4096, lora=lora)
     flags: dict[str, Any] = {"enforce_eager": True, "max_num_seqs": 64}
     flags |= {"load_format": "dummy"} if args.way != "disk" else {}
     flags |= {"gpu_memory_utilization": 0.4} if torch.cuda.is_available() else {}
@@ -172,15 +178,28 @@ def serve(directory: Path, index: int, args: argparse.Namespace, stack: ExitStac
     return ports.url_of(sock)
 
 
-def open_transfer(way: str, device: torch.device, directory: Path) -> Any:
+def make_adapter(named: dict[str, torch.Tensor], rank: int) -> dict[str, torch.Tensor]:
+    """Returns a random adapter of all linear layers, under the names of peft's files."""
+    adapter = {}
+    for name, weight in named.items():
+        if name.endswith("_proj.weight"):
+            layer = f"base_model.model.{name.removesuffix('.weight')}"
+            adapter[f"{layer}.lora_A.weight"] = torch.randn_like(weight[:1]).repeat(rank, 1)
+            adapter[f"{layer}.lora_B.weight"] = torch.randn_like(weight[:, :1]).repeat(1, rank) * 1e-3
+    return adapter
+
+
+def open_transfer(args: argparse.Namespace, device: torch.device, directory: Path) -> Any:
     def give_up(error: ServiceError) -> None:
         print(f"error: {error}", flush=True)
         os._exit(1)
 
-    if way == "nccl":
+    if args.way == "nccl":
         return NcclTransfer(device, give_up)
-    if way == "ipc":
+    if args.way == "ipc":
         return IpcTransfer(lambda value: [value], is_first_rank=True)
+    if args.way == "adapter":
+        return AdapterTransfer(directory / "weights", LoraConfig(r=args.rank))
     return DiskTransfer(directory / "weights")
 
 

@@ -10,6 +10,7 @@ import signal
 import urllib.request
 
 import pytest
+from safetensors.torch import load_file
 from vllm_cpu import SAMPLED, check
 from whole_run import BATCH, STEPS
 
@@ -39,6 +40,24 @@ def test_an_adapter_is_trained_on_what_vllm_samples_and_a_client_that_hangs_up_f
     log = run.directory / "logs" / "vllm-0.log"
     run.wait_for(lambda: re.search(r"Request \S+ aborted", log.read_text()))
     check(run)
+
+
+def test_an_adapter_goes_to_vllm_as_one_and_a_vllm_that_is_killed_comes_back_with_it(
+    started, gym_python, vllm
+):
+    changes = ["model.lora.r=4", "model.lora.sync=adapter", "trainer.learning_rate=1e-2"]
+    run = started("adapter", *vllm, *SAMPLED, *changes, "evaluation.after=false")
+    run.wait_for(lambda: 1 in run.steps() and run.status().get("in_flight"))
+    next(p for p in run.left() if "EngineCore" in "".join(p.cmdline())).kill()
+    run.wait_for(lambda: "is back, with the weights of step 1" in run.log("trainer"))
+    check(run, sends_first=True)
+    assert "starting it again" in run.said
+    log = run.log("vllm-0")
+    loaded = re.findall(r"Loaded new LoRA adapter: name '(policy-\d)'", log)
+    assert loaded == ["policy-0", "policy-1", "policy-1", "policy-2"], "once each, and again for the new vLLM"
+    assert "POST /collective_rpc" not in log, "no other weights were sent"
+    adapter = load_file(run.directory / "adapter" / "adapter_model.safetensors")
+    assert all(tensor.any() for tensor in adapter.values()), "it has learned, so the drift saw it"
 
 
 @pytest.mark.ranks

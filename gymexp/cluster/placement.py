@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from gymexp.config import lora_rules
 from gymexp.config.schema import EngineConfig, PlacementConfig, RunConfig
 from gymexp.errors import ConfigError
 
@@ -99,9 +100,11 @@ def place(config: RunConfig, nodes: Sequence[list[str]]) -> Placement:
     kind, rollout_nodes = _kind(config.engine, nodes), config.placement.rollout_nodes
     overlaps = config.overlap.max_staleness > 0
     is_server = kind == "hf" and (overlaps or rollout_nodes is not None)
+    why = "over several nodes" if rollout_nodes is not None else "and overlap.max_staleness above 0"
     if is_server and config.engine.weights not in ("auto", "disk"):
-        why = "over several nodes" if rollout_nodes is not None else "and overlap.max_staleness above 0"
         raise ConfigError(f"engine.weights must be disk with engine=hf {why}, got {config.engine.weights!r}")
+    if is_server and lora_rules.is_sent(config.model.lora):
+        raise ConfigError(f"model.lora.sync must be merged with engine=hf {why}, got 'adapter'")
     if rollout_nodes is not None:
         return _place_over_nodes(config, kind, nodes, rollout_nodes)
     placement = _place_on_one(config, kind, nodes[0])
@@ -227,10 +230,13 @@ def transfer_of(config: RunConfig, placement: Placement) -> str:
     """Returns how the trainer's weights reach the engine's servers: `engine.weights` unless it is auto.
 
     With auto: ipc if GPUs are shared, nccl if training and sampling use different GPUs, and disk if no GPU
-    trains, no engine is started, or vLLM is not installed beside gymexp. Always disk for the hf engine.
+    trains, no engine is started, or vLLM is not installed beside gymexp. Always disk for the hf engine, and
+    adapter for vLLM with `model.lora.sync=adapter`.
     """
     if placement.engine == "hf":
         return "disk"
+    if lora_rules.is_sent(config.model.lora):
+        return "adapter"
     if config.engine.weights != "auto":
         return config.engine.weights
     if placement.shared:

@@ -11,6 +11,7 @@ from gymexp.config.correction import problems_of_correction
 from gymexp.config.env_rules import problems_of_environment
 from gymexp.config.group_options import options
 from gymexp.config.grpo_arguments import value_of
+from gymexp.config.lora_rules import problems_of_lora
 from gymexp.config.mix_rules import problems_of_mix, problems_of_replicas
 from gymexp.config.overlap_rules import problems_of_overlap
 from gymexp.config.packing import problems_of_packing
@@ -21,7 +22,6 @@ from gymexp.config.schema import (
     EvaluationConfig,
     GymConfig,
     LauncherConfig,
-    LoraConfig,
     RunConfig,
     TrackerConfig,
 )
@@ -79,13 +79,8 @@ def problems_of(config: RunConfig) -> Iterator[str]:
     yield from one_of("model.dtype", config.model.dtype, ("float32", "bfloat16", "float16"))
     yield from problems_of_packing(config)
     yield from at_least("model.max_model_len", config.model.max_model_len, 8)
-    yield from _lora_problems(config.model.lora)
+    yield from problems_of_lora(config)
     yield from _launcher_problems(config.launcher)
-    if config.model.lora.r is not None and config.trainer.get("sync_ref_model"):
-        yield (
-            "trainer.sync_ref_model must be false with model.lora, whose reference is the model without its "
-            f"adapter, got {config.trainer['sync_ref_model']!r}"
-        )
     yield from _sharding_problems(config.trainer)
     yield from _gym_problems(config.gym)
     yield from at_least("rollout.max_retries", config.rollout.max_retries, 0)
@@ -261,20 +256,6 @@ def _search_problems(config: RunConfig) -> Iterator[str]:
         yield f"search.metric must be of a selected environment ({known}), got {search.metric!r}"
 
 
-def _lora_problems(lora: LoraConfig) -> Iterator[str]:
-    if lora.r is None and lora != LoraConfig():
-        yield "model.lora.r must be the adapter's rank where other keys of model.lora are set, got None"
-    yield from at_least("model.lora.r", lora.r, 1)
-    yield from at_least("model.lora.lora_alpha", lora.lora_alpha, 1)
-    if not 0 <= lora.lora_dropout < 1:
-        yield f"model.lora.lora_dropout must be >= 0 and below 1, got {lora.lora_dropout!r}"
-    if not _may_name_modules(lora.target_modules):
-        yield (
-            "model.lora.target_modules must be all-linear, a list of module names, or a regular expression, "
-            f"got {lora.target_modules!r}"
-        )
-
-
 def _sharding_problems(trainer: dict[str, Any]) -> Iterator[str]:
     if trainer.get("fsdp") and trainer.get("deepspeed"):
         yield "trainer.fsdp and trainer.deepspeed do the same work: leave one of them out"
@@ -297,15 +278,6 @@ def _sharding_problems(trainer: dict[str, Any]) -> Iterator[str]:
         )
 
 
-def _may_name_modules(value: Any) -> bool:
-    if isinstance(value, list):
-        return bool(value) and all(isinstance(name, str) and name for name in value)
-    try:
-        return isinstance(value, str) and value != "" and bool(re.compile(value))
-    except re.error:
-        return False
-
-
 # Flags of `vllm serve` that other keys set (the value names the key), or that token exactness depends on.
 _VLLM_OWNED = {
     "model": "model.path",
@@ -315,6 +287,11 @@ _VLLM_OWNED = {
     "tensor_parallel_size": "engine.tensor_parallel_size",
     "weight_transfer_config": "engine.weights",
     "enable_sleep_mode": "engine.colocate",
+    **dict.fromkeys(
+        ("enable_lora", "lora_modules", "lora_dtype", "max_lora_rank", "max_loras", "max_cpu_loras"),
+        "model.lora.sync",
+    ),
+    "lora_target_modules": "model.lora.target_modules",
 } | dict.fromkeys(
     (
         *("host", "port", "uds", "api_key", "middleware"),

@@ -25,6 +25,9 @@ class LoraConfig:
     lora_dropout: float = 0.0
     # all-linear: all linear layers but the output head; or a list of names, e.g. [q_proj,v_proj]; or a regex
     target_modules: Any = "all-linear"
+    # what a vLLM server gets of the adapter. merged: all weights, with the adapter merged into them in
+    # model.dtype; adapter: the adapter alone, which vLLM adds to the model's own weights as it samples
+    sync: str = "merged"
 
 
 @dataclass

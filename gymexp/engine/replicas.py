@@ -9,7 +9,7 @@ import threading
 import time
 import urllib.error
 import urllib.parse
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,7 +18,7 @@ import torch
 
 from gymexp.errors import ServiceError
 from gymexp.processes import access_keys
-from gymexp.processes.http_client import fetch_json
+from gymexp.processes.http_client import fetch, fetch_json
 
 T = TypeVar("T")
 
@@ -33,6 +33,14 @@ class ReplicaLost(ServiceError):
     """A replica is unreachable: it refused or broke off the connection, or answered 5xx and fails its health
     check.
     """
+
+
+class ReplicaRefused(ServiceError):
+    """A replica answered a request with an error. status: of HTTP."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class Replicas:
@@ -53,7 +61,7 @@ class Replicas:
         return Replicas(urls, self.timeout_s, self.on_cpu)
 
     def post(self, path: str, bodies: Sequence[dict[str, Any]] | dict[str, Any] | None = None) -> list[Any]:
-        """POSTs to all replicas at once and returns their answers. bodies: one for each, or one for all.
+        """POSTs to all replicas at once and returns their JSON answers. bodies: one for each, or one for all.
 
         Raises the ServiceError of a replica that fails, once all have answered.
         """
@@ -61,16 +69,18 @@ class Replicas:
         wait(answers)
         return [answer.result() for answer in answers]
 
-    def reach(self, path: str, body: dict[str, Any] | None = None) -> None:
+    def reach(self, path: str, body: dict[str, Any] | None = None, allowed: Collection[int] = ()) -> None:
         """POSTs to all replicas, and moves those that are unreachable from `urls` to `lost`.
 
-        Raises ServiceError if a replica answers with an error, or does not answer within timeout_s.
+        Raises ServiceError if a replica answers with an error whose status is not in `allowed`, or does not
+        answer within timeout_s.
         """
-        errors = {url: answer.exception() for url, answer in self._start(path, body).items()}
+        errors = {url: answer.exception() for url, answer in self._start(path, body, _nothing).items()}
         self.lost |= {url: str(error) for url, error in errors.items() if isinstance(error, ReplicaLost)}
         self.urls = [url for url in self.urls if url not in self.lost]
         for url in self.urls:
-            if error := errors[url]:
+            error = errors[url]
+            if error and not (isinstance(error, ReplicaRefused) and error.status in allowed):
                 raise error
 
     def start(
@@ -80,16 +90,21 @@ class Replicas:
         return list(self._start(path, bodies).values())
 
     def _start(
-        self, path: str, bodies: Sequence[dict[str, Any]] | dict[str, Any] | None
+        self,
+        path: str,
+        bodies: Sequence[dict[str, Any]] | dict[str, Any] | None,
+        parse: Callable[[bytes], Any] | None = None,
     ) -> dict[str, Future[Any]]:
+        """parse: makes the future's result of an answer; None: the answer is JSON."""
         body_of_each = bodies if isinstance(bodies, Sequence) else [bodies] * len(self.urls)
         pairs = zip(self.urls, body_of_each, strict=True)
         data = {url: json.dumps(body or {}).encode() for url, body in pairs}
-        return _call_for_each(lambda url: self._request(url, path, data[url]), self.urls)
+        parse = parse or _parsed
+        return _call_for_each(lambda url: parse(self._request(url, path, data[url])), self.urls)
 
     def get(self, path: str) -> list[Any]:
-        """Returns the answers of all replicas to a GET, in the order of `urls`. Raises ServiceError."""
-        answers = _call_for_each(lambda url: self._request(url, path, None), self.urls)
+        """Returns the JSON answers of all replicas to a GET, in the order of `urls`. Raises ServiceError."""
+        answers = _call_for_each(lambda url: _parsed(self._request(url, path, None)), self.urls)
         return [answer.result() for answer in answers.values()]
 
     def ill(self) -> dict[str, str]:
@@ -111,20 +126,23 @@ class Replicas:
                 )
             end_requested.wait(0.5)
 
-    def _request(self, url: str, path: str, body: bytes | None) -> Any:
-        """Returns a replica's JSON answer to a GET, or with a body to a POST.
+    def _request(self, url: str, path: str, body: bytes | None) -> bytes:
+        """Returns a replica's answer to a GET, or with a body to a POST. vLLM's answers to the requests about
+        adapters are no JSON.
 
-        Raises ReplicaLost if the replica is unreachable, ServiceError if it answers late or with an error.
+        Raises ReplicaLost if the replica is unreachable, ReplicaRefused if it answers with an error, and
+        ServiceError if it answers late.
         """
         phase = urllib.parse.urlsplit(path).path.strip("/")
         try:
-            return fetch_json(f"{url}{path}", body, self.timeout_s, access_keys.header_of(access_keys.ENGINE))
+            return fetch(f"{url}{path}", body, self.timeout_s, access_keys.header_of(access_keys.ENGINE))
         except urllib.error.HTTPError as error:
             answer = f"{error.code}: {error.read()[:500].decode(errors='replace')}"
+            message = f"weights: the engine at {url} answered {phase} with {answer}"
             # vLLM answers 500 while it shuts down; then its health check fails too.
-            is_lost = error.code >= 500 and _check_health(url)
-            error_type = ReplicaLost if is_lost else ServiceError
-            raise error_type(f"weights: the engine at {url} answered {phase} with {answer}") from None
+            if error.code >= 500 and _check_health(url):
+                raise ReplicaLost(message) from None
+            raise ReplicaRefused(message, error.code) from None
         except (OSError, http.client.HTTPException) as error:
             is_late = isinstance(getattr(error, "reason", error), TimeoutError)
             error_type = ServiceError if is_late else ReplicaLost
@@ -153,6 +171,14 @@ def reload_weights(replicas: Replicas, directory: Path) -> None:
     replicas.reach("/collective_rpc", body)
     if replicas.on_cpu:
         replicas.reach("/collective_rpc", {"method": "pack_tied_head"})
+
+
+def _parsed(answer: bytes) -> Any:
+    return json.loads(answer) if answer.strip() else None
+
+
+def _nothing(_: bytes) -> None:
+    pass
 
 
 def _call_for_each(function: Callable[[str], T], urls: Sequence[str]) -> dict[str, Future[T]]:

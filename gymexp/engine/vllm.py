@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gymexp.config.schema import EngineConfig, ModelConfig
+from gymexp.engine import adapter
 from gymexp.errors import ConfigError
 from gymexp.policy.hub_snapshot import directory_of
 
@@ -58,6 +59,10 @@ _CAUSES = (
         "this vLLM's CUDA IPC imports ray: install ray beside it, or set engine.weights=disk",
     ),
     (r"No CUDA GPUs are available|NVIDIA driver .* too old", "vLLM finds no GPU that it can use"),
+    (
+        r"does not support LoRA yet",
+        "vLLM cannot serve an adapter of this model: set model.lora.sync=merged",
+    ),
 )
 
 
@@ -104,16 +109,21 @@ def read_version(engine: EngineConfig) -> Version:
 
 
 def environment(transfer: str) -> dict[str, str]:
-    """Returns the environment variables of a replica. transfer: how weights reach it: nccl, ipc or disk.
+    """Returns the environment variables of a replica. transfer: how weights reach it: nccl, ipc, disk or
+    adapter.
 
     Each way needs routes of vLLM's development mode: /pause, /resume and /reset_prefix_cache for all,
     /collective_rpc for disk, those of weight transfer for nccl and ipc. With ipc alone, vLLM unpickles data
     (handles to GPU memory), and unpickling runs code of the sender. vLLM's own key guards none of these
-    routes, so `in_vllm/gymexp_key.py` demands the engine's key on every path.
+    routes, so `in_vllm/gymexp_key.py` demands the engine's key on every path. With adapter alone, vLLM loads
+    adapters while it runs.
     """
     variables = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
     variables["PYTHONPATH"] = os.pathsep.join(filter(None, (str(IN_VLLM), os.environ.get("PYTHONPATH"))))
     variables["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1" if transfer == "ipc" else "0"
+    variables["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1" if transfer == "adapter" else "0"
+    # Else vLLM would sample from the model alone where a request names an adapter that it does not have.
+    variables["VLLM_SKIP_MODEL_NAME_VALIDATION"] = "0"
     # The user may have this key for other servers. vLLM would demand it in addition to the engine's key.
     variables["VLLM_API_KEY"] = ""
     return variables
@@ -129,7 +139,8 @@ def serve_command(
     num_api_servers: int = 1,
     host: str = "127.0.0.1",
 ) -> list[str]:
-    """Returns the `vllm serve` command of one replica. transfer: how weights reach it: nccl, ipc or disk.
+    """Returns the `vllm serve` command of one replica. transfer: how weights reach it: nccl, ipc, disk or
+    adapter.
 
     shared: whether its GPU also trains. num_api_servers: number of processes that take requests
     (`count_api_servers`). host: the address that the replica listens on.
@@ -149,8 +160,12 @@ def serve_command(
     }
     if version >= (0, 30):
         flags["enable_scale_out"] = True
-    if transfer != "disk":
+    if transfer in ("nccl", "ipc"):
         flags["weight_transfer_config"] = {"backend": transfer}
+    if transfer == "adapter":
+        assert model.lora.r is not None
+        flags |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": adapter.max_rank(model.lora.r)}
+        num_api_servers = 1  # vLLM refuses more: each would know only the adapters that it has loaded itself
     if version.is_cpu:
         flags["worker_extension_cls"] = "gymexp_worker.PacksTiedHead"
         flags["enable_chunked_prefill"] = False  # `read_version` has the reason

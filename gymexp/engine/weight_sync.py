@@ -131,7 +131,8 @@ class WeightSync:
         """Makes replicas that share GPUs with the trainer free their GPU memory until the next `update`."""
         if self._sleeps:
             available = self._replicas.only(self._available_urls())
-            available.reach("/sleep?level=2")
+            # At level 2 a replica drops its weights, at level 1 it keeps them in the memory of its node.
+            available.reach(f"/sleep?level={2 if self._transfer.sends_all else 1}")
             self._put_on_hold(available.lost)
             self._asleep = True
 
@@ -146,11 +147,12 @@ class WeightSync:
             return
         if self._version is not None:
             self._transfer.forget()
-            write_weights(self._directory, weights(), self._version)
-            reload_weights(back, self._directory)
+            if not self._transfer.again(back, self._version):
+                write_weights(self._directory, weights(), self._version)
+                reload_weights(back, self._directory)
+                shutil.rmtree(self._directory)
             back.reach("/reset_prefix_cache")
             back.reach("/resume")  # a replica that lost only its connection may still be paused
-            shutil.rmtree(self._directory)
         for url in back.urls:
             log.info("the engine at %s is back, with the weights of step %s", url, self._version or 0)
             version = self._first_version if self._version is None else self._version

@@ -1,4 +1,5 @@
-"""Three ways to send weights from the trainer to the engine's replicas.
+"""Three ways to send all weights from the trainer to the engine's replicas. `adapter_transfer` is a fourth,
+which sends an adapter alone.
 
 nccl   One NCCL group has the trainer (rank 0) and all workers of all replicas (vLLM's weight-transfer API).
        For GPUs that either sample or train.
@@ -37,6 +38,8 @@ IPC_CHUNK_BYTES = 1 << 30
 class DiskTransfer:
     """Writes into two directories in turn, so that a replica never reads a file that is being written."""
 
+    sends_all = True
+
     def __init__(self, directory: Path) -> None:
         self._directory = directory
 
@@ -44,6 +47,9 @@ class DiskTransfer:
         target = self._directory / f"{version % 2}"
         write_weights(target, weights, version)
         reload_weights(replicas, target)
+
+    def again(self, replicas: Replicas, version: int) -> bool:
+        return False
 
     def forget(self) -> None:
         pass
@@ -58,6 +64,8 @@ class NcclTransfer:
     give_up: called from another thread when a replica fails while NCCL waits for it, as nothing else would
     end that wait. address: this node's address, at which the members of the group meet.
     """
+
+    sends_all = True
 
     def __init__(
         self, device: torch.device, give_up: Callable[[ServiceError], None], address: str = "127.0.0.1"
@@ -97,6 +105,9 @@ class NcclTransfer:
                 self._vllm.NCCLWeightTransferEngine.trainer_send_weights(weights, arguments)
             torch.cuda.synchronize(self._device)
         replicas.post("/finish_weight_update")
+
+    def again(self, replicas: Replicas, version: int) -> bool:
+        return False
 
     def forget(self) -> None:
         self._members = []
@@ -171,6 +182,8 @@ class IpcTransfer:
     parameters take the memory of one chunk.
     """
 
+    sends_all = True
+
     def __init__(self, gather: Callable[[Any], list[Any]], is_first_rank: bool) -> None:
         self._gather = gather
         self._is_first_rank = is_first_rank
@@ -192,6 +205,9 @@ class IpcTransfer:
                 chunk, begin = [], index + 1
         if self._is_first_rank:
             replicas.post("/finish_weight_update")
+
+    def again(self, replicas: Replicas, version: int) -> bool:
+        return False
 
     def forget(self) -> None:
         self._joined = False
@@ -231,13 +247,25 @@ class IpcPeer:
 
 
 class Transfer(Protocol):
-    """A way to send weights from the trainer to the replicas."""
+    """A way to send weights from the trainer to the replicas. sends_all: whether it sends all weights of the
+    policy; else the replicas must keep the others while they sleep."""
+
+    sends_all: bool
 
     def send(self, replicas: Replicas, version: int, specs: TensorSpecs, weights: NamedTensors) -> None:
         """Sends the weights to the replicas. specs: name, dtype and shape of each, in the order of `weights`.
 
         Raises ServiceError if a replica fails.
         """
+
+    def again(self, replicas: Replicas, version: int) -> bool:
+        """Sends what the last `send` sent to replicas that came back, without the trainer's weights. Returns
+        False if the transfer has not kept it. version: that of the last `send`.
+
+        Replicas that are unreachable move from `replicas.urls` to `replicas.lost`. Raises ServiceError if a
+        replica answers with an error, or too late.
+        """
+        ...
 
     def forget(self) -> None:
         """Makes the next `send` form the group of trainer and replicas again, as a replica was restarted."""

@@ -20,6 +20,7 @@ from typing import Any
 import aiohttp
 from aiohttp import web
 
+from gymexp.engine.adapter import name_of
 from gymexp.gateway.pieces import Pieces
 from gymexp.processes.access_keys import ENGINE, header_of
 from gymexp.rollout.generation import EngineError, Generation, read_answer, start_of
@@ -65,10 +66,12 @@ class Engines:
         timeout_s: float,
         hold: bool = False,
         decode: Callable[[list[int]], str] | None = None,
+        names_adapter: bool = False,
     ):
         """timeout_s: for one generation, including the wait for an engine. hold: whether an engine starts on
         hold and gets requests only after `open`, and is put on hold again when it goes away, as it may come
-        back with other weights. decode: as in `Pieces`.
+        back with other weights. decode: as in `Pieces`. names_adapter: whether each request names the
+        policy's adapter, with the version of its weights; an engine whose version is unknown gets none.
         """
         self.in_flight = dict.fromkeys((url.rstrip("/") for url in urls), 0)
         self.on_hold = set(self.in_flight) if hold else set[str]()
@@ -78,6 +81,7 @@ class Engines:
         self._holds = Counter[str]()  # how often each engine was put on hold
         self._requests = {url: set[asyncio.Timeout]() for url in self.in_flight}
         self._hold = hold
+        self._names_adapter = names_adapter
         self._decode = decode
         self._opened = asyncio.Event()
         self._timeout_s = timeout_s
@@ -160,7 +164,8 @@ class Engines:
                 while not pieces.is_finished:
                     url = await self._pick(prompt_ids[:continues])
                     try:
-                        pieces.add(await self._post_request(url, pieces.payload()))
+                        model = name_of(self._versions[url]) if self._names_adapter else None
+                        pieces.add(await self._post_request(url, pieces.payload(model)))
                         self.num_cuts += not pieces.is_finished
                     except EngineReplaced as error:
                         log.warning("%s; the request is sent again", error)
@@ -248,13 +253,17 @@ class Engines:
         """Returns the engine for a request, once one is open: the one that sampled previous_ids, else the
         least busy one.
         """
-        while not (urls := [url for url in self.in_flight if url not in (self.on_hold | self.fenced)]):
+        while not (urls := [url for url in self.in_flight if self._takes_requests(url)]):
             await self._opened.wait()
         if len(self.in_flight) > 1 and previous_ids:
             url = self._url_of_turn.get(hash(tuple(previous_ids)))
             if url in urls:
                 return url
         return min(urls, key=self.in_flight.__getitem__)
+
+    def _takes_requests(self, url: str) -> bool:
+        is_open = url not in self.on_hold and url not in self.fenced
+        return is_open and (url in self._versions or not self._names_adapter)
 
     def _remember(self, turn_ids: list[int], url: str) -> None:
         if len(self.in_flight) == 1:

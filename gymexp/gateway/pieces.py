@@ -42,14 +42,16 @@ class Pieces:
     def is_finished(self) -> bool:
         return self.finish_reason != "abort"
 
-    def payload(self) -> bytes:
-        """Returns the body of the request for the next piece."""
+    def payload(self, model: str | None = None) -> bytes:
+        """Returns the body of the request for the next piece. model: the engine's name of what is to sample;
+        None for its only model."""
         params = dict(self._params)
         if params.get("seed") is not None:
             params["seed"] = piece_seed(params["seed"], len(self._ids))
         if (left := self._left()) is not None:
             params["max_tokens"] = left
-        return orjson.dumps({"token_ids": self._prompt_ids + self._ids, "sampling_params": params})
+        body = {"token_ids": self._prompt_ids + self._ids, "sampling_params": params}
+        return orjson.dumps(body if model is None else body | {"model": model})
 
     def add(self, piece: Generation) -> None:
         """Adds the engine's answer to the last payload."""

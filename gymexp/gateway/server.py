@@ -61,7 +61,7 @@ class GatewayConfig:
     max_model_len: of prompt + generation, in tokens; None for no limit. engine_timeout_s: for one generation,
     including the wait for an engine. hold: whether an engine gets requests only after `POST /engine` opens
     it, and none after it goes away. stop_token_ids: ids that end a generation; None for those of the
-    tokenizer and its chat template.
+    tokenizer and its chat template. adapter: whether the engines sample with the adapter that requests name.
     """
 
     engine_urls: tuple[str, ...]
@@ -70,6 +70,7 @@ class GatewayConfig:
     engine_timeout_s: float = 1800.0
     hold: bool = False
     stop_token_ids: tuple[int, ...] | None = None
+    adapter: bool = False
 
 
 class Gateway:
@@ -88,7 +89,8 @@ class Gateway:
         stops = config.stop_token_ids
         self.stop_token_ids = tokens.end_of_turn_ids(tokenizer) if stops is None else list(stops)
         decode = functools.partial(tokenizer.decode, skip_special_tokens=False)
-        self.engines = Engines(config.engine_urls, config.engine_timeout_s, config.hold, decode)
+        urls, timeout_s = config.engine_urls, config.engine_timeout_s
+        self.engines = Engines(urls, timeout_s, config.hold, decode, config.adapter)
         self.prompts: OrderedDict[bytes, list[int]] = OrderedDict()
         self.seeds = CallSeeds()
         self.attempts = Attempts()
@@ -346,6 +348,7 @@ def main() -> None:
     parser.add_argument(
         "--hold", action="store_true", help="no requests for an engine until POST /engine opens it"
     )
+    parser.add_argument("--adapter", action="store_true", help="requests name the policy's adapter")
     args = parser.parse_args()
     log_to_stderr()
     guard = guard_of_environment()
@@ -360,6 +363,7 @@ def main() -> None:
         args.engine_timeout_s,
         args.hold,
         tuple(end_token_ids(tokenizer, args.tokenizer)),
+        args.adapter,
     )
     sock = listen(args.host, args.port, "--port") if args.fd is None else adopt(args.fd)
     log.info("gateway on %s, engines %s", url_of(sock), " ".join(config.engine_urls))

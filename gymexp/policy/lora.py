@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -22,6 +23,8 @@ from gymexp.errors import ConfigError
 if TYPE_CHECKING:
     import peft
     from transformers import PreTrainedModel
+
+_ADAPTER = "default"  # peft's name of an adapter that was given none
 
 
 def build_peft_config(config: LoraConfig, model: PreTrainedModel) -> peft.LoraConfig:
@@ -59,13 +62,15 @@ def name_base(directory: Path, model: ModelConfig) -> None:
 def _check_targets(targets: str | list[str], model: PreTrainedModel) -> None:
     linear = _linear_modules(model)
     if isinstance(targets, str):
-        missing = [] if any(re.fullmatch(targets, name) for name in linear) else [targets]
+        matched = [name for name, _ in model.named_modules() if re.fullmatch(targets, name)]
+        missing = [name for name in matched if name not in linear] if matched else [targets]
     else:
         missing = [t for t in targets if not any(name == t or name.endswith(f".{t}") for name in linear)]
     if missing:
         known = sorted({name.rsplit(".", 1)[-1] for name in linear})
         raise ConfigError(
-            f"model.lora.target_modules must name linear layers of the model, and {missing[0]!r} is none"
+            "model.lora.target_modules must name linear layers of the model other than its output head, and "
+            f"{missing[0]!r} is none"
             f"{nearest(missing[0], known)}. Known: {', '.join(known)}"
         )
 
@@ -81,6 +86,43 @@ def _linear_modules(model: PreTrainedModel) -> list[str]:
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear | Conv1D) and module is not head
     ]
+
+
+def adapter_parameters(
+    model: peft.PeftModel, gathered: Callable[[list[torch.nn.Parameter]], AbstractContextManager[Any]]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields name and tensor of each parameter of the adapter. gathered: as in `merged_parameters`; the
+    model's own parameters are not gathered."""
+    for name, parameter in model.named_parameters():
+        if model.prefix in name:
+            with gathered([parameter]):
+                yield name, parameter.data
+
+
+def saved_name(name: str) -> str:
+    """Returns the name that a parameter of the adapter has in peft's files."""
+    return name.replace(f".{_ADAPTER}.", ".")
+
+
+def save_adapter(directory: Path, weights: Iterator[tuple[str, torch.Tensor]], config: LoraConfig) -> None:
+    """Writes an adapter in peft's format, as adapter_model.safetensors and adapter_config.json, into a new
+    `directory`, or in place of an old one. weights: with the names of peft's files."""
+    import peft
+    from safetensors.torch import save_file
+
+    assert config.r is not None
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights}
+    save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    layers = {re.split(r"\.lora_[AB]\.", name)[0] for name in tensors}
+    peft.LoraConfig(
+        r=config.r,
+        lora_alpha=config.lora_alpha,
+        target_modules=sorted({layer.rsplit(".", 1)[-1] for layer in layers}),
+        task_type=peft.TaskType.CAUSAL_LM,
+        inference_mode=True,
+    ).save_pretrained(str(directory))
 
 
 def merged_parameters(

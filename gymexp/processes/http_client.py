@@ -19,14 +19,22 @@ def open_url(request: str | urllib.request.Request, timeout_s: float) -> Any:
     return _opener.open(request, timeout=timeout_s)
 
 
-def fetch_json(url: str, body: bytes | None, timeout_s: float, headers: Mapping[str, str]) -> Any:
-    """A server's JSON answer to a GET, or to a POST of the JSON text `body`; None for an empty answer.
+def fetch(url: str, body: bytes | None, timeout_s: float, headers: Mapping[str, str]) -> bytes:
+    """A server's answer to a GET, or to a POST of the JSON text `body`.
 
     Raises OSError or http.client.HTTPException.
     """
     request = urllib.request.Request(url, body, {"Content-Type": "application/json", **headers})
     with open_url(request, timeout_s) as response:
-        text = response.read()
+        return response.read()
+
+
+def fetch_json(url: str, body: bytes | None, timeout_s: float, headers: Mapping[str, str]) -> Any:
+    """A server's JSON answer to a GET, or to a POST of the JSON text `body`; None for an empty answer.
+
+    Raises OSError or http.client.HTTPException.
+    """
+    text = fetch(url, body, timeout_s, headers)
     return json.loads(text) if text.strip() else None
 
 

@@ -42,7 +42,7 @@ class Services:
     checkpoint: str | None  # the name of the checkpoint to resume from
     engine_fd: int | None = None
     engine_urls: list[str] = field(default_factory=list)
-    transfer: str = "disk"  # how weights reach the servers: nccl, ipc or disk
+    transfer: str = "disk"  # how weights reach the servers: nccl, ipc, disk or adapter
     shared: bool = False  # whether the servers sample on the GPUs that train
     trainer_address: str = "127.0.0.1"  # address of rank 0's node, where the ranks of NCCL meet
 

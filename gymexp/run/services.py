@@ -62,6 +62,8 @@ def gateway(
         command += ["--max-model-len", str(config.model.max_model_len)]
         if work.sends_weights and not placement.in_trainer:
             command.append("--hold")
+            if transfer_of(config, placement) == "adapter":
+                command.append("--adapter")
     command += ["--fd", str(sock.fileno())]
     log = directory.logs / "gateway.log"
     return Service(

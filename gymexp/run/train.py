@@ -26,7 +26,7 @@ def train(
     """
     from gymexp.cluster.placement import num_nodes, place, visible_gpus
     from gymexp.data.prepare import load_prepared, prepare, write_prepared
-    from gymexp.engine import vllm
+    from gymexp.engine import adapter, vllm
     from gymexp.gateway import prompt_lengths, tokenizer_check
     from gymexp.gym.definitions import ensure_environments
     from gymexp.gym.install import site_packages
@@ -73,6 +73,7 @@ def train(
         prepared.summary["training"] = training_plan
         config = dataclasses.replace(config, model=hub_snapshot.pin(config.model, view.say))
         packing_rules.check(config.model, hub_snapshot.directory_of(config.model))
+        adapter.check(config.model, hub_snapshot.directory_of(config.model), placement.engine)
         tokenizer_check.check(config.model, prepared, cache_dir())
         prompt_lengths.check(config.model, prepared, cache_dir())
         run = RunDirectory.claim(directory)
@@ -80,6 +81,7 @@ def train(
         run.describe(config, overrides)
     else:
         packing_rules.check(config.model, hub_snapshot.directory_of(config.model, view.say))
+        adapter.check(config.model, hub_snapshot.directory_of(config.model), placement.engine)
         run.go_on_with(config, overrides)
     with view:
         result = controller.run(config, run, python, site, placement, view, allocation, checkpoint)

@@ -62,11 +62,16 @@ class HFSampling:
 class ServerSampling:
     """Servers that sample on request: vLLM, or the hf engine in processes of its own."""
 
-    def __init__(self, sync: WeightSync | IpcPeer | None, shared: bool) -> None:
+    def __init__(
+        self, sync: WeightSync | IpcPeer | None, shared: bool, first_version: int | None = 0
+    ) -> None:
         """sync: WeightSync on the first rank; on the others IpcPeer with CUDA IPC, else None. shared: whether
-        the servers share their GPUs with the trainer, and so sleep outside the block."""
+        the servers share their GPUs with the trainer, and so sleep outside the block. first_version: of the
+        weights that they begin with, in optimizer steps done; None if they need weights before they sample.
+        """
         self.sync = sync
         self.shared = shared
+        self.first_version = first_version
         # The policy's current weights; set by the trainer.
         self.named_weights: Callable[[], NamedTensors] | None = None
 
@@ -126,6 +131,7 @@ def join_servers(
 
     Raises ServiceError if a replica is not healthy after engine.start_timeout_s.
     """
+    from gymexp.engine.adapter_transfer import AdapterTransfer
     from gymexp.engine.admission import Admission
     from gymexp.engine.replicas import PHASE_TIMEOUT_S, Replicas
     from gymexp.engine.weight_sync import WeightSync
@@ -143,21 +149,24 @@ def join_servers(
         return gather_object([value])
 
     kind = services.transfer
-    transfer = IpcTransfer(gather, rank == 0) if kind == "ipc" else None
+    # Servers that gymexp did not start may have any weights, and others begin without the adapter.
+    first_version = None if config.engine.urls or kind == "adapter" else 0
     if rank > 0:
-        return ServerSampling(transfer and IpcPeer(transfer), services.shared)
-    if transfer is None:
-        transfer = (
-            NcclTransfer(device, give_up, services.trainer_address)
-            if kind == "nccl"
-            else DiskTransfer(run.path / "weights")
-        )
+        peer = IpcPeer(IpcTransfer(gather, is_first_rank=False)) if kind == "ipc" else None
+        return ServerSampling(peer, services.shared, first_version)
+    match kind:
+        case "ipc":
+            transfer = IpcTransfer(gather, is_first_rank=True)
+        case "nccl":
+            transfer = NcclTransfer(device, give_up, services.trainer_address)
+        case "adapter":
+            transfer = AdapterTransfer(run.path / "weights", config.model.lora)
+        case _:
+            transfer = DiskTransfer(run.path / "weights")
     # If this process sees no GPU, a vLLM that gymexp started sees none either.
     own_vllm = services.engine == "vllm" and not config.engine.urls
     replicas = Replicas(services.engine_urls, on_cpu=own_vllm and device.type == "cpu")
     replicas.wait_healthy(config.engine.start_timeout_s, stop_requested)
-    # Servers that gymexp did not start may have any weights.
-    first_version = None if config.engine.urls else 0
     directory = run.path / "weights-again"  # for the weights of a replica that is back
     admission = Admission(services.gateway_url, access_keys.required(access_keys.RUN), PHASE_TIMEOUT_S)
     sync = WeightSync(
@@ -171,4 +180,4 @@ def join_servers(
         end_requested=stop_requested,
     )
     stack.callback(sync.close)
-    return ServerSampling(sync, services.shared)
+    return ServerSampling(sync, services.shared, first_version)

@@ -11,8 +11,6 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
@@ -27,7 +25,16 @@ from gymexp.policy.hub_snapshot import directory_of
 from gymexp.policy.model import end_token_ids, save_policy
 from gymexp.record.directory import RunDirectory
 from gymexp.rollout.outcome import Outcome
-from gymexp.training import batches, checkpoints, drift, old_logprobs, packing, padding, queued_tasks
+from gymexp.training import (
+    batches,
+    checkpoints,
+    drift,
+    named_weights,
+    old_logprobs,
+    packing,
+    padding,
+    queued_tasks,
+)
 from gymexp.training.engine_client import ServerSampling
 from gymexp.training.ranks import know_cpu_ranks, on_main_rank
 from gymexp.training.rollout_func import Rollouts
@@ -156,46 +163,21 @@ class PolicyTrainer(GRPOTrainer):
         if engine.shared:
             torch.cuda.empty_cache()  # vLLM is about to wake up on this GPU and needs the memory.
         if self._tensor_specs is None:
-            self._tensor_specs = [(name, t.dtype, list(t.shape)) for name, t in self.named_weights()]
+            self._tensor_specs = [(name, t.dtype, list(t.shape)) for name, t in self._sent_weights()]
         if engine.sync is not None:
-            engine.sync.update(step, self._tensor_specs, self.named_weights())
+            engine.sync.update(step, self._tensor_specs, self._sent_weights())
         else:
-            for _ in self.named_weights():
+            for _ in self._sent_weights():
                 pass  # This rank only takes part in gathering the parameters.
         self._engine_version = step
+
+    def _sent_weights(self) -> NamedTensors:
+        return named_weights.sent(self, self._config.model)
 
     def named_weights(self) -> NamedTensors:
         """Yields the policy's parameters in `model.dtype`, under the names of its checkpoint. With LoRA, the
         adapter is merged into them. Every rank must iterate over all of them."""
-        dtype = getattr(torch, self._config.model.dtype)
-        model: Any = self.model
-        with_lora = self._config.model.lora.r is not None
-        parameters = (
-            lora.merged_parameters(model, self._dist.gather_params) if with_lora else self._model_parameters()
-        )
-        for name, tensor in self._gathered(parameters):
-            yield name, tensor.to(dtype)
-
-    def _model_parameters(self) -> NamedTensors:
-        """Yields the model's parameters as they are; ZeRO-3's shards are gathered one after the other."""
-        for name, parameter in self.model.named_parameters():  # pyright: ignore[reportOptionalMemberAccess]
-            with self._dist.gather_params([parameter]):
-                yield name, parameter.data
-
-    def _gathered(self, tensors: NamedTensors) -> NamedTensors:
-        """Yields the tensors on the accelerator, under the checkpoint's names. Gathers FSDP2's shards one
-        tensor after the other."""
-        device = self.accelerator.device
-        for module in self.model.modules():  # pyright: ignore[reportOptionalMemberAccess]
-            if isinstance(module, FSDPModule):
-                module.reshard()  # A pass without gradients leaves some modules gathered.
-        for name, tensor in tensors:
-            # The tensor may be offloaded, or not yet prepared for training.
-            if tensor.device.type != device.type:
-                tensor = tensor.to(device)
-            if isinstance(tensor, DTensor):
-                tensor = tensor.full_tensor()
-            yield name.replace("_checkpoint_wrapped_module.", ""), tensor
+        return named_weights.whole(self, self._config.model)
 
     def _weights_without_other_ranks(self) -> NamedTensors:
         """Returns the policy's parameters for a caller on the first rank alone. Raises ServiceError if the
@@ -371,12 +353,9 @@ class PolicyTrainer(GRPOTrainer):
         policy: Any = self.accelerator.unwrap_model(self.model)
         weights = {name: tensor.cpu() for name, tensor in self.named_weights() if main}
         if self._config.model.lora.r:
-            adapter_parameters = (
-                (name, value) for name, value in self._model_parameters() if policy.prefix in name
-            )
-            adapter = {name: tensor.cpu() for name, tensor in self._gathered(adapter_parameters) if main}
+            trained = {name: tensor.cpu() for name, tensor in named_weights.adapter(self) if main}
             if main:
-                policy.save_pretrained(run / "adapter", state_dict=adapter)
+                policy.save_pretrained(run / "adapter", state_dict=trained)
                 lora.name_base(run / "adapter", self._config.model)
                 policy = policy.unload()
         if main:

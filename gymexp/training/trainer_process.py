@@ -120,8 +120,7 @@ def work(run: RunDirectory, config: RunConfig, stop_requested: threading.Event) 
         rollouts = Rollouts(config, collector, tasks, writer, engine, send)
         trainer = PolicyTrainer(config, args, model, tokenizer, prepared, rollouts, run.checkpoints)
         if isinstance(engine, ServerSampling):
-            # A server that gymexp did not start may have any weights.
-            trainer.sample_with_servers(engine, version=None if config.engine.urls else 0)
+            trainer.sample_with_servers(engine, engine.first_version)
         judge = Judge(config.search, run.path) if main_rank and config.search.trial is not None else None
         evaluation = Evaluation(config, prepared, rollouts, reporter, judge)
         stop = StopOnRequest(lambda: stop_requested.is_set() or evaluation.pruned is not None)

@@ -12,7 +12,14 @@ from gymexp.cluster.placement import (
     transfer_of,
     visible_gpus,
 )
-from gymexp.config.schema import EngineConfig, OverlapConfig, PlacementConfig, RunConfig
+from gymexp.config.schema import (
+    EngineConfig,
+    LoraConfig,
+    ModelConfig,
+    OverlapConfig,
+    PlacementConfig,
+    RunConfig,
+)
 from gymexp.errors import ConfigError
 
 
@@ -216,3 +223,27 @@ def test_an_evaluation_with_the_hf_engine_takes_one_gpu_and_replicas_must_fit():
     with pytest.raises(ConfigError, match=r"engine\.tensor_parallel_size must divide .* 3, got 2"):
         place_evaluation(RunConfig(engine=EngineConfig(kind="vllm", tensor_parallel_size=2)), ["0", "1", "2"])
     assert not place_text_policy().in_trainer and not place_text_policy().replicas
+
+
+def with_adapter(**keys) -> RunConfig:
+    return RunConfig(model=ModelConfig("m", "p", lora=LoraConfig(r=4, sync="adapter")), **keys)
+
+
+def test_an_adapter_goes_to_every_vllm_as_one_wherever_it_is():
+    config = with_adapter(engine=EngineConfig(kind="vllm"))
+    for gpus in ([], ["0"], ["0", "1"]):
+        assert transfer_of(config, place(config, [gpus])) == "adapter"
+    config.model.lora.sync = "merged"
+    assert transfer_of(config, place(config, [["0"]])) == "ipc"
+
+
+def test_the_hf_engine_as_a_server_gets_merged_weights_alone_and_in_the_trainer_nothing():
+    config = with_adapter(engine=EngineConfig(kind="hf"))
+    assert place(config, [[]]).in_trainer, "which samples with the adapter in place"
+    nodes = PlacementConfig(rollout_nodes=1)
+    for more in ({"overlap": OverlapConfig(max_staleness=1)}, {"placement": nodes}):
+        config = with_adapter(engine=EngineConfig(kind="hf"), **more)
+        with pytest.raises(ConfigError, match=r"model\.lora\.sync must be merged with engine=hf .* got 'ad"):
+            place(config, [[], []] if "placement" in more else [[]])
+        config.model.lora.sync = "merged"
+        assert transfer_of(config, place(config, [[], []] if "placement" in more else [[]])) == "disk"

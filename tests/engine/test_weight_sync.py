@@ -21,6 +21,8 @@ from loopback import serving
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from gymexp.config.schema import LoraConfig
+from gymexp.engine.adapter_transfer import AdapterTransfer
 from gymexp.engine.admission import Admission
 from gymexp.engine.replicas import NamedTensors, Replicas, TensorSpecs, reload_weights, write_weights
 from gymexp.engine.weight_sync import WeightSync
@@ -44,6 +46,7 @@ class Server:
     def app(self) -> web.Application:
         app = web.Application()
         app.add_routes([web.post("/{phase}", self.answer), web.get("/health", self.health)])
+        app.add_routes([web.post("/v1/{phase}", self.answer)])
         app.add_routes([web.get("/plain", self.plain)])
         return app
 
@@ -320,6 +323,20 @@ def test_replicas_on_the_trainers_gpus_sleep_until_their_next_weights(site):
     loading = ["collective_rpc", "reset_prefix_cache"]
     asleep = ["sleep?level=2", "wake_up?tags=weights", *loading, "wake_up?tags=kv_cache"]
     assert site.servers[0].asked == ["pause?mode=abort", *loading, "resume", *asleep]
+
+
+def test_replicas_that_get_an_adapter_alone_keep_their_weights_asleep(site):
+    """At vLLM's level 2 they would drop them, and nothing would send them again."""
+    transfer = AdapterTransfer(site.directory / "weights", LoraConfig(r=2))
+    again = site.directory / "again"
+    sync = WeightSync(site.replicas, transfer, site.admission, again, sleeps=True, first_version=None)
+    assert site.gateway.versions == dict.fromkeys(site.replicas.urls)
+    for version in (0, 1):
+        sync.update(version, [], iter([("w.lora_A.weight", torch.ones(2))]))
+        sync.sleep()
+    first = ["load_lora_adapter", "reset_prefix_cache"]
+    asleep = ["sleep?level=1", "wake_up?tags=weights", "unload_lora_adapter", *first, "wake_up?tags=kv_cache"]
+    assert site.servers[0].asked == ["pause?mode=abort", *first, "resume", *asleep, "sleep?level=1"]
 
 
 def test_waiting_for_health_ends_with_health_a_deadline_or_the_runs_end(two):

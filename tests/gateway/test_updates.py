@@ -21,11 +21,14 @@ import torch
 from scripted_engine import TOKENIZER, chat, serve
 from versioned_engine import FIRST_ID, VersionedEngine
 
+from gymexp.config.schema import LoraConfig
 from gymexp.engine import weight_sync
+from gymexp.engine.adapter_transfer import AdapterTransfer
 from gymexp.engine.admission import Admission
 from gymexp.engine.replicas import Replicas
 from gymexp.engine.weight_sync import WeightSync
 from gymexp.engine.weight_transfer import DiskTransfer
+from gymexp.errors import ServiceError
 from gymexp.gateway.server import GatewayConfig, build_app
 from gymexp.rollout.attempts import turn_key
 from gymexp.rollout.draws import call_seed, piece_seed
@@ -51,11 +54,11 @@ class Site:
         return asyncio.create_task(chat(self.http, **more))
 
     async def update(self, version: int) -> None:
-        weights = [("w", torch.tensor([float(version)]))]
+        weights = [("base_model.model.w.lora_A.weight", torch.tensor([float(version)]))]
         await asyncio.to_thread(self.sync.update, version, [], iter(weights))
 
-    async def tend(self) -> None:
-        await asyncio.to_thread(self.sync.tend, lambda: iter([("w", torch.tensor([1.0]))]))
+    async def tend(self, weights: Any = lambda: iter([("w", torch.tensor([1.0]))])) -> None:
+        await asyncio.to_thread(self.sync.tend, weights)
 
     async def spans_of(self, answers: list[tuple[int, dict]]) -> list[list[list[int]]]:
         """The versions that the gateway knows of each answer's tokens."""
@@ -69,17 +72,27 @@ class Site:
 
 
 @asynccontextmanager
-async def site(directory: Path, num_engines: int = 2, **options: Any):
+async def site(directory: Path, num_engines: int = 2, adapter: bool = False, **options: Any):
+    """adapter: whether the weights are an adapter, which goes to the engines as one."""
     async with AsyncExitStack() as stack:
         engines = [VersionedEngine() for _ in range(num_engines)]
         urls = [await stack.enter_async_context(engine.serve()) for engine in engines]
-        config = GatewayConfig(tuple(urls), max_model_len=MAX_MODEL_LEN, engine_timeout_s=30.0, hold=True)
+        config = GatewayConfig(
+            tuple(urls), max_model_len=MAX_MODEL_LEN, engine_timeout_s=30.0, hold=True, adapter=adapter
+        )
+        transfer = (
+            AdapterTransfer(directory / "weights", LoraConfig(r=4))
+            if adapter
+            else DiskTransfer(directory / "weights")
+        )
+        if adapter:
+            options["first_version"] = None
         url = await stack.enter_async_context(serve(build_app(config, TOKENIZER)))
         http = await stack.enter_async_context(aiohttp.ClientSession(url))
         sync = await asyncio.to_thread(
             lambda: WeightSync(
                 Replicas(urls, timeout_s=20.0),
-                DiskTransfer(directory / "weights"),
+                transfer,
                 Admission(url, None, 20.0),
                 directory / "again",
                 **options,
@@ -105,12 +118,15 @@ def check_spans(answers: list[tuple[int, dict]], spans: list[list[list[int]]]) -
     return Counter(token - FIRST_ID for answer in answers for token in ids_of(answer)[1])
 
 
-def test_every_token_is_of_the_weights_that_the_gateway_says_and_none_is_lost(tmp_path):
+@pytest.mark.parametrize("adapter", [False, True])
+def test_every_token_is_of_the_weights_that_the_gateway_says_and_none_is_lost(tmp_path, adapter):
     rng = random.Random(4)
     limits = [rng.choice((1, 5, 60, 150, 300)) for _ in range(24)]
 
     async def run():
-        async with site(tmp_path) as on:
+        async with site(tmp_path, adapter=adapter) as on:
+            if adapter:
+                await on.update(0)  # else none of them would sample
             asked = []
             for version in range(1, 5):
                 asked += [on.ask(limit) for limit in limits[len(asked) : 6 * version]]
@@ -126,6 +142,8 @@ def test_every_token_is_of_the_weights_that_the_gateway_says_and_none_is_lost(tm
     assert [engine.most_at_a_load for engine in engines] == [0, 0]
     assert stats["fenced"] == stats["on_hold"] == [] and set(stats["engines"].values()) == {0}
     assert all(len(engine.requests) > 10 for engine in engines), "continued pieces are spread"
+    if adapter:
+        assert [engine.adapters for engine in engines] == [{"policy-4": 4}] * 2, "older ones are unloaded"
 
 
 def test_the_pieces_share_one_limit_and_no_seed_and_go_on_where_the_last_one_ended(tmp_path):
@@ -205,10 +223,18 @@ def test_a_run_that_must_end_does_not_wait_for_the_ends(tmp_path):
     check_spans(answers, spans)
 
 
-@pytest.mark.parametrize("phase", ["pause", "collective_rpc", "reset_prefix_cache", "resume"])
-def test_what_an_engine_had_answered_before_it_died_is_kept_and_another_one_goes_on(tmp_path, phase):
+@pytest.mark.parametrize(
+    ("phase", "adapter"),
+    [
+        *((phase, False) for phase in ("pause", "collective_rpc", "reset_prefix_cache", "resume")),
+        *((phase, True) for phase in ("unload_lora_adapter", "load_lora_adapter", "resume")),
+    ],
+)
+def test_what_an_engine_had_answered_before_it_died_is_kept_and_another_one_goes_on(tmp_path, phase, adapter):
     async def run():
-        async with site(tmp_path) as on:
+        async with site(tmp_path, adapter=adapter) as on:
+            if adapter:
+                await on.update(0)
             asked = [on.ask(150) for _ in range(8)]
             await asyncio.sleep(0.1)
             on.engines[1].dies_at = phase
@@ -300,3 +326,80 @@ def test_an_engine_that_was_started_anew_within_an_update_stays_on_hold(tmp_path
     held, after, urls = asyncio.run(run())
     assert held["on_hold"] == [urls[1]] and held["fenced"] == []
     assert after["on_hold"] == []
+
+
+def test_without_an_adapter_nothing_samples_in_its_place(tmp_path):
+    """Neither before the first update, nor in an engine that came back, whose model has no adapter."""
+
+    async def run():
+        async with site(tmp_path, num_engines=1, adapter=True) as on:
+            [engine], [url] = on.engines, on.urls
+            asked = on.ask(5)
+            await asyncio.sleep(0.1)
+            await on.tend()
+            assert not asked.done() and engine.requests == [], "no update yet"
+            await on.update(0)
+            answers = [await asked]
+            asked = on.ask(150)
+            await asyncio.sleep(0.1)
+            await asyncio.to_thread(on.sync._admission.hold, url)  # the controller starts it anew
+            engine.is_dead = True
+            engine._cut.set()
+            engine._cut = asyncio.Event()
+            await asyncio.sleep(0.1)
+            engine.come_back()
+            await asyncio.sleep(0.1)
+            num_requests = len(engine.requests)
+            await on.tend(None)  # the last version is in its file, whatever the trainer's weights are
+            answers.append(await asked)
+            return answers, await on.spans_of(answers), engine, num_requests
+
+    answers, spans, engine, num_requests = asyncio.run(run())
+    assert spans == [[[0, 5]], [[0, 150]]]
+    check_spans(answers, spans)
+    assert num_requests < len(engine.requests) and {sent["model"] for sent in engine.requests} == {"policy-0"}
+
+
+def test_an_engine_that_has_lost_its_adapter_refuses_requests_and_the_answer_names_it(tmp_path):
+    async def run():
+        async with site(tmp_path, num_engines=1, adapter=True) as on:
+            await on.update(3)
+            on.engines[0].adapters = {}
+            return await on.ask(5)
+
+    status, body = asyncio.run(run())
+    assert status == 500 and "404: " in body["error"]["message"]
+    assert "The model `policy-3` does not exist" in body["error"]["message"]
+
+
+def test_an_engine_that_lost_only_its_connection_gets_the_adapter_that_it_has_and_keeps_no_other(tmp_path):
+    """vLLM refuses to load a name that it has."""
+
+    async def run():
+        async with site(tmp_path, adapter=True) as on:
+            await on.update(1)
+            await asyncio.to_thread(on.sync._admission.hold, on.urls[1])
+            await on.tend(None)
+            same = dict(on.engines[1].adapters)
+            await asyncio.to_thread(on.sync._admission.hold, on.urls[1])
+            await on.update(2)
+            old = dict(on.engines[1].adapters)
+            await on.tend(None)
+            left = [path.name for path in (tmp_path / "weights").iterdir()]
+            on.sync.close()
+            return same, old, [engine.adapters for engine in on.engines], left, await on.stats()
+
+    same, old, adapters, left, stats = asyncio.run(run())
+    assert same == old == {"policy-1": 1}
+    assert adapters == [{"policy-2": 2}] * 2 and stats["on_hold"] == []
+    assert left == ["2"] and list(tmp_path.iterdir()) == [], "older versions are deleted, in the end all"
+
+
+def test_an_adapter_that_an_engine_refuses_ends_the_update_with_its_words(tmp_path):
+    async def run():
+        async with site(tmp_path, num_engines=1, adapter=True) as on:
+            on.engines[0].adapters = {"policy-1": 7}  # which nobody unloads
+            await on.update(1)
+
+    with pytest.raises(ServiceError, match=r"load_lora_adapter with 400: The lora adapter 'policy-1' has"):
+        asyncio.run(run())

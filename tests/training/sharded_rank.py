@@ -2,11 +2,13 @@
 STEPS`.
 
 Trains up to step STEPS from the newest checkpoint in DIR. The first rank writes what the engine would have
-been sent before and after (`sent-<step>.safetensors`), the trainer's log-probabilities, and the final policy.
+been sent before and after (`sent-<step>.safetensors`), with an adapter also what is sent of it alone, the
+trainer's log-probabilities, and the final policy.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import random
@@ -25,7 +27,7 @@ from gymexp.policy.model import load_model, load_tokenizer
 from gymexp.rollout.batch import Batch
 from gymexp.rollout.group_queue import GroupQueue
 from gymexp.rollout.outcome import Failed, Task, task_of
-from gymexp.training import arguments, checkpoints, queued_tasks
+from gymexp.training import arguments, checkpoints, named_weights, queued_tasks
 from gymexp.training.drift import Row, score
 from gymexp.training.trainer import PolicyTrainer
 
@@ -134,6 +136,12 @@ def main() -> None:
         weights = {name: tensor.cpu().clone() for name, tensor in trainer.named_weights()}
         if trainer.accelerator.is_main_process:
             save_file(weights, directory / f"sent-{trainer.state.global_step}.safetensors")
+        if lora.r is None:
+            return
+        alone = dataclasses.replace(model_config, lora=dataclasses.replace(lora, sync="adapter"))
+        adapter = {name: tensor.cpu().clone() for name, tensor in named_weights.sent(trainer, alone)}
+        if trainer.accelerator.is_main_process:
+            save_file(adapter, directory / "sent_adapter.safetensors")
 
     resume = checkpoints.latest(saved)
     if resume is None:

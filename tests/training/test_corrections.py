@@ -273,6 +273,24 @@ def test_rollouts_of_older_weights_and_later_updates_of_a_batch_are_not_compared
     assert largest[0] == pytest.approx(1, abs=1e-4) and largest[1] > 1.01
 
 
+class WithoutAdapter(Sampled):
+    """Rollouts of an engine that ignores the policy's adapter."""
+
+    def __call__(self, prompts: list[str], trainer: Any) -> dict[str, list[Any]]:
+        with trainer.model.disable_adapter():
+            return super().__call__(prompts, trainer)
+
+
+def test_an_engine_that_ignores_the_adapter_ends_the_run_once_the_adapter_is_not_zero(policy, tmp_path):
+    changes = {"lora": LoraConfig(r=4), "max_steps": 3, "optim": "adamw_torch", "learning_rate": 1e-2}
+    right = build_trainer(policy, tmp_path / "right", Sampled(), **changes)
+    right.train_from(None)
+    assert [e["drift"] for e in right.state.log_history if "drift" in e] == [pytest.approx(0, abs=1e-5)] * 3
+    wrong = build_trainer(policy, tmp_path / "wrong", WithoutAdapter(), **changes)
+    with pytest.raises(DriftError, match=r"env\.e differ .* step 1\); rollout\.max_drift allows 0\.001"):
+        wrong.train_from(None)
+
+
 def test_with_dropout_the_drift_is_that_of_a_pass_without_any(policy, tmp_path):
     lora = LoraConfig(r=4, lora_dropout=0.5)
     trainer = build_trainer(policy, tmp_path, Sampled(shift=-5e-4), lora=lora, max_steps=1)

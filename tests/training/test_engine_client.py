@@ -15,6 +15,7 @@ from loopback import serving
 
 from gymexp.config.schema import EngineConfig, EnvConfig, ModelConfig, RunConfig
 from gymexp.engine import weight_transfer
+from gymexp.engine.adapter_transfer import AdapterTransfer
 from gymexp.engine.weight_sync import WeightSync
 from gymexp.errors import ServiceError
 from gymexp.processes import access_keys
@@ -155,6 +156,15 @@ def test_weights_go_the_way_that_the_placement_says(join, kind, kind_of_transfer
     if kind == "nccl":
         device, _, address = made.sync._transfer.made_with
         assert (device, address) == (torch.device("cpu"), "10.0.0.7")
+
+
+def test_an_engine_that_samples_with_an_adapter_needs_one_before_its_first_request(join):
+    made, [opened] = join("adapter", shared=True)
+    assert type(made.sync._transfer) is AdapterTransfer and made.shared
+    assert opened["weights_version"] is None and made.first_version is None
+    other, _ = join("adapter", rank=1)
+    assert other.sync is None and other.first_version is None, "it takes part in the first gathering too"
+    assert join("nccl")[0].first_version == join("ipc", rank=1)[0].first_version == 0
 
 
 def test_other_ranks_have_a_part_in_cuda_ipc_alone(join):

@@ -82,6 +82,7 @@ def test_shards_train_go_on_from_a_checkpoint_and_end_as_a_whole_policy_does(
     if lora:
         name = "adapter/adapter_model.safetensors"
         assert differ(tmp_path / name, expected / name) < 1e-4
+        assert differ(tmp_path / name, tmp_path / "sent_adapter.safetensors") == 0
     becomes_the_final_model(tmp_path, lora=4 if lora else None, path=more.get("path", str(TINY)))
     said = json.loads((tmp_path / "model" / "config.json").read_text())
     assert said == json.loads((expected / "model" / "config.json").read_text())

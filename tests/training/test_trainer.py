@@ -108,6 +108,22 @@ def test_what_is_sent_has_the_checkpoints_names_and_the_models_dtype(build):
         assert torch.equal(tensor, own[name].detach().to(torch.bfloat16))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_of_an_adapter_that_is_sent_as_one_nothing_else_is_sent_and_its_zeros_come_first(build, dtype):
+    trainer, sync = build(dtype=dtype, lora=LoraConfig(r=4, sync="adapter")), Sync()
+    trainer.sample_with_servers(Servers(sync), version=None)
+    trainer.sync_weights()
+    [(version, specs, tensors)] = sync.sent
+    assert version == 0 and not any(t.any() for name, t in tensors.items() if "lora_B" in name)
+    assert specs == [(name, t.dtype, list(t.shape)) for name, t in tensors.items()]
+    trained = {n: p for n, p in trainer.model.named_parameters() if p.requires_grad}
+    assert {p.dtype for p in trained.values()} == {torch.float32}, "the optimizer's"
+    assert tensors.keys() == {name.replace(".default.", ".") for name in trained}
+    for name, parameter in trained.items():
+        expected = parameter.detach().to(getattr(torch, dtype))
+        assert torch.equal(tensors[name.replace(".default.", ".")], expected)
+
+
 def test_an_engine_that_is_back_is_given_the_weights_by_one_rank_if_it_has_them_whole(build, monkeypatch):
     trainer = build()
     servers = Servers(Sync())
