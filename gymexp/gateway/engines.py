@@ -21,6 +21,7 @@ import aiohttp
 from aiohttp import web
 
 from gymexp.gateway.pieces import Pieces
+from gymexp.gateway.spread import engine_for
 from gymexp.processes.access_keys import ENGINE, header_of
 from gymexp.rollout.generation import EngineError, Generation, read_answer, start_of
 
@@ -53,7 +54,8 @@ class EngineRefusal(Exception):
 
 class Engines:
     """Replicas of one policy. A rollout's first turn goes to the least busy replica, its later turns to the
-    same replica, whose cache has their prefix.
+    same replica, whose cache has their prefix. Where several gateways send requests to the same replicas,
+    each knows its own requests alone: a first turn then goes where `spread.engine_for` says.
 
     Correctness does not depend on that cache. So the map from turns to replicas is bounded, and is lost with
     this process.
@@ -65,13 +67,16 @@ class Engines:
         timeout_s: float,
         hold: bool = False,
         decode: Callable[[list[int]], str] | None = None,
+        is_one_of_several: bool = False,
     ):
         """timeout_s: for one generation, including the wait for an engine. hold: whether an engine starts on
         hold and gets requests only after `open`, and is put on hold again when it goes away, as it may come
-        back with other weights. decode: as in `Pieces`.
+        back with other weights. decode: as in `Pieces`. is_one_of_several: whether other gateways send
+        requests to the same replicas.
         """
         self.in_flight = dict.fromkeys((url.rstrip("/") for url in urls), 0)
         self.on_hold = set(self.in_flight) if hold else set[str]()
+        self.untold = set(self.on_hold)  # those on hold since this process began, of which nobody told it
         self.fenced = set[str]()
         self.num_cuts = 0  # pieces after which a generation had to go on
         self._versions: dict[str, int] = {}  # of the weights last sent to each engine
@@ -79,6 +84,7 @@ class Engines:
         self._requests = {url: set[asyncio.Timeout]() for url in self.in_flight}
         self._hold = hold
         self._decode = decode
+        self._is_one_of_several = is_one_of_several
         self._opened = asyncio.Event()
         self._timeout_s = timeout_s
         self._url_of_turn: OrderedDict[int, str] = OrderedDict()
@@ -89,6 +95,7 @@ class Engines:
         samples with; None if unknown.
         """
         self.on_hold.discard(url)
+        self.untold.discard(url)
         self.updated([url], weights_version)
 
     def fence(self, urls: Sequence[str]) -> None:
@@ -131,6 +138,7 @@ class Engines:
         self._versions.pop(url, None)
         self._holds[url] += 1
         self.on_hold.add(url)
+        self.untold.discard(url)
 
     async def connect(self, app: web.Application) -> AsyncIterator[None]:
         """Opens the HTTP session before the app starts, and closes it when the app ends (for
@@ -158,7 +166,7 @@ class Engines:
         try:
             async with asyncio.timeout(self._timeout_s):
                 while not pieces.is_finished:
-                    url = await self._pick(prompt_ids[:continues])
+                    url = await self._pick(prompt_ids, continues)
                     try:
                         pieces.add(await self._post_request(url, pieces.payload()))
                         self.num_cuts += not pieces.is_finished
@@ -244,16 +252,18 @@ class Engines:
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             return f"{type(error).__name__}: {error}"
 
-    async def _pick(self, previous_ids: list[int]) -> str:
-        """Returns the engine for a request, once one is open: the one that sampled previous_ids, else the
-        least busy one.
+    async def _pick(self, prompt_ids: list[int], continues: int) -> str:
+        """Returns the engine for a request, once one is open: the one that sampled the turn before, else the
+        least busy one, or that of `spread`. continues: as in `generate`.
         """
         while not (urls := [url for url in self.in_flight if url not in (self.on_hold | self.fenced)]):
             await self._opened.wait()
-        if len(self.in_flight) > 1 and previous_ids:
-            url = self._url_of_turn.get(hash(tuple(previous_ids)))
+        if len(self.in_flight) > 1 and continues:
+            url = self._url_of_turn.get(hash(tuple(prompt_ids[:continues])))
             if url in urls:
                 return url
+        if self._is_one_of_several:
+            return engine_for(prompt_ids, {url: self.in_flight[url] for url in urls})
         return min(urls, key=self.in_flight.__getitem__)
 
     def _remember(self, turn_ids: list[int], url: str) -> None:

@@ -61,7 +61,7 @@ class GatewayConfig:
     max_model_len: of prompt + generation, in tokens; None for no limit. engine_timeout_s: for one generation,
     including the wait for an engine. hold: whether an engine gets requests only after `POST /engine` opens
     it, and none after it goes away. stop_token_ids: ids that end a generation; None for those of the
-    tokenizer and its chat template.
+    tokenizer and its chat template. is_one_of_several: whether other gateways have the same engines.
     """
 
     engine_urls: tuple[str, ...]
@@ -70,6 +70,7 @@ class GatewayConfig:
     engine_timeout_s: float = 1800.0
     hold: bool = False
     stop_token_ids: tuple[int, ...] | None = None
+    is_one_of_several: bool = False
 
 
 class Gateway:
@@ -88,7 +89,9 @@ class Gateway:
         stops = config.stop_token_ids
         self.stop_token_ids = tokens.end_of_turn_ids(tokenizer) if stops is None else list(stops)
         decode = functools.partial(tokenizer.decode, skip_special_tokens=False)
-        self.engines = Engines(config.engine_urls, config.engine_timeout_s, config.hold, decode)
+        self.engines = Engines(
+            config.engine_urls, config.engine_timeout_s, config.hold, decode, config.is_one_of_several
+        )
         self.prompts: OrderedDict[bytes, list[int]] = OrderedDict()
         self.seeds = CallSeeds()
         self.attempts = Attempts()
@@ -208,7 +211,7 @@ class Gateway:
 
     async def read_stats(self, request: web.Request) -> web.Response:
         engines = self.engines
-        held = {"on_hold": sorted(engines.on_hold), "fenced": sorted(engines.fenced)}
+        held = {name: sorted(getattr(engines, name)) for name in ("on_hold", "untold", "fenced")}
         return json_response(self.stats | {"engines": engines.in_flight, "cuts": engines.num_cuts} | held)
 
     async def read_attempts(self, request: web.Request) -> web.Response:
@@ -346,6 +349,9 @@ def main() -> None:
     parser.add_argument(
         "--hold", action="store_true", help="no requests for an engine until POST /engine opens it"
     )
+    parser.add_argument(
+        "--one-of-several", action="store_true", help="other gateways send requests to the same engines"
+    )
     args = parser.parse_args()
     log_to_stderr()
     guard = guard_of_environment()
@@ -360,6 +366,7 @@ def main() -> None:
         args.engine_timeout_s,
         args.hold,
         tuple(end_token_ids(tokenizer, args.tokenizer)),
+        args.one_of_several,
     )
     sock = listen(args.host, args.port, "--port") if args.fd is None else adopt(args.fd)
     log.info("gateway on %s, engines %s", url_of(sock), " ".join(config.engine_urls))

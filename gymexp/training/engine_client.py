@@ -159,7 +159,7 @@ def join_servers(
     # Servers that gymexp did not start may have any weights.
     first_version = None if config.engine.urls else 0
     directory = run.path / "weights-again"  # for the weights of a replica that is back
-    admission = Admission(services.gateway_url, access_keys.required(access_keys.RUN), PHASE_TIMEOUT_S)
+    admission = Admission(services.gateway_urls, access_keys.required(access_keys.RUN), PHASE_TIMEOUT_S)
     sync = WeightSync(
         replicas,
         transfer,

@@ -80,7 +80,7 @@ async def site(directory: Path, num_engines: int = 2, **options: Any):
             lambda: WeightSync(
                 Replicas(urls, timeout_s=20.0),
                 DiskTransfer(directory / "weights"),
-                Admission(url, None, 20.0),
+                Admission([url], None, 20.0),
                 directory / "again",
                 **options,
             )
