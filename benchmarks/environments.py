@@ -246,11 +246,13 @@ def start_servers(
 
     site = site_packages(python)
     url = ports.url_of(sockets["gateway"])
-    layout = plan(config.env, config.gym, site, url, port, key=KEYS.policy)
+    layout = plan(config.env, config.gym, site, [url], port, key=KEYS.policy)
     envs = {f"{name}-direct": dataclasses.replace(env, replicas=1) for name, env in config.env.items()}
     gym = dataclasses.replace(config.gym, model_servers=1)
     other = f"{POLICY}-direct"  # both plans have a server named POLICY, so the second one is renamed
-    direct = plan(envs, gym, site, ports.url_of(sockets["chat"]), lambda n: port(other if n == POLICY else n))
+    direct = plan(
+        envs, gym, site, [ports.url_of(sockets["chat"])], lambda n: port(other if n == POLICY else n)
+    )
     layout.config |= json.loads(json.dumps(direct.config).replace(f'"{POLICY}"', f'"{other}"'))
     layout.modules |= {other if name == POLICY else name: module for name, module in direct.modules.items()}
     layout.replicas |= direct.replicas

@@ -1,10 +1,12 @@
 """Measures the gateway's cost in front of an engine without delay: CPU ms per request, requests per second.
 
-    python benchmarks/gateway.py [--tokenizer PATH] [--rollouts 200] [--concurrency 16] [--profile FILE]
+    python benchmarks/gateway.py [--tokenizer PATH] [--rollouts 200] [--concurrency 16] [--gateways 1]
+                                 [--profile FILE]
 
-Engine, gateway and load are one process each. "sudoku": one turn, 16 rollouts per group. "workplace": three
-turns (call, call, message) with 27 tools. Without --tokenizer the script trains a small byte-level BPE on the
-text of the conversations.
+Engine, load and each gateway are one process each. With several gateways the rollouts of a group are spread
+over them, and the CPU time is also given for the busiest one: what bounds a run is a single process.
+"sudoku": one turn, 16 rollouts per group. "workplace": three turns (call, call, message) with 27 tools.
+Without --tokenizer the script trains a small byte-level BPE on the text of the conversations.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
@@ -93,12 +96,19 @@ def cpu_seconds(process: psutil.Process) -> float:
     return times.user + times.system
 
 
-async def load(url: str, pid: int, args: argparse.Namespace) -> None:
-    gateway = psutil.Process(pid)
-    connector = aiohttp.TCPConnector(limit=args.concurrency)
-    async with aiohttp.ClientSession(url, connector=connector, headers=header_of(RUN)) as http:
+async def load(urls: list[str], pids: list[int], args: argparse.Namespace) -> None:
+    gateways = [psutil.Process(pid) for pid in pids]
+    async with AsyncExitStack() as stack:
+        https = [
+            await stack.enter_async_context(
+                aiohttp.ClientSession(
+                    url, connector=aiohttp.TCPConnector(limit=args.concurrency), headers=header_of(RUN)
+                )
+            )
+            for url in urls
+        ]
         for kind in ("sudoku", "workplace"):
-            await asyncio.gather(*(play(http, kind, n, {}) for n in range(4)))
+            await asyncio.gather(*(play(https[n % len(https)], kind, n, {}) for n in range(4 * len(https))))
             seconds: dict[str, list[float]] = {}
             limit = asyncio.Semaphore(args.concurrency)
 
@@ -106,21 +116,24 @@ async def load(url: str, pid: int, args: argparse.Namespace) -> None:
                 rollout: int, kind: str = kind, seconds: Any = seconds, limit: Any = limit
             ) -> None:
                 async with limit:
-                    await play(http, kind, rollout, seconds)
+                    await play(https[rollout % len(https)], kind, rollout, seconds)
 
-            before, started = cpu_seconds(gateway), time.perf_counter()
+            before, started = list(map(cpu_seconds, gateways)), time.perf_counter()
             await asyncio.gather(*map(limited, range(args.rollouts)))
-            cpu, wall = cpu_seconds(gateway) - before, time.perf_counter() - started
+            wall = time.perf_counter() - started
+            cpu = [now - then for now, then in zip(map(cpu_seconds, gateways), before, strict=True)]
             num = sum(map(len, seconds.values()))
-            print(f"{kind}: {num} requests, {num / wall:.0f}/s, {1e3 * cpu / num:.2f} CPU ms a request")
+            print(f"{kind}: {num} requests, {num / wall:.0f}/s, {1e3 * sum(cpu) / num:.2f} CPU ms a request")
+            if len(cpu) > 1:
+                print(f"  the busiest gateway: {1e3 * max(cpu) / num:.2f} CPU ms for each of all requests")
             alone: dict[str, list[float]] = {}  # seconds of requests without other requests in flight
             for rollout in range(20):
-                await play(http, kind, rollout, alone)
+                await play(https[0], kind, rollout, alone)
             for turn, times in alone.items():
                 print(
                     f"  alone, {turn}: {1e3 * sorted(times)[len(times) // 2]:.2f} ms (median of {len(times)})"
                 )
-        print(f"  memory {gateway.memory_info().rss / 1e6:.0f} MB")
+        print(f"  memory {gateways[0].memory_info().rss / 1e6:.0f} MB")
 
 
 def build_tokenizer(path: str) -> None:
@@ -202,6 +215,7 @@ def main() -> None:
     parser.add_argument("--tokenizer")
     parser.add_argument("--rollouts", type=int, default=200)
     parser.add_argument("--concurrency", type=int, default=16)
+    parser.add_argument("--gateways", type=int, default=1)
     parser.add_argument("--profile", help="the file to write a cProfile of the gateway to")
     parser.add_argument("--serve-engine", type=int, metavar="FD", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -211,13 +225,13 @@ def main() -> None:
         if not args.tokenizer:
             args.tokenizer = folder
             build_tokenizer(folder)
-        sockets = [listen(), listen()]
-        engine_fd, gateway_fd = (str(sock.fileno()) for sock in sockets)
+        sockets = [listen() for _ in range(1 + args.gateways)]
+        engine_fd = str(sockets[0].fileno())
         fds = [sock.fileno() for sock in sockets]
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
         engine = [sys.executable, __file__, "--serve-engine", engine_fd, "--tokenizer", args.tokenizer]
         profile = ["-m", "cProfile", "-o", args.profile] if args.profile else []
-        gateway = [sys.executable, *profile, "-m", "gymexp.gateway.server", "--fd", gateway_fd]
+        gateway = [sys.executable, *profile, "-m", "gymexp.gateway.server"]
         gateway += [
             "--engine-url",
             url_of(sockets[0]),
@@ -229,10 +243,13 @@ def main() -> None:
         processes = [subprocess.Popen(engine, pass_fds=fds, env=environment)]
         try:
             asyncio.run(started_within(url_of(sockets[0])))
-            processes.append(subprocess.Popen(gateway, pass_fds=fds, env=environment))
-            url = url_of(sockets[1])
-            print(f"gateway healthy after {asyncio.run(started_within(url)):.1f} s")
-            asyncio.run(load(url, processes[1].pid, args))
+            for fd in fds[1:]:
+                own = [*gateway, "--fd", str(fd)] + ["--one-of-several"] * (args.gateways > 1)
+                processes.append(subprocess.Popen(own, pass_fds=fds, env=environment))
+            urls = [url_of(sock) for sock in sockets[1:]]
+            waited = [asyncio.run(started_within(url)) for url in urls]
+            print(f"gateway healthy after {waited[0]:.1f} s")
+            asyncio.run(load(urls, [process.pid for process in processes[1:]], args))
         finally:
             for process in reversed(processes):
                 process.terminate()

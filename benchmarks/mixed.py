@@ -170,7 +170,7 @@ def start_servers(
         return server_sockets[name].getsockname()[1]
 
     url = ports.url_of(sockets["gateway"])
-    layout = plan(config.env, config.gym, site_packages(python), url, port, key=KEYS.policy)
+    layout = plan(config.env, config.gym, site_packages(python), [url], port, key=KEYS.policy)
     host = GymHost(python, layout, server_sockets, logs / "gym-host.log")
     supervisor.add(Service("gym-host", host.start, host.log))
 

@@ -236,12 +236,8 @@ def start_servers(
         sockets[name] = ports.listen()
         return sockets[name].getsockname()[1]
 
-    site, url = site_packages(python), ports.url_of(gateways[0])
-    layout = plan(config.env, config.gym, site, url, port, key=KEYS.policy)
-    models = [entry for entry in layout.config.values() if "responses_api_models" in entry]
-    for index, entry in enumerate(models):
-        url = ports.url_of(gateways[index % len(gateways)])
-        entry["responses_api_models"]["vllm_model"]["base_url"] = f"{url}/v1"
+    urls = [ports.url_of(sock) for sock in gateways]
+    layout = plan(config.env, config.gym, site_packages(python), urls, port, key=KEYS.policy)
     host = GymHost(python, layout, sockets, logs / "gym-host.log")
     supervisor.add(Service("gym-host", host.start, host.log))
 

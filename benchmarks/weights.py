@@ -97,7 +97,7 @@ def measure(size: str, args: argparse.Namespace, result: dict[str, Any], write: 
         replicas.wait_healthy(START_S, threading.Event())
         gateway_url = stack.enter_context(fake_gateway())
         transfer = open_transfer(args, device, directory)
-        sync = WeightSync(replicas, transfer, Admission(gateway_url, None, START_S), directory / "again")
+        sync = WeightSync(replicas, transfer, Admission([gateway_url], None, START_S), directory / "again")
         specs = [(name, tensor.dtype, list(tensor.shape)) for name, tensor in named.items()]
         seconds, pauses, phases = [], [], {}
         for number in range(args.rounds + 1):
@@ -208,7 +208,7 @@ def fake_gateway() -> Iterator[str]:
     """Serves the gateway's routes that an update uses, and yields the URL. No replica is held back."""
 
     async def stats(_: web.Request) -> web.Response:
-        return web.json_response({"on_hold": [], "in_flight": {}})
+        return web.json_response({"on_hold": [], "untold": [], "in_flight": {}})
 
     loop = asyncio.new_event_loop()
     app = web.Application()

@@ -32,7 +32,7 @@ def test_an_adapter_is_trained_on_what_vllm_samples_and_a_client_that_hangs_up_f
     services = json.loads((run.directory / "services.json").read_text())
     # Hot, so that few of them end by themselves before their client has gone.
     body = {"model": "policy", "temperature": 2.0, "messages": [{"role": "user", "content": "."}]}
-    url, data = f"{services['gateway_url']}/v1/chat/completions", json.dumps(body).encode()
+    url, data = f"{services['gateway_urls'][0]}/v1/chat/completions", json.dumps(body).encode()
     key = header(run.keys().policy)
     for _ in range(8):
         with contextlib.suppress(TimeoutError):

@@ -65,7 +65,7 @@ def sample_over_updates(
         async with serve(build_app(config, TOKENIZER)) as at, aiohttp.ClientSession(at) as http:
             replicas, transfer = Replicas([url], on_cpu=on_cpu), DiskTransfer(directory / "weights")
             sync = await asyncio.to_thread(
-                WeightSync, replicas, transfer, Admission(at, None, 60.0), directory / "again"
+                WeightSync, replicas, transfer, Admission([at], None, 60.0), directory / "again"
             )
             asked = [
                 asyncio.create_task(

@@ -108,6 +108,11 @@ def _gym_problems(gym: GymConfig) -> Iterator[str]:
             "when gym.runtime=attach, got None"
         )
     yield from at_least("gym.model_servers", gym.model_servers, 1)
+    if gym.model_servers != 1 and gym.runtime != "managed":
+        yield (
+            f"gym.model_servers must be left out with gym.runtime={gym.runtime}, whose servers gymexp does "
+            f"not plan, got {gym.model_servers!r}"
+        )
     for key in ("start_timeout_s", "health_interval_s", "health_timeout_s"):
         yield from positive(f"gym.{key}", getattr(gym, key))
     yield from at_least("gym.max_restarts", gym.max_restarts, 0)

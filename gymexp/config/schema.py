@@ -181,7 +181,9 @@ class GymConfig:
     head_host: str = "127.0.0.1"  # runtime=attach: the host of the running head server
     head_port: int = 11000  # runtime=attach: the port of the running head server
     policy_port: int | None = None  # runtime=attach: the port at which the servers expect the policy endpoint
-    model_servers: int = 1  # instances of NeMo Gym's model server
+    # gym.runtime=managed: instances of NeMo Gym's model server, each with a gateway of its own, which are the
+    # processes that every request passes; an environment's replicas are spread over them
+    model_servers: int = 1
     # limit on the time from the start of a server to its first answered health check
     start_timeout_s: float = 180.0
     health_interval_s: float = 5.0  # time between two health checks of a server

@@ -1,11 +1,15 @@
-"""Decides which engines get requests. The gateway keeps the list of engines on hold, and of those that an
-update of the weights has fenced; the controller and the trainer change these over HTTP.
+"""Decides which engines get requests. Each gateway keeps a list of engines on hold, and of those that an
+update of the weights has fenced; the controller and the trainer change these over HTTP, at all gateways.
 
-Three processes can be the first to see that an engine must get no requests, and put it on hold. The gateway
+Three processes can be the first to see that an engine must get no requests, and put it on hold. A gateway
 sees that an engine broke off a request. The controller sees that an engine's process ended, and tells the
 gateway before it starts the process again, as the new process has the weights that the run began with. The
 trainer sees that an engine did not take its weights. Only the trainer opens an engine, once the engine has
 the policy's weights. A fence is the trainer's alone, for the time of an update.
+
+What one gateway has put on hold, the trainer puts on hold at all of them before it sends weights. A gateway
+that is started again has all engines on hold, and says that nobody told it of them since; the trainer opens
+those that another gateway has open.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ from __future__ import annotations
 import http.client
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
@@ -89,13 +94,13 @@ def read_urls(body: dict[str, Any]) -> list[str]:
 
 
 class Admission:
-    """Changes and reads the gateway's list of engines on hold. Its methods raise ServiceError if the gateway
-    does not answer. They ask again if the gateway breaks a connection off, as it does when it is restarted.
+    """Changes and reads the gateways' lists of engines on hold. Its methods raise ServiceError if a gateway
+    does not answer. They ask again if a gateway breaks a connection off, as it does when it is restarted.
     """
 
-    def __init__(self, gateway_url: str, key: str | None, timeout_s: float) -> None:
-        """key: the run's key. timeout_s: how long to wait for an answer of the gateway."""
-        self._gateway_url = gateway_url
+    def __init__(self, gateway_urls: Sequence[str], key: str | None, timeout_s: float) -> None:
+        """key: the run's key. timeout_s: how long to wait for an answer of a gateway."""
+        self._gateway_urls = list(gateway_urls)
         self._key = key
         self._timeout_s = timeout_s
 
@@ -109,12 +114,13 @@ class Admission:
 
     def in_flight(self, urls: Sequence[str], timeout_s: float, cut: bool = False) -> int:
         """Waits until no request is in flight at the engines, but at most timeout_s, and returns how many are
-        left. cut: make the gateway give up those that are left, and leave none."""
+        left. cut: make the gateways give up those that are left, and leave none."""
         drain = Drain(list(urls), timeout_s, cut)
-        return sum(self._request("/drain", orjson.dumps(asdict(drain)))["in_flight"].values())
+        answers = self._ask("/drain", orjson.dumps(asdict(drain)))
+        return sum(sum(answer["in_flight"].values()) for answer in answers)
 
     def updated(self, urls: Sequence[str], weights_version: int) -> None:
-        """Tells the gateway that the engines, unless they are on hold, sample with weights of this version
+        """Tells the gateways that the engines, unless they are on hold, sample with weights of this version
         from now on, and lifts their fence.
         """
         self._change(EngineChange(list(urls), EngineState.UPDATED, weights_version))
@@ -124,19 +130,50 @@ class Admission:
         self._change(EngineChange([url], EngineState.ON_HOLD))
 
     def on_hold(self) -> list[str]:
-        """Returns the urls of the engines that get no requests."""
-        return self._request("/stats", None)["on_hold"]
+        """Returns the urls of the engines that get no requests until they are opened: those that a gateway
+        has put on hold, which it puts on hold at the other gateways, and those of which no gateway was told.
+        """
+        answers = self._ask("/stats")
+        held = {url for answer in answers for url in answer["on_hold"] if url not in answer["untold"]}
+        for url in sorted(held):
+            change = EngineChange([url], EngineState.ON_HOLD)
+            self._change(change, [at for at, one in self._pairs(answers) if url not in one["on_hold"]])
+        return sorted(held.union(set.intersection(*(set(answer["untold"]) for answer in answers))))
 
-    def _change(self, change: EngineChange) -> None:
-        self._request("/engine", orjson.dumps(asdict(change)))
+    def introduce(self, weights_version: int | None) -> None:
+        """Opens engines at the gateways that were started again, where another gateway has them open.
+        weights_version: of the weights that all open engines have."""
+        if len(self._gateway_urls) == 1:
+            return
+        answers = self._ask("/stats")
+        for at, answer in self._pairs(answers):
+            untold = answer["untold"]
+            if urls := [url for url in untold if any(url not in one["on_hold"] for one in answers)]:
+                self._change(EngineChange(urls, EngineState.OPEN, weights_version), [at])
 
-    def _request(self, path: str, body: bytes | None) -> Any:
-        """Returns the gateway's JSON answer to a GET, or with a body to a POST."""
+    def _pairs(self, answers: Sequence[Any]) -> list[tuple[str, Any]]:
+        return list(zip(self._gateway_urls, answers, strict=True))
+
+    def _change(self, change: EngineChange, gateway_urls: Sequence[str] | None = None) -> None:
+        """gateway_urls: of the gateways that are told; None for all."""
+        self._ask("/engine", orjson.dumps(asdict(change)), gateway_urls)
+
+    def _ask(
+        self, path: str, body: bytes | None = None, gateway_urls: Sequence[str] | None = None
+    ) -> list[Any]:
+        """Returns the gateways' JSON answers to a GET, or with a body to a POST, sent to all at once."""
+        urls = self._gateway_urls if gateway_urls is None else gateway_urls
+        if len(urls) <= 1:
+            return [self._request(url, path, body) for url in urls]
+        with ThreadPoolExecutor(len(urls)) as pool:
+            return list(pool.map(lambda url: self._request(url, path, body), urls))
+
+    def _request(self, gateway_url: str, path: str, body: bytes | None) -> Any:
         deadline = time.monotonic() + self._timeout_s
         while True:
             try:
                 return fetch_json(
-                    f"{self._gateway_url}{path}", body, self._timeout_s, access_keys.header(self._key)
+                    f"{gateway_url}{path}", body, self._timeout_s, access_keys.header(self._key)
                 )
             except (OSError, ValueError, http.client.HTTPException) as error:
                 if not _is_broken_off(error) or time.monotonic() > deadline:

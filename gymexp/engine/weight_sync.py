@@ -1,11 +1,11 @@
 """Sends the trainer's weights to every replica of the engine, from the trainer's process.
 
-An update to a new version never meets a request. The gateway fences the replicas, so that further requests
+An update to a new version never meets a request. Each gateway fences the replicas, so that further requests
 wait. The requests in flight are cut, or end by themselves. Once none is in flight, the weights are sent
-(`gymexp.engine.weight_transfer`), the prefix caches are dropped, the replicas resume, and the gateway lifts
-the fence and continues the generations that were cut. So each piece of a generation has one version.
+(`gymexp.engine.weight_transfer`), the prefix caches are dropped, the replicas resume, and the gateways lift
+the fence and continue the generations that were cut. So each piece of a generation has one version.
 
-A replica that went away and came back has the weights that it began with: the gateway keeps it on hold until
+A replica that went away and came back has the weights that it began with: the gateways keep it on hold until
 `tend` has sent it the policy's weights. Every request to a replica has a deadline, and an error names the
 replica and the phase. A replica that goes away during an update is left out of the rest of the update. With
 nccl and ipc a replica that goes away during the transfer itself makes the update fail.
@@ -140,7 +140,9 @@ class WeightSync:
         """Sends the weights of the last update to the replicas on hold that are healthy again, and takes them
         off hold. weights: called to get the weights if there are such replicas.
         """
+        version = self._first_version if self._version is None else self._version
         on_hold = self._replicas.only(self._admission.on_hold())
+        self._admission.introduce(version)
         ill = on_hold.ill()
         back = self._replicas.only([url for url in on_hold.urls if url not in ill])
         if not back.urls:
@@ -155,7 +157,6 @@ class WeightSync:
             back.reach("/resume")  # a replica that lost only its connection may still be paused
         for url in back.urls:
             log.info("the engine at %s is back, with the weights of step %s", url, self._version or 0)
-            version = self._first_version if self._version is None else self._version
             self._admission.open(url, version)
 
     def close(self) -> None:

@@ -163,7 +163,8 @@ class Evaluator:
 
     def _ask_gateway(self, path: str, body: dict[str, Any] | None = None) -> Any:
         self._reporter.report(phase="load engine")
-        url = f"{self._services.gateway_url}{path}"
+        [gateway_url] = self._services.gateway_urls  # a policy that gives text alone has one
+        url = f"{gateway_url}{path}"
         return fetch_json(url, json.dumps(body or {}).encode(), _GATEWAY_TIMEOUT_S, header_of(RUN))
 
 

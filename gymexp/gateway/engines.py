@@ -22,6 +22,7 @@ from aiohttp import web
 
 from gymexp.engine.adapter import name_of
 from gymexp.gateway.pieces import Pieces
+from gymexp.gateway.spread import engine_for
 from gymexp.processes.access_keys import ENGINE, header_of
 from gymexp.rollout.generation import EngineError, Generation, read_answer, start_of
 
@@ -54,7 +55,8 @@ class EngineRefusal(Exception):
 
 class Engines:
     """Replicas of one policy. A rollout's first turn goes to the least busy replica, its later turns to the
-    same replica, whose cache has their prefix.
+    same replica, whose cache has their prefix. Where several gateways send requests to the same replicas,
+    each knows its own requests alone: a first turn then goes where `spread.engine_for` says.
 
     Correctness does not depend on that cache. So the map from turns to replicas is bounded, and is lost with
     this process.
@@ -67,14 +69,17 @@ class Engines:
         hold: bool = False,
         decode: Callable[[list[int]], str] | None = None,
         names_adapter: bool = False,
+        is_one_of_several: bool = False,
     ):
         """timeout_s: for one generation, including the wait for an engine. hold: whether an engine starts on
         hold and gets requests only after `open`, and is put on hold again when it goes away, as it may come
         back with other weights. decode: as in `Pieces`. names_adapter: whether each request names the
         policy's adapter, with the version of its weights; an engine whose version is unknown gets none.
+        is_one_of_several: whether other gateways send requests to the same replicas.
         """
         self.in_flight = dict.fromkeys((url.rstrip("/") for url in urls), 0)
         self.on_hold = set(self.in_flight) if hold else set[str]()
+        self.untold = set(self.on_hold)  # those on hold since this process began, of which nobody told it
         self.fenced = set[str]()
         self.num_cuts = 0  # pieces after which a generation had to go on
         self._versions: dict[str, int] = {}  # of the weights last sent to each engine
@@ -83,6 +88,7 @@ class Engines:
         self._hold = hold
         self._names_adapter = names_adapter
         self._decode = decode
+        self._is_one_of_several = is_one_of_several
         self._opened = asyncio.Event()
         self._timeout_s = timeout_s
         self._url_of_turn: OrderedDict[int, str] = OrderedDict()
@@ -93,6 +99,7 @@ class Engines:
         samples with; None if unknown.
         """
         self.on_hold.discard(url)
+        self.untold.discard(url)
         self.updated([url], weights_version)
 
     def fence(self, urls: Sequence[str]) -> None:
@@ -135,6 +142,7 @@ class Engines:
         self._versions.pop(url, None)
         self._holds[url] += 1
         self.on_hold.add(url)
+        self.untold.discard(url)
 
     async def connect(self, app: web.Application) -> AsyncIterator[None]:
         """Opens the HTTP session before the app starts, and closes it when the app ends (for
@@ -162,7 +170,7 @@ class Engines:
         try:
             async with asyncio.timeout(self._timeout_s):
                 while not pieces.is_finished:
-                    url = await self._pick(prompt_ids[:continues])
+                    url = await self._pick(prompt_ids, continues)
                     try:
                         model = name_of(self._versions[url]) if self._names_adapter else None
                         pieces.add(await self._post_request(url, pieces.payload(model)))
@@ -249,16 +257,18 @@ class Engines:
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             return f"{type(error).__name__}: {error}"
 
-    async def _pick(self, previous_ids: list[int]) -> str:
-        """Returns the engine for a request, once one is open: the one that sampled previous_ids, else the
-        least busy one.
+    async def _pick(self, prompt_ids: list[int], continues: int) -> str:
+        """Returns the engine for a request, once one is open: the one that sampled the turn before, else the
+        least busy one, or that of `spread`. continues: as in `generate`.
         """
         while not (urls := [url for url in self.in_flight if self._takes_requests(url)]):
             await self._opened.wait()
-        if len(self.in_flight) > 1 and previous_ids:
-            url = self._url_of_turn.get(hash(tuple(previous_ids)))
+        if len(self.in_flight) > 1 and continues:
+            url = self._url_of_turn.get(hash(tuple(prompt_ids[:continues])))
             if url in urls:
                 return url
+        if self._is_one_of_several:
+            return engine_for(prompt_ids, {url: self.in_flight[url] for url in urls})
         return min(urls, key=self.in_flight.__getitem__)
 
     def _takes_requests(self, url: str) -> bool:

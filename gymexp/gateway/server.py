@@ -16,7 +16,6 @@ import argparse
 import functools
 import logging
 import os
-import socket
 import sys
 import time
 from collections import OrderedDict
@@ -33,9 +32,9 @@ from gymexp.errors import ConfigError, TokenMismatch
 from gymexp.gateway import chat
 from gymexp.gateway.engines import EngineRefusal, Engines
 from gymexp.gateway.history import Conversation, History
+from gymexp.gateway.serving import guard_of_environment, serve
 from gymexp.policy.model import check_tokenizer, end_token_ids
 from gymexp.printable import log_to_stderr
-from gymexp.processes import access_keys
 from gymexp.processes.parent_watch import die_with_parent
 from gymexp.processes.ports import adopt, listen, url_of
 from gymexp.rollout import tokens
@@ -47,7 +46,6 @@ log = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 1 << 28
 CACHED_PROMPTS = 2048
-FOR_NEMO_GYM = ("/v1/chat/completions", "/v1/models", "/tokenize")
 NO_CALLS = (
     "tools must be left out: gymexp cannot read the calls that this policy's chat template writes. "
     "Describe their format in its tokenizer_config.json, as response_template"
@@ -62,6 +60,7 @@ class GatewayConfig:
     including the wait for an engine. hold: whether an engine gets requests only after `POST /engine` opens
     it, and none after it goes away. stop_token_ids: ids that end a generation; None for those of the
     tokenizer and its chat template. adapter: whether the engines sample with the adapter that requests name.
+    is_one_of_several: whether other gateways have the same engines.
     """
 
     engine_urls: tuple[str, ...]
@@ -71,6 +70,7 @@ class GatewayConfig:
     hold: bool = False
     stop_token_ids: tuple[int, ...] | None = None
     adapter: bool = False
+    is_one_of_several: bool = False
 
 
 class Gateway:
@@ -89,8 +89,14 @@ class Gateway:
         stops = config.stop_token_ids
         self.stop_token_ids = tokens.end_of_turn_ids(tokenizer) if stops is None else list(stops)
         decode = functools.partial(tokenizer.decode, skip_special_tokens=False)
-        urls, timeout_s = config.engine_urls, config.engine_timeout_s
-        self.engines = Engines(urls, timeout_s, config.hold, decode, config.adapter)
+        self.engines = Engines(
+            config.engine_urls,
+            config.engine_timeout_s,
+            config.hold,
+            decode,
+            config.adapter,
+            config.is_one_of_several,
+        )
         self.prompts: OrderedDict[bytes, list[int]] = OrderedDict()
         self.seeds = CallSeeds()
         self.attempts = Attempts()
@@ -210,7 +216,7 @@ class Gateway:
 
     async def read_stats(self, request: web.Request) -> web.Response:
         engines = self.engines
-        held = {"on_hold": sorted(engines.on_hold), "fenced": sorted(engines.fenced)}
+        held = {name: sorted(getattr(engines, name)) for name in ("on_hold", "untold", "fenced")}
         return json_response(self.stats | {"engines": engines.in_flight, "cuts": engines.num_cuts} | held)
 
     async def read_attempts(self, request: web.Request) -> web.Response:
@@ -349,6 +355,9 @@ def main() -> None:
         "--hold", action="store_true", help="no requests for an engine until POST /engine opens it"
     )
     parser.add_argument("--adapter", action="store_true", help="requests name the policy's adapter")
+    parser.add_argument(
+        "--one-of-several", action="store_true", help="other gateways send requests to the same engines"
+    )
     args = parser.parse_args()
     log_to_stderr()
     guard = guard_of_environment()
@@ -364,32 +373,11 @@ def main() -> None:
         args.hold,
         tuple(end_token_ids(tokenizer, args.tokenizer)),
         args.adapter,
+        args.one_of_several,
     )
     sock = listen(args.host, args.port, "--port") if args.fd is None else adopt(args.fd)
     log.info("gateway on %s, engines %s", url_of(sock), " ".join(config.engine_urls))
     serve(build_app(config, tokenizer), sock, guard)
-
-
-def guard_of_environment() -> access_keys.Middleware:
-    """Returns the guard of a gateway's paths: each takes the run's key, and those for NeMo Gym take the
-    policy's key too. Raises SystemExit if the environment lacks one of them."""
-    return access_keys.guard(
-        access_keys.required(access_keys.RUN),
-        dict.fromkeys(FOR_NEMO_GYM, access_keys.required(access_keys.POLICY)),
-    )
-
-
-def serve(app: web.Application, sock: socket.socket, guard: access_keys.Middleware) -> None:
-    """Serves a gateway's routes, behind its guard, until a signal ends the process."""
-    app.middlewares.insert(0, guard)
-    web.run_app(
-        app,
-        sock=sock,
-        handler_cancellation=True,
-        access_log=None,
-        shutdown_timeout=2.0,
-        print=lambda *_: None,
-    )
 
 
 if __name__ == "__main__":

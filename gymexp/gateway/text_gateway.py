@@ -24,7 +24,8 @@ from aiohttp import web
 from gymexp.gateway import chat
 from gymexp.gateway.endpoint import Endpoint
 from gymexp.gateway.probe import Probe
-from gymexp.gateway.server import MAX_BODY_BYTES, answer_errors, guard_of_environment, json_response, serve
+from gymexp.gateway.server import MAX_BODY_BYTES, answer_errors, json_response
+from gymexp.gateway.serving import guard_of_environment, serve
 from gymexp.gateway.text_policy import TextPolicy
 from gymexp.printable import log_to_stderr
 from gymexp.processes import access_keys

@@ -1,15 +1,15 @@
 """Plans the NeMo Gym servers of a run: NeMo Gym's own YAML files, plus replicas, ports and the policy.
 
 An environment consists of its agent and every server that the agent refers to. With `replicas: N` each of
-these exists N times, and rollouts are spread over the replicas. The model server, which only passes requests
-on to the policy endpoint, is shared.
+these exists N times, and rollouts are spread over the replicas. The model servers, which only pass requests
+on to the policy endpoint, are shared. A replica asks one of them, and so one gateway, in all its rollouts.
 """
 
 from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,7 @@ def plan(
     envs: Mapping[str, EnvConfig],
     gym: GymConfig,
     site: Path,
-    policy_url: str,
+    policy_urls: Sequence[str],
     port: Callable[[str], int],
     chat_template_kwargs: Mapping[str, Any] | None = None,
     host: str = "127.0.0.1",
@@ -73,9 +73,10 @@ def plan(
 ) -> Layout:
     """Returns the servers of `envs`.
 
-    site: the directory of NeMo Gym's folders. port: returns the port on `host` of a server, by its name.
-    chat_template_kwargs: `model.chat_template_kwargs`, which the model server adds to every request. key: the
-    API key that the model server sends to the policy. gives_tokens: whether the policy's answers have token
+    site: the directory of NeMo Gym's folders. policy_urls: the gateways' addresses, one for each model server
+    or one for all. port: returns the port on `host` of a server, by its name. chat_template_kwargs:
+    `model.chat_template_kwargs`, which a model server adds to every request. key: the API key that a model
+    server sends to the policy. gives_tokens: whether the policy's answers have token
     ids. python: NeMo Gym's interpreter, for files with NeMo Gym's directives. Raises ConfigError if an
     environment cannot be played.
     """
@@ -88,10 +89,10 @@ def plan(
         return f"http://{host}:{values['port']}"
 
     models = [POLICY if i == 0 else f"{POLICY}-{i}" for i in range(gym.model_servers)]
-    for model in models:
-        values = model_server(policy_url, chat_template_kwargs, key, gives_tokens)
+    for number, model in enumerate(models):
+        url = policy_urls[number % len(policy_urls)]
+        values = model_server(url, chat_template_kwargs, key, gives_tokens)
         add(model, "responses_api_models", "vllm_model", values)
-    given = dict(zip(OF_THE_POLICY, (f"{policy_url}/v1", key, "policy"), strict=True))
     count = 0
     for env_name, env in envs.items():
         defined = playable_servers(env_name, env, site, python)
@@ -103,7 +104,8 @@ def plan(
         for index in range(most):
             suffix = f"-{index}" if most > 1 else ""
             names = {old: f"{env_name}-{old}{suffix}" for old in needed}
-            model = models[count % len(models)]
+            model, gateway = models[count % len(models)], count % len(models) % len(policy_urls)
+            given = dict(zip(OF_THE_POLICY, (f"{policy_urls[gateway]}/v1", key, "policy"), strict=True))
             count += 1
             urls, of_judge = {}, {}
             for old, new in names.items():
@@ -128,7 +130,7 @@ def plan(
             url = urls[front or env.agent]
             spare = index > 0 and env.replicas == "auto"
             replica = Replica(
-                names[env.agent], env.agent, url, services, resources, limit, bool(front), spare
+                names[env.agent], env.agent, url, services, resources, limit, bool(front), spare, gateway
             )
             layout.replicas[env_name].append(replica)
     return layout

@@ -12,6 +12,11 @@ from gymexp.files import replace_file
 _FILE = "services.json"
 
 
+def gateway_name(number: int) -> str:
+    """Returns the name of a gateway's service, and of its log."""
+    return f"gateway-{number}" if number else "gateway"
+
+
 @dataclass(frozen=True)
 class Replica:
     """One instance of an environment: the address that plays its rows, and the services that do so."""
@@ -25,6 +30,7 @@ class Replica:
     # whether `url` is that of an environment server of NeMo Gym 0.7, which takes typed episodes
     takes_episodes: bool = False
     spare: bool = False  # whether its services start at the trainer's request alone (replicas=auto)
+    gateway: int = 0  # the gateway that its model server asks, among `Services.gateway_urls`
 
 
 @dataclass(frozen=True)
@@ -36,7 +42,7 @@ class Services:
     """
 
     control_url: str
-    gateway_url: str
+    gateway_urls: list[str]
     replicas: dict[str, list[Replica]]  # by environment name
     engine: str  # hf or vllm
     checkpoint: str | None  # the name of the checkpoint to resume from

@@ -7,13 +7,13 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
 
+from gymexp.rollout.attempts import Attempted
 from gymexp.rollout.outcome import Outcome, Task
 from gymexp.rollout.play import Sampling
 from gymexp.rollout.progress import Progress
 
 log = logging.getLogger(__name__)
 Landed = Callable[[list[Outcome] | BaseException], None]
-_Played = tuple[Outcome, str]  # an outcome, and the name of its last attempt
 _PROGRESS_S = 0.5
 
 
@@ -28,8 +28,8 @@ class Ahead:
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,
-        play: Callable[[Task, Sampling, Progress], Awaitable[_Played]],
-        complete: Callable[[Sequence[_Played]], Awaitable[list[Outcome]]],
+        play: Callable[[Task, Sampling, Progress], Awaitable[Attempted]],
+        complete: Callable[[Sequence[Attempted]], Awaitable[list[Outcome]]],
         is_complete: Callable[[Outcome], bool],
         report: Callable[[Progress], None],
     ) -> None:

@@ -1,8 +1,8 @@
-"""What the gateway knows about each attempt at a rollout: which weights sampled it, its seconds, its usage.
+"""What a gateway knows about each attempt at a rollout: which weights sampled it, its seconds, its usage.
 
-The gateway keeps this knowledge by the attempt's name, because NeMo Gym's agents do not pass it on. Within an
-attempt it keeps the versions of the weights by the ids of each turn, as an agent may leave some of the
-policy's replies out of the episode, or show them in another order.
+The gateway that served the attempt keeps this knowledge by the attempt's name, because NeMo Gym's agents do
+not pass it on. Within an attempt it keeps the versions of the weights by the ids of each turn, as an agent
+may leave some of the policy's replies out of the episode, or show them in another order.
 """
 
 from __future__ import annotations
@@ -97,22 +97,43 @@ def turn_key(prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> str:
     return ids_digest(prompt_ids, completion_ids).hex()
 
 
-async def with_attempts(
-    outcomes: Sequence[Outcome], names: Sequence[str], gateway_url: str, http: aiohttp.ClientSession
-) -> list[Outcome]:
-    """Returns the outcomes with the weights that sampled them and the policy's seconds.
+@dataclass(frozen=True)
+class Attempted:
+    """An outcome, the name of its last attempt, and the URL of the gateway that served this attempt; None if
+    nothing knows of attempts."""
 
-    names: of each outcome's last attempt. Raises ServiceError if the gateway does not answer.
+    outcome: Outcome
+    attempt: str
+    gateway_url: str | None
+
+
+async def with_attempts(played: Sequence[Attempted], http: aiohttp.ClientSession) -> list[Outcome]:
+    """Returns the outcomes with the weights that sampled them and the policy's seconds, as far as a gateway
+    knows them. Raises ServiceError if a gateway does not answer.
     """
+    places: dict[str, list[int]] = {}
+    for place, one in enumerate(played):
+        if one.gateway_url is not None:
+            places.setdefault(one.gateway_url, []).append(place)
+    outcomes = [one.outcome for one in played]
+    for url, own in places.items():
+        completed = await _ask(url, [played[place] for place in own], http)
+        for place, outcome in zip(own, completed, strict=True):
+            outcomes[place] = outcome
+    return outcomes
+
+
+async def _ask(gateway_url: str, played: Sequence[Attempted], http: aiohttp.ClientSession) -> list[Outcome]:
     try:
         async with http.post(
             f"{gateway_url}/attempts",
-            json={"plays": list(names)},
+            json={"plays": [one.attempt for one in played]},
             headers=header_of(RUN),
             timeout=aiohttp.ClientTimeout(total=_TIMEOUT_S),
         ) as response:
             attempts = orjson.loads(await response.read())["attempts"]
-        return [_with_attempt(*pair) for pair in zip(outcomes, attempts, strict=True)]
+        pairs = zip(played, attempts, strict=True)
+        return [_with_attempt(one.outcome, attempt) for one, attempt in pairs]
     except (aiohttp.ClientError, TimeoutError, KeyError, TypeError, ValueError) as error:
         raise ServiceError(f"the gateway did not say which weights sampled: {error!r}") from None
 

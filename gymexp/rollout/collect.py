@@ -26,9 +26,9 @@ from gymexp.config.schema import EnvConfig, RolloutConfig
 from gymexp.errors import ServiceError
 from gymexp.processes import open_files
 from gymexp.processes.access_keys import RUN, header_of
-from gymexp.record.services_file import Replica
+from gymexp.record.services_file import Replica, gateway_name
 from gymexp.rollout.ahead import Ahead
-from gymexp.rollout.attempts import knows_versions, with_attempts
+from gymexp.rollout.attempts import Attempted, knows_versions, with_attempts
 from gymexp.rollout.draws import attempt_seed
 from gymexp.rollout.landing import Keep, Landing
 from gymexp.rollout.outcome import Cause, Failed, Outcome, Played, Task
@@ -72,9 +72,10 @@ class Collector:
     """Plays tasks on the replicas of their environments.
 
     replicas: by environment. vocab_size: of the policy; None if its answers are text alone. control_url: the
-    controller's address; None if nothing supervises the servers. gateway_url: the gateway's address, which
-    knows which weights sampled a rollout; None leaves the rollouts without a version. report: called about
-    twice a second with the current Progress during a collection.
+    controller's address; None if nothing supervises the servers. gateway_urls: the gateways' addresses, which
+    know which weights sampled a rollout; a replica names its own by `Replica.gateway`. Empty leaves the
+    rollouts without a version. report: called about twice a second with the current Progress during a
+    collection.
     """
 
     def __init__(
@@ -84,7 +85,7 @@ class Collector:
         rollout: RolloutConfig,
         vocab_size: int | None,
         control_url: str | None = None,
-        gateway_url: str | None = None,
+        gateway_urls: Sequence[str] = (),
         report: Callable[[Progress], None] = lambda _: None,
     ) -> None:
         self._seats = {
@@ -95,7 +96,7 @@ class Collector:
         self._rollout = rollout
         self._vocab_size = vocab_size
         self._control_url = control_url
-        self._gateway_url = gateway_url
+        self._gateway_urls = gateway_urls
         self._report = report
         self._services: dict[str, dict[str, Any]] = {}
         self._loop = asyncio.new_event_loop()
@@ -103,7 +104,7 @@ class Collector:
         self._thread.start()
         self._stop = False
         # Without a gateway nothing knows the weights, and the outcomes stay without them.
-        is_complete = knows_versions if gateway_url else lambda _: True
+        is_complete = knows_versions if gateway_urls else lambda _: True
         play = self._play_task
         self.ahead = Ahead(self._loop, play, self._with_attempts, is_complete, self._report_ahead)
         self._num_collections = 0
@@ -262,20 +263,17 @@ class Collector:
         if not self._num_collections:  # an evaluation reports its own progress
             self._report(progress)
 
-    async def _with_attempts(self, played: Sequence[tuple[Outcome, str]]) -> list[Outcome]:
-        outcomes, plays = zip(*played, strict=True) if played else ((), ())
-        if self._gateway_url is None:
-            return list(outcomes)
-        return await with_attempts(outcomes, plays, self._gateway_url, self._http)
+    async def _with_attempts(self, played: Sequence[Attempted]) -> list[Outcome]:
+        return await with_attempts(played, self._http)
 
     async def _report_regularly(self, progress: Progress) -> None:
         while True:
             self._report(progress)
             await asyncio.sleep(_PROGRESS_S)
 
-    async def _play_task(self, task: Task, sampling: Sampling, progress: Progress) -> tuple[Outcome, str]:
-        """Plays one task, again if an attempt failed or its server was restarted during it. Returns (outcome,
-        name of the last attempt).
+    async def _play_task(self, task: Task, sampling: Sampling, progress: Progress) -> Attempted:
+        """Plays one task, again if an attempt failed or its server was restarted during it. Returns the
+        outcome with the last attempt.
         """
         env, began_at = self._envs[task.env], time.time()
         failures: list[RolloutFailure] = []
@@ -285,6 +283,7 @@ class Collector:
                 seed = attempt_seed(sampling.seed, len(failures))
                 attempt = replace(sampling, seed=seed, play=secrets.token_hex(8))
                 replica = seat.replica
+                gateway_url = self._gateway_urls[replica.gateway] if self._gateway_urls else None
                 playing = play(
                     self._http,
                     replica.url,
@@ -314,7 +313,8 @@ class Collector:
                 if outcome is not None:
                     progress.done += 1
                     progress.tokens += sum(len(turn.completion_ids) for turn in outcome.rollout.turns)
-                    return _completed(outcome, replica, failures, began_at), attempt.play
+                    outcome = _completed(outcome, replica, failures, began_at)
+                    return Attempted(outcome, attempt.play, gateway_url)
                 is_final = failures and failures[-1].is_final
                 if is_final or len(failures) > self._rollout.max_retries:
                     progress.done += 1
@@ -322,7 +322,7 @@ class Collector:
                     last = failures[-1]
                     causes: list[Cause] = [failure.cause for failure in failures]
                     failed = Failed(task, last.cause, last.detail, self._log_for(seat, last), causes)
-                    return failed, attempt.play
+                    return Attempted(failed, attempt.play, gateway_url)
                 progress.retried += 1
                 await asyncio.sleep(_AFTER_FAILURE_S)
 
@@ -368,7 +368,8 @@ class Collector:
 
     def _log_for(self, seat: _Seat, failure: RolloutFailure) -> str:
         """Returns the log file of the service that failed; "" if the controller does not know the service."""
-        name = "gateway" if failure.cause == "engine" else failure.server or seat.replica.name
+        replica = seat.replica
+        name = gateway_name(replica.gateway) if failure.cause == "engine" else failure.server or replica.name
         return self._services.get(name, {}).get("log", "")
 
 

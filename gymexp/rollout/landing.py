@@ -7,13 +7,13 @@ import contextlib
 from collections.abc import Awaitable, Callable, Sequence
 
 from gymexp.errors import ServiceError
+from gymexp.rollout.attempts import Attempted
 from gymexp.rollout.outcome import Outcome
 
 AT_ONCE = 32
 EVERY_S = 5.0
 
 Keep = Callable[[Sequence[tuple[int, Outcome]]], None]
-_Played = tuple[Outcome, str]  # an outcome, and the name of its last attempt
 
 
 class Landing:
@@ -26,13 +26,13 @@ class Landing:
 
     def __init__(
         self,
-        rollouts: Sequence[asyncio.Task[_Played]],
-        complete: Callable[[Sequence[_Played]], Awaitable[list[Outcome]]],
+        rollouts: Sequence[asyncio.Task[Attempted]],
+        complete: Callable[[Sequence[Attempted]], Awaitable[list[Outcome]]],
         keep: Keep,
     ) -> None:
         self._complete = complete
         self._keep = keep
-        self._landed: dict[int, _Played] = {}  # not kept yet
+        self._landed: dict[int, Attempted] = {}  # not kept yet
         self._kept: dict[int, Outcome] = {}
         self._full = asyncio.Event()
         self._ending = False
@@ -40,7 +40,7 @@ class Landing:
             rollout.add_done_callback(lambda done, index=index: self._land(index, done))
         self._keeping = asyncio.create_task(self._keep_regularly())
 
-    def _land(self, index: int, rollout: asyncio.Task[_Played]) -> None:
+    def _land(self, index: int, rollout: asyncio.Task[Attempted]) -> None:
         if rollout.cancelled() or rollout.exception():
             return
         self._landed[index] = rollout.result()
@@ -61,7 +61,7 @@ class Landing:
             completed = await self._complete(list(batch.values()))
             self._hand_on(batch, completed)
 
-    def _hand_on(self, batch: dict[int, _Played], outcomes: Sequence[Outcome]) -> None:
+    def _hand_on(self, batch: dict[int, Attempted], outcomes: Sequence[Outcome]) -> None:
         """Keeps a batch. It stays among the landed ones if `keep` raises."""
         pairs = list(zip(batch, outcomes, strict=True))
         self._keep(pairs)
@@ -85,7 +85,7 @@ class Landing:
             await self._flush()
         except ServiceError:
             batch = dict(self._landed)
-            self._hand_on(batch, [outcome for outcome, _ in batch.values()])
+            self._hand_on(batch, [played.outcome for played in batch.values()])
 
     async def _end(self) -> None:
         """Ends the regular batches. Raises the error that ended them before."""

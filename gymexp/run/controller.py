@@ -2,7 +2,7 @@
 
     controller
      ├─ gym host ── NeMo Gym's servers (forked)
-     ├─ gateway
+     ├─ gateways
      ├─ vLLM
      └─ trainer (with the hf engine inside)
 
@@ -40,6 +40,7 @@ from gymexp.processes.failure_reason import reason
 from gymexp.processes.supervisor import Service, Supervisor
 from gymexp.record.directory import Ended, RunDirectory
 from gymexp.record.places import cache_dir
+from gymexp.record.services_file import gateway_name
 from gymexp.run import services
 from gymexp.run.control_endpoint import Control
 from gymexp.run.report_process import Reports
@@ -123,7 +124,7 @@ class Controller:
             on_change=control.changed,
         )
         sockets: dict[str, socket.socket] = {}
-        gateway_sock = ports.listen(local.address, gym.policy_port or 0, key="gym.policy_port")
+        gateway_socks = services.listen_for_gateways(self._config, self._work, local.address)
         others: Nodes | None = None
         if task:
             others = control.nodes = Nodes(local, task, self._directory.path, keys.run, supervisor.fail)
@@ -140,12 +141,12 @@ class Controller:
                     self._placement = place(self._config, [node.gpus for node in nodes])
                 self._system = SystemRecorder(self._directory, lambda: supervisor.services, self._own_gpus())
                 endpoints = await self._open_engines(nodes)
-                gateway_url = ports.url_of(gateway_sock)
-                gym_args = gym_python, site, gateway_url, sockets, local.address, keys, self._work
+                gateway_urls = [ports.url_of(sock) for sock in gateway_socks]
+                gym_args = gym_python, site, gateway_urls, sockets, local.address, keys, self._work
                 layout = await services.gym_layout(self._config, self._directory, supervisor, *gym_args)
                 keys = dataclasses.replace(keys, policy=layout.policy_key or keys.policy)
                 first = nodes[self._placement.training[0].node]
-                urls = control.url, gateway_url
+                urls = control.url, gateway_urls
                 services.build_services(
                     self._config, self._placement, layout, urls, endpoints, first.address, self._checkpoint
                 ).write(self._directory.path)
@@ -157,7 +158,7 @@ class Controller:
                     for service in services.gym_servers(self._config, self._directory, *hosted):
                         supervisor.add(service)
                 master = await first.reserve(exclusive=False)
-                self._start(supervisor, sockets, gateway_sock, nodes, endpoints, master, keys)
+                self._start(supervisor, sockets, gateway_socks, nodes, endpoints, master, keys)
                 result = await self._until_trained(supervisor)
                 self._ended, self._outcome = Ended.FINISHED, "finished"
                 return result
@@ -174,7 +175,8 @@ class Controller:
                 self._facts["phase"] = "stop"
                 if self._system:
                     self._system.close()
-                await supervisor.close([rank.name for rank in self._ranks], ["gateway"])
+                gateways = [gateway_name(number) for number in range(len(gateway_socks))]
+                await supervisor.close([rank.name for rank in self._ranks], gateways)
                 if others:
                     await others.close()
                 writing.cancel()
@@ -185,7 +187,7 @@ class Controller:
                     for number, handler in self._old_handlers.items():
                         signal.signal(number, handler)
                 local.close()
-                for sock in (gateway_sock, *sockets.values()):
+                for sock in (*gateway_socks, *sockets.values()):
                     sock.close()
 
     async def _end_of(self, failure: Exception) -> Exception:
@@ -235,23 +237,22 @@ class Controller:
         self,
         supervisor: Supervisor,
         sockets: dict[str, socket.socket],
-        gateway_sock: socket.socket,
+        gateway_socks: Sequence[socket.socket],
         nodes: Sequence[Node],
         endpoints: Sequence[Endpoint],
         master: Endpoint,
         keys: Keys,
     ) -> None:
         config, placement, directory = self._config, self._placement, self._directory
-        url = ports.url_of(gateway_sock)
-        work = self._work
-        engines = services.engines(config, placement, directory, nodes, endpoints, url, keys, work)
+        asked, work = list(map(ports.url_of, gateway_socks)), self._work
+        engines = services.engines(config, placement, directory, nodes, endpoints, asked, keys, work)
         fds = [endpoint.fd for endpoint in endpoints] if placement.in_trainer else []
         self._ranks = services.trainers(placement, directory, nodes, fds, master, keys, work)
         urls = services.engine_urls(config, endpoints)
-        gateway = services.gateway(config, placement, directory, gateway_sock, urls, keys, work)
-        for service in (*engines, *self._ranks, gateway):
+        gateways = services.gateways(config, placement, directory, gateway_socks, urls, keys, work)
+        for service in (*engines, *self._ranks, *gateways):
             supervisor.add(service)
-        names, timeout_s = [*sockets, "gateway"], config.gym.start_timeout_s
+        names, timeout_s = [*sockets, *(one.name for one in gateways)], config.gym.start_timeout_s
         self._ready = asyncio.create_task(supervisor.wait_ready(names, timeout_s))
 
     async def _until_trained(self, supervisor: Supervisor) -> dict[str, Any]:

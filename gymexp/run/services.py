@@ -27,7 +27,7 @@ from gymexp.processes.failure_reason import last_exception
 from gymexp.processes.process import Running, spawn
 from gymexp.processes.supervisor import Service, Supervisor
 from gymexp.record.directory import RunDirectory
-from gymexp.record.services_file import Services
+from gymexp.record.services_file import Services, gateway_name
 from gymexp.run.work import Work
 
 _GATEWAY_TIMEOUT_S = 30.0
@@ -38,16 +38,25 @@ _TRAINER_SILENCE_S = 900.0
 _START_FIX = "mend what its exception names, e.g. by one of its keys, {}.<key>"
 
 
-def gateway(
+def listen_for_gateways(config: RunConfig, work: Work, address: str) -> list[socket.socket]:
+    """Returns a listening socket for each gateway: one for each model server. A policy that is text alone has
+    one gateway, so that all of its requests wait if its endpoint asks for a pause."""
+    first = ports.listen(address, config.gym.policy_port or 0, key="gym.policy_port")
+    others = 0 if work.text_policy else config.gym.model_servers - 1
+    return [first, *(ports.listen(address) for _ in range(others))]
+
+
+def gateways(
     config: RunConfig,
     placement: Placement,
     directory: RunDirectory,
-    sock: socket.socket,
+    socks: Sequence[socket.socket],
     urls: Sequence[str],
     keys: Keys,
     work: Work,
-) -> Service:
-    """Returns the service of the gateway in front of the engines, or of a policy that is text alone.
+) -> list[Service]:
+    """Returns the services of the gateways in front of the engines, or of a policy that is text alone, each
+    on its socket.
 
     urls: the engines' URLs. In training an engine server gets requests once the trainer has sent it the
     policy's weights.
@@ -64,17 +73,23 @@ def gateway(
             command.append("--hold")
             if transfer_of(config, placement) == "adapter":
                 command.append("--adapter")
-    command += ["--fd", str(sock.fileno())]
-    log = directory.logs / "gateway.log"
-    return Service(
-        "gateway",
-        lambda: spawn(command, log, keys.environ(), [sock.fileno()]),
-        log,
-        ports.url_of(sock),
-        health="/v1/models",
-        key=keys.run,
-        max_restarts=config.gym.max_restarts,
-    )
+        if len(socks) > 1:
+            command.append("--one-of-several")
+
+    def gateway(number: int, sock: socket.socket) -> Service:
+        name, fd = gateway_name(number), sock.fileno()
+        log = directory.logs / f"{name}.log"
+        return Service(
+            name,
+            lambda: spawn([*command, "--fd", str(fd)], log, keys.environ(), [fd]),
+            log,
+            ports.url_of(sock),
+            health="/v1/models",
+            key=keys.run,
+            max_restarts=config.gym.max_restarts,
+        )
+
+    return [gateway(*pair) for pair in enumerate(socks)]
 
 
 def trainers(
@@ -136,20 +151,20 @@ def engines(
     directory: RunDirectory,
     nodes: Sequence[Node],
     endpoints: Sequence[Endpoint],
-    gateway_url: str,
+    gateway_urls: Sequence[str],
     keys: Keys,
     work: Work,
 ) -> list[Service]:
     """Returns the engine servers that gymexp starts, each on its endpoint: a reserved port for vLLM, a socket
     for the hf engine.
 
-    A restarted engine has the weights that the run began with. So in training the gateway holds requests back
+    A restarted engine has the weights that the run began with. So in training the gateways hold requests back
     from it before the restart, until the trainer has sent it the policy's weights. An engine that shares its
     GPU with training is never restarted, as the GPU may lack the memory: its end is the run's end.
     """
     if not placement.replicas:
         return []
-    admission = Admission(gateway_url, keys.run, _GATEWAY_TIMEOUT_S)
+    admission = Admission(gateway_urls, keys.run, _GATEWAY_TIMEOUT_S)
     command_of = _vllm_command(config, placement) if placement.engine == "vllm" else _hf_command(directory)
 
     def replica(index: int, endpoint: Endpoint, share: Share) -> Service:
@@ -284,7 +299,7 @@ async def gym_layout(
     supervisor: Supervisor,
     gym_python: Path,
     site: Path,
-    policy_url: str,
+    policy_urls: Sequence[str],
     sockets: dict[str, socket.socket],
     address: str,
     keys: Keys,
@@ -308,7 +323,7 @@ async def gym_layout(
     if gym.runtime == "cli":
         with ports.listen() as free:
             head_port = free.getsockname()[1]
-        supervisor.add(gym_command(config, directory, gym_python, head_port, policy_url, keys))
+        supervisor.add(gym_command(config, directory, gym_python, head_port, policy_urls[0], keys))
         finding = asyncio.create_task(
             attached.wait_for_agents("127.0.0.1", head_port, config.env, gym.start_timeout_s)
         )
@@ -326,7 +341,7 @@ async def gym_layout(
 
     kwargs = config.model.chat_template_kwargs
     gives_tokens = not work.text_policy
-    given = policy_url, port, kwargs, address, keys.policy, gives_tokens
+    given = policy_urls, port, kwargs, address, keys.policy, gives_tokens
     return plan(config.env, gym, site, *given, python=gym_python)
 
 
@@ -339,14 +354,14 @@ def build_services(
     config: RunConfig,
     placement: Placement,
     layout: Layout,
-    urls: tuple[str, str],
+    urls: tuple[str, list[str]],
     endpoints: Sequence[Endpoint],
     trainer_address: str,
     checkpoint: Path | None,
 ) -> Services:
     """Returns the content of services.json, which every rank of the trainer reads.
 
-    urls: those of the control endpoint and of the gateway. trainer_address: the address of rank 0's node.
+    urls: those of the control endpoint and of the gateways. trainer_address: the address of rank 0's node.
     """
     common = Services(*urls, layout.replicas, placement.engine, checkpoint and checkpoint.name)
     if placement.in_trainer:

@@ -86,7 +86,7 @@ def open_collector(
         config.rollout,
         vocab_size,
         services.control_url,
-        services.gateway_url,
+        services.gateway_urls,
         reporter.report_collection,
     )
     stack.callback(collector.close)

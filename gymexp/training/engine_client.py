@@ -168,7 +168,7 @@ def join_servers(
     replicas = Replicas(services.engine_urls, on_cpu=own_vllm and device.type == "cpu")
     replicas.wait_healthy(config.engine.start_timeout_s, stop_requested)
     directory = run.path / "weights-again"  # for the weights of a replica that is back
-    admission = Admission(services.gateway_url, access_keys.required(access_keys.RUN), PHASE_TIMEOUT_S)
+    admission = Admission(services.gateway_urls, access_keys.required(access_keys.RUN), PHASE_TIMEOUT_S)
     sync = WeightSync(
         replicas,
         transfer,

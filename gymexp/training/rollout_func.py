@@ -2,7 +2,7 @@
 lists.
 
 The main process collects the rollouts of all ranks, so that one place limits the rollouts in flight, and one
-process writes their files.
+process writes their files. It sends each rank the rollouts of that rank's own prompts.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ from gymexp.rollout.failed_share import check_failed_share
 from gymexp.rollout.group_queue import Batch as GroupBatch
 from gymexp.rollout.group_queue import GroupQueue
 from gymexp.rollout.outcome import Failed, Outcome, Task, task_of
+from gymexp.rollout.packed import pack, unpack
 from gymexp.rollout.play import Distribution, Sampling
 from gymexp.rollout.rollout_files import RolloutWriter
 from gymexp.rollout.trained import Trained
 from gymexp.training.metrics import group_metrics, queue_metrics, rollout_metrics, staleness_metrics
-from gymexp.training.ranks import on_main_rank
+from gymexp.training.ranks import part_of_main_rank
 from gymexp.training.trained_values import Row, trained_of
 
 if TYPE_CHECKING:
@@ -88,7 +89,8 @@ class Rollouts:
         self._batch: GroupBatch | None = None  # that the next call returns; None: the call plays its prompts
         self._step: int | None = None  # the current training step, which may need several collections
         self._num_played: Counter[str] = Counter()  # rollouts of each task in the current step
-        self._rows = _Rows(-1)
+        self._rows: Sequence[Row] = ()  # this rank's rollouts of the last collection
+        self._count = _Count(-1)  # on the first rank
         self._unsent: Sequence[Outcome] = ()  # of the last collection, whose advantages are not known yet
 
     def __call__(self, prompts: list[str], trainer: PolicyTrainer) -> dict[str, list[Any]]:
@@ -96,11 +98,8 @@ class Rollouts:
         the form that `rollout_func` of `trl.GRPOTrainer` must return."""
         began = time.monotonic()
         step = trainer.state.global_step
-        all_outcomes = self._for_all_ranks(prompts, trainer, step)
-        start = trainer.accelerator.process_index * len(prompts)
-        own = slice(start, start + len(prompts))
-        outcomes = all_outcomes[own]
-        self._rows = (self._rows if step == self._rows.step else _Rows(step)).after(all_outcomes, own)
+        part = self._part_of(prompts, trainer, step)
+        outcomes, self._rows = part.outcomes, part.rows
         batch = build_batch(
             outcomes,
             placeholder_id=trainer.pad_token_id,
@@ -205,31 +204,38 @@ class Rollouts:
             self._step, self._num_played = step, Counter()
         return self._num_played
 
-    def _for_all_ranks(self, prompts: list[str], trainer: PolicyTrainer, step: int) -> list[Outcome]:
-        """Plays the prompts of all ranks on the first rank. Returns the outcomes of all ranks' prompts."""
+    def _part_of(self, prompts: list[str], trainer: PolicyTrainer, step: int) -> _Part:
+        """Plays the prompts of all ranks on the first rank. Returns each rank what its own came to."""
         from accelerate.utils import gather_object
 
-        accelerator = trainer.accelerator
         all_prompts: list[str] = gather_object(prompts)
 
-        def play() -> list[Outcome]:
-            earlier = Counter(self._num_played) if step == self._step else None
-            softmax = Distribution(temperature=trainer.grpo.temperature)
-            batch, self._batch = self._batch, None
-            outcomes = batch.trained if batch else self.play(all_prompts, step, softmax, held_out=False)
-            num_generations = trainer.grpo.num_generations
-            assert num_generations
-            self.write(f"step-{step + 1:06d}", outcomes, num_generations, earlier)
-            played = batch.outcomes if batch else outcomes
-            trainer.add_metrics(rollout_metrics(played, self._config.env))
-            trainer.add_metrics(group_metrics(played, num_generations, self._config.env))
-            if batch:
-                trainer.add_metrics(queue_metrics(batch))
-            if max_staleness := self._config.overlap.max_staleness:
-                trainer.add_metrics(staleness_metrics(outcomes, step, max_staleness))
-            return outcomes
+        def play() -> list[_Part]:
+            outcomes = self._play_for_all(all_prompts, trainer, step)
+            count = self._count if step == self._count.step else _Count(step)
+            rows, self._count = count.after(outcomes)
+            size = len(prompts)  # of each rank
+            starts = range(0, len(all_prompts), size)
+            return [_Part(outcomes[at : at + size], rows[at : at + size]) for at in starts]
 
-        return on_main_rank(accelerator, play)
+        return part_of_main_rank(trainer.accelerator, play, _Part.packed, _Part.unpacked)
+
+    def _play_for_all(self, all_prompts: list[str], trainer: PolicyTrainer, step: int) -> list[Outcome]:
+        earlier = Counter(self._num_played) if step == self._step else None
+        softmax = Distribution(temperature=trainer.grpo.temperature)
+        batch, self._batch = self._batch, None
+        outcomes = batch.trained if batch else self.play(all_prompts, step, softmax, held_out=False)
+        num_generations = trainer.grpo.num_generations
+        assert num_generations
+        self.write(f"step-{step + 1:06d}", outcomes, num_generations, earlier)
+        played = batch.outcomes if batch else outcomes
+        trainer.add_metrics(rollout_metrics(played, self._config.env))
+        trainer.add_metrics(group_metrics(played, num_generations, self._config.env))
+        if batch:
+            trainer.add_metrics(queue_metrics(batch))
+        if max_staleness := self._config.overlap.max_staleness:
+            trainer.add_metrics(staleness_metrics(outcomes, step, max_staleness))
+        return outcomes
 
     def write(
         self,
@@ -254,35 +260,48 @@ class Rollouts:
         """
         from accelerate.utils import gather_object
 
-        rows = self._rows
-        trained: list[Trained] = gather_object(trained_of(batch, rows.own))
+        trained: list[Trained] = gather_object(trained_of(batch, self._rows))
         num_generations = trainer.grpo.num_generations
         assert num_generations
         if self._writer:
-            name = f"step-{rows.step + 1:06d}"
-            self._writer.write_trained(name, trained, num_generations, rows.first)
+            name = f"step-{self._count.step + 1:06d}"
+            self._writer.write_trained(name, trained, num_generations, self._count.first)
             if self._send:
                 self._send(name, self._unsent, [one.advantage for one in trained])
             self._unsent = ()
 
 
 @dataclass(frozen=True)
-class _Rows:
-    """The rollouts of the last collection, for the records of training.
+class _Part:
+    """The rollouts of a collection that are a rank's own, and what the records of training keep of each."""
 
-    step: optimizer steps done before. own: those of this rank. first: the number of the collection's first
-    rollout in its step. num_rollouts, num_tokens: of the step so far, over all ranks.
+    outcomes: Sequence[Outcome]
+    rows: Sequence[Row]
+
+    def packed(self) -> Any:
+        return pack(self.outcomes), self.rows
+
+    @classmethod
+    def unpacked(cls, values: Any) -> _Part:
+        outcomes, rows = values
+        return cls(unpack(outcomes), rows)
+
+
+@dataclass(frozen=True)
+class _Count:
+    """The rollouts of a step so far, over all ranks, for the records of training.
+
+    step: optimizer steps done before. first: the number of the last collection's first rollout in its step.
     """
 
     step: int
-    own: Sequence[Row] = ()
     first: int = 0
     num_rollouts: int = 0
     num_tokens: int = 0
 
-    def after(self, outcomes: Sequence[Outcome], own: slice) -> _Rows:
-        """Returns the rows after one more collection of the step. outcomes: of all ranks, in their order.
-        own: this rank's."""
+    def after(self, outcomes: Sequence[Outcome]) -> tuple[list[Row], _Count]:
+        """Returns the rows of one more collection of the step, and the count after it. outcomes: of all
+        ranks, in their order."""
         rows, num_tokens = [], self.num_tokens
         for outcome in outcomes:
             if isinstance(outcome, Failed):
@@ -292,4 +311,4 @@ class _Rows:
             size = len(turns[-1].prompt_ids) + len(turns[-1].completion_ids) - len(turns[0].prompt_ids)
             num_tokens += size
             rows.append(Row(size, has_reward=True, keeps_tokens=num_tokens <= _MAX_KEPT_TOKENS))
-        return _Rows(self.step, rows[own], self.num_rollouts, self.num_rollouts + len(rows), num_tokens)
+        return rows, _Count(self.step, self.num_rollouts, self.num_rollouts + len(rows), num_tokens)

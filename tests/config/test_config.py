@@ -249,6 +249,10 @@ def test_every_sweep_composes_and_every_point_of_it_loads(name):
         ("model.lora.lora_alpha=64", r"model\.lora\.r must be the adapter's rank .* got None"),
         ("+model.lora.alpha=64", r"did you mean model\.lora\.lora_alpha\?"),
         ("gym.runtime=attach", r"gym\.policy_port must be"),
+        (
+            "gym={runtime:cli,model_servers:2}",
+            r"gym\.model_servers must be left out with gym\.runtime=cli, .*, got 2",
+        ),
         ("seed=-1", r"^seed must be between 0 and 2\*\*32 - 1, got -1"),
         (f"seed={2**32}", r"^seed must be between 0 and 2\*\*32 - 1, got 4294967296"),
         ("search.seed=-1", r"search\.seed must be between 0 and"),

@@ -64,7 +64,7 @@ def played(gym_python, tmp_path_factory) -> dict[str, int]:
         with ExitStack() as stack:
             site = site_packages(gym_python)
             servers = Servers(
-                lambda port: plan({"any": ENV}, GymConfig(), site, policy, port), gym_python, own, stack
+                lambda port: plan({"any": ENV}, GymConfig(), site, [policy], port), gym_python, own, stack
             )
             try:
                 await servers.supervisor.wait_ready(servers.names, 120)

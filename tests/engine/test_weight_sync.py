@@ -99,7 +99,7 @@ class Gateway:
         return app
 
     async def stats(self, request: web.Request) -> web.Response:
-        return web.json_response({"on_hold": self.on_hold})
+        return web.json_response({"on_hold": self.on_hold, "untold": []})
 
     async def change(self, request: web.Request) -> web.Response:
         body = await request.json()
@@ -136,7 +136,7 @@ class Site:
 
     @property
     def admission(self) -> Admission:
-        return Admission(self.gateway_url, None, 5.0)
+        return Admission([self.gateway_url], None, 5.0)
 
 
 @pytest.fixture
@@ -508,7 +508,7 @@ def test_a_gateway_that_breaks_a_connection_off_is_asked_again_and_one_that_refu
     app = web.Application()
     app.add_routes([web.post("/engine", change)])
     with serving(app) as url:
-        admission = Admission(url, None, 5.0)
+        admission = Admission([url], None, 5.0)
         admission.hold("http://one")
         assert asked == [{"urls": ["http://one"], "state": "on_hold", "weights_version": None}] * 3
         with pytest.raises(ServiceError, match=r"did not answer /engine: HTTP Error 400"):
@@ -517,6 +517,6 @@ def test_a_gateway_that_breaks_a_connection_off_is_asked_again_and_one_that_refu
 
 
 def test_a_gateway_that_does_not_answer_is_named(site, tmp_path):
-    away = Admission("http://127.0.0.1:9", None, 5.0)
+    away = Admission(["http://127.0.0.1:9"], None, 5.0)
     with pytest.raises(ServiceError, match=r"^the gateway did not answer /engine: "):
         WeightSync(site.replicas, DiskTransfer(tmp_path), away, tmp_path)

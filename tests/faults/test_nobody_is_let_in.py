@@ -91,7 +91,7 @@ def test_another_user_reads_no_key_samples_restarts_and_ends_nothing(started, se
     run.wait_for_step(1)
     services = json.loads((run.directory / "services.json").read_text())
     urls = listening(run)
-    assert {services["control_url"], services["gateway_url"]} < set(urls)
+    assert {services["control_url"], *services["gateway_urls"]} < set(urls)
     assert len(urls) == 6, "control, gateway, engine, and NeMo Gym's model server, agent and environment"
     before = run.status()["services"]
     stranger = fault("Another user of the machine")

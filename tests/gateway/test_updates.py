@@ -93,7 +93,7 @@ async def site(directory: Path, num_engines: int = 2, adapter: bool = False, **o
             lambda: WeightSync(
                 Replicas(urls, timeout_s=20.0),
                 transfer,
-                Admission(url, None, 20.0),
+                Admission([url], None, 20.0),
                 directory / "again",
                 **options,
             )

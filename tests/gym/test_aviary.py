@@ -115,7 +115,9 @@ def played(request, own: Path, gym_python: Path) -> tuple[Any, list[dict[str, An
 
     async def story(url: str, stack: ExitStack) -> Any:
         site = site_packages(gym_python)
-        servers = Servers(lambda port: plan({"sums": ENV}, GymConfig(), site, url, port), python, own, stack)
+        servers = Servers(
+            lambda port: plan({"sums": ENV}, GymConfig(), site, [url], port), python, own, stack
+        )
         try:
             await servers.supervisor.wait_ready(servers.names, 120)
             [replica] = servers.layout.replicas["sums"]

@@ -89,7 +89,7 @@ def test_a_server_that_cannot_be_imported_is_named_and_the_others_run_each_in_it
     async def story() -> tuple[dict, str]:
         with ExitStack() as stack:
             servers = Servers(
-                lambda port: plan(envs, GymConfig(), site, "http://127.0.0.1:9", port),
+                lambda port: plan(envs, GymConfig(), site, ["http://127.0.0.1:9"], port),
                 gym_python,
                 tmp_path,
                 stack,
@@ -169,7 +169,7 @@ def test_a_server_that_cannot_start_ends_the_run_soon_with_its_environment_error
                 return sockets[name].getsockname()[1]
 
             gym = GymConfig()
-            layout = plan(envs, gym, site_packages(gym_python), "http://127.0.0.1:9", port)
+            layout = plan(envs, gym, site_packages(gym_python), ["http://127.0.0.1:9"], port)
             supervisor = Supervisor(
                 health_interval_s=gym.health_interval_s,
                 health_timeout_s=gym.health_timeout_s,

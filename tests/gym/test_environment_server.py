@@ -45,7 +45,7 @@ def laid_out(tmp_path: Path, servers: dict[str, Any], monkeypatch: pytest.Monkey
     (tmp_path / "game.yaml").write_text(yaml.safe_dump(GAME | servers, sort_keys=False))
     monkeypatch.chdir(tmp_path)
     ports = {"game-player": 1, "game-game": 2, "game-room": 3, "policy_model": 4}
-    return plan({"game": ENV}, GymConfig(), tmp_path / "site", "http://p", lambda name: ports[name])
+    return plan({"game": ENV}, GymConfig(), tmp_path / "site", ["http://p"], lambda name: ports[name])
 
 
 def test_a_relay_is_passed_by_as_it_changes_nothing(tmp_path, monkeypatch):

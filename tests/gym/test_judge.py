@@ -87,7 +87,7 @@ def test_real_servers_ask_the_judge_and_its_failure_is_no_reward(gym_python, tmp
         envs["broken"] = environment(names[0], f"{judge_url}/v1")
         envs["broken"].servers = {names[0]: {"reward_if_complid": 1.0}}  # NeMo Gym would ignore it
         python = ensure_environments(GymConfig(), envs, cache_dir(), print)
-        layout_of = lambda port: plan(envs, GymConfig(), site, policy_url, port, python=python)  # noqa: E731
+        layout_of = lambda port: plan(envs, GymConfig(), site, [policy_url], port, python=python)  # noqa: E731
         servers = Servers(layout_of, python, tmp_path, stack)
         try:
             with pytest.raises(ServiceError) as caught:

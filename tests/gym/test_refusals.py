@@ -130,7 +130,7 @@ def outcomes(request, gym_python, tmp_path_factory) -> dict:
         with ExitStack() as stack:
             site = site_packages(gym_python)
             servers = Servers(
-                lambda port: plan({"strict": ENV}, GymConfig(), site, policy, port, python=gym_python),
+                lambda port: plan({"strict": ENV}, GymConfig(), site, [policy], port, python=gym_python),
                 gym_python,
                 own,
                 stack,

@@ -7,6 +7,7 @@ import os
 import signal
 import time
 import urllib.request
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -49,14 +50,19 @@ walker:
 """
 
 
-def planned(envs: dict[str, EnvConfig], site: Path, **gym) -> Layout:
+GATEWAYS = ["http://127.0.0.1:4000", "http://127.0.0.1:4001"]
+
+
+def planned(
+    envs: dict[str, EnvConfig], site: Path, policy_urls: Sequence[str] = GATEWAYS[:1], **gym
+) -> Layout:
     given: list[str] = []
 
     def port(name: str) -> int:
         given.append(name)
         return 5000 + len(given)
 
-    return plan(envs, GymConfig(**gym), site, "http://127.0.0.1:4000", port)
+    return plan(envs, GymConfig(**gym), site, policy_urls, port)
 
 
 @pytest.fixture
@@ -117,6 +123,40 @@ def test_replicas_share_nothing_but_the_model_servers(own_site):
     assert len(used) == len(set(used)) == 3 * 3 + 2
     urls = [replica.url for replica in layout.replicas["own"]]
     assert len(set(urls)) == 3
+
+
+def model_url(layout: Layout, name: str) -> str:
+    return layout.config[name]["responses_api_models"]["vllm_model"]["base_url"]
+
+
+def test_each_model_server_asks_a_gateway_of_its_own_and_a_replica_reaches_it_alone(own_site):
+    env = own(replicas=3, servers={"walker": {"asks": "${policy_base_url}"}})
+    layout = planned(env, own_site, GATEWAYS, model_servers=2)
+    assert [model_url(layout, name) for name in ("policy_model", "policy_model-1")] == [
+        "http://127.0.0.1:4000/v1",
+        "http://127.0.0.1:4001/v1",
+    ]
+    for replica in layout.replicas["own"]:
+        [model] = [name for name in replica.services if name.startswith("policy_model")]
+        reached = GATEWAYS[replica.gateway] + "/v1"
+        assert model_url(layout, model) == reached
+        asked = [
+            values["asks"]
+            for name in replica.services
+            for kind in layout.config[name].values()
+            for values in kind.values()
+            if "asks" in values
+        ]
+        assert asked == [reached], "what asks the policy without the model server asks the same gateway"
+    assert [replica.gateway for replica in layout.replicas["own"]] == [0, 1, 0]
+
+
+def test_model_servers_share_a_gateway_if_there_is_one(own_site):
+    layout = planned(own(replicas=2), own_site, GATEWAYS[:1], model_servers=2)
+    assert {model_url(layout, name) for name in ("policy_model", "policy_model-1")} == {
+        "http://127.0.0.1:4000/v1"
+    }
+    assert {replica.gateway for replica in layout.replicas["own"]} == {0}
 
 
 def test_two_environments_of_one_file_do_not_meet(own_site):
@@ -208,7 +248,7 @@ def test_the_real_servers_start_answer_and_come_back_after_a_kill_while_a_broken
         with ExitStack() as stack:
             site = site_packages(gym_python)
             servers = Servers(
-                lambda port: plan(envs, GymConfig(), site, "http://127.0.0.1:9", port),
+                lambda port: plan(envs, GymConfig(), site, ["http://127.0.0.1:9"], port),
                 gym_python,
                 tmp_path,
                 stack,
@@ -260,7 +300,7 @@ def test_a_server_whose_module_cannot_be_imported_is_named_and_the_others_start(
     async def story() -> None:
         with ExitStack() as stack:
             servers = Servers(
-                lambda port: plan(envs, GymConfig(), site_packages(gym_python), "http://127.0.0.1:9", port),
+                lambda port: plan(envs, GymConfig(), site_packages(gym_python), ["http://127.0.0.1:9"], port),
                 gym_python,
                 tmp_path,
                 stack,
@@ -320,7 +360,7 @@ def test_a_server_in_the_working_directory_runs_beside_nemo_gyms(gym_python, tmp
         with ExitStack() as stack:
             site = site_packages(gym_python)
             servers = Servers(
-                lambda port: plan({"x": env}, GymConfig(), site, "http://127.0.0.1:9", port),
+                lambda port: plan({"x": env}, GymConfig(), site, ["http://127.0.0.1:9"], port),
                 gym_python,
                 tmp_path,
                 stack,

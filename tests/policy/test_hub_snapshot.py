@@ -199,8 +199,8 @@ def test_gateway_and_vllm_are_started_with_the_directory_of_the_pinned_commit(of
     config = RunConfig(model=pin("v2"))
     placement = Placement("hf", replicas=[], training=[Share(0, [])])
     with socket.create_server(("127.0.0.1", 0)) as sock:
-        service = services.gateway(
-            config, placement, RunDirectory(tmp_path), sock, ["http://e"], Keys.new(), TRAINING
+        [service] = services.gateways(
+            config, placement, RunDirectory(tmp_path), [sock], ["http://e"], Keys.new(), TRAINING
         )
         asyncio.run(service.start())
     assert started[0][started[0].index("--tokenizer") + 1] == str(hub_snapshot.directory_of(model(V2)))

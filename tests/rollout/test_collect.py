@@ -152,11 +152,12 @@ def playing(
     rollout: dict | None = None,
     max_steps: int | None = None,
     gateway: web.Application | None = None,
+    more_gateway: web.Application | None = None,
     seen: list[Progress] | None = None,
     spare: bool = False,
 ):
     """A collector of one environment, with one replica, or two where `more` says how the second behaves.
-    spare: whether the second one is to be woken.
+    spare: whether the second one is to be woken. more_gateway: the one that serves the second one.
 
     seen: gets a copy of every report of progress.
     """
@@ -172,12 +173,15 @@ def playing(
             url = stack.enter_context(serving(app))
             names = [s if index == 0 else f"{s}-{index}" for s in services]
             is_spare = spare and index > 0
-            replicas.append(Replica(names[0], "a", url, names, names[:1], max_steps, spare=is_spare))
+            of_gateway = index if more_gateway else 0
+            of_replica = {"spare": is_spare, "gateway": of_gateway}
+            replicas.append(Replica(names[0], "a", url, names, names[:1], max_steps, **of_replica))
         beside: dict[str, Any] = {}
         if controller:
             beside["control_url"] = stack.enter_context(serving(controller.app()))
         if gateway:
-            beside["gateway_url"] = stack.enter_context(serving(gateway))
+            served = [one for one in (gateway, more_gateway) if one]
+            beside["gateway_urls"] = [stack.enter_context(serving(one)) for one in served]
         if seen is not None:
             beside["report"] = lambda progress: seen.append(replace(progress))
         limits = RolloutConfig(**({"max_retries": 2} | (rollout or {})))
@@ -643,6 +647,41 @@ def test_a_rollout_says_which_weights_sampled_it_as_the_gateway_knows_by_the_nam
         assert outcome.rollout.seconds["policy"] == 0.5
         assert 0 < outcome.rollout.seconds["queue"] < 10, "the attempt that counts is the second"
     assert set(asked) == {name for _, name in drawn(agent)[-3:]}
+
+
+def test_each_gateway_is_asked_about_the_attempts_that_it_served():
+    asked: list[list[str]] = [[], []]
+
+    def versions_at(number: int) -> Callable[[list[str]], Any]:
+        def versions_of(plays: list[str]) -> Any:
+            asked[number] += plays
+            return [[[number, 2]]] * len(plays)
+
+        return versions_of
+
+    gateways = [gateway_that_says(versions_at(number)) for number in range(2)]
+    with playing(fine, more=fine, gateway=gateways[0], more_gateway=gateways[1]) as (collector, *agents):
+        outcomes = play(collector, 6)
+    for number, agent in enumerate(agents):
+        assert len(agent.asked) == 3
+        assert sorted(asked[number]) == sorted(name for _, name in drawn(agent))
+    served_by = {"server": 0, "server-1": 1}
+    assert [one.rollout.weights_version for one in outcomes] == [
+        served_by[one.rollout.replica] for one in outcomes
+    ]
+
+
+def test_an_engine_error_names_the_log_of_the_gateway_that_served_the_rollout():
+    names = ("server", "server-1", "gateway", "gateway-1")
+    behave = always((500, '{"error": {"type": "engine_error"}}'))
+    apps = [gateway_that_says(lambda plays: [None] * len(plays)) for _ in range(2)]
+    given: dict[str, Any] = dict(zip(("gateway", "more_gateway"), apps, strict=True))
+    given["controller"] = Controller(**dict.fromkeys(names, 10.0))
+    with playing(behave, more=behave, rollout={"max_retries": 0}, **given) as (collector, *_):
+        wait_seen(collector, "gateway-1")
+        outcomes = play(collector, 2)
+    assert [outcome.cause for outcome in outcomes] == ["engine"] * 2
+    assert sorted(outcome.log for outcome in outcomes) == ["logs/gateway-1.log", "logs/gateway.log"]
 
 
 def test_a_gateway_that_does_not_say_which_weights_sampled_ends_the_run():

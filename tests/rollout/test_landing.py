@@ -9,6 +9,7 @@ import pytest
 
 from gymexp.errors import ServiceError
 from gymexp.rollout import landing
+from gymexp.rollout.attempts import Attempted
 from gymexp.rollout.landing import Landing
 from gymexp.rollout.outcome import Failed, Outcome, Task
 
@@ -29,15 +30,15 @@ class Kept:
     def keep(self, landed: Sequence[tuple[int, Outcome]]) -> None:
         self.batches.append([(index, one.detail) for index, one in landed if isinstance(one, Failed)])
 
-    async def complete(self, played: Sequence[tuple[Outcome, str]]) -> list[Outcome]:
+    async def complete(self, played: Sequence[Attempted]) -> list[Outcome]:
         if self.gone:
             raise ServiceError("the gateway is gone")
-        return [outcome(int(name), " complete") for _, name in played]
+        return [outcome(int(one.attempt), " complete") for one in played]
 
 
-async def after(seconds: float, number: int) -> tuple[Outcome, str]:
+async def after(seconds: float, number: int) -> Attempted:
     await asyncio.sleep(seconds)
-    return outcome(number), str(number)
+    return Attempted(outcome(number), str(number), None)
 
 
 def land(kept: Kept, *seconds: float) -> tuple[list[asyncio.Task], Landing]:

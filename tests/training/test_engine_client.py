@@ -123,7 +123,7 @@ def join(tmp_path, monkeypatch):
             engine_facts: dict[str, Any] = {"engine": "vllm", "engine_urls": [url]} | more
             services = Services(
                 control_url="nowhere",
-                gateway_url=url,
+                gateway_urls=[url],
                 replicas={},
                 checkpoint=None,
                 transfer=kind,

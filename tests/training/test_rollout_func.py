@@ -187,18 +187,30 @@ def test_a_step_that_is_played_again_after_a_resume_has_the_same_seeds_and_repla
 
 
 class Accelerator:
-    """One of two ranks; `sent` is what the first one tells the other."""
+    """One of two ranks, of which the first one acts first. sent: what it tells the other; parts: the tensors
+    that it scatters."""
 
-    def __init__(self, process_index: int, sent: list) -> None:
+    def __init__(self, process_index: int, sent: list, parts: list) -> None:
         self.num_processes = 2
         self.process_index = process_index
         self.is_main_process = process_index == 0
-        self.sent = sent
+        self.sent, self.parts = sent, parts
 
     def broadcast(self, box: list) -> None:
         if self.is_main_process:
             self.sent[:] = box
         box[:] = self.sent
+
+    def scatter(self, tensor: torch.Tensor, scatter_list: list[torch.Tensor] | None = None) -> None:
+        if scatter_list is not None:
+            self.parts[:] = scatter_list
+        tensor.copy_(self.parts[self.process_index])
+
+    def connect(self, patch: pytest.MonkeyPatch) -> None:
+        """Gives this rank's calls of torch.distributed and accelerate to this object."""
+        patch.setattr("accelerate.utils.broadcast_object_list", self.broadcast)
+        patch.setattr("torch.distributed.scatter", self.scatter)
+        patch.setattr("torch.distributed.get_backend_config", lambda: "cpu:gloo")
 
 
 class RankTrainer:
@@ -235,11 +247,11 @@ def ranks(tmp_path, monkeypatch):
     """Both ranks of a step, the first one first: what `rollout_func` returns on each, and what they did."""
 
     def run(*prompts: list[str], collector: Collector, step: int = 4, **settings):
-        sent: list = []
+        sent: tuple[list, list] = [], []
         batches, trainers = [], []
         for index, own in enumerate(prompts):
-            accelerator = Accelerator(index, sent)
-            monkeypatch.setattr("accelerate.utils.broadcast_object_list", accelerator.broadcast)
+            accelerator = Accelerator(index, *sent)
+            accelerator.connect(monkeypatch)
             monkeypatch.setattr("accelerate.utils.gather_object", lambda _: [*prompts[0], *prompts[1]])
             plays = rollouts(collector if index == 0 else None, tmp_path, **settings)
             trainers.append(RankTrainer(accelerator, step))
@@ -278,9 +290,9 @@ def test_what_ends_the_first_rank_ends_the_other_with_the_same_words(ranks, tmp_
     with pytest.raises(RolloutError) as first:
         ranks(["e/train/0"], ["e/train/1"], collector=Failing())
     sent = [None, first.value]
-    accelerator = Accelerator(1, sent)
+    accelerator = Accelerator(1, sent, [])
     with pytest.MonkeyPatch.context() as patch, pytest.raises(RolloutError) as second:
-        patch.setattr("accelerate.utils.broadcast_object_list", accelerator.broadcast)
+        accelerator.connect(patch)
         on_main_rank(accelerator, lambda: pytest.fail("the first rank's work"))  # type: ignore[arg-type]
     assert second.value is first.value
 
@@ -380,23 +392,23 @@ def test_what_each_rank_made_of_its_rollouts_is_kept_with_these_rollouts(tmp_pat
             outcomes = super().collect(tasks, samplings, meanwhile)
             return [*outcomes[:2], Failed(tasks[2], "engine", "gone"), outcomes[3]]
 
-    sent: list = []
+    sent: tuple[list, list] = [], []
     ranks: list[Any] = []
     for index in range(2):
         settings = {"rollout": RolloutConfig(max_failed_share=0.5)}
         plays: Any = rollouts(OneFails(), tmp_path, **settings)
         if index:
             plays._writer = plays._collector = None
-        ranks.append((plays, RankTrainer(Accelerator(index, sent))))
+        ranks.append((plays, RankTrainer(Accelerator(index, *sent))))
     for collection in range(2):
         parts = []
         for (plays, trainer), own in zip(ranks, (first, second), strict=True):
-            monkeypatch.setattr("accelerate.utils.broadcast_object_list", trainer.accelerator.broadcast)
+            trainer.accelerator.connect(monkeypatch)
             monkeypatch.setattr("accelerate.utils.gather_object", lambda _: [*first, *second])
             plays(own, trainer)
         for index, (plays, _) in enumerate(ranks):
             numbers = [4 * collection + 2 * index + i for i in range(2)]
-            parts += trained_of(batch_of(numbers), plays._rows.own)
+            parts += trained_of(batch_of(numbers), plays._rows)
         for index, (plays, trainer) in reversed([*enumerate(ranks)]):
             own_part = parts[2 * index : 2 * index + 2]
 

@@ -195,7 +195,7 @@ def test_the_collector_stops_when_the_run_is_asked_to_end_and_is_closed_with_it(
     config = RunConfig(env={"maze": EnvConfig("c", "a")})
     replica: dict[str, Any] = {"name": "maze-0", "agent": "a", "url": "http://x", "max_steps": 3}
     replica |= {"services": ["s"], "resources": ["r"]}
-    services = Services("http://c", "http://g", {"maze": [Replica(**replica)]}, "hf", None)
+    services = Services("http://c", ["http://g"], {"maze": [Replica(**replica)]}, "hf", None)
     reporter: Any = SimpleNamespace(report_collection=lambda progress: None)
     stop_requested = threading.Event()
     with ExitStack() as stack:
@@ -205,7 +205,7 @@ def test_the_collector_stops_when_the_run_is_asked_to_end_and_is_closed_with_it(
         assert made == [collector] and not collector.stopped.is_set()
         replicas, *facts = collector.facts
         assert replicas == {"maze": [Replica(**replica)]}
-        assert facts == [config.env, config.rollout, 77, "http://c", "http://g", reporter.report_collection]
+        assert facts == [config.env, config.rollout, 77, "http://c", ["http://g"], reporter.report_collection]
         stop_requested.set()
         assert collector.stopped.wait(5) and not collector.closed
     assert collector.closed
