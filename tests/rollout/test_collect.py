@@ -23,7 +23,7 @@ from trl.trainer.utils import nanstd
 from gymexp.config.schema import EnvConfig, RolloutConfig
 from gymexp.errors import RolloutError, ServiceError
 from gymexp.record.services_file import Replica
-from gymexp.rollout import collect
+from gymexp.rollout import collect, spare_replicas
 from gymexp.rollout.attempts import knows_versions, turn_key
 from gymexp.rollout.collect import Collector, Stopped
 from gymexp.rollout.failed_share import check_failed_share
@@ -940,9 +940,15 @@ async def in_turn(key: str, attempt: int) -> Answer:
     return reply()
 
 
-def test_a_spare_replica_is_woken_for_the_next_collection_and_rests_if_it_did_not_help(caplog):
-    """Both replicas share one core here, so two are not faster than one."""
+def test_a_spare_replica_is_woken_for_the_next_collection_and_rests_if_it_did_not_help(caplog, monkeypatch):
+    """Both replicas share one core. Others use the machine too, so the collections' seconds are set here."""
     caplog.set_level(logging.INFO)
+    measure = spare_replicas.paces_of
+    monkeypatch.setattr(
+        spare_replicas,
+        "paces_of",
+        lambda outcomes: {env: replace(pace, seconds=0.3) for env, pace in measure(outcomes).items()},
+    )
     controller = Controller(server=10.0)
     with playing(in_turn, more=in_turn, controller=controller, spare=True) as (collector, first, second):
         assert len(play(collector, 6)) == 6

@@ -49,8 +49,9 @@ def logged(trainer: GRPOTrainer, name: str) -> float:
     return value
 
 
-@pytest.mark.parametrize("lora", [None, LoraConfig(r=4)], ids=["all", "adapter"])
-@pytest.mark.parametrize("loss_type", LOSSES)
+@pytest.mark.parametrize(
+    ("loss_type", "lora"), [*((kind, None) for kind in LOSSES), ("grpo", LoraConfig(r=4))]
+)
 def test_with_an_exact_engine_the_gradient_is_trls_with_its_recomputed_log_probabilities(
     policy, tmp_path, loss_type, lora
 ):
