@@ -140,6 +140,10 @@ class Admission:
             self._change(change, [at for at, one in self._pairs(answers) if url not in one["on_hold"]])
         return sorted(held.union(set.intersection(*(set(answer["untold"]) for answer in answers))))
 
+    def loads(self) -> list[Any]:
+        """Returns each gateway's `gateway.load.Load.totals`."""
+        return [answer["load"] for answer in self._ask("/stats")]
+
     def introduce(self, weights_version: int | None) -> None:
         """Opens engines at the gateways that were started again, where another gateway has them open.
         weights_version: of the weights that all open engines have."""

@@ -21,6 +21,7 @@ import aiohttp
 from aiohttp import web
 
 from gymexp.engine.adapter import name_of
+from gymexp.gateway.load import Load
 from gymexp.gateway.pieces import Pieces
 from gymexp.gateway.spread import engine_for
 from gymexp.processes.access_keys import ENGINE, header_of
@@ -77,7 +78,8 @@ class Engines:
         policy's adapter, with the version of its weights; an engine whose version is unknown gets none.
         is_one_of_several: whether other gateways send requests to the same replicas.
         """
-        self.in_flight = dict.fromkeys((url.rstrip("/") for url in urls), 0)
+        self.load = Load(url.rstrip("/") for url in urls)
+        self.in_flight = self.load.in_flight
         self.on_hold = set(self.in_flight) if hold else set[str]()
         self.untold = set(self.on_hold)  # those on hold since this process began, of which nobody told it
         self.fenced = set[str]()
@@ -229,7 +231,7 @@ class Engines:
         headers = {"Content-Type": "application/json"}
         post = self._session.post(f"{url}/inference/v1/generate", data=payload, headers=headers)
         request = asyncio.timeout(None)  # `drain` gives it a deadline
-        self.in_flight[url] += 1
+        self.load.change(url, 1)
         self._requests[url].add(request)
         try:
             async with request, post as response:
@@ -239,7 +241,7 @@ class Engines:
                 return None
             raise
         finally:
-            self.in_flight[url] -= 1
+            self.load.change(url, -1)
             self._requests[url].discard(request)
 
     async def ill(self) -> dict[str, str]:

@@ -217,7 +217,8 @@ class Gateway:
     async def read_stats(self, request: web.Request) -> web.Response:
         engines = self.engines
         held = {name: sorted(getattr(engines, name)) for name in ("on_hold", "untold", "fenced")}
-        return json_response(self.stats | {"engines": engines.in_flight, "cuts": engines.num_cuts} | held)
+        counts = {"engines": engines.in_flight, "cuts": engines.num_cuts, "load": engines.load.totals()}
+        return json_response(self.stats | counts | held)
 
     async def read_attempts(self, request: web.Request) -> web.Response:
         """Takes {"plays": [names of attempts]}. Answers {"attempts": […]}: for each name what is known of its

@@ -20,6 +20,7 @@ from gymexp.record.services_file import Services
 if TYPE_CHECKING:
     import torch
 
+    from gymexp.engine.engine_load import EngineLoad
     from gymexp.engine.hf.engine import HFEngine
     from gymexp.engine.replicas import NamedTensors
     from gymexp.engine.weight_sync import WeightSync
@@ -63,13 +64,19 @@ class ServerSampling:
     """Servers that sample on request: vLLM, or the hf engine in processes of its own."""
 
     def __init__(
-        self, sync: WeightSync | IpcPeer | None, shared: bool, first_version: int | None = 0
+        self,
+        sync: WeightSync | IpcPeer | None,
+        shared: bool,
+        first_version: int | None = 0,
+        load: EngineLoad | None = None,
     ) -> None:
         """sync: WeightSync on the first rank; on the others IpcPeer with CUDA IPC, else None. shared: whether
         the servers share their GPUs with the trainer, and so sleep outside the block. first_version: of the
         weights that they begin with, in optimizer steps done; None if they need weights before they sample.
+        load: given on the first rank.
         """
         self.sync = sync
+        self._load = load
         self.shared = shared
         self.first_version = first_version
         # The policy's current weights; set by the trainer.
@@ -84,6 +91,10 @@ class ServerSampling:
     def tend(self) -> None:
         assert self.named_weights is not None
         self._first_rank().tend(self.named_weights)
+
+    def load_since_last(self) -> dict[str, float]:
+        """Returns `EngineLoad.since_last` on the first rank, and nothing on the others."""
+        return self._load.since_last() if self._load else {}
 
     def _first_rank(self) -> WeightSync:
         from gymexp.engine.weight_sync import WeightSync
@@ -133,6 +144,7 @@ def join_servers(
     """
     from gymexp.engine.adapter_transfer import AdapterTransfer
     from gymexp.engine.admission import Admission
+    from gymexp.engine.engine_load import EngineLoad
     from gymexp.engine.replicas import PHASE_TIMEOUT_S, Replicas
     from gymexp.engine.weight_sync import WeightSync
     from gymexp.engine.weight_transfer import DiskTransfer, IpcPeer, IpcTransfer, NcclTransfer
@@ -180,4 +192,4 @@ def join_servers(
         end_requested=stop_requested,
     )
     stack.callback(sync.close)
-    return ServerSampling(sync, services.shared, first_version)
+    return ServerSampling(sync, services.shared, first_version, EngineLoad(admission))

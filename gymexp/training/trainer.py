@@ -215,6 +215,8 @@ class PolicyTrainer(GRPOTrainer):
         if self.args.max_steps < 0:
             self.args.max_steps = self._schedule.num_steps(self.args.num_train_epochs)
         self.batch_tasks.begin(self, checkpoint)
+        if self._engine:
+            self._engine.load_since_last()  # from here on
         self._step_began = time.monotonic()
         self._seconds = dict.fromkeys(self._seconds, 0.0)
         try:
@@ -311,6 +313,8 @@ class PolicyTrainer(GRPOTrainer):
             logs |= {"time/step": total, **spent, "time/other": total - sum(spent.values())}
             if self._config.overlap.max_staleness:
                 logs["idle/trainer"] = spent["time/rollout"] / total
+            if self._engine:
+                logs |= self._engine.load_since_last()
             self._step_began = now
             self._seconds = dict.fromkeys(self._seconds, 0.0)
         super().log(logs, start_time)

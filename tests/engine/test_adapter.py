@@ -107,7 +107,7 @@ def test_the_gateway_names_the_adapter_where_one_is_sent(tmp_path, monkeypatch, 
     placement = Placement(engine, [Share(0, [])], [Share(0, [])] * (engine == "vllm"))
     config, directory = RunConfig(model=model(sync=sync)), RunDirectory(tmp_path)
     with socket.create_server(("127.0.0.1", 0)) as sock:
-        gateway = services.gateway(config, placement, directory, sock, ["http://e"], Keys.new(), work)
+        [gateway] = services.gateways(config, placement, directory, [sock], ["http://e"], Keys.new(), work)
         asyncio.run(gateway.start())
     assert ("--adapter" in started[0]) == names_it
     assert not names_it or "--hold" in started[0]

@@ -73,6 +73,9 @@ class Engine:
     def tend(self) -> None:
         self.num_tended += 1
 
+    def load_since_last(self) -> dict[str, float]:
+        return {"idle/engine": 0.25}
+
 
 class Players:
     """Stands for the collector: plays groups in threads of its own. flat: says which tasks' rollouts have
@@ -284,6 +287,7 @@ def test_finished_groups_overtake_slow_ones_which_are_trained_within_the_bound(p
     assert trained != [key for key, _ in ahead.players.started], "some were overtaken"
     assert any(entry["queue/out_of_order"] > 0 for entry in ahead.logs)
     for entry in ahead.logs:
+        assert entry["idle/engine"] == 0.25
         assert 0 < entry["idle/trainer"] == entry["time/rollout"] / entry["time/step"] < 1
         parts = ("rollout", "sync", "logprobs", "update", "evaluation", "other")
         assert sum(entry[f"time/{part}"] for part in parts) == pytest.approx(entry["time/step"])
