@@ -17,7 +17,7 @@ import logging
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from gymexp.engine.admission import Admission
@@ -75,13 +75,19 @@ class WeightSync:
             admission.open(url, first_version)
 
     def update(self, version: int, specs: TensorSpecs, weights: NamedTensors) -> None:
-        """Sends the weights of `version` to all replicas that are not on hold. Requests wait during the
-        update or are cut, and are not lost. specs: name, dtype and shape of each weight.
+        """Sends the weights of `version` to all healthy replicas, also to those that were away and are back.
+        Requests wait during the update or are cut, and are not lost. specs: name, dtype and shape of each
+        weight.
 
         Raises ServiceError, which names the replica and the phase.
         """
         began = time.monotonic()
-        available = self._replicas.only(self._available_urls())
+        open_urls, back_urls = self._healthy_urls()
+        if self._sleeps:
+            back_urls = []
+        if back_urls:
+            self._transfer.forget()
+        available = self._replicas.only(open_urls + back_urls)
         try:
             if self._asleep:
                 available.reach("/wake_up?tags=weights")
@@ -94,6 +100,7 @@ class WeightSync:
             available.reach("/wake_up?tags=kv_cache" if self._asleep else "/resume")
             self._put_on_hold(available.lost)
         self._admission.updated(available.urls, version)
+        self._open([url for url in available.urls if url in back_urls], version)
         self._asleep = False
         self._version = version
         seconds = time.monotonic() - began
@@ -130,15 +137,18 @@ class WeightSync:
     def sleep(self) -> None:
         """Makes replicas that share GPUs with the trainer free their GPU memory until the next `update`."""
         if self._sleeps:
-            available = self._replicas.only(self._available_urls())
+            available = self._replicas.only(self._healthy_urls()[0])
             # At level 2 a replica drops its weights, at level 1 it keeps them in the memory of its node.
             available.reach(f"/sleep?level={2 if self._transfer.sends_all else 1}")
             self._put_on_hold(available.lost)
             self._asleep = True
 
-    def tend(self, weights: Callable[[], NamedTensors]) -> None:
+    def tend(self, weights: Callable[[], NamedTensors | None]) -> None:
         """Sends the weights of the last update to the replicas on hold that are healthy again, and takes them
-        off hold. weights: called to get the weights if there are such replicas.
+        off hold.
+
+        weights: called to get the weights if there are such replicas; None if they cannot be had before the
+        next update, which then sends them. Raises ServiceError if no other replica samples until then.
         """
         version = self._first_version if self._version is None else self._version
         on_hold = self._replicas.only(self._admission.on_hold())
@@ -148,14 +158,29 @@ class WeightSync:
         if not back.urls:
             return
         if self._version is not None:
+            if not self._transfer.again(back, self._version) and not self._send_file(back, weights()):
+                if len(on_hold.urls) == len(self._replicas.urls):
+                    raise ServiceError(
+                        "all engines were lost, and the policy's weights, which are sharded, cannot be sent "
+                        "to one that is back before the next step: resume the run"
+                    )
+                return
             self._transfer.forget()
-            if not self._transfer.again(back, self._version):
-                write_weights(self._directory, weights(), self._version)
-                reload_weights(back, self._directory)
-                shutil.rmtree(self._directory)
             back.reach("/reset_prefix_cache")
             back.reach("/resume")  # a replica that lost only its connection may still be paused
-        for url in back.urls:
+        self._open(back.urls, version)
+
+    def _send_file(self, back: Replicas, weights: NamedTensors | None) -> bool:
+        """Sends the weights of the last update by a file. Returns False if there are none."""
+        if weights is None or self._version is None:
+            return False
+        write_weights(self._directory, weights, self._version)
+        reload_weights(back, self._directory)
+        shutil.rmtree(self._directory)
+        return True
+
+    def _open(self, urls: Sequence[str], version: int | None) -> None:
+        for url in urls:
             log.info("the engine at %s is back, with the weights of step %s", url, self._version or 0)
             self._admission.open(url, version)
 
@@ -163,12 +188,13 @@ class WeightSync:
         self._transfer.close()
         shutil.rmtree(self._directory, ignore_errors=True)
 
-    def _available_urls(self) -> list[str]:
-        """Returns the urls of the healthy replicas that are not on hold. Puts those that are ill on hold."""
-        on_hold = self._admission.on_hold()
-        ill = {url: reason for url, reason in self._replicas.ill().items() if url not in on_hold}
-        self._put_on_hold(ill)
-        return [url for url in self._replicas.urls if url not in on_hold and url not in ill]
+    def _healthy_urls(self) -> tuple[list[str], list[str]]:
+        """Returns the urls of the healthy replicas: of those that get requests, and of those on hold. Puts
+        those on hold that are ill."""
+        on_hold, ill = self._admission.on_hold(), self._replicas.ill()
+        self._put_on_hold({url: reason for url, reason in ill.items() if url not in on_hold})
+        healthy = [url for url in self._replicas.urls if url not in ill]
+        return [url for url in healthy if url not in on_hold], [url for url in healthy if url in on_hold]
 
     def _put_on_hold(self, reasons: dict[str, str]) -> None:
         """Puts replicas on hold until `tend` finds them healthy again. reasons: why each is away, by url."""

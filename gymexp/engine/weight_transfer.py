@@ -49,7 +49,8 @@ class DiskTransfer:
         reload_weights(replicas, target)
 
     def again(self, replicas: Replicas, version: int) -> bool:
-        return False
+        reload_weights(replicas, self._directory / f"{version % 2}")
+        return True
 
     def forget(self) -> None:
         pass

@@ -79,8 +79,8 @@ class ServerSampling:
         self._load = load
         self.shared = shared
         self.first_version = first_version
-        # The policy's current weights; set by the trainer.
-        self.named_weights: Callable[[], NamedTensors] | None = None
+        # The policy's current weights, or None if this rank alone cannot have them; set by the trainer.
+        self.named_weights: Callable[[], NamedTensors | None] | None = None
 
     @contextmanager
     def sampling(self, version: int) -> Iterator[None]:

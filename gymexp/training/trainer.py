@@ -19,7 +19,6 @@ from gymexp.config.correction import correction_of
 from gymexp.config.schema import RunConfig
 from gymexp.data.prepare import Prepared
 from gymexp.engine.replicas import NamedTensors, TensorSpecs
-from gymexp.errors import ServiceError
 from gymexp.policy import lora
 from gymexp.policy.hub_snapshot import directory_of
 from gymexp.policy.model import end_token_ids, save_policy
@@ -179,15 +178,11 @@ class PolicyTrainer(GRPOTrainer):
         adapter is merged into them. Every rank must iterate over all of them."""
         return named_weights.whole(self, self._config.model)
 
-    def _weights_without_other_ranks(self) -> NamedTensors:
-        """Returns the policy's parameters for a caller on the first rank alone. Raises ServiceError if the
-        parameters are sharded, because the other ranks do not take part."""
-        if self.accelerator.num_processes > 1 and (self._dist.is_fsdp or self._dist.is_zero3):
-            raise ServiceError(
-                "an engine was lost and is back, and the policy's weights, which are sharded, cannot be "
-                "sent to it before the next step: resume the run"
-            )
-        return self.named_weights()
+    def _weights_without_other_ranks(self) -> NamedTensors | None:
+        """Returns the policy's parameters for a caller on the first rank alone; None if they are sharded,
+        because the other ranks do not take part."""
+        is_sharded = self.accelerator.num_processes > 1 and (self._dist.is_fsdp or self._dist.is_zero3)
+        return None if is_sharded else self.named_weights()
 
     def check_samples(self, outcomes: Sequence[Outcome]) -> None:
         """Checks draws on some rollouts, if a check is due; and drift, if the training pass cannot show it.

@@ -204,7 +204,7 @@ def test_a_replica_that_is_away_is_left_out_and_has_the_policys_weights_before_i
     sync.tend(lambda: weights(2.0)[1])
     assert second.asked == [] and site.gateway.on_hold == [site.replicas.urls[1]], "it is not back yet"
     second.fails, first.asked = None, []
-    sync.tend(lambda: weights(2.0)[1])
+    sync.tend(lambda: pytest.fail("the file of the update is still there"))
     assert second.asked == ["collective_rpc", "reset_prefix_cache", "resume"] and first.asked == []
     assert set(second.loaded["b.weight"].tolist()) == {2.0}
     assert site.gateway.on_hold == [] and set(site.gateway.versions.values()) == {2}
@@ -225,6 +225,40 @@ def test_a_replica_that_is_killed_within_an_update_costs_the_others_nothing(site
     sync.tend(lambda: weights(2.0)[1])
     assert set(second.loaded["b.weight"].tolist()) == {2.0}
     assert site.gateway.on_hold == [] and set(site.gateway.versions.values()) == {2}
+
+
+def test_a_replica_that_is_back_by_the_next_update_gets_its_weights_with_the_others(site):
+    sync, (first, second) = site.sync(), site.servers
+    sync.update(1, *weights(1.0))
+    site.gateway.on_hold, first.asked, second.asked = [site.replicas.urls[1]], [], []
+    sync.update(2, *weights(2.0))
+    assert first.asked == second.asked and set(second.loaded["b.weight"].tolist()) == {2.0}
+    assert site.gateway.on_hold == [] and set(site.gateway.versions.values()) == {2}
+    assert site.gateway.fenced == set()
+
+
+class Forgetful(DiskTransfer):
+    """A way of the weights that keeps nothing of an update, as NCCL does."""
+
+    def again(self, replicas: Replicas, version: int) -> bool:
+        return False
+
+
+def test_without_whole_weights_a_replica_that_is_back_waits_for_the_next_update_while_another_samples(site):
+    transfer = Forgetful(site.directory / "weights")
+    sync = WeightSync(site.replicas, transfer, site.admission, site.directory / "again")
+    sync.update(1, *weights(1.0))
+    one, other = site.replicas.urls
+    site.gateway.on_hold = [other]
+    sync.tend(lambda: None)
+    assert site.gateway.on_hold == [other]
+    sync.update(2, *weights(2.0))
+    assert site.gateway.on_hold == [] and site.gateway.versions == {one: 2, other: 2}
+    site.gateway.on_hold = [one, other]
+    with pytest.raises(ServiceError, match=r"all engines were lost, .* sharded, .*: resume the run"):
+        sync.tend(lambda: None)
+    sync.tend(lambda: weights(2.0)[1])
+    assert site.gateway.on_hold == []
 
 
 def test_one_that_goes_away_while_it_falls_asleep_or_is_brought_back_is_left_out(site):
@@ -385,7 +419,7 @@ def test_replicas_with_gpus_of_their_own_never_sleep(site):
     assert site.servers[0].asked == []
 
 
-class Remembering(DiskTransfer):
+class Remembering(Forgetful):
     """A way of the weights that has agreed on something with the replicas, as NCCL has."""
 
     def __init__(self, directory: Path) -> None:

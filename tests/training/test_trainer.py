@@ -17,7 +17,6 @@ from torch import nn
 
 from gymexp.config.load import to_yaml
 from gymexp.config.schema import DataConfig, EnvConfig, LoraConfig
-from gymexp.errors import ServiceError
 from gymexp.policy.checkpoint_model import materialize, write_adapter
 from gymexp.training import checkpoints
 from gymexp.training.drift import without_dropout
@@ -52,6 +51,9 @@ class Servers:
         self.sync = sync
         self.shared = shared
         self.named_weights: Any = None
+
+    def load_since_last(self) -> dict[str, float]:
+        return {}
 
 
 def test_weights_are_sent_where_the_engine_has_other_ones_and_not_twice(build):
@@ -132,8 +134,7 @@ def test_an_engine_that_is_back_is_given_the_weights_by_one_rank_if_it_has_them_
     monkeypatch.setattr(type(trainer.accelerator), "num_processes", 2)
     assert dict(servers.named_weights()), "every rank has all of them"
     monkeypatch.setattr(type(trainer._dist), "is_fsdp", True)
-    with pytest.raises(ServiceError, match="an engine was lost and is back"):
-        servers.named_weights()
+    assert servers.named_weights() is None
 
 
 def test_a_log_entry_says_where_the_steps_seconds_went(build, monkeypatch):
