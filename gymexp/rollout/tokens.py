@@ -218,10 +218,11 @@ def token_versions(turns: Sequence[Turn]) -> list[int | None]:
 
 def ids_digest(*parts: Sequence[int]) -> bytes:
     """Returns a digest of lists of token ids, which tells them apart."""
-    return hashlib.blake2b(b"/".join(map(_bytes_of, parts)), digest_size=16).digest()
+    return hashlib.blake2b(b"/".join(map(ids_bytes, parts)), digest_size=16).digest()
 
 
-def _bytes_of(ids: Sequence[int]) -> bytes:
+def ids_bytes(ids: Sequence[int]) -> bytes:
+    """Returns the ids in eight bytes each. Raises TypeError, OverflowError if one is no such integer."""
     try:
         return struct.pack(f"{len(ids)}q", *ids)  # twice as fast as an array
     except struct.error:
