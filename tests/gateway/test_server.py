@@ -583,7 +583,7 @@ def test_stats_count_requests_tokens_seconds_and_errors():
 
     url, fresh, stats, (first, _) = asyncio.run(run())
     empty = dict.fromkeys(("requests", "in_flight", "prompt_tokens", "generation_tokens", "seconds"), 0)
-    held = {"engines": {url: 0}, "cuts": 0, "on_hold": [], "fenced": []}
+    held = {"engines": {url: 0}, "cuts": 0, "on_hold": [], "untold": [], "fenced": []}
     assert fresh == empty | {"errors": 0, "cached_prompts": 0} | held
     assert 0.1 <= stats.pop("seconds") < 5
     assert stats == {
