@@ -5,7 +5,9 @@
 It needs CPUs only, and takes seconds. Rollouts are made up of random ids below 151,936 and of logarithms of
 random numbers, which compress worse than the samples of a policy. --directory names the file system to write
 to. "to_ranks" compares two ways of rollouts to the ranks that train on them: each rank gets its own part, as
-in a run, or all outcomes are broadcast to every rank.
+in a run, or all outcomes are broadcast to every rank. "elsewhere" is the CPU time that rank 0 would still
+need for a rollout if a pool of processes, which a run does not have, parsed and checked the replies: a reply
+goes to the pool as bytes, and its outcome comes back whole, or packed with its items, or not at all.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from statistics import median
@@ -106,6 +109,36 @@ def rollouts(count: int = 64) -> dict[str, Any]:
             "unpickle_ms": seconds_of(lambda whole=whole: pickle.loads(whole)) / count * 1e3,
         }
     return results
+
+
+def elsewhere(count: int = 64) -> dict[str, float]:
+    """Returns rank 0's CPU milliseconds per rollout of three turns, for each form of what comes back."""
+    draw = random.Random(0)
+    replies = [reply_of(SHAPES["three turns"], draw) for _ in range(count)]
+    results = {}
+    with ProcessPoolExecutor(2, multiprocessing.get_context("fork")) as pool:
+        for name, parse in (("whole", _whole), ("packed", _packed), ("nothing", _nothing)):
+
+            def play(parse: Callable[[bytes], Any] = parse, name: str = name) -> list[Any]:
+                back = [future.result() for future in [pool.submit(parse, reply) for reply in replies]]
+                return unpack([one for [one], _ in back]) if name == "packed" else back
+
+            play()  # so that the processes are there
+            results[f"{name}_ms"] = seconds_of(play) / count * 1e3
+    return results
+
+
+def _whole(reply: bytes) -> Any:
+    return read_reply(Task("e/000000", "e", "a", {}), orjson.loads(reply), VOCABULARY, 1.0)
+
+
+def _packed(reply: bytes) -> Any:
+    outcome = _whole(reply)
+    return pack([outcome]), outcome.rollout.items
+
+
+def _nothing(reply: bytes) -> None:
+    _whole(reply)
 
 
 def to_ranks(ranks: int, of_each: int = 32) -> dict[str, Any]:
@@ -215,6 +248,7 @@ def main() -> None:
         "machine": machine(),
         "versions": versions(sys.executable, ["torch", "orjson", "zstandard"]),
         "rollouts": rollouts(),
+        "elsewhere": elsewhere(),
         "to_ranks": to_ranks(args.rollout_ranks),
         "rendezvous_s": {str(ranks): rendezvous(ranks) for ranks in args.ranks},
         "written_bytes_per_s": written(args.directory, args.write_mb),

@@ -9,10 +9,11 @@ gateway derives each call's seed from the rollout's seed and from the ids that t
 from __future__ import annotations
 
 import hashlib
-from array import array
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+
+from gymexp.rollout.tokens import ids_bytes
 
 REMEMBERED_PROMPTS = 65536
 
@@ -33,7 +34,7 @@ def call_seed(rollout_seed: int, prompt_ids: Sequence[int], repeat: int = 0) -> 
     prompt_ids: the ids that the call continues. A later turn's prompt is longer, so each turn of a rollout
     has a seed of its own. repeat: how many earlier calls of the rollout have continued the same ids.
     """
-    return _hash(f"call/{rollout_seed}/{repeat}/".encode() + array("q", prompt_ids).tobytes())
+    return _hash(f"call/{rollout_seed}/{repeat}/".encode() + ids_bytes(prompt_ids))
 
 
 def piece_seed(seed: int, num_done: int) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import json
+import struct
 import time
 from dataclasses import dataclass, replace
 from typing import Any
@@ -198,8 +199,8 @@ def read_reply(
     turns = []
     for item in items:
         if item.get("generation_token_ids"):
-            ids = [int(i) for i in item["generation_token_ids"]]
-            turns.append(Turn([int(i) for i in item["prompt_token_ids"]], ids, item["generation_log_probs"]))
+            ids = _as_ids(item["generation_token_ids"])
+            turns.append(Turn(_as_ids(item["prompt_token_ids"]), ids, item["generation_log_probs"]))
     limit = "length" if (response.get("incomplete_details") or {}).get("reason") else None
     num_turns = len(turns) if vocab_size is not None else _count_turns(items)
     if not num_turns:
@@ -231,6 +232,15 @@ def read_reply(
         usage={"turns": num_turns} if vocab_size is None else None,
     )
     return Truncated(rollout, limit) if limit else Completed(rollout)
+
+
+def _as_ids(values: list[Any]) -> list[int]:
+    """Returns token ids as numbers. NeMo Gym's models allow texts. Raises ValueError, TypeError."""
+    try:
+        struct.pack(f"{len(values)}q", *values)  # the fastest way to see that all are integers
+        return values
+    except struct.error:
+        return [int(value) for value in values]
 
 
 def _count_turns(items: list[dict[str, Any]]) -> int:

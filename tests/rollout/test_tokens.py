@@ -1,4 +1,5 @@
 import copy
+import hashlib
 import json
 import math
 
@@ -16,6 +17,7 @@ from gymexp.rollout.tokens import (
     encode,
     end_of_turn_ids,
     flatten,
+    ids_digest,
     last_sampled,
     render,
     splice,
@@ -329,6 +331,20 @@ def test_good_turns_pass():
     assert flatten(GOOD) == ([1, 2], [3, 4, 5, 6], [1, 1, 0, 1], [-0.1, 0.0, 0.0, -2.0])
 
 
+def test_a_digest_tells_lists_of_ids_apart_and_refuses_what_is_no_id():
+    parts = [([1, 2], [3]), ([1], [2, 3]), ([1, 2, 3],), ([1, 2], [3], []), ([2**40], [3])]
+    assert len({ids_digest(*of_parts) for of_parts in parts}) == len(parts)
+    joined = (
+        b"".join(number.to_bytes(8, "little") for number in (7, 5))
+        + b"/"
+        + (-1).to_bytes(8, "little", signed=True)
+    )
+    assert ids_digest([7, 5], [-1]) == hashlib.blake2b(joined, digest_size=16).digest()
+    for ids in (["7"], [7.0], [None]):
+        with pytest.raises(TypeError):
+            ids_digest([5], ids)
+
+
 @pytest.mark.parametrize(
     ("turns", "text"),
     [
@@ -346,6 +362,9 @@ def test_good_turns_pass():
         ([Turn([1, -1], [2], [0.0])], r"prompt_ids\[1\] .* -1"),
         ([Turn([1, True], [2], [0.0])], r"prompt_ids\[1\] .* True"),
         ([Turn([1, 2.0], [2], [0.0])], r"prompt_ids\[1\] .* 2.0"),
+        ([GOOD[0], Turn([1, 2, 3, 4, 10, 5], [6], [-2.0])], r"turn 1: prompt_ids\[4\] .* got 10"),
+        ([GOOD[0], Turn([1, 2, 3, 4, True], [6], [-2.0])], r"turn 1: prompt_ids\[4\] .* True"),
+        ([GOOD[0], Turn([1, -2, 9], [6], [-2.0])], r"turn 1: prompt_ids\[1\] .* -2"),
     ],
 )
 def test_turns_that_contradict_each_other_are_a_token_mismatch_that_says_where(turns, text):
