@@ -1,4 +1,5 @@
-"""A whole run whose rollouts reach the engine through two gateways, one of which is killed in the middle."""
+"""A whole run whose rollouts reach the engine through two gateways; one is killed in the middle, and then the
+engine."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from collections import Counter
 import pytest
 from whole_run import UNEVALUATED, alive
 
-STEPS = 8
+STEPS = 12
 pytestmark = [
     pytest.mark.e2e,
     pytest.mark.timeout(900),
@@ -22,17 +23,26 @@ def spans_of(line: dict) -> list[list[list[int]]]:
     return [turn["versions"] for turn in line["rollout"]["turns"]]
 
 
-def test_two_gateways_lose_no_token_and_the_one_that_is_killed_comes_back_without_new_weights(started):
+def test_two_gateways_lose_no_token_if_one_of_them_and_the_engine_are_killed(started):
     length = f"trainer.max_steps={STEPS}"
     run = started("gateways", length, "gym.model_servers=2", "overlap.max_staleness=2", *UNEVALUATED)
     run.wait_for_step(1)
-    killed = run.server("gateway-1")
-    killed.kill()
-    run.wait_for(lambda: not alive(killed) and run.status()["services"]["gateway-1"] == "ready")
+
+    def kill(name: str) -> None:
+        killed = run.server(name)
+        killed.kill()
+        run.wait_for(lambda: not alive(killed) and run.status()["services"][name] == "ready")
+
+    kill("gateway-1")
     back_at = time.time()
-    assert max(run.steps()) < STEPS - 2, "the run goes on long enough with the new one"
+    run.wait_for_step(max(run.steps()) + 2)
+    assert "is back, with the weights" not in run.log("trainer"), "the first gateway had the engine open"
+    kill("hf-0")
+    assert max(run.steps()) < STEPS - 1, "the run goes on with the new one"
     assert run.ended_cleanly() == 0, run.said
-    assert "gateway-1 was ended by SIGKILL; starting it again" in run.said
+    for name in ("gateway-1", "hf-0"):
+        assert f"{name} was ended by SIGKILL; starting it again" in run.said
+    assert run.log("trainer").count("is back, with the weights") == 1
 
     ages = Counter[int]()
     began: dict[str, list[float]] = {}  # by replica
@@ -58,4 +68,3 @@ def test_two_gateways_lose_no_token_and_the_one_that_is_killed_comes_back_withou
     }
     of_second = began["workplace-workplace_assistant_simple_agent-0"]
     assert min(of_second) < back_at < max(of_second), "it plays before and after"
-    assert "is back, with the weights" not in run.log("trainer"), "the first gateway had the engine open"
