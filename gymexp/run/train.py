@@ -54,7 +54,7 @@ def train(
             return run.read_result()
         checkpoint = checkpoints.latest(run.checkpoints, view.say)
     num_tasks = len(load_prepared(run.data).train) if run else None
-    open_files.concurrency(config.env)
+    in_flight = open_files.concurrency(config.env)
     check_variables(config.env)
     arguments.check(config, cache_dir())
     # With several nodes, the checks assume that every node has the same GPUs as this one; the controller
@@ -70,6 +70,8 @@ def train(
         prepared = prepare(config, python, cache_dir(), view.say)
         training_plan = schedule.plan(config, placement.num_ranks, prepared.train)
         view.say(schedule.describe(training_plan, len(prepared.train)))
+        for remark in schedule.remarks(config, training_plan, prepared.train, in_flight):
+            view.say(remark)
         prepared.summary["training"] = training_plan
         config = dataclasses.replace(config, model=hub_snapshot.pin(config.model, view.say))
         packing_rules.check(config.model, hub_snapshot.directory_of(config.model))

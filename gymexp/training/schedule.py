@@ -192,3 +192,25 @@ def describe(training_plan: Mapping[str, Any], num_tasks: int) -> str:
     """Returns the result of `plan` as one line of text. num_tasks: tasks of an epoch."""
     steps, tasks, epochs = (training_plan[key] for key in ("steps", "tasks", "epochs"))
     return f"training: {steps} steps play {tasks} tasks: {epochs:.2f} epochs of {num_tasks}"
+
+
+def remarks(
+    config: RunConfig, training_plan: Mapping[str, Any], mixed: Sequence[Task], allowed: Mapping[str, int]
+) -> list[str]:
+    """Returns a line for each environment whose limit keeps the engine from the batches that `overlap.lead`
+    plays ahead. mixed: the first epoch's tasks. allowed: the rollouts in flight of each environment."""
+    overlap = config.overlap
+    if not overlap.max_staleness:
+        return []
+    num_generations = value_of(config.trainer, "num_generations")
+    wanted = (overlap.lead + 1) * training_plan["tasks_per_batch"] * num_generations
+    counts = Counter(task.env for task in mixed)
+    lines = []
+    for env, count in counts.items():
+        of_env = math.ceil(wanted * count / len(mixed))
+        if allowed[env] < of_env:
+            lines.append(
+                f"env.{env} has at most {allowed[env]} rollouts in flight, where overlap.lead={overlap.lead} "
+                f"plays about {of_env} of it at once: env.{env}.max_concurrency={of_env} lets them"
+            )
+    return lines

@@ -9,7 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gymexp.config.schema import DataConfig, DatasetConfig, EnvConfig, ModelConfig, RunConfig, SearchConfig
+from gymexp.config.schema import (
+    DataConfig,
+    DatasetConfig,
+    EnvConfig,
+    ModelConfig,
+    OverlapConfig,
+    RunConfig,
+    SearchConfig,
+)
 from gymexp.data import prepare
 from gymexp.data.prepare import Prepared
 from gymexp.errors import ConfigError
@@ -88,6 +96,20 @@ def test_the_plan_says_what_is_played_and_what_is_not():
         {"a": 5, "b": 5},
     )
     assert schedule.describe(training_plan, 10) == "training: 4 steps play 16 tasks: 1.60 epochs of 10"
+
+
+def test_a_limit_that_keeps_the_engine_from_later_batches_is_named():
+    """A step has 16 rollouts, a quarter of them of b; a lead of 2 has three batches at once."""
+    mixed = [Task(f"{env}/train/{n}", env, "x", {}) for n in range(5) for env in ("a", "a", "a", "b")]
+    made = config(None, {"a": 15, "b": 5}, per_device_train_batch_size=16, num_generations=4, max_steps=3)
+    in_turn = schedule.plan(made, 1, mixed)
+    assert schedule.remarks(made, in_turn, mixed, {"a": 1, "b": 1}) == []
+    made.overlap = OverlapConfig(max_staleness=4, lead=2)
+    assert schedule.remarks(made, in_turn, mixed, {"a": 36, "b": 12}) == []
+    assert schedule.remarks(made, in_turn, mixed, {"a": 35, "b": 12}) == [
+        "env.a has at most 35 rollouts in flight, where overlap.lead=2 plays about 36 of it at once: "
+        "env.a.max_concurrency=36 lets them"
+    ]
 
 
 USES = st.fractions(Fraction(1, 8), 8, max_denominator=8)
