@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from padded_rows import distance, padded
 from small_trainer import MadeUp, build_trainer, gradient_of, logprobs_of, save_policy
 from transformers import AutoConfig, AutoModelForCausalLM
 from trl.trainer.utils import add_fused_lm_head
@@ -57,10 +58,6 @@ class Groups(MadeUp):
             rows["logprobs"][index] = [value + 0.2 * draw.gauss(0, 1) for value in own]
         self.is_playing = False
         return rows
-
-
-def distance(ours: torch.Tensor, reference: torch.Tensor) -> float:
-    return ((ours - reference).norm() / reference.norm()).item()
 
 
 @pytest.mark.parametrize("packs", PACKINGS)
@@ -126,17 +123,6 @@ def model_of(kind: str) -> Any:
     model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
     add_fused_lm_head(model, temperature=0.7, outputs=("log_probs", "entropy"))
     return model
-
-
-def padded(rows: list[tuple[list[int], list[int]]]) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """Returns ids, mask and T of rows of (prompt, completion)."""
-    num_prompt, num_completion = (max(len(row[part]) for row in rows) for part in (0, 1))
-    ids = torch.zeros(len(rows), num_prompt + num_completion, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for index, (prompt, completion) in enumerate(rows):
-        own = slice(num_prompt - len(prompt), num_prompt + len(completion))
-        ids[index, own], mask[index, own] = torch.tensor([*prompt, *completion]), 1
-    return ids, mask, num_completion
 
 
 def some_rows(seed: int) -> list[tuple[list[int], list[int]]]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_packing import distance, padded
+from padded_rows import distance, padded
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
