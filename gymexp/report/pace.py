@@ -30,7 +30,7 @@ def load_exponent(rows: Sequence[Row]) -> float | None:
     in flight. Only the longer half of each environment's rollouts counts, as a short reply spends much of
     its time on its prompt.
     """
-    played = [row for row in rows if _policy_s(row) and row["seconds"].get("total") and row.get("tokens")]
+    played = [row for row in rows if _policy_s(row) > 0 and _end(row) > row["began"] and row.get("tokens")]
     by_env: dict[str, list[int]] = defaultdict(list)
     for row in played:
         by_env[row["env"]].append(row["tokens"])
@@ -72,6 +72,10 @@ def _policy_s(row: Row) -> float:
     return (row.get("seconds") or {}).get("policy") or 0.0
 
 
+def _end(row: Row) -> float:
+    return row["began"] + (row["seconds"].get("total") or 0.0)
+
+
 def _variance_within(groups: Sequence[str], values: Sequence[float]) -> float:
     """Returns the variance of the values around the mean of their group."""
     by_group: dict[str, list[float]] = defaultdict(list)
@@ -88,7 +92,7 @@ class _Load:
         changes: list[tuple[float, float]] = []
         for row in rows:
             share = min(1.0, _policy_s(row) / row["seconds"]["total"])
-            changes += [(row["began"], share), (row["began"] + row["seconds"]["total"], -share)]
+            changes += [(row["began"], share), (_end(row), -share)]
         changes.sort()
         self._times = [time for time, _ in changes]
         self._levels = [max(1.0, level) for level in accumulate(change for _, change in changes)]
@@ -101,8 +105,5 @@ class _Load:
             parts = ((end - begin) * level**-exponent for begin, end, level in spans)
             self._areas[exponent] = [0.0, *accumulate(parts)]
         areas = self._areas[exponent]
-        begin, end = (bisect_left(self._times, time) for time in self._ends(row))
+        begin, end = (bisect_left(self._times, time) for time in (row["began"], _end(row)))
         return (areas[end] - areas[begin]) / (self._times[end] - self._times[begin])
-
-    def _ends(self, row: Row) -> tuple[float, float]:
-        return row["began"], row["began"] + row["seconds"]["total"]

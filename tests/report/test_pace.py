@@ -40,7 +40,12 @@ def test_an_engines_exponent_is_found_from_its_rollouts(exponent, idle):
 def test_it_is_unknown_where_all_loads_are_equal_or_nothing_was_timed():
     assert load_exponent(played(1.0, spread=0.0)) is None
     assert load_exponent(played(1.0, count=10)) is None
-    untimed = ({}, {"policy": 1.0}, {"policy": 1.0, "total": 0.0})
+    untimed: tuple[dict, ...] = (
+        {},
+        {"policy": 1.0},
+        {"policy": 1.0, "total": 0.0},
+        {"policy": -1.0, "total": 2.0},
+    )
     assert (
         load_exponent([{"env": "e", "began": 1.0, "tokens": 3, "seconds": one} for one in untimed * 20])
         is None
