@@ -132,7 +132,8 @@ class Checks:
             return choose_rows(landed, NUM_ROWS * num_ranks, trainer.pad_token_id, step)
 
         rows = on_main_rank(accelerator, choose)
-        self._check(trainer, rows[accelerator.process_index :: num_ranks])
+        if any(any(row.sampled) for row in rows):
+            self._check(trainer, rows[accelerator.process_index :: num_ranks])
 
     def _check(self, trainer: PolicyTrainer, rows: Sequence[Row]) -> None:
         """Checks this rank's rows. Every rank must have the same number."""

@@ -324,6 +324,11 @@ def test_a_check_that_the_batch_left_due_takes_what_landed_before_the_weights_ch
     trainer.accelerator.sync_gradients = True
     checks.before_update(trainer, in_backward=not deepspeed)
     assert not asked
+    trainer.model.modes.clear()
+    landed, trainer.batch_tasks = trainer.batch_tasks, SimpleNamespace(landed=lambda step: old)
+    checks.before_update(trainer, in_backward=deepspeed)
+    assert not trainer.model.modes, "nothing is new, so there is no pass"
+    trainer.batch_tasks = landed
     checks.before_update(trainer, in_backward=deepspeed)
     # The new one has two tokens, with differences of 0 and 0.25.
     assert asked == [5] and trainer.metrics["drift"] == pytest.approx(0.125)
