@@ -77,6 +77,18 @@ def test_shares_are_those_of_the_time_since_the_last_look(seed, num_gateways):
     assert idle - 1e-9 <= shares["idle/engine"] <= 1
 
 
+def test_of_several_gateways_the_busiest_says_how_idle_an_engine_was_at_most():
+    clock = Clock()
+    loads = [Load(["a"], clock) for _ in range(2)]
+    engine = EngineLoad(answering(loads))
+    engine.since_last()
+    for load, seconds in zip(loads, (3.0, 1.0), strict=True):
+        load.change("a", 2)
+        clock.now += seconds
+        load.change("a", -2)
+    assert engine.since_last() == {"idle/engine": 0.25, "engine/in_flight": 2.0}
+
+
 def test_a_gateway_that_was_started_again_or_is_silent_gives_no_shares():
     clock = Clock()
     loads = [Load(URLS, clock)]
