@@ -26,9 +26,9 @@ from gymexp.data.prepare import Prepared
 from gymexp.policy.model import load_model, load_tokenizer
 from gymexp.rollout.batch import Batch
 from gymexp.rollout.group_queue import GroupQueue
-from gymexp.rollout.outcome import Failed, Task, task_of
+from gymexp.rollout.outcome import Completed, Failed, Outcome, Rollout, Task, Turn, task_of
 from gymexp.training import arguments, checkpoints, named_weights, queued_tasks
-from gymexp.training.drift import Row, score
+from gymexp.training.drift import NUM_ROWS, Row, score
 from gymexp.training.trainer import PolicyTrainer
 
 
@@ -51,8 +51,11 @@ class MadeUp:
 
     def __init__(self) -> None:
         self.played: list[list[str]] = []
+        self.checked: list[list[list[int]]] = []  # of each check, the tokens of this rank's rows
+        self.trainer: PolicyTrainer
 
     def __call__(self, prompts: list[str], trainer: PolicyTrainer) -> dict[str, list[Any]]:
+        self.trainer = trainer
         self.played.append(prompts)
         draw = random.Random(f"{trainer.state.global_step} {trainer.accelerator.process_index}")
         rows = range(len(prompts))
@@ -93,6 +96,26 @@ class MadeUp:
         queue.advance(step)
         return [task_of(group[0]).key for group in queue.take(lambda: None).groups]
 
+    def landed(self, queue: GroupQueue, step: int) -> list[Outcome]:
+        """Rollouts of the current weights that wait for a later batch, as many as both ranks check."""
+        made_up = [
+            Row("e", [5, 6], [10 + n, 20 + step], [True] * 2, [0.0] * 2, [None] * 2)
+            for n in range(2 * NUM_ROWS)
+        ]
+        own = score(self.trainer, made_up, [row.completion_ids for row in made_up])
+        return [
+            Completed(
+                Rollout(
+                    Task(f"t{n}", "e", "a", {}),
+                    [Turn(row.prompt_ids, row.completion_ids, logprobs.tolist(), [(step, 2)])],
+                    1.0,
+                    [],
+                    step,
+                )
+            )
+            for n, (row, logprobs) in enumerate(zip(made_up, own, strict=True))
+        ]
+
     def write_trained(self, batch: Any, trainer: Any) -> None:
         """Nothing keeps it."""
 
@@ -132,6 +155,14 @@ def main() -> None:
     for callback in queued_tasks.around([StopAt(steps)], trainer):
         trainer.add_callback(callback)
 
+    check = trainer._checks._check
+
+    def note(trainer: PolicyTrainer, rows: Any) -> None:
+        rollouts.checked.append([row.completion_ids for row in rows])
+        check(trainer, rows)
+
+    trainer._checks._check = note  # type: ignore[method-assign]
+
     def send() -> None:
         weights = {name: tensor.cpu().clone() for name, tensor in trainer.named_weights()}
         if trainer.accelerator.is_main_process:
@@ -152,6 +183,9 @@ def main() -> None:
     trainer.save_policy(directory)
     played = directory / f"played-{trainer.accelerator.process_index}-{trainer.state.global_step}.json"
     played.write_text(json.dumps(rollouts.played))
+    drifts = [entry["drift"] for entry in trainer.state.log_history if "drift" in entry]
+    checked = {"rows": rollouts.checked, "drifts": drifts}
+    played.with_name(played.name.replace("played", "checked")).write_text(json.dumps(checked))
     if trainer.accelerator.is_main_process:
         (directory / "logprobs.json").write_text(json.dumps(rollouts.logprobs))
     torch.distributed.destroy_process_group()

@@ -23,3 +23,12 @@ def test_both_ranks_train_their_part_of_each_batch_of_the_queue_in_order(tmp_pat
         ]
         # Eight rollouts a step are two groups of four, one a rank; the first epoch has the tasks in order.
         assert played == [[f"t{2 * step + rank}"] * 4 for step in range(STEPS)]
+    for until in (2, STEPS):
+        checked = [json.loads((tmp_path / f"checked-{rank}-{until}.json").read_text()) for rank in range(2)]
+        rows = [one["rows"] for one in checked]
+        assert [len(of_rank) for of_rank in rows] == [1, 1], "due at a process's first step, and done once"
+        assert [len(of_rank[0]) for of_rank in rows] == [8, 8]
+        tokens = {tuple(ids) for of_rank in rows for ids in of_rank[0]}
+        assert len(tokens) == 16, "each rank has its own part of what landed on the first one"
+        drifts = checked[0]["drifts"]  # a resumed process has those before it too
+        assert len(drifts) == (1 if until == 2 else 2) and max(drifts) < 1e-6
