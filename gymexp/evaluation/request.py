@@ -4,6 +4,7 @@ takes."""
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,8 +53,8 @@ def resolve(config: EvaluateConfig, cfg: DictConfig, overrides: Sequence[str]) -
     RunDirectoryError that names what is missing.
     """
     if config.checkpoint:
-        _check_is_checkpoint(Path(config.checkpoint).expanduser().resolve())
-    if config.run or (config.checkpoint and _run_of(Path(config.checkpoint))):
+        _check_is_checkpoint(_located(config.checkpoint))
+    if config.run or (config.checkpoint and _run_of(_located(config.checkpoint))):
         return _of_run(config, cfg, overrides)
     run_config = of_model(config)
     if config.policy:
@@ -73,7 +74,7 @@ def resolve(config: EvaluateConfig, cfg: DictConfig, overrides: Sequence[str]) -
             None,
         )
     if config.checkpoint:
-        directory = _plain(Path(config.checkpoint).expanduser().resolve())
+        directory = _plain(_located(config.checkpoint))
         model = dataclasses.replace(run_config.model, path=str(directory), name=directory.name)
         run_config = _named(dataclasses.replace(run_config, model=model), directory.name, config)
     model = run_config.model
@@ -123,7 +124,7 @@ def _named(run_config: RunConfig, name: str, config: EvaluateConfig) -> RunConfi
 
 
 def _of_run(config: EvaluateConfig, cfg: DictConfig, overrides: Sequence[str]) -> Request:
-    checkpoint = Path(config.checkpoint).expanduser().resolve() if config.checkpoint else None
+    checkpoint = _located(config.checkpoint) if config.checkpoint else None
     path = _run_of(checkpoint) if checkpoint else Path(config.run or "").expanduser().resolve()
     assert path is not None
     run = RunDirectory(path)
@@ -154,9 +155,19 @@ def _of_run(config: EvaluateConfig, cfg: DictConfig, overrides: Sequence[str]) -
     return Request(named, _plan(config, policies), None if has_envs else run, run)
 
 
+def _located(checkpoint: str) -> Path:
+    """Returns the absolute path of a checkpoint without links, but one of a run below that run, also if the
+    run's `checkpoints/` or `model/` is a link to another disk."""
+    path = Path(os.path.abspath(Path(checkpoint).expanduser()))
+    real = path.resolve()
+    if _run_of(real) or not (run := _run_of(path)):
+        return real
+    name = real.name if real.parent == path.parent.resolve() else path.name  # `best` is a link beside it
+    return run.resolve() / path.parent.relative_to(run) / name
+
+
 def _run_of(checkpoint: Path) -> Path | None:
     """Returns the run that a checkpoint, or a model/ or adapter/, is of; None for another directory."""
-    checkpoint = checkpoint.expanduser().resolve()
     run = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
     return run if (run / "config.yaml").exists() and (run / "data").is_dir() else None
 

@@ -101,7 +101,7 @@ def written_aside(directory: Path) -> Iterator[Path]:
 def _ended_at(run: Path, checkpoint: Path) -> bool:
     """Returns whether `model/` has the checkpoint's weights: the run trained to its end at this step."""
     result = RunDirectory(run).read_result()
-    is_last = is_whole(result) and checkpoint.resolve().name == f"checkpoint-{result['step']}"
+    is_last = is_whole(result) and checkpoint.name == f"checkpoint-{result['step']}"
     return is_last and not result.get("pruned") and _has_weights(run / "model")
 
 

@@ -24,6 +24,7 @@ from gymexp.config.schema import RunConfig
 from gymexp.errors import RunDirectoryError
 from gymexp.files import append_line, in_words, read_json, replace_file
 from gymexp.printable import printable_in
+from gymexp.record import linked_folders
 from gymexp.record.code_snapshot import _versions, snapshot
 
 _LOCK = ".lock"
@@ -115,15 +116,17 @@ class RunDirectory:
             raise RunDirectoryError(
                 f"{path} holds a run already: go on with it by resume={path}, or choose another output_dir"
             )
-        foreign = [] if run._was_claimed() else sorted({p.name for p in _entries(path)} - _BEFORE_A_RUN)
+        linked_folders.check_there(path, run._folders)
+        foreign = [] if run._was_claimed() else sorted(run._foreign())
         if foreign:
             raise RunDirectoryError(
                 "output_dir must be a new or an empty folder, as a run overwrites files of the same names, "
                 f"but {path} has {', '.join(foreign[:5])}: choose another output_dir (hydra.run.dir=…)"
             )
-        for directory in (run.logs, run.data, run.checkpoints, run.rollouts):
+        for directory in run._folders:
             directory.mkdir(parents=True, exist_ok=True)
         run._lock()
+        linked_folders.mark(path, run._folders)
         return run
 
     def describe(self, config: RunConfig, overrides: Sequence[str]) -> None:
@@ -161,16 +164,28 @@ class RunDirectory:
 
     @classmethod
     def reopen(cls, path: Path, command: str = "train") -> RunDirectory:
-        """Locks the directory of a run to resume. Raises RunDirectoryError if it has no config.yaml, or
-        if another command made it."""
+        """Locks the directory of a run to resume. Raises RunDirectoryError if it has no config.yaml, if
+        another command made it, or if a folder of it is a link that leads nowhere."""
         run = cls(path, command)
         if not run.config.exists():
             raise RunDirectoryError(f"resume must name a run directory, but {path} has no config.yaml")
         if (made_by := "evaluate" if (path / PLAN).exists() else "train") != command:
             other = RunDirectory(path, made_by).resume_command
             raise RunDirectoryError(f"resume: {path} is of gymexp.{made_by}; go on with: {other}")
+        linked_folders.check_there(path, run._folders)
         run._lock()
+        linked_folders.mark(path, run._folders)
         return run
+
+    @property
+    def _folders(self) -> tuple[Path, ...]:
+        return self.logs, self.data, self.checkpoints, self.rollouts
+
+    def _foreign(self) -> set[str]:
+        """Returns the names in the directory that are not of a run. The run's own folders may be there before
+        it, empty, e.g. as links to another disk."""
+        ours = {folder.name for folder in self._folders if folder.is_dir() and not _entries(folder)}
+        return {path.name for path in _entries(self.path)} - _BEFORE_A_RUN - ours
 
     def _was_claimed(self) -> bool:
         """Returns whether an earlier run claimed this directory, even if it ended before `describe`."""

@@ -1,7 +1,8 @@
 """Reads a run directory that a stranger may have made: its own plain files alone, and within bounds.
 
 A link, a named pipe or a device in a directory that was unpacked from an archive would make a reader show
-another file, or wait for ever. A small file can decompress to terabytes.
+another file, or wait for ever. A small file can decompress to terabytes. A link to a folder of the same run
+on another disk is followed (`gymexp.record.linked_folders`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import orjson
 import zstandard
 
 from gymexp.errors import RunDirectoryError
+from gymexp.record.linked_folders import own_links, why_refused
 
 MAX_FRAME = 256 << 20  # bytes of a frame after decompression
 _MAX_DEPTH = 60  # of a JSON value, in lists and objects
@@ -44,11 +46,8 @@ def check_own_file(run: Path, path: Path) -> None:
         return  # nothing is there, or a link that leads nowhere
     # The code of a sweep's job is that of its sweep.
     places = [run.resolve(), *([run.resolve().parent / "code"] if path.parent == run / "code" else ())]
-    if not any(map(real.is_relative_to, places)):
-        raise RunDirectoryError(
-            f"{path} must be a file of the run directory, but is a link that leads out of it: "
-            "replace the link by the file"
-        )
+    if not any(map(real.is_relative_to, places)) and not any(map(real.is_relative_to, own_links(run, path))):
+        raise RunDirectoryError(f"{path} must be a file of the run directory, but {why_refused(run, path)}")
     if not stat.S_ISREG(mode):
         raise RunDirectoryError(f"{path} must be a plain file")
 

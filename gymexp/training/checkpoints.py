@@ -228,6 +228,8 @@ def prune(checkpoints: Path, policy: CheckpointConfig, scores: Mapping[int, floa
     A checkpoint that cannot be deleted causes a warning; the next call tries it again.
     """
     paths = all_of(checkpoints)
+    # A checkpoint behind a link was put there by the user: it is not ours to delete.
+    links = {step for step, path in paths.items() if path.is_symlink()}
     whole_steps = _whole_steps(paths.items())
     unwanted = outdated(whole_steps, scores, policy)
     # A checkpoint that differs from its manifest was changed after it was finished: it is not ours to delete.
@@ -236,6 +238,7 @@ def prune(checkpoints: Path, policy: CheckpointConfig, scores: Mapping[int, floa
         for step, path in paths.items()
         if step < max(whole_steps, default=0) and not (path / _MANIFEST).exists()
     )
+    unwanted -= links
     if policy.keep_best and (ranked := best(whole_steps - unwanted, scores)):
         link = checkpoints / "best.part"
         link.unlink(missing_ok=True)

@@ -1,7 +1,8 @@
 """Reads the files of a run directory that a stranger may have made: within bounds, and never outside of it.
 
-A file is opened only if its real path, with every symbolic link followed, is inside the run directory and is
-a plain file. What is read, decompressed and parsed has an upper limit.
+A file is opened only if its real path, with every symbolic link followed, is inside the run directory, or in
+a folder of the run behind a link, and is a plain file. What is read, decompressed and parsed has an upper
+limit.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any, BinaryIO
 
 from gymexp.config.plain_yaml import load_plain_yaml
 from gymexp.errors import RunDirectoryError
+from gymexp.record.linked_folders import is_own_link
 from gymexp.record.own_files import MAX_FRAME, decompressed, open_own, parsed
 
 MAX_LINE = 1 << 20  # bytes of a line of an index
@@ -73,18 +75,18 @@ class RunFiles:
 
     def names(self, folder: str, suffix: str) -> list[str]:
         """Returns the names in a folder of the run directory that end with `suffix`, sorted; none if the
-        folder is no plain one."""
-        path = self.path / folder
-        if not path.is_dir() or path.is_symlink():
-            return []
-        return sorted(entry.name for entry in os.scandir(path) if entry.name.endswith(suffix))
+        folder is not of this run."""
+        return sorted(entry.name for entry in self._entries(folder) if entry.name.endswith(suffix))
 
     def folders(self, folder: str) -> list[str]:
         """Returns the names of the plain folders in a folder of the run directory, sorted."""
+        return sorted(entry.name for entry in self._entries(folder) if entry.is_dir(follow_symlinks=False))
+
+    def _entries(self, folder: str) -> list[os.DirEntry[str]]:
         path = self.path / folder
-        if not path.is_dir() or path.is_symlink():
+        if not path.is_dir() or (path.is_symlink() and not is_own_link(self.path, path)):
             return []
-        return sorted(entry.name for entry in os.scandir(path) if entry.is_dir(follow_symlinks=False))
+        return list(os.scandir(path))
 
     def read_frame(self, name: str, offset: int, length: int) -> list[bytes]:
         """Returns the lines of a zstd frame of a file. Raises RunDirectoryError if it is not there, damaged,

@@ -83,3 +83,14 @@ def test_an_evaluation_is_no_run_to_evaluate(run):
         GymexpError, match=r"run must name the directory of a training run, but .* is an evalu"
     ):
         resolved(f"run={run}")
+
+
+@pytest.mark.parametrize("name", ["checkpoint-2", "best"])
+def test_a_checkpoint_is_its_runs_also_if_the_runs_checkpoints_lie_on_another_disk(run, tmp_path, name):
+    (run / "checkpoints" / "best").symlink_to("checkpoint-2")
+    here = resolved(f"checkpoint={run}/checkpoints/{name}")
+    (run / "checkpoints").rename(tmp_path / "big")
+    (run / "checkpoints").symlink_to(tmp_path / "big")
+    there = resolved(f"checkpoint={run}/checkpoints/{name}")
+    assert (there.plan, there.config) == (here.plan, here.config) and there.plan.policies[0].step == 2
+    assert there.run and there.made_by and there.run.path == there.made_by.path == run
