@@ -29,7 +29,7 @@ from gymexp.rollout.play import Distribution, Sampling
 from gymexp.rollout.rollout_files import RolloutWriter
 from gymexp.rollout.trained import Trained
 from gymexp.training.metrics import group_metrics, queue_metrics, rollout_metrics, staleness_metrics
-from gymexp.training.ranks import part_of_main_rank
+from gymexp.training.ranks import gathered_on_main_rank, part_of_main_rank
 from gymexp.training.trained_values import Row, trained_of
 
 if TYPE_CHECKING:
@@ -258,9 +258,7 @@ class Rollouts:
 
         batch: this rank's part, as TRL's `_generate_and_score_completions` returns it.
         """
-        from accelerate.utils import gather_object
-
-        trained: list[Trained] = gather_object(trained_of(batch, self._rows))
+        trained: list[Trained] = gathered_on_main_rank(trainer.accelerator, trained_of(batch, self._rows))
         num_generations = trainer.grpo.num_generations
         assert num_generations
         if self._writer:

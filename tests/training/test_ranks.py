@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import multiprocessing
 import os
 import random
@@ -9,9 +10,11 @@ import socket
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from gymexp.errors import Interrupted, RolloutError
+from gymexp.rollout.trained import Trained
 from gymexp.training import ranks
 
 PATIENCE_S = 120
@@ -61,6 +64,71 @@ def count_received(rank: int) -> list[int]:
     return received
 
 
+def as_a_rank_that_tells(rank: int, world: int, port: int, answers: Any) -> None:
+    """Gathers the records of rollouts on the first rank. The last has a long one, the second none."""
+    from accelerate.utils import gather_object
+
+    accelerator = join(rank, world, port)
+    received = count_gathered()
+    ranks._MAX_SENT_BYTES = 3 * 1000
+
+    def gathered(own: list[Trained]) -> Any:
+        del received[:]
+        found = ranks.gathered_on_main_rank(accelerator, own)
+        ours = sum(received)
+        # accelerate's own way is the reference.
+        everyones = gather_object(own)
+        return [in_words(one) for one in found], [in_words(one) for one in everyones], ours
+
+    answers.put((rank, [gathered(records_of(rank, long)) for long in (10, 20_000)]))
+    answers.close()
+    answers.join_thread()
+
+
+def records_of(rank: int, num_tokens: int) -> list[Trained]:
+    if rank == 1:
+        return []
+    logprobs = np.arange(num_tokens, dtype=np.float32) if rank == 2 else np.zeros(3, np.float32)
+    return [Trained(None, 0), Trained(rank / 8, num_tokens, 1.5, logprobs, weights=0.25)]
+
+
+def in_words(one: Trained) -> Any:
+    values = dataclasses.asdict(one)
+    return values | {
+        "logprobs": None if one.logprobs is None else (one.logprobs.dtype.str, one.logprobs.tolist())
+    }
+
+
+def count_gathered() -> list[int]:
+    """Returns a list that gets the bytes of each tensor that this rank receives in a gather from now on."""
+    import torch
+
+    received: list[int] = []
+    gather = torch.distributed.gather
+
+    def counted(tensor: Any, rows: Any = None, **options: Any) -> Any:
+        received.extend(row.numel() * row.element_size() for row in rows or ())
+        return gather(tensor, rows, **options)
+
+    torch.distributed.gather = counted
+    return received
+
+
+@pytest.mark.ranks
+def test_the_first_rank_alone_gets_the_records_of_all_ranks_in_pieces():
+    by_rank = answers_of(as_a_rank_that_tells, 3)
+    for case, long in enumerate((10, 20_000)):
+        found, everyones, received = by_rank[0][case]
+        assert (
+            len(found) == 4
+            and found == everyones
+            and max(len(one["logprobs"][1]) for one in found[1::2]) == long
+        )
+        assert received < 3 * (4 * 20_000 + 2_000)
+        for rank in (1, 2):
+            assert by_rank[rank][case][0] == [] and by_rank[rank][case][2] == 0
+
+
 def as_a_rank(rank: int, world: int, port: int, answers: Any) -> None:
     accelerator = join(rank, world, port)
     received = count_received(rank)
@@ -88,14 +156,14 @@ def as_a_rank(rank: int, world: int, port: int, answers: Any) -> None:
     answers.join_thread()
 
 
-@pytest.mark.ranks
-def test_each_rank_gets_its_own_part_alone_and_all_end_alike_when_the_first_one_fails():
-    spawn, world = multiprocessing.get_context("spawn"), len(SIZES)
+def answers_of(work: Any, world: int) -> dict[int, Any]:
+    """What `work` answers as each of `world` ranks, each in a process of its own."""
+    spawn = multiprocessing.get_context("spawn")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     answers = spawn.Queue()
-    started = [spawn.Process(target=as_a_rank, args=(rank, world, port, answers)) for rank in range(world)]
+    started = [spawn.Process(target=work, args=(rank, world, port, answers)) for rank in range(world)]
     for one in started:
         one.start()
     try:
@@ -106,7 +174,13 @@ def test_each_rank_gets_its_own_part_alone_and_all_end_alike_when_the_first_one_
     finally:
         for one in started:
             one.kill()
-    for rank in range(world):
+    return by_rank
+
+
+@pytest.mark.ranks
+def test_each_rank_gets_its_own_part_alone_and_all_end_alike_when_the_first_one_fails():
+    by_rank = answers_of(as_a_rank, len(SIZES))
+    for rank in range(len(SIZES)):
         whole, failed, odd, unpicklable, large, small = by_rank[rank]
         assert whole[0] == made_up(SIZES[rank])
         assert failed[0] == "RolloutError: too many failed"

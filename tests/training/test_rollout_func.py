@@ -412,11 +412,11 @@ def test_what_each_rank_made_of_its_rollouts_is_kept_with_these_rollouts(tmp_pat
         for index, (plays, trainer) in reversed([*enumerate(ranks)]):
             own_part = parts[2 * index : 2 * index + 2]
 
-            def gather(own, own_part=own_part, parts=parts):
+            def gathered(accelerator, own, own_part=own_part, parts=parts):
                 assert [one.advantage for one in own] == [one.advantage for one in own_part]
-                return parts
+                return parts if accelerator.is_main_process else []
 
-            monkeypatch.setattr("accelerate.utils.gather_object", gather)
+            monkeypatch.setattr("gymexp.training.rollout_func.gathered_on_main_rank", gathered)
             plays.write_trained(batch_of([4 * collection + 2 * index + i for i in range(2)]), trainer)
     keys = [*first, *second] * 2
     expected: list[Any] = [(keys[n], n / 10, [pytest.approx(-n / 100)]) for n in range(8)]
@@ -427,7 +427,6 @@ def test_what_each_rank_made_of_its_rollouts_is_kept_with_these_rollouts(tmp_pat
 
 def test_a_step_keeps_a_value_a_token_up_to_a_bound_and_its_advantages_always(tmp_path, monkeypatch):
     monkeypatch.setattr("gymexp.training.rollout_func._MAX_KEPT_TOKENS", 3)
-    monkeypatch.setattr("accelerate.utils.gather_object", lambda own: own)
     plays, trainer = rollouts(Collector(), tmp_path), Trainer()
     for step, kept in ((0, 2), (0, 1), (1, 2)):
         trainer.state.global_step = step
@@ -438,10 +437,7 @@ def test_a_step_keeps_a_value_a_token_up_to_a_bound_and_its_advantages_always(tm
         assert [row["advantage"] for row in rows[-2:]] == [0.1, 0.2]
 
 
-def test_the_tracker_gets_rollouts_of_training_with_their_advantages_and_held_out_ones_at_once(
-    tmp_path, monkeypatch
-):
-    monkeypatch.setattr("accelerate.utils.gather_object", lambda own: own)
+def test_the_tracker_gets_rollouts_of_training_with_their_advantages_and_held_out_ones_at_once(tmp_path):
     sent: list[Any] = []
     plays, trainer = rollouts(Collector(), tmp_path), Trainer()
     plays._send = lambda name, outcomes, advantages: sent.append((name, len(outcomes), advantages))
