@@ -106,7 +106,7 @@ class Controller:
         self._ended: Ended | None = None
         self._outcome: str | None = None  # how the run ended, in words
         self._ranks: list[Service] = []  # the trainer's processes
-        self._timeline = Timeline(directory)
+        self._timeline = Timeline(directory, view.say)
         self._system: SystemRecorder | None = None
         self._gym_pythons: list[Path] = []  # the interpreters of the gym hosts
 

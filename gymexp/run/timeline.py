@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from gymexp.processes import clock
@@ -13,7 +13,9 @@ from gymexp.record.directory import RunDirectory
 class Timeline:
     """Writes timeline.jsonl from what the controller does and from what the trainer reports."""
 
-    def __init__(self, directory: RunDirectory) -> None:
+    def __init__(self, directory: RunDirectory, say: Callable[[str], None] = lambda _: None) -> None:
+        """say: shows the user a remark of the trainer's."""
+        self._say = say
         self._directory = directory
         self._has_played = False
         self._num_entries = 0  # the trainer's entries taken so far
@@ -42,6 +44,9 @@ class Timeline:
             self._num_entries = entry["number"]
             if "span" in entry:
                 self._directory.note(entry["span"])
+            elif "remark" in entry:
+                self._say(entry["remark"])
+                self.note(event="remark", text=entry["remark"])
             else:
                 logs.append(entry)
         return logs

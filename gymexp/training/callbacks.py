@@ -58,7 +58,8 @@ class MetricsFile(TrainerCallback):
 
 class ProgressReporter:
     """Sends the run's progress to the controller from a thread of its own: the newest value of each fact, and
-    every entry, which is a log entry or a span. Training never waits for a controller that is silent."""
+    every entry, which is a log entry, a span or a remark. Training never waits for a controller that is
+    silent."""
 
     def __init__(self, control_url: str | None) -> None:
         """control_url: None on the other ranks, which report nothing."""
@@ -82,6 +83,10 @@ class ProgressReporter:
     def report_span(self, span: Mapping[str, Any]) -> None:
         """Reports one span of a step (`gymexp.training.spans`)."""
         self._add({"span": dict(span)})
+
+    def report_remark(self, text: str) -> None:
+        """Reports a line for the user."""
+        self._add({"remark": text})
 
     def _add(self, entry: dict[str, Any]) -> None:
         self._entries.append({"number": next(self._numbers)} | entry)

@@ -1,5 +1,5 @@
 """Sends metrics and rollouts to the tracker from a thread of its own. Training waits for no tracker, and a
-tracker that fails ends no run: the failure is a line in the log."""
+tracker that fails ends no run: the user is told once."""
 
 from __future__ import annotations
 
@@ -30,8 +30,12 @@ _MAX_ERROR = 300  # characters
 class TrackerFeed(TrainerCallback):
     """Sends each log entry, and a sample of each file of rollouts. Only the first rank has this callback."""
 
-    def __init__(self, kind: str, run: TrackerRun, num_rollouts: int) -> None:
-        """kind, num_rollouts: `tracker.kind` and `tracker.rollouts`."""
+    def __init__(
+        self, kind: str, run: TrackerRun, num_rollouts: int, tell: Callable[[str], None] = lambda _: None
+    ) -> None:
+        """kind, num_rollouts: `tracker.kind` and `tracker.rollouts`. tell: shows the user a line, which the
+        log has too."""
+        self._tell = tell
         self._kind = kind
         self._run = run
         self._num_rollouts = num_rollouts
@@ -83,14 +87,18 @@ class TrackerFeed(TrainerCallback):
                 self._report(f"failed: {_one_line(error)}")
 
     def _report(self, what: str) -> None:
-        """Logs the first failure alone: a tracker that cannot be reached fails at every step."""
+        """Tells the first failure alone: a tracker that cannot be reached fails at every step."""
         if not self._reported:
-            log.warning("tracker=%s %s. The run goes on, and its directory has everything", self._kind, what)
+            text = f"tracker={self._kind} {what}. The run goes on, and its directory has everything"
+            log.warning("%s", text)
+            self._tell(text)
         self._reported = True
 
 
-def open_feed(config: RunConfig, place: Place) -> TrackerFeed | None:
-    """Opens the run at the tracker; None without a tracker.
+def open_feed(
+    config: RunConfig, place: Place, tell: Callable[[str], None] = lambda _: None
+) -> TrackerFeed | None:
+    """Opens the run at the tracker; None without a tracker. tell: of `TrackerFeed`.
 
     Raises GymexpError if a new run cannot begin there. A resumed run goes on without the tracker.
     """
@@ -99,7 +107,9 @@ def open_feed(config: RunConfig, place: Place) -> TrackerFeed | None:
         run = open_run(config, place)
     except Exception as error:
         if place.step is not None:
-            log.warning("tracker=%s failed: %s. The run goes on without it", kind, _one_line(error))
+            text = f"tracker={kind} failed: {_one_line(error)}. The run goes on without it"
+            log.warning("%s", text)
+            tell(text)
             return None
         fix = (
             "Log in with `wandb login`, or say tracker.mode=offline"
@@ -107,7 +117,7 @@ def open_feed(config: RunConfig, place: Place) -> TrackerFeed | None:
             else "Or say tracker=none"
         )
         raise GymexpError(f"tracker={kind}: {_one_line(error)}. {fix}") from error
-    return TrackerFeed(kind, run, config.tracker.rollouts) if run else None
+    return TrackerFeed(kind, run, config.tracker.rollouts, tell) if run else None
 
 
 def _one_line(error: Exception) -> str:

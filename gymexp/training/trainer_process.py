@@ -24,7 +24,7 @@ from gymexp.record.services_file import Services
 from gymexp.training import controlled_process
 
 if TYPE_CHECKING:
-    from gymexp.training.callbacks import Evaluation
+    from gymexp.training.callbacks import Evaluation, ProgressReporter
     from gymexp.training.tracker_feed import TrackerFeed
     from gymexp.training.trainer import PolicyTrainer
 
@@ -98,7 +98,9 @@ def work(run: RunDirectory, config: RunConfig, stop_requested: threading.Event) 
         stack.callback(reporter.close)
         resume = run.checkpoints / services.checkpoint if services.checkpoint else None
         first_step = checkpoints.step_of(resume) if resume else 0
-        tracker = _open_tracker(config, run, first_step if resume else None, stack) if main_rank else None
+        tracker = (
+            _open_tracker(config, run, first_step if resume else None, reporter, stack) if main_rank else None
+        )
         if services.engine_fd is not None:
             # The hf engine samples from this model. Otherwise the trainer moves the model, or shards it from
             # where it is.
@@ -178,14 +180,14 @@ def _read_before(run: RunDirectory) -> dict[str, float]:
 
 
 def _open_tracker(
-    config: RunConfig, run: RunDirectory, step: int | None, stack: ExitStack
+    config: RunConfig, run: RunDirectory, step: int | None, reporter: ProgressReporter, stack: ExitStack
 ) -> TrackerFeed | None:
     """Opens the run's tracker, which `stack` closes; None without one. step: of the checkpoint that a resumed
-    run continues from."""
+    run continues from. reporter: tells the user if the tracker fails."""
     from gymexp.training.tracker_feed import open_feed
     from gymexp.training.tracker_runs import Place
 
-    feed = open_feed(config, Place.of(run.path, config.name, step))
+    feed = open_feed(config, Place.of(run.path, config.name, step), reporter.report_remark)
     if feed:
         stack.push(lambda kind, *_: feed.close(failed=kind is not None))
     return feed

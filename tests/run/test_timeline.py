@@ -25,3 +25,13 @@ def test_spans_and_phases_are_noted_once_and_log_entries_are_passed_on_once(tmp_
     assert (start["event"], phase["phase"], played["event"]) == ("start", "train", "first rollout")
     assert [one, two] == [span(1), span(2)]
     assert start["seconds"] <= phase["seconds"] <= played["seconds"], "since the process began"
+
+
+def test_a_remark_is_shown_and_noted_once(tmp_path):
+    shown: list[str] = []
+    timeline = Timeline(RunDirectory(tmp_path), shown.append)
+    for _ in range(2):  # as if the first reply was lost
+        assert timeline.follow({}, {"entries": [{"number": 1, "remark": "the tracker is lost"}]}) == []
+    assert shown == ["the tracker is lost"]
+    [line] = read_lines(tmp_path / "timeline.jsonl")
+    assert (line["event"], line["text"]) == ("remark", "the tracker is lost")

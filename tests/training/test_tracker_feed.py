@@ -80,7 +80,8 @@ def test_no_rollouts_are_sent_if_none_are_wanted():
 
 def test_a_tracker_that_raises_at_every_call_is_one_line_in_the_log(caplog, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "wandb-key-0123456789abcdef0123456789abcdef01234567")
-    feed = TrackerFeed("wandb", Tracker(broken=True), 2)
+    told: list[str] = []
+    feed = TrackerFeed("wandb", Tracker(broken=True), 2, told.append)
     with caplog.at_level(logging.INFO):
         for step in range(5):
             log_entry(feed, step, {"loss": 0.1})
@@ -89,6 +90,7 @@ def test_a_tracker_that_raises_at_every_call_is_one_line_in_the_log(caplog, monk
     assert caplog.messages == [
         "tracker=wandb failed: no route to ***. The run goes on, and its directory has everything"
     ]
+    assert told == caplog.messages, "the user sees the line of the log"
 
 
 def test_a_tracker_that_fails_once_gets_what_comes_later():
@@ -139,5 +141,6 @@ def test_a_new_run_that_cannot_begin_there_is_refused_and_a_resumed_one_goes_on(
         open_feed(configs["wandb"], Place.of(tmp_path, "n", None))
     with pytest.raises(GymexpError, match=r"^tracker=mlflow: no route\. Or say tracker=none"):
         open_feed(configs["mlflow"], Place.of(tmp_path, "n", None))
-    assert open_feed(configs["wandb"], Place.of(tmp_path, "n", 8)) is None
-    assert caplog.messages == ["tracker=wandb failed: no route. The run goes on without it"]
+    told: list[str] = []
+    assert open_feed(configs["wandb"], Place.of(tmp_path, "n", 8), told.append) is None
+    assert told == caplog.messages == ["tracker=wandb failed: no route. The run goes on without it"]
