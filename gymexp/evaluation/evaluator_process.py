@@ -135,14 +135,21 @@ class Evaluator:
             for key, sample in missing
         ]
 
+        now_landed: list[Outcome] = []
+
         def keep(landed: Sequence[tuple[int, Outcome]]) -> None:
             kept.add([(missing[index], outcome) for index, outcome in landed])
+            now_landed.extend(outcome for _, outcome in landed)
+
+        def check() -> None:
+            # Where the policy is gone, each rollout that is left would wait for it in vain.
+            check_failed_share(list(now_landed), config.rollout.max_failed_share, len(self._places))
 
         self._reporter.report(phase="evaluate", step=policy.step)
         tasks = [self._tasks[key] for key, _ in missing]
         began = time.time()
         with sampling:
-            self._collector.collect(tasks, samplings, keep=keep)
+            self._collector.collect(tasks, samplings, check, keep)
         self._note(policy, began)
         outcomes = [kept.by_place[place] for place in self._places]
         check_failed_share(outcomes, config.rollout.max_failed_share)

@@ -63,7 +63,8 @@ class _Passing(Exception):
 class Endpoint:
     """An OpenAI-compatible endpoint at `url` (…/v1), asked for `model` with `key` (None: without one).
 
-    timeout_s: for one reply, with all of its attempts and pauses. After a 429 every request waits as long as
+    timeout_s: for one reply, with all of its attempts and pauses. An endpoint that could not be reached for
+    so long is tried once by each request, until it answers again. After a 429 every request waits as long as
     the endpoint asks for (Retry-After), and not only the one that was refused.
     """
 
@@ -74,6 +75,7 @@ class Endpoint:
         self._timeout_s = timeout_s
         self._limit_name = "max_tokens"  # OpenAI's newer models take max_completion_tokens alone
         self._closed_until = 0.0  # by time.monotonic(): until when the endpoint takes no requests
+        self._unreachable_since: float | None = None  # by time.monotonic(); None: it answered the last time
         self._session: aiohttp.ClientSession | None = None
 
     async def connect(self, app: web.Application) -> AsyncIterator[None]:
@@ -95,6 +97,8 @@ class Endpoint:
                 # NeMo Gym ends a rollout as truncated if a 400 has these words.
                 raise chat.BadRequest(f"context length exceeded: {refusal.text}") from None
             raise EngineError(f"endpoint.url={self._url}: {_for_nemo_gym(str(refusal))}") from None
+        except EngineError as error:
+            raise EngineError(f"endpoint.url={self._url}: {error}") from None
         try:
             return _read_reply(reply, body)
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
@@ -156,7 +160,7 @@ class Endpoint:
                 last = "the request was not answered"
             except _Passing as failure:
                 last = str(failure)
-                if failure.is_unreachable and not patient:
+                if failure.is_unreachable and (not patient or self._is_gone()):
                     raise EngineError(last) from None
                 log.info("%s; trying again", last)
                 if failure.pause_s is not None:
@@ -165,6 +169,11 @@ class Endpoint:
                 await asyncio.sleep(pause_s * random.uniform(0.5, 1))
                 pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
         raise EngineError(f"no reply within endpoint.timeout_s={self._timeout_s:g}: {last}")
+
+    def _is_gone(self) -> bool:
+        """Returns whether no request has reached the endpoint for as long as a reply may take."""
+        since = self._unreachable_since
+        return since is not None and time.monotonic() - since > self._timeout_s
 
     async def _post(self, request: dict[str, Any]) -> Any:
         """Returns the JSON answer to one attempt. Raises _Refused, _Passing."""
@@ -197,7 +206,9 @@ class Endpoint:
             ) as response:
                 data = await response.read()
         except (aiohttp.ClientError, OSError) as error:
+            self._unreachable_since = self._unreachable_since or time.monotonic()
             raise _Passing(f"{type(error).__name__}: {error}", is_unreachable=True) from None
+        self._unreachable_since = None
         if self._key:
             data = data.replace(self._key.encode(), b"***")
         return response.status, response.headers, data

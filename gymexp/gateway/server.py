@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import json
 import logging
 import os
 import sys
@@ -45,6 +46,7 @@ from gymexp.rollout.generation import EngineError, Generation
 log = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 1 << 28
+_MAX_REASON = 1000  # characters of why an engine failed, in a header
 CACHED_PROMPTS = 2048
 NO_CALLS = (
     "tools must be left out: gymexp cannot read the calls that this policy's chat template writes. "
@@ -310,7 +312,11 @@ async def answer_errors(request: web.Request, handler: Any) -> web.StreamRespons
         return error_response(400, "token_mismatch", str(error))
     except EngineError as error:
         log.warning("%s", error)
-        return error_response(500, "engine_error", str(error))
+        response = error_response(500, "engine_error", str(error))
+        # NeMo Gym repeats a 500 and loses its body; its servers pass this on (`gym/rollout_calls.py`).
+        said = {"server": "gateway", "said": str(error)[:_MAX_REASON], "cause": "engine"}
+        response.headers["x-gymexp-failed"] = json.dumps(said)
+        return response
 
 
 def json_response(value: Any, status: int = 200) -> web.Response:

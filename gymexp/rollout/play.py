@@ -96,8 +96,10 @@ async def play(
     except aiohttp.ClientError as error:
         raise RolloutFailure("environment", f"{url}/run: {type(error).__name__}: {error}") from None
     refused = _refusal(body, refused_reward) if response.status == 400 else None
-    server, reason = _read_failed_header(response.headers.get("x-gymexp-failed", ""))
+    server, reason, is_engine = _read_failed_header(response.headers.get("x-gymexp-failed", ""))
     if response.status != 200 and refused is None:
+        if is_engine:
+            raise RolloutFailure("engine", reason)
         cause, text = _cause_in(body), body.decode(errors="replace")[:2000]
         if cause == "environment" and server:
             raise RolloutFailure(cause, f"{server}: {reason}", server)
@@ -106,6 +108,8 @@ async def play(
     try:
         reply = refused or _parse(body)
         if failure := failure_in(reply):
+            if is_engine:
+                raise RolloutFailure("engine", reason, is_final=failure.terminal)
             cause = _cause_in(failure.detail.encode())
             cause = failure.cause if cause == "environment" else cause
             detail = f"{server}: {reason}" if server else f"agent {task.agent}: {failure.detail}"
@@ -120,15 +124,16 @@ async def play(
         raise RolloutFailure("environment", f"{url}/run answered what is not a rollout: {error!r}") from None
 
 
-def _read_failed_header(header: str) -> tuple[str, str]:
-    """Returns the server that failed first and its error, from the header that `gym/host.py` adds to an
-    agent's answer. Returns ("", "") if the header is absent or is not of this form.
+def _read_failed_header(header: str) -> tuple[str, str, bool]:
+    """Returns the server that failed first, its error, and whether the gateway says that it is the engine's,
+    from the header that `gym/host.py` adds to an agent's answer. Returns ("", "", False) if the header is
+    absent or is not of this form.
     """
     try:
         failure = orjson.loads(header)
-        return str(failure["server"]), str(failure["said"])
-    except (ValueError, KeyError, TypeError):
-        return "", ""
+        return str(failure["server"]), str(failure["said"]), failure.get("cause") == "engine"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return "", "", False
 
 
 def _refusal(body: bytes, reward: float) -> dict[str, Any] | None:

@@ -1,13 +1,16 @@
-"""Whole evaluations whose process is killed."""
+"""Whole evaluations whose process is killed, and whose endpoint goes away."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -78,3 +81,82 @@ def test_an_evaluation_whose_process_is_killed_names_it_and_plays_the_rest(
     again = evaluated(directory)
     assert again.ended_cleanly() == 0, again.said
     assert "rollouts are scored already" in again.log("evaluator") and again.num_scored() == 64
+
+
+class SomebodysServer:
+    """An OpenAI-compatible endpoint, which goes away and comes back at the same address."""
+
+    def __init__(self) -> None:
+        self.num_answered = 0
+        self._port = 0
+        self.come()
+
+    def come(self) -> None:
+        endpoint = self
+
+        class Chat(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                self.rfile.read(int(self.headers["Content-Length"]))
+                time.sleep(0.1)
+                choice = {"index": 0, "finish_reason": "stop", "message": {"content": "1 2 3 4"}}
+                answer = json.dumps({"choices": [choice]}).encode()
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(answer)))
+                self.end_headers()
+                self.wfile.write(answer)
+                endpoint.num_answered += 1
+
+            def log_message(self, *_: object) -> None: ...
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", self._port), Chat)
+        self._port = self._server.server_port
+        self.url = f"http://127.0.0.1:{self._port}/v1"
+        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
+
+    def leave(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+@pytest.fixture
+def endpoint() -> Iterator[SomebodysServer]:
+    server = SomebodysServer()
+    yield server
+    server.leave()
+
+
+def test_an_evaluation_waits_for_its_endpoint_then_ends_with_its_name_and_goes_on_later(
+    evaluated, endpoint, folder, gym_python, fault
+):
+    directory = folder / "endpoint"
+    one = evaluated(
+        directory,
+        *SUDOKU,
+        "env.sudoku.max_concurrency=8",
+        "evaluation.samples=16",
+        f"endpoint.url={endpoint.url}",
+        "endpoint.model=big/one",
+        "endpoint.timeout_s=6",
+    )
+    one.wait_for(lambda: endpoint.num_answered > 4)
+    blow = fault("The endpoint of an evaluation restarts")
+    endpoint.leave()
+    time.sleep(3)
+    endpoint.come()
+    before = endpoint.num_answered
+    one.wait_for(lambda: endpoint.num_answered > before)
+    blow.over()
+    one.wait_for(one.landed)
+    blow = fault("The endpoint of an evaluation goes away")
+    endpoint.leave()
+    assert one.ended_cleanly() == 1, one.said
+    assert blow.over() < 90
+    assert "rollouts failed, more than rollout.max_failed_share" in one.said
+    assert "engine in env.sudoku" in one.said and f"endpoint.url={endpoint.url}: " in one.said, one.said
+    assert "logs/gateway.log" in one.said
+    assert one.said.count("error: ") == 1, one.said
+    assert not (directory / "results.json").exists() and one.landed()
+    endpoint.come()
+    again = evaluated(directory)
+    assert again.ended_cleanly() == 0, again.said
+    assert "rollouts are scored already" in again.log("evaluator") and again.num_scored() == 128

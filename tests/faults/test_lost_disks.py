@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -27,6 +27,7 @@ def small_disk(folder: Path) -> Iterator[Path]:
         pytest.skip("this user may not mount")
     yield disk
     subprocess.run(["umount", "-l", disk], check=False)
+    disk.rmdir()
 
 
 def ended_for_one_cause(run: Run) -> str:
@@ -36,11 +37,9 @@ def ended_for_one_cause(run: Run) -> str:
     return run.said[run.said.index("error: ") :].strip()
 
 
-def test_a_full_disk_ends_a_run_that_goes_on_once_there_is_room(started, small_disk, gym_python, fault):
-    run = started("disk", *LONG)
-    run.wait_for(lambda: checkpoints.newest_step(run.directory / "checkpoints"))
-    blow = fault("The disk is full while a run goes on")
-    filler = small_disk / "filler"
+def fill(disk: Path) -> Path:
+    """Writes a file that leaves no room on the disk, and returns it."""
+    filler = disk / "filler"
     with filler.open("wb", buffering=0) as file:
         for size in (1 << 20, 1 << 12):
             try:
@@ -48,19 +47,58 @@ def test_a_full_disk_ends_a_run_that_goes_on_once_there_is_room(started, small_d
                     file.write(bytes(size))
             except OSError:
                 pass
+    return filler
+
+
+def goes_on(run: Run, started: Callable[..., Run]) -> None:
+    """Asserts that the run, once there is room, goes on from its last checkpoint and trains one step more."""
+    last = max(run.steps())
+    # A checkpoint may have been in the way of its own end, as may the newest line of metrics.
+    before = checkpoints.newest_step(run.directory / "checkpoints")
+    assert before and before >= last - 2
+    again = started(run.directory.name, f"trainer.max_steps={last + 1}", resume=True)
+    assert again.ended() == 0, again.said
+    assert again.steps() == list(range(1, last + 2))
+
+
+def test_a_full_disk_ends_a_run_that_goes_on_once_there_is_room(started, small_disk, gym_python, fault):
+    run = started("disk", *LONG)
+    run.wait_for(lambda: checkpoints.newest_step(run.directory / "checkpoints"))
+    blow = fault("The disk is full while a run goes on")
+    filler = fill(small_disk)
     said = ended_for_one_cause(run)
     assert blow.over() < 60
     assert f"{small_disk}/" in said and "No space left on device (0 MB free there)" in said, said
     assert "make room" in said
     assert not list(small_disk.rglob("*.part")), "half a file takes room, and serves nobody"
     filler.unlink()
-    last = max(run.steps())
-    # A checkpoint may have been in the way of its own end, as may the newest line of metrics.
-    before = checkpoints.newest_step(run.directory / "checkpoints")
-    assert before and before >= last - 2
-    again = started("disk", f"trainer.max_steps={last + 1}", resume=True)
-    assert again.ended() == 0, again.said
-    assert again.steps() == list(range(1, last + 2))
+    goes_on(run, started)
+
+
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("rollouts", "The disk of its rollouts is full"),
+        ("checkpoints", "The disk of its checkpoints is full"),
+    ],
+)
+def test_a_full_disk_behind_a_link_ends_a_run_that_goes_on_once_there_is_room(
+    name, row, started, small_disk, folder, gym_python, fault
+):
+    (folder / name).mkdir()
+    (small_disk / name).mkdir()
+    (folder / name / name).symlink_to(small_disk / name)
+    run = started(name, *LONG)
+    run.wait_for(lambda: checkpoints.newest_step(run.directory / "checkpoints"))
+    blow = fault(row)
+    filler = fill(small_disk)
+    said = ended_for_one_cause(run)
+    assert blow.over() < 60
+    assert f"{run.directory / name}/" in said and "No space left on device (0 MB free there)" in said, said
+    assert "make room" in said
+    assert not list(small_disk.rglob("*.part")), "half a file takes room, and serves nobody"
+    filler.unlink()
+    goes_on(run, started)
 
 
 def test_a_run_whose_directory_is_moved_says_where_it_goes_on_and_one_that_is_deleted_ends(

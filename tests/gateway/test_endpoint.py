@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import email.utils
+import socket
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -166,6 +167,38 @@ def test_what_does_not_pass_ends_at_the_deadline_with_the_last_reason():
     assert status == 500 and reply["error"]["type"] == "engine_error"
     assert "no reply within endpoint.timeout_s=1.5: the request was not answered" in reply["error"]["message"]
     assert time.monotonic() - began < 4
+
+
+def test_an_endpoint_that_is_gone_is_waited_for_once_and_asked_as_before_when_it_is_back():
+    async def run() -> list[Any]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        url = f"http://127.0.0.1:{port}/v1"
+        found = []
+        async with (
+            serve(build_app(Endpoint(url, "m", None, 2.0))) as own,
+            aiohttp.ClientSession(own) as http,
+        ):
+            for _ in range(3):
+                began = time.monotonic()
+                status, reply = await chat(http)
+                found.append((status, reply["error"]["message"], time.monotonic() - began))
+            script = Script(completion(), (503, "busy"), completion())
+            app = web.Application()
+            app.add_routes([web.post("/v1/chat/completions", script.answer)])
+            runner = web.AppRunner(app)
+            await runner.setup()
+            await web.TCPSite(runner, "127.0.0.1", port).start()
+            found += [(await chat(http))[0] for _ in range(2)]
+            await runner.cleanup()
+        return [url, *found]
+
+    url, first, second, third, *back = asyncio.run(run())
+    assert 1.5 < first[2] < 6 and second[2] < 1 and third[2] < 1
+    for status, message, _ in (first, second, third):
+        assert status == 500 and message.startswith(f"endpoint.url={url}: ") and "Cannot connect" in message
+    assert back == [200, 200], "what passes is tried again"
 
 
 def test_a_broken_connection_is_tried_again():

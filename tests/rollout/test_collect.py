@@ -902,6 +902,13 @@ def test_prompts_without_room_end_a_run_only_where_nothing_else_was_played():
         check_failed_share([failed("prompt_too_long")] * 9, 0.2)
 
 
+def test_while_rollouts_are_out_failures_are_a_share_of_all_that_will_land():
+    check_failed_share([failed("engine")] * 2, 0.2, total=10)
+    check_failed_share([failed("prompt_too_long")] * 9, 0.2, total=10)
+    with pytest.raises(RolloutError, match="3 of 10 rollouts failed"):
+        check_failed_share([failed("engine")] * 3, 0.2, total=10)
+
+
 def test_no_failure_is_allowed_with_a_share_of_zero():
     with pytest.raises(RolloutError):
         check_failed_share([failed("engine")] + [completed()] * 99, 0.0)

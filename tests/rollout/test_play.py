@@ -204,14 +204,15 @@ def test_what_may_not_be_trained_on_is_no_rollout():
 
 
 class Agent:
-    def __init__(self, body: str, status: int = 200, wait_s: float = 0.0) -> None:
+    def __init__(self, body: str, status: int = 200, wait_s: float = 0.0, failed: str = "") -> None:
         self.body, self.status, self.wait_s = body, status, wait_s
+        self.headers = {"x-gymexp-failed": failed}
         self.asked: list[tuple[str, Any]] = []
 
     async def run(self, request: web.Request) -> web.Response:
         self.asked.append((request.content_type, await request.json()))
         await asyncio.sleep(self.wait_s)
-        return web.Response(text=self.body, status=self.status)
+        return web.Response(text=self.body, status=self.status, headers=self.headers)
 
 
 def played(agent: Agent, timeout_s: float = 10.0, max_steps: int | None = None, refused_reward: float = 0.0):
@@ -262,6 +263,21 @@ def test_a_playing_that_fails_says_whose_failure_it_is(agent, cause, detail):
         "agent simple_agent: " if cause == "token_mismatch" else ("http", "the pol")
     )
     assert len(failure.detail) < 2100
+
+
+def test_an_engine_failure_that_the_gateway_named_is_the_engines_though_its_text_was_lost():
+    said = {"server": "gateway", "said": "endpoint.url=http://them/v1: gone", "cause": "engine"}
+    episode = {"episode_id": {}, "failure": {"failure_kind": "agent_error", "stage": "rollout"}}
+    for agent in (
+        Agent("Internal Server Error", 500, failed=json.dumps(said)),
+        Agent(json.dumps(episode), failed=json.dumps(said)),
+    ):
+        failure = played(agent)
+        assert (failure.cause, failure.detail) == ("engine", "endpoint.url=http://them/v1: gone")
+    del said["cause"]
+    failure = played(Agent("Internal Server Error", 500, failed=json.dumps(said)))
+    assert (failure.cause, failure.detail) == ("environment", "gateway: endpoint.url=http://them/v1: gone")
+    assert played(Agent("no such table", 500, failed="[1]")).cause == "environment"
 
 
 def test_an_agent_that_does_not_answer_in_time_or_is_away_is_named_with_its_url():
