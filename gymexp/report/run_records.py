@@ -6,7 +6,6 @@ Older runs and evaluation directories lack some of the files; their records are 
 from __future__ import annotations
 
 import contextlib
-import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,8 +19,9 @@ from gymexp.config.plain_yaml import load_plain_yaml
 from gymexp.errors import RunDirectoryError
 from gymexp.files import read_json
 from gymexp.record.directory import PLAN
+from gymexp.record.line_follower import Followed
 from gymexp.record.metric_names import name_of
-from gymexp.record.own_files import check_own
+from gymexp.record.own_files import check_own, open_own
 from gymexp.record.run_state import RunState, read_run
 from gymexp.rollout.rollout_files import is_row, load_older, older_names
 
@@ -34,32 +34,19 @@ _MARKS = ("config.yaml", "metrics.jsonl", "status.json", "results.json", "rollou
 class LineFile:
     """The objects of a JSONL file. `refresh` reads only what was appended since the last call."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._inode = -1
-        self._read_to = 0
+    def __init__(self, run: Path, name: str) -> None:
+        self._followed = Followed(lambda: open_own(run, run / name))
         self.records: list[Record] = []
 
     def refresh(self) -> bool:
         """Reads new lines, or the whole file if it was replaced or cut (a resumed run takes lines back).
         Damaged lines and one that is still being written are left out. Returns whether `records` changed."""
-        try:
-            file = self._path.open("rb")
-        except (FileNotFoundError, NotADirectoryError):
-            changed, self.records, self._read_to = bool(self.records), [], 0
-            return changed
-        with file:
-            status = os.fstat(file.fileno())
-            replaced = status.st_ino != self._inode or status.st_size < self._read_to
-            if replaced:
-                self.records, self._read_to, self._inode = [], 0, status.st_ino
-            file.seek(self._read_to)
-            new = file.read()
-        whole = new.rfind(b"\n") + 1
-        self._read_to += whole
-        added = [record for line in new[:whole].splitlines() if (record := _parsed(line)) is not None]
-        self.records += added
-        return replaced or bool(added)
+        changed = False
+        for is_anew, lines, _ in self._followed.batches():
+            changed = True
+            self.records = [] if is_anew else self.records
+            self.records += [record for line in lines if (record := _parsed(line)) is not None]
+        return changed
 
 
 def _parsed(line: bytes) -> Record | None:
@@ -244,11 +231,11 @@ class RunReader:
             )
         check_own(path)
         self.path = path
-        self._metrics = LineFile(path / "metrics.jsonl")
-        self._timeline = LineFile(path / "timeline.jsonl")
-        self._system = LineFile(path / "system.jsonl")
-        self._index = LineFile(path / "rollouts" / "index.jsonl")
-        self._trained = LineFile(path / "rollouts" / "train_index.jsonl")
+        self._metrics = LineFile(path, "metrics.jsonl")
+        self._timeline = LineFile(path, "timeline.jsonl")
+        self._system = LineFile(path, "system.jsonl")
+        self._index = LineFile(path, "rollouts/index.jsonl")
+        self._trained = LineFile(path, "rollouts/train_index.jsonl")
         self._is_own = is_own
         self._older: tuple[list[str], list[Record]] = ([], [])  # names of files, lines made from them
         self._constant: dict[str, Any] = {}

@@ -227,20 +227,36 @@ def _index_of(directory: Path, name: str, success_rewards: Mapping[str, float]) 
     """Returns lines of the index for a file of one frame. Rollouts of a task in a row are its group. `began`
     is None where the file does not have it."""
     path = directory / f"{name}{_SUFFIX}"
-    frame = {"file": name, "offset": 0, "length": path.stat().st_size}
+    try:
+        summaries = [older_summary(record, success_rewards) for record in read_outcomes(path)]
+        return with_places(name, path.stat().st_size, enumerate(summaries))
+    except (zstandard.ZstdError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise RunDirectoryError(f"{path} must have a rollout of gymexp in each line: {error}") from None
+
+
+def older_summary(record: Mapping[str, Any], success_rewards: Mapping[str, float]) -> dict[str, Any]:
+    """Returns what the index would have of an outcome, beside its place. record: in the form of
+    `outcome_to_json`; what a stranger wrote may raise AttributeError, LookupError, TypeError or ValueError.
+    success_rewards: of `success_rewards_of`."""
+    row = _summary(outcome_from_json(record), success_rewards)
+    return row | ({"began": None} if row.get("began") == 0 else {})
+
+
+def with_places(
+    name: str, size: int, summaries: Iterable[tuple[int, dict[str, Any]]]
+) -> list[dict[str, Any]]:
+    """Returns lines of the index for a file of one frame. size: its bytes. summaries: of `older_summary`,
+    each with its line."""
+    frame = {"file": name, "offset": 0, "length": size}
     rows: list[dict[str, Any]] = []
     num_played: Counter[str] = Counter()
     group, group_key = -1, None
-    try:
-        for number, outcome in enumerate(map(outcome_from_json, read_outcomes(path))):
-            key = task_of(outcome).key
-            group, group_key = group + (key != group_key), key
-            place = {"line": number, "number": number, "group": group, "index": num_played[key]}
-            row = frame | place | _summary(outcome, success_rewards)
-            rows.append(row | ({"began": None} if row.get("began") == 0 else {}))
-            num_played[key] += 1
-    except (zstandard.ZstdError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise RunDirectoryError(f"{path} must have a rollout of gymexp in each line: {error}") from None
+    for number, summary in summaries:
+        key = summary["key"]
+        group, group_key = group + (key != group_key), key
+        place = {"line": number, "number": number, "group": group, "index": num_played[key]}
+        rows.append(frame | place | summary)
+        num_played[key] += 1
     return rows
 
 
@@ -248,8 +264,16 @@ def _read_success_rewards(config: Path) -> dict[str, float]:
     """Returns env.<name>.success_reward of a config.yaml, which an earlier version may have written."""
     try:
         content: Any = load_plain_yaml(config.read_bytes()) if config.exists() else {}
+    except ValueError:
+        return {}
+    return success_rewards_of(content)
+
+
+def success_rewards_of(content: Any) -> dict[str, float]:
+    """Returns env.<name>.success_reward of a parsed config.yaml, as far as it has them."""
+    try:
         named = {name: env.get("success_reward") for name, env in content["env"].items()}
-    except (AttributeError, KeyError, TypeError, ValueError):
+    except (AttributeError, KeyError, TypeError):
         return {}
     return {name: reward for name, reward in named.items() if isinstance(reward, int | float)}
 

@@ -17,7 +17,6 @@ from gymexp.errors import RunDirectoryError
 from gymexp.record.linked_folders import is_own_link
 from gymexp.record.own_files import MAX_FRAME, decompressed, open_own, parsed
 
-MAX_LINE = 1 << 20  # bytes of a line of an index
 _MAX_SMALL = 4 << 20  # bytes of config.yaml and the like
 
 

@@ -6,17 +6,17 @@ filled anew. A line that is damaged, or was written by someone else, is left out
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from gymexp.errors import RunDirectoryError
+from gymexp.record.line_follower import Followed
 from gymexp.record.own_files import parsed
-from gymexp.rollout.items import text_of
-from gymexp.rollout.rollout_files import MAX_REASON, is_rollout_file
-from gymexp.view.follow import Followed
-from gymexp.view.run_files import RunFiles, key_of
+from gymexp.rollout.rollout_files import is_rollout_file, older_summary, success_rewards_of, with_places
+from gymexp.view.run_files import RunFiles
 
 COLUMNS = {
     "file": str, "step": int, "split": str, "number": int, "grp": int, "idx": int, "key": str, "env": str,
@@ -27,7 +27,6 @@ COLUMNS = {
     "line": int,
 }  # fmt: skip
 _SPLITS = {"step": "train", "eval": "held-out", "filtered": "left out"}
-_MAX_TEXT = 120  # characters, as in the index
 _OUTCOMES = ("completed", "truncated", "failed")
 _TYPES = {str: "TEXT", int: "INTEGER", float: "REAL"}
 
@@ -47,7 +46,8 @@ class RunIndex:
         self._lock = threading.Lock()
         self._refreshing = threading.Lock()
         self._followed = {
-            name: Followed(files, f"rollouts/{name}.jsonl") for name in ("index", "train_index")
+            name: Followed(lambda name=name: files.open(f"rollouts/{name}.jsonl"))
+            for name in ("index", "train_index")
         }
         self._old: set[tuple[str, int, int]] = set()  # the files read of a run that has no index
         self._db = sqlite3.connect(":memory:", check_same_thread=False, isolation_level=None)
@@ -168,6 +168,7 @@ class RunIndex:
 
     def _read_old_files(self) -> None:
         """Fills the table of a run from before index.jsonl, by parsing its files of rollouts."""
+        success_rewards = success_rewards_of(self.files.read_config())
         names = self.files.names("rollouts", ".jsonl.zst")
         stems = [name.removesuffix(".jsonl.zst") for name in names]
         for number, stem in enumerate(filter(is_rollout_file, stems), 1):
@@ -179,7 +180,7 @@ class RunIndex:
             mark = (stem, status.st_size, status.st_mtime_ns)
             if mark in self._old:
                 continue
-            rows = list(_old_rows(self.files, stem, status.st_size, self._success_reward))
+            rows = list(_old_rows(self.files, stem, status.st_size, success_rewards))
             with self._lock:
                 self._db.execute("BEGIN")
                 self._db.execute("DELETE FROM rollouts WHERE file = ?", (stem,))
@@ -190,12 +191,6 @@ class RunIndex:
             self._old = {m for m in self._old if m[0] != stem} | {mark}
             self.progress = number / len(stems)
             self.version += 1
-
-    def _success_reward(self, env: str) -> float:
-        envs = self.files.read_config().get("env")
-        config = envs.get(env) if isinstance(envs, dict) else None
-        value = config.get("success_reward") if isinstance(config, dict) else None
-        return value if isinstance(value, int | float) else 1.0
 
 
 def _rollout(row: Any) -> dict[str, Any] | None:
@@ -251,54 +246,15 @@ def _value(value: Any, kind: type) -> Any:
 
 
 def _old_rows(
-    files: RunFiles, stem: str, size: int, success_reward: Callable[[str], float]
+    files: RunFiles, stem: str, size: int, success_rewards: Mapping[str, float]
 ) -> Iterator[dict[str, Any]]:
-    """Yields the rows of a file whose rollouts no index lists. Its groups are runs of one task's rollouts."""
-    group, before, played = -1, None, {}
-    lines = files.read_frame(f"rollouts/{stem}.jsonl.zst", 0, size)
-    for number, line in enumerate(lines):
-        record = parsed(line)
-        if not isinstance(record, dict) or not isinstance(key := key_of(record), str):
-            continue
-        group, before = group + (key != before), key
-        inner = record.get("rollout")
-        rollout: dict[str, Any] = inner if isinstance(inner, dict) else {}
-        turns = [turn for turn in _list(rollout.get("turns")) if isinstance(turn, dict)]
-        logprobs = [v for turn in turns for v in _list(turn.get("logprobs")) if isinstance(v, int | float)]
-        env = key.split("/")[0]
-        reward = rollout.get("reward")
-        items = [item for item in _list(rollout.get("items")) if isinstance(item, dict)]
-        row = _rollout(
-            {
-                "file": stem, "offset": 0, "length": size, "line": number, "number": number, "group": group,
-                "index": played.get(key, 0), "key": key, "env": env, "outcome": record.get("outcome"),
-                "failures": record.get("failures"), "limit": record.get("limit"),
-                "cause": record.get("cause"), "refused": rollout.get("refused"), "reward": reward,
-                "success": isinstance(reward, int | float) and reward >= success_reward(env),
-                "turns": len(turns), "tokens": len(logprobs),
-                "prompt_tokens": len(_list(turns[0].get("prompt_ids"))) if turns else None,
-                "nll": max(0.0, -sum(logprobs) / len(logprobs)) if logprobs else None,
-                "tool_calls": sum(item.get("type") == "function_call" for item in items),
-                "began": rollout.get("began"), "seconds": rollout.get("seconds"),
-                "seed": rollout.get("seed"), "replica": rollout.get("replica"),
-                "weights_version": rollout.get("weights_version"),
-                "text": " ".join(str(record.get("detail") or "").split())[:MAX_REASON]
-                or _last_words(items)[:_MAX_TEXT],
-            }
-        )  # fmt: skip
-        played[key] = played.get(key, 0) + 1
-        if row and row["outcome"] == "failed":
-            row |= dict.fromkeys(("success", "turns", "tokens", "tool_calls"))
-        if row:
-            yield row
-
-
-def _list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else []
-
-
-def _last_words(items: Sequence[Mapping[str, Any]]) -> str:
-    for item in reversed(items):
-        if item.get("type", "message") == "message":
-            return text_of(item.get("content"))
-    return ""
+    """Yields the rows of a file whose rollouts no index lists."""
+    summaries: list[tuple[int, dict[str, Any]]] = []
+    for number, line in enumerate(files.read_frame(f"rollouts/{stem}.jsonl.zst", 0, size)):
+        with contextlib.suppress(AttributeError, LookupError, TypeError, ValueError, OverflowError):
+            summary = older_summary(parsed(line), success_rewards)
+            if isinstance(summary["key"], str):
+                summaries.append((number, summary))
+    for row in with_places(stem, size, summaries):
+        if whole := _rollout(row):
+            yield whole

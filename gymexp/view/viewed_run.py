@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gymexp.errors import RunDirectoryError
+from gymexp.record.line_follower import Followed
 from gymexp.record.own_files import check_own, parsed
 from gymexp.record.run_state import RunState, read_run
-from gymexp.view.follow import Followed
 from gymexp.view.run_files import RunFiles
 from gymexp.view.run_index import RunIndex
 from gymexp.view.task_rows import TaskRows
@@ -38,7 +38,7 @@ class ViewedRun:
         self.tasks = TaskRows(self.files)
         self.search = TextSearch(self.files, self.index, self.tasks)
         self._own_tokenizer = tokenizer
-        self._metrics = Followed(self.files, "metrics.jsonl")
+        self._metrics = Followed(lambda: self.files.open("metrics.jsonl"))
         self._entries: dict[int, dict[str, Any]] = {}
         self._lock = threading.Lock()
         self._looked_at = 0.0

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
+from pathlib import Path
 
 import pytest
 import zstandard
@@ -14,7 +16,7 @@ from gymexp.errors import RunDirectoryError
 from gymexp.record import own_files
 from gymexp.record.own_files import decompressed, parsed
 from gymexp.rollout.outcome import Completed
-from gymexp.rollout.rollout_files import RolloutWriter
+from gymexp.rollout.rollout_files import RolloutWriter, load_index
 from gymexp.view.run_files import RunFiles
 from gymexp.view.run_index import RunIndex
 from gymexp.view.viewed_run import runs_at
@@ -71,6 +73,53 @@ def test_a_link_within_the_run_is_followed_and_a_folder_of_links_is_not(run, tmp
     assert files.names("logs", ".log") == []
     with pytest.raises(RunDirectoryError, match="leads out of it"):
         files.open("logs/private.log")
+
+
+def test_of_a_run_from_before_the_index_the_viewer_shows_what_the_report_counts(tmp_path):
+    run = Path(__file__).parents[1] / "rollout" / "older_run"
+    shown = index_of(run).query("SELECT * FROM rollouts ORDER BY file, number")
+    counted = {(row["file"], row["number"]): row for row in load_index(run / "rollouts")}
+    assert len(shown) == len(counted) > 10
+    same = (
+        "key",
+        "env",
+        "outcome",
+        "reward",
+        "success",
+        "turns",
+        "tokens",
+        "nll",
+        "tool_calls",
+        "text",
+        "line",
+    )
+    for row in shown:
+        theirs = counted[row["file"], row["number"]]
+        assert [row[name] for name in same] == [theirs.get(name) for name in same]
+        assert (row["grp"], row["idx"]) == (theirs["group"], theirs["index"])
+
+
+def test_of_a_strangers_old_file_each_damaged_line_is_left_out_and_the_others_keep_their_place(tmp_path):
+    older = Path(__file__).parents[1] / "rollout" / "older_run"
+    run = shutil.copytree(older, tmp_path / "run")
+    path = next(iter(sorted((run / "rollouts").glob("step-*.zst"))))
+    whole = zstandard.ZstdDecompressor().stream_reader(path.read_bytes(), read_across_frames=True).read()
+    good = whole.splitlines()[0]
+    record = json.loads(good)
+    odd = [b"{", b"[1]", b"7", b"{}"]
+    for key in ({"a": 1}, ["x"], None, 7):
+        inner = record["rollout"] | {"task": record["rollout"]["task"] | {"key": key}}
+        odd.append(json.dumps(record | {"rollout": inner}).encode())
+    for wrong in ({"turns": 3}, {"turns": [{"logprobs": ["x"]}]}, {"reward": "high"}, {"items": 5}):
+        odd.append(json.dumps(record | {"rollout": record["rollout"] | wrong}).encode())
+    path.write_bytes(zstandard.compress(b"\n".join([good, *odd, good]) + b"\n"))
+    rows = index_of(run).query(
+        "SELECT * FROM rollouts WHERE file = ?", (path.name.removesuffix(".jsonl.zst"),)
+    )
+    numbers = [row["number"] for row in rows]
+    assert numbers[0] == 0 and numbers[-1] == len(odd) + 1
+    assert {row["line"] for row in rows} == set(numbers)
+    assert all(isinstance(row["key"], str) for row in rows)
 
 
 def test_a_pipe_does_not_make_the_viewer_wait(run):

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import BinaryIO
 
-from gymexp.view.run_files import MAX_LINE, RunFiles
-
+MAX_LINE = 1 << 20  # bytes of a line
 _KEPT = 4096  # bytes before the position that has been read, by which a replaced file is noticed
 _BATCH = 2000  # lines
 _MAX_BATCH = 8 << 20  # bytes
@@ -17,9 +16,9 @@ _MAX_BATCH = 8 << 20  # bytes
 class Followed:
     """A JSONL file that grows, and may be replaced or cut."""
 
-    def __init__(self, files: RunFiles, name: str) -> None:
-        self._files = files
-        self._name = name
+    def __init__(self, open_file: Callable[[], BinaryIO | None]) -> None:
+        """open_file: opens the file; None if there is none."""
+        self._open = open_file
         self.forget()
 
     def forget(self) -> None:
@@ -30,7 +29,7 @@ class Followed:
 
     def batches(self) -> Iterator[tuple[bool, list[bytes], float]]:
         """Yields (whether the file is read anew, whole lines, share read so far)."""
-        file = self._files.open(self._name)
+        file = self._open()
         if file is None:
             if self._at:
                 self.forget()
