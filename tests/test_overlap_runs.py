@@ -156,7 +156,8 @@ def test_a_run_whose_groups_all_have_equal_rewards_ends_and_names_the_environmen
     assert "rollout.dynamic_sampling left out 9 groups in a row" in run.said
     assert "of env.sudoku" in run.said and "rollout.max_resampled=2" in run.said
     left_out = [row for row in read_index(run.directory / "rollouts") if row["file"] == "filtered-000001"]
-    assert len(left_out) == 9 * GENERATIONS, "they are kept"
+    num_kept, rest = divmod(len(left_out), GENERATIONS)
+    assert num_kept >= 9 and not rest, "they are kept, also those that landed while the run was ending"
     assert run.steps() == []
 
 
