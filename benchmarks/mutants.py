@@ -66,7 +66,7 @@ MODULES = {  # the tests of each module, slow ones last, as the first failure en
     "rollout/group_schedule": "rollout/test_group_schedule.py",
     "rollout/packed": "rollout/test_packed.py",
     "rollout/landing": "rollout/test_landing.py",
-    "rollout/draws": "rollout/test_draws.py",
+    "rollout/draws": "rollout/test_draws.py gateway/test_pieces.py",
     "data/curriculum": "data/test_curriculum.py",
     "sweep/watch": "sweep/test_watch.py",
     "sweep/job": "sweep/test_job.py sweep/test_job_lead.py",
