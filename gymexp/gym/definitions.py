@@ -25,6 +25,7 @@ from gymexp.config.suggestions import nearest
 from gymexp.errors import ConfigError, ServiceError
 from gymexp.files import replace_file
 from gymexp.gym import environment_server
+from gymexp.gym.config_classes import nulls
 from gymexp.gym.install import Say, ensure_python, nemo_gym_version, run_script, site_packages
 from gymexp.gym.open_values import instead_of, is_local, open_values
 from gymexp.gym.server_settings import OF_THE_JUDGE, with_judge, with_settings
@@ -133,7 +134,8 @@ def playable_servers(name: str, env: EnvConfig, site: Path, python: Path | None 
             raise ConfigError(f"env.{name}.judge must be left out: {_why_no_judge(name, servers, env.agent)}")
         servers = judged
     variables = {variable for _, variable in variables_of(name, env)}  # `check_variables` asks for them
-    if reasons := list(reasons_against(servers, env.agent, name, is_own, variables, os.environ)):
+    roots = (own_servers(), site)
+    if reasons := list(reasons_against(servers, env.agent, name, is_own, variables, os.environ, roots)):
         raise ConfigError("\n".join(f"env.{name} cannot be played: {reason}" for reason in reasons))
     return servers
 
@@ -179,6 +181,11 @@ def server_of(definition: Mapping[str, Any]) -> tuple[str, str, dict[str, Any]]:
     return kind, implementation, {k: v for k, v in values.items() if k != "datasets"}
 
 
+def module_of(kind: str, implementation: str, values: Mapping[str, Any]) -> str:
+    """Returns the Python module of a server, e.g. resources_servers.mcqa.app."""
+    return f"{kind}.{implementation}.{Path(values['entrypoint']).stem}"
+
+
 def servers_of_agent(servers: Servers, agent: str) -> list[str]:
     """Returns the agent, the environment server that runs its episodes, and every server that these lead to,
     in the file's order, without the policy's model server, which gymexp defines, and without those that the
@@ -207,14 +214,16 @@ def reasons_against(
     is_own: bool = False,
     variables: Iterable[str] = (),
     environ: Mapping[str, str] = MappingProxyType({}),
+    roots: Sequence[Path] = (),
 ) -> Iterator[str]:
     """Yields why an agent's environment cannot be played as its servers are defined, and what to set.
 
     name: of the environment. is_own: the file is the user's own, who may let the policy judge itself.
-    variables: those that the user names as the values of keys. environ: the environment variables.
+    variables: those that the user names as the values of keys. environ: the environment variables. roots: the
+    directories that have the servers' code, the first one first; without them it is not read.
     """
     yield from environment_server.reasons_against(servers, agent)
-    more = name, is_own, {*OF_THE_POLICY, *OF_THE_JUDGE, *variables}, environ
+    more = name, is_own, {*OF_THE_POLICY, *OF_THE_JUDGE, *variables}, environ, roots
     reasons = list(_reasons(servers, agent, *more))
     left = reasons
     if judged := with_judge(servers, servers_of_agent(servers, agent), JudgeConfig("http://judge", "judge")):
@@ -224,16 +233,23 @@ def reasons_against(
         yield f"{reason}: {instead}" if (reason, instead) in left else f"{reason}: {fix}"
 
 
-def needs_judge(servers: Servers, agent: str) -> bool:
-    """Returns whether `env.<name>.judge` is all that an environment of NeMo Gym's lacks to be played."""
+def needs_judge(servers: Servers, agent: str, roots: Sequence[Path] = ()) -> bool:
+    """Returns whether `env.<name>.judge` is all that an environment of NeMo Gym's lacks to be played.
+
+    roots: as for `reasons_against`."""
     judged = with_judge(servers, servers_of_agent(servers, agent), JudgeConfig("http://judge", "judge"))
-    return bool(
-        judged and list(reasons_against(servers, agent, "")) and not list(reasons_against(judged, agent, ""))
-    )
+    lacks = [list(reasons_against(some, agent, "", roots=roots)) for some in (servers, judged) if some]
+    return len(lacks) == 2 and bool(lacks[0]) and not lacks[1]
 
 
 def _reasons(
-    servers: Servers, agent: str, name: str, is_own: bool, given: set[str], environ: Mapping[str, str]
+    servers: Servers,
+    agent: str,
+    name: str,
+    is_own: bool,
+    given: set[str],
+    environ: Mapping[str, str],
+    roots: Sequence[Path],
 ) -> Iterator[tuple[str, str]]:
     """Yields each reason, and what to do about it if a judge does not help."""
     for server in servers_of_agent(servers, agent):
@@ -250,7 +266,14 @@ def _reasons(
                 "serve the model by a vLLM that you start, and in a copy of the file in "
                 f"{KINDS[0]}/ of the working directory define {server} as {instead_of(implementation)}",
             )
-        for at, text in open_values(kind, implementation, values, given, environ):
+        if not values.get("entrypoint"):
+            yield (
+                f"{server} has no entrypoint",
+                "write entrypoint: app.py, its Python file, into its definition",
+            )
+            continue
+        no_null = list(nulls(values, module_of(kind, implementation, values), roots))
+        for at, text in open_values(kind, implementation, values, given, environ, no_null):
             key = f"env.{name}.servers.{server}.{at}"
             secret = any(secrets_at(key, text))
             yield (
