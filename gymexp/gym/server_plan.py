@@ -96,7 +96,7 @@ def plan(
         add(model, "responses_api_models", "vllm_model", values)
     count = 0
     for env_name, env in envs.items():
-        defined = playable_servers(env_name, env, site, python)
+        defined = playable_servers(env_name, env, site, python, gives_tokens)
         needed = servers_of_agent(defined, env.agent)
         if JUDGE in defined:  # a server may know its address alone
             needed = [JUDGE, *(name for name in needed if name != JUDGE)]

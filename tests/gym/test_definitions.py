@@ -214,6 +214,42 @@ def test_a_key_that_the_user_sets_is_no_longer_missed_and_a_null_of_the_users_is
         playable_servers("room", nothing, site)
 
 
+PROGRAM = """
+room:
+  resources_servers:
+    room_kind: {{entrypoint: app.py}}
+walker:
+  responses_api_agents:
+    program_agent:
+      entrypoint: app.py
+      resources_server: {{type: resources_servers, name: room}}
+      {asks}
+"""
+PAST = (
+    "walker (program_agent) asks the policy without NeMo Gym's model server, so its replies have no token ids"
+)
+NEVER = "walker (program_agent) asks no model server, so the policy would never be asked"
+FIX = ": take an environment whose agent has a model_server"
+
+
+@pytest.mark.parametrize(
+    ("asks", "reasons", "of_text"),
+    [
+        ("options: {url: '${policy_base_url}', model: '${policy_model_name}'}", [PAST + FIX], []),
+        ("model: claude-sonnet", [NEVER + FIX], [NEVER + FIX]),
+        ("model: '${policy_model_name}'", [NEVER + FIX], [NEVER + FIX]),
+        ("model_server: {type: responses_api_models, name: policy_model}", [], []),
+        ("inner: {type: responses_api_agents, name: other}", [], []),
+    ],
+)
+def test_an_agent_of_nemo_gyms_without_a_model_server_is_refused_by_name(asks, reasons, of_text, tmp_path):
+    servers = yaml.safe_load(PROGRAM.format(asks=asks))
+    servers["other"] = yaml.safe_load(PROGRAM.format(asks=MODEL))["walker"]
+    assert list(reasons_against(servers, "walker", "x")) == reasons
+    assert list(reasons_against(servers, "walker", "x", gives_tokens=False)) == of_text
+    assert not list(reasons_against(servers, "walker", "x", is_own=True)), "one's own may carry them"
+
+
 def test_a_server_without_an_entrypoint_is_named():
     servers = yaml.safe_load(FILE.format(values="domain: games").replace("entrypoint: app.py, ", ""))
     assert list(reasons_against(servers, "walker", "x")) == [
@@ -309,6 +345,9 @@ def test_the_catalogue_has_nemo_gyms_environments(gym_python):
     assert (
         "api_key" in reason and "set env.critpt.servers.critpt_resources_server.api_key.key_env=…" in reason
     )
+    if "math_with_judge_opencode_agent" in catalogue:  # of 0.4
+        [reason] = catalogue["math_with_judge_opencode_agent"].reasons
+        assert reason.startswith("math_with_judge_opencode_agent (opencode_agent) asks the policy without")
     tried = load_tried(nemo_gym_version(site))
     assert not [name for name, seen in tried.items() if "reason" not in seen and catalogue[name].reasons]
     assert sum(entry.needs_judge for entry in catalogue.values()) >= 50
