@@ -13,6 +13,7 @@ from loopback import serving
 ENV = "over_refusal_detection"
 KEY = "a-key-of-the-judge-7c41"
 KEY_ENV = "MY_JUDGE_KEY"
+QUICKSTART = ("sudoku", "workplace")  # the environments of the other settings of a run
 REWARDS = {"[[COMPLIED]]": 0.75, "[[REFUSED]]": 0.25}
 UNCLEAR = 0.5  # what NeMo Gym's server gives for a judge without a verdict
 _NUMBER = re.compile(r"verdict (\d+)")
@@ -63,14 +64,14 @@ def judging() -> Iterator[Judge]:
         judge.down()
 
 
-def settings(judge: Judge) -> list[str]:
-    """Overrides of a run whose judged environment this judge judges."""
+def settings(judge: Judge, *others: str) -> list[str]:
+    """Overrides of a run whose judged environment this judge judges. others: environments beside it."""
     keys = ["weight=1", "max_output_tokens=8", "data.validation_share=0.4", f"judge.url={judge.url}/v1"]
     keys += ["judge.model=wise", f"judge.key_env={KEY_ENV}", f"servers.{ENV}.reward_if_unclear={UNCLEAR}"]
     keys += [
         f"servers.{ENV}.reward_if_{word}={REWARDS[f'[[{word.upper()}]]']}" for word in ("complied", "refused")
     ]
-    return [f"env=[sudoku,workplace,{ENV}]", *(f"env.{ENV}.{key}" for key in keys)]
+    return [f"env=[{','.join((*others, ENV))}]", *(f"env.{ENV}.{key}" for key in keys)]
 
 
 def check_verdicts(judge: Judge, outcomes: list[dict]) -> list[int]:

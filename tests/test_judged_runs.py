@@ -7,7 +7,7 @@ import signal
 import time
 
 import pytest
-from judged_runs import ENV, KEY, KEY_ENV, check_verdicts, judging, settings
+from judged_runs import ENV, KEY, KEY_ENV, QUICKSTART, check_verdicts, judging, settings
 from whole_run import UNEVALUATED
 
 pytestmark = [pytest.mark.gym, pytest.mark.e2e, pytest.mark.timeout(900)]
@@ -20,7 +20,7 @@ def test_a_judged_run_that_was_killed_goes_on_with_its_judge_and_asks_for_the_ke
     monkeypatch.setenv(KEY_ENV, KEY)
     with judging() as judge:
         short = [*UNEVALUATED, f"trainer.max_steps={STEPS}", "trainer.save_steps=1"]
-        run = started("killed", *short, *settings(judge))
+        run = started("killed", *short, *settings(judge, *QUICKSTART))
         run.wait_for(lambda: (run.directory / "checkpoints" / "checkpoint-1" / "complete.json").exists())
         judge.pause_s = 30.0
         asked = judge.asked

@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 import pytest
-from judged_runs import ENV, KEY, KEY_ENV, Judge, check_verdicts, judging, settings
+from judged_runs import ENV, KEY, KEY_ENV, QUICKSTART, Judge, check_verdicts, judging, settings
 from whole_run import UNEVALUATED, Run
 
 pytestmark = [pytest.mark.gym, pytest.mark.e2e, pytest.mark.timeout(900)]
@@ -21,7 +21,7 @@ def test_a_judge_that_is_down_for_a_while_delays_the_run_and_nothing_else(
 ):
     monkeypatch.setenv(KEY_ENV, KEY)
     with judging() as judge:
-        run = started("judged", *SHORT, *settings(judge))
+        run = started("judged", *SHORT, *settings(judge, *QUICKSTART))
         down = goes_down(run, judge, fault("A judge is down for 30 s"))
         time.sleep(DOWN_S)
         assert run.steps() == [1], "no step is done without the judge"
@@ -41,7 +41,7 @@ def test_a_judge_that_is_away_for_longer_costs_the_rollouts_that_it_did_not_judg
 ):
     monkeypatch.setenv(KEY_ENV, KEY)
     with judging() as judge:
-        run = started("longer", *SHORT, *settings(judge), *ONE_TRY, "rollout.max_failed_share=1")
+        run = started("longer", *SHORT, *settings(judge, *QUICKSTART), *ONE_TRY, "rollout.max_failed_share=1")
         away = goes_down(run, judge, fault("A judge is down for longer"))
         run.wait_for_step(2)  # no patience is left, and no retry
         away.over()
@@ -61,7 +61,7 @@ def test_a_judge_that_is_away_for_longer_costs_the_rollouts_that_it_did_not_judg
 def test_a_judge_that_stays_away_ends_the_run_with_its_name(started, gym_python, fault, monkeypatch):
     monkeypatch.setenv(KEY_ENV, KEY)
     with judging() as judge:
-        run = started("left", *SHORT, *settings(judge), *ONE_TRY)
+        run = started("left", *SHORT, *settings(judge, *QUICKSTART), *ONE_TRY)
         away = goes_down(run, judge, fault("A judge stays away"))
         assert run.ended_cleanly() == 1, run.said
         away.over()
@@ -78,7 +78,7 @@ def test_a_judge_that_takes_requests_and_never_answers_is_named_before_its_rollo
 ):
     monkeypatch.setenv(KEY_ENV, KEY)
     with judging() as judge:
-        run = started("hangs", *SHORT, *settings(judge), *ONE_TRY, f"env.{ENV}.timeout_s=20")
+        run = started("hangs", *SHORT, *settings(judge, *QUICKSTART), *ONE_TRY, f"env.{ENV}.timeout_s=20")
         run.wait_for_step(1)
         hangs = fault("A judge hangs")
         judge.pause_s = 1000.0
