@@ -86,6 +86,7 @@ def check_verdicts(judge: Judge, outcomes: list[dict]) -> list[int]:
         if said is None:  # the policy said nothing, of which the server asks no judge
             assert rollout["reward"] == 0.0 and not rollout["verdict"].get("model_response_text"), rollout
             continue
+        assert said["response"], f"a verdict that nobody gave: {rollout}"
         [number] = map(int, _NUMBER.findall(said["response"]["output"][-1]["content"][-1]["text"]))
         assert rollout["reward"] == REWARDS[judge.given[number]], rollout
         numbers.append(number)
