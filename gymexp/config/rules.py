@@ -20,7 +20,6 @@ from gymexp.config.schema import (
     DataConfig,
     EngineConfig,
     EvaluationConfig,
-    GymConfig,
     LauncherConfig,
     RunConfig,
     TrackerConfig,
@@ -82,7 +81,7 @@ def problems_of(config: RunConfig) -> Iterator[str]:
     yield from problems_of_lora(config)
     yield from _launcher_problems(config.launcher)
     yield from _sharding_problems(config.trainer)
-    yield from _gym_problems(config.gym)
+    yield from _gym_problems(config)
     yield from at_least("rollout.max_retries", config.rollout.max_retries, 0)
     if not 0 <= config.rollout.max_failed_share <= 1:
         yield f"rollout.max_failed_share must be between 0 and 1, got {config.rollout.max_failed_share!r}"
@@ -98,7 +97,8 @@ def problems_of(config: RunConfig) -> Iterator[str]:
     yield from _tracker_problems(config.tracker)
 
 
-def _gym_problems(gym: GymConfig) -> Iterator[str]:
+def _gym_problems(config: RunConfig) -> Iterator[str]:
+    gym = config.gym
     yield from one_of("gym.runtime", gym.runtime, ("managed", "cli", "attach"))
     if gym.runtime == "cli" and not gym.checkout:
         yield "gym.checkout must name your NeMo Gym checkout when gym.runtime=cli, got None"
@@ -113,6 +113,14 @@ def _gym_problems(gym: GymConfig) -> Iterator[str]:
             f"gym.model_servers must be left out with gym.runtime={gym.runtime}, whose servers gymexp does "
             f"not plan, got {gym.model_servers!r}"
         )
+    replicas = [env.replicas for env in config.env.values()]
+    if all(isinstance(number, int) and number >= 1 for number in replicas):
+        most = max(1, sum(replicas))  # pyright: ignore[reportCallIssue, reportArgumentType]
+        if gym.model_servers > most:
+            yield (
+                f"gym.model_servers must be at most {most}, the replicas of all environments together "
+                f"(env.<name>.replicas), as each uses one model server, got {gym.model_servers}"
+            )
     for key in ("start_timeout_s", "health_interval_s", "health_timeout_s"):
         yield from positive(f"gym.{key}", getattr(gym, key))
     yield from at_least("gym.max_restarts", gym.max_restarts, 0)

@@ -253,6 +253,7 @@ def test_every_sweep_composes_and_every_point_of_it_loads(name):
             "gym={runtime:cli,model_servers:2}",
             r"gym\.model_servers must be left out with gym\.runtime=cli, .*, got 2",
         ),
+        ("gym.model_servers=3", r"gym\.model_servers must be at most 1, .*env\.<name>\.replicas.*got 3"),
         ("seed=-1", r"^seed must be between 0 and 2\*\*32 - 1, got -1"),
         (f"seed={2**32}", r"^seed must be between 0 and 2\*\*32 - 1, got 4294967296"),
         ("search.seed=-1", r"search\.seed must be between 0 and"),

@@ -69,6 +69,26 @@ def test_a_collection_ends_whose_last_batch_is_full_as_its_last_rollout_lands():
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("way", ["all", "close"])
+def test_a_batch_that_is_being_completed_as_the_collection_ends_is_kept_once(monkeypatch, way):
+    monkeypatch.setattr(landing, "AT_ONCE", 1)
+
+    async def run() -> None:
+        kept, asked = Kept(), asyncio.Event()
+
+        async def slowly(played: Sequence[Attempted]) -> list[Outcome]:
+            asked.set()
+            await asyncio.sleep(0.1)
+            return await kept.complete(played)
+
+        landed = Landing([asyncio.create_task(after(0.0, 0))], slowly, kept.keep)
+        await asked.wait()
+        await getattr(landed, way)()
+        assert kept.batches == [[(0, "0 complete")]]
+
+    asyncio.run(run())
+
+
 @pytest.mark.parametrize(("at_once", "every_s"), [(2, 60.0), (99, 0.1)])
 def test_they_are_kept_as_soon_as_there_are_enough_and_after_some_time(monkeypatch, at_once, every_s):
     monkeypatch.setattr(landing, "AT_ONCE", at_once)

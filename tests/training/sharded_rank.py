@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import random
 import sys
 import threading
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cpu_shards import shard_on_cpus
 from safetensors.torch import save_file
 from transformers import TrainerCallback
 
@@ -30,16 +30,6 @@ from gymexp.rollout.outcome import Completed, Failed, Outcome, Rollout, Task, Tu
 from gymexp.training import arguments, checkpoints, named_weights, queued_tasks
 from gymexp.training.drift import NUM_ROWS, Row, score
 from gymexp.training.trainer import PolicyTrainer
-
-
-def shard_on_cpus() -> None:
-    """accelerate shards with FSDP where its backend is an accelerator's; torch itself does so on CPUs too."""
-    from accelerate.state import PartialState
-    from accelerate.utils import DistributedType
-
-    torch.distributed.init_process_group("gloo")
-    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
-    PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_HPU)
 
 
 class MadeUp:

@@ -139,6 +139,7 @@ def test_every_epoch_has_each_task_once_in_another_order_and_no_gap_between(tmp_
     assert all(abs(Counter(key[0] for key in pair)["a"] - 8 / 7) < 1 for pair in batched(order, 2))
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("stops", [(1, 11), (4, 9)])
 def test_a_run_that_is_resumed_plays_what_the_undisturbed_one_plays(tmp_path, stops):
     whole = train(tmp_path / "whole", max_steps=14)
@@ -153,6 +154,7 @@ def same_weights(one: Any, other: Any) -> None:
         assert torch.equal(left, right)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize(
     "trainer",
     [
@@ -169,6 +171,7 @@ def test_a_run_that_stops_in_the_middle_of_a_generation_goes_on_in_it(tmp_path, 
     same_weights(parts[-1], whole)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize(
     ("epochs", "steps"),
     [(1, 4), (2, 7), (2.5, 9), (3, 11)],  # 7 tasks an epoch, two a step: the last batch is filled up

@@ -49,6 +49,7 @@ def logged(trainer: GRPOTrainer, name: str) -> float:
     return value
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize(
     ("loss_type", "lora"), [*((kind, None) for kind in LOSSES), ("grpo", LoraConfig(r=4))]
 )
@@ -113,6 +114,7 @@ def gradient_by_hand(trainer: Any, rollouts: MadeUp) -> torch.Tensor:
     return torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)])
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("loss_type", LOSSES)
 def test_with_another_engine_the_ratio_is_to_its_probabilities_and_clipped_as_by_hand(
     policy, tmp_path, loss_type
@@ -148,6 +150,7 @@ def test_the_metrics_of_the_training_pass_are_those_of_its_tokens(policy, tmp_pa
     assert logged(trainer, "sampling/effective_sample_size") == pytest.approx(size, rel=1e-5)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize(
     ("changes", "cut"),
     [
@@ -185,6 +188,7 @@ def test_what_is_cut_off_is_what_the_correction_cuts_off(policy, tmp_path, chang
         assert entry["sampling/clipped"] == pytest.approx({"all": 1, "none": 0, "positive": of_positive}[cut])
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("steps_per_generation", [4, 8])
 @pytest.mark.parametrize("correction", ["behavior", "none", "decoupled"])
 def test_behavior_makes_no_pass_for_old_log_probabilities_also_with_several_updates_a_batch(
@@ -250,6 +254,7 @@ def test_the_training_pass_shows_the_drift_of_every_step(policy, tmp_path):
     assert [e["e/drift"] for e in trainer.state.log_history if "e/drift" in e] == drift
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("correction", ["behavior", "decoupled", "none"])
 def test_drift_ends_the_run_before_the_update(policy, tmp_path, correction):
     changes = {"correction": correction, "learning_rate": 0.1}

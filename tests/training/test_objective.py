@@ -28,6 +28,7 @@ def distance(ours: torch.Tensor, reference: torch.Tensor) -> float:
     return ((ours - reference).norm() / reference.norm()).item()
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize(
     "changes",
     [
@@ -46,6 +47,7 @@ def test_micro_batches_of_like_length_have_the_gradient_of_the_whole_batch(polic
     assert distance(ours, reference) < 1e-5
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize(
     "changes",
     [

@@ -60,6 +60,7 @@ class Groups(MadeUp):
         return rows
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("packs", PACKINGS)
 @pytest.mark.parametrize(
     ("loss_type", "lora"), [*((kind, None) for kind in LOSSES), ("grpo", LoraConfig(r=4))]
@@ -77,6 +78,7 @@ def test_the_gradient_of_packed_rows_is_that_of_padded_ones(policy, tmp_path, lo
     assert losses[1] == pytest.approx(losses[0], rel=1e-5, abs=1e-5)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("packs", PACKINGS)
 @pytest.mark.parametrize("correction", ["behavior", "decoupled"])
 def test_every_pass_is_packed_and_layers_that_are_computed_again_too(
@@ -134,6 +136,7 @@ def some_rows(seed: int) -> list[tuple[list[int], list[int]]]:
     ]
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("shares", [False, True])
 @pytest.mark.parametrize("kind", packing_rules.MODEL_TYPES)
 def test_each_model_that_may_be_packed_gives_the_values_of_its_padded_pass(kind, shares):
@@ -202,6 +205,7 @@ def test_rows_of_a_prompt_follow_each_other_with_all_that_belongs_to_them():
 QWEN = {"model_type": "qwen2", "sliding_window": 4096, "use_sliding_window": False, "attention_dropout": 0.0}
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
