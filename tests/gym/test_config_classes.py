@@ -201,8 +201,11 @@ def test_what_the_code_says_is_what_pydantic_says_of_nemo_gyms_own_servers(gym_p
         [gym_python, "-c", code], input=json.dumps(MODULES), capture_output=True, text=True, timeout=200
     )
     assert done.returncode == 0, done.stderr
-    site = site_packages(gym_python)
+    site, num_said, num_true = site_packages(gym_python), 0, 0
     for module, (fields, null, missing) in json.loads(done.stdout.splitlines()[-1]).items():
         given = {"host", "port", "name", "max_steps"}
-        assert set(nulls(dict.fromkeys(fields), module, [site])) == set(null) - given, module
-        assert set(nulls({}, module, [site])) == set(missing) - given, module
+        for values, refused in ((dict.fromkeys(fields), null), ({}, missing)):
+            said, true = set(nulls(values, module, [site])), set(refused) - given
+            assert said <= true, module
+            num_said, num_true = num_said + len(said), num_true + len(true)
+    assert num_said > 0.95 * num_true, "what cannot be read for certain is the exception"
