@@ -240,6 +240,7 @@ def page(tried: dict[str, Any], catalogue: dict[str, Entry]) -> str:
 
 
 _LACKS = {
+    "token ids": r"no token ids|asks no model server",
     "a judge": r"judge|genrm_model",
     "another model": r"refers to the server",
     "images": r"images",

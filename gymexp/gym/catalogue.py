@@ -19,7 +19,7 @@ from typing import Any
 import orjson
 
 from gymexp.config.schema import GymConfig
-from gymexp.gym import definitions, open_values, server_settings
+from gymexp.gym import config_classes, definitions, open_values, server_settings
 from gymexp.gym.definitions import (
     FOLDERS,
     RESOLVER,
@@ -41,7 +41,9 @@ _SUFFIX = {"resources_servers": "server", "benchmarks": "benchmark", "responses_
 _AGENTS = "responses_api_agents"
 _OWN = ("resources_servers", _AGENTS)  # the folders of the user's own that define environments
 # The modules that decide an entry's content.
-_DECIDES = tuple(Path(str(module.__file__)) for module in (definitions, open_values, server_settings))
+_DECIDES = tuple(
+    Path(str(module.__file__)) for module in (config_classes, definitions, open_values, server_settings)
+)
 # Words in a server's own files that show that it calls out, or starts other programs than Python.
 _NETWORK = re.compile(
     r"\b(tavily|docker|apptainer|singularity|daytona|arxiv|sandbox_host|googleapis)\b",
@@ -165,7 +167,10 @@ def _kept(root: Path, site: Path, cache: Path) -> Path:
     """Returns the file of a directory's entries. Its name has a hash of all that decides the content."""
     files = _yaml_files(root, site)
     if root != site:
-        files += [path for folder in _OWN for path in sorted((root / folder).glob("*/data/example*.jsonl"))]
+        patterns = ("*/data/example*.jsonl", "*/*.py")
+        files += [
+            p for folder in KINDS for pattern in patterns for p in sorted((root / folder).glob(pattern))
+        ]
     stats = [(str(p.relative_to(root)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
     place = [] if root == site else [str(root), str(site)]
     code = [path.read_text() for path in (RESOLVER, Path(__file__), *_DECIDES)]
@@ -243,8 +248,8 @@ def _entry(name: str, config_path: str, agent: str, servers: Servers, roots: lis
         examples=examples and str(examples.relative_to(next(r for r in roots if examples.is_relative_to(r)))),
         judge=any(_is_judged(servers, server) for server in servers_of_agent(servers, agent)),
         network=_network(servers, agent, roots),
-        needs_judge=needs_judge(servers, agent),
-        reasons=list(reasons_against(servers, agent, name, is_own)),
+        needs_judge=needs_judge(servers, agent, roots),
+        reasons=list(reasons_against(servers, agent, name, is_own, roots=roots)),
         is_own=is_own,
         **(_row_facts(examples) if examples else {}),
     )

@@ -25,8 +25,9 @@ from gymexp.config.suggestions import nearest
 from gymexp.errors import ConfigError, ServiceError
 from gymexp.files import replace_file
 from gymexp.gym import environment_server
+from gymexp.gym.config_classes import nulls
 from gymexp.gym.install import Say, ensure_python, nemo_gym_version, run_script, site_packages
-from gymexp.gym.open_values import instead_of, is_local, open_values
+from gymexp.gym.open_values import MODELS, instead_of, is_local, open_values
 from gymexp.gym.server_settings import OF_THE_JUDGE, with_judge, with_settings
 from gymexp.gym.server_venvs import UnmetNeeds
 from gymexp.record.places import OWN_SERVERS as KINDS
@@ -46,11 +47,13 @@ _FILL_INPUT = (_AVIARY, "gymnasium_agent")  # agents that begin with what their 
 Servers = dict[str, Any]  # NeMo Gym's definition of each server, by name
 
 
-def ensure_environments(gym: GymConfig, envs: Mapping[str, EnvConfig], cache: Path, say: Say) -> Path:
+def ensure_environments(
+    gym: GymConfig, envs: Mapping[str, EnvConfig], cache: Path, say: Say, gives_tokens: bool = True
+) -> Path:
     """Returns an interpreter with NeMo Gym and the requirements of every server of `envs`.
 
-    Raises as `ensure_python`, and ConfigError if an environment cannot be played, with the reason. An error
-    names the environments that it concerns.
+    gives_tokens: whether the policy's answers have token ids. Raises as `ensure_python`, and ConfigError if
+    an environment cannot be played, with the reason. An error names the environments that it concerns.
     """
 
     by_env: dict[str, set[str]] = {}
@@ -59,7 +62,7 @@ def ensure_environments(gym: GymConfig, envs: Mapping[str, EnvConfig], cache: Pa
         site = site_packages(python)
         for name, env in envs.items():
             if gym.runtime == "managed":
-                servers = playable_servers(name, env, site, python)
+                servers = playable_servers(name, env, site, python, gives_tokens)
                 by_env[name] = set(folders_of(servers, env.agent))
                 if warning := environment_server.warning_of(servers, env.agent, site):
                     say(f"warning: env.{name}: {warning}")
@@ -117,11 +120,14 @@ def fills_input(name: str, env: EnvConfig, site: Path, python: Path) -> bool:
     return server_of(read_servers(name, env, site, python)[env.agent])[1] in _FILL_INPUT
 
 
-def playable_servers(name: str, env: EnvConfig, site: Path, python: Path | None = None) -> Servers:
-    """Returns `read_servers` with what the user sets about them.
+def playable_servers(
+    name: str, env: EnvConfig, site: Path, python: Path | None = None, gives_tokens: bool = True
+) -> Servers:
+    """Returns `read_servers` with what the user sets about them. gives_tokens: as for `ensure_environments`.
 
-    Raises ConfigError also if the agent leads to a server or a value that is not defined, if the policy would
-    judge itself, or if `env.<name>.servers` or `env.<name>.judge` has nothing to change."""
+    Raises ConfigError also if the agent leads to a server or a value that is not defined, or to no model
+    server, if the policy would judge itself, or if `env.<name>.servers` or `env.<name>.judge` has nothing to
+    change."""
     servers = read_servers(name, env, site, python)
     path = locate(env.config_path, site)
     is_own = path is None or not any(path.is_relative_to(site / folder) for folder in FOLDERS)
@@ -133,7 +139,10 @@ def playable_servers(name: str, env: EnvConfig, site: Path, python: Path | None 
             raise ConfigError(f"env.{name}.judge must be left out: {_why_no_judge(name, servers, env.agent)}")
         servers = judged
     variables = {variable for _, variable in variables_of(name, env)}  # `check_variables` asks for them
-    if reasons := list(reasons_against(servers, env.agent, name, is_own, variables, os.environ)):
+    roots = (own_servers(), site)
+    if reasons := list(
+        reasons_against(servers, env.agent, name, is_own, variables, os.environ, roots, gives_tokens)
+    ):
         raise ConfigError("\n".join(f"env.{name} cannot be played: {reason}" for reason in reasons))
     return servers
 
@@ -179,6 +188,11 @@ def server_of(definition: Mapping[str, Any]) -> tuple[str, str, dict[str, Any]]:
     return kind, implementation, {k: v for k, v in values.items() if k != "datasets"}
 
 
+def module_of(kind: str, implementation: str, values: Mapping[str, Any]) -> str:
+    """Returns the Python module of a server, e.g. resources_servers.mcqa.app."""
+    return f"{kind}.{implementation}.{Path(values['entrypoint']).stem}"
+
+
 def servers_of_agent(servers: Servers, agent: str) -> list[str]:
     """Returns the agent, the environment server that runs its episodes, and every server that these lead to,
     in the file's order, without the policy's model server, which gymexp defines, and without those that the
@@ -207,14 +221,20 @@ def reasons_against(
     is_own: bool = False,
     variables: Iterable[str] = (),
     environ: Mapping[str, str] = MappingProxyType({}),
+    roots: Sequence[Path] = (),
+    gives_tokens: bool = True,
 ) -> Iterator[str]:
     """Yields why an agent's environment cannot be played as its servers are defined, and what to set.
 
     name: of the environment. is_own: the file is the user's own, who may let the policy judge itself.
-    variables: those that the user names as the values of keys. environ: the environment variables.
+    variables: those that the user names as the values of keys. environ: the environment variables. roots: the
+    directories that have the servers' code, the first one first; without them it is not read.
+    gives_tokens: as for `ensure_environments`.
     """
     yield from environment_server.reasons_against(servers, agent)
-    more = name, is_own, {*OF_THE_POLICY, *OF_THE_JUDGE, *variables}, environ
+    if not is_own and (reason := _why_no_tokens(servers, agent, gives_tokens)):
+        yield f"{reason}: take an environment whose agent has a model_server"
+    more = name, is_own, {*OF_THE_POLICY, *OF_THE_JUDGE, *variables}, environ, roots
     reasons = list(_reasons(servers, agent, *more))
     left = reasons
     if judged := with_judge(servers, servers_of_agent(servers, agent), JudgeConfig("http://judge", "judge")):
@@ -224,16 +244,23 @@ def reasons_against(
         yield f"{reason}: {instead}" if (reason, instead) in left else f"{reason}: {fix}"
 
 
-def needs_judge(servers: Servers, agent: str) -> bool:
-    """Returns whether `env.<name>.judge` is all that an environment of NeMo Gym's lacks to be played."""
+def needs_judge(servers: Servers, agent: str, roots: Sequence[Path] = ()) -> bool:
+    """Returns whether `env.<name>.judge` is all that an environment of NeMo Gym's lacks to be played.
+
+    roots: as for `reasons_against`."""
     judged = with_judge(servers, servers_of_agent(servers, agent), JudgeConfig("http://judge", "judge"))
-    return bool(
-        judged and list(reasons_against(servers, agent, "")) and not list(reasons_against(judged, agent, ""))
-    )
+    lacks = [list(reasons_against(some, agent, "", roots=roots)) for some in (servers, judged) if some]
+    return len(lacks) == 2 and bool(lacks[0]) and not lacks[1]
 
 
 def _reasons(
-    servers: Servers, agent: str, name: str, is_own: bool, given: set[str], environ: Mapping[str, str]
+    servers: Servers,
+    agent: str,
+    name: str,
+    is_own: bool,
+    given: set[str],
+    environ: Mapping[str, str],
+    roots: Sequence[Path],
 ) -> Iterator[tuple[str, str]]:
     """Yields each reason, and what to do about it if a judge does not help."""
     for server in servers_of_agent(servers, agent):
@@ -250,7 +277,14 @@ def _reasons(
                 "serve the model by a vLLM that you start, and in a copy of the file in "
                 f"{KINDS[0]}/ of the working directory define {server} as {instead_of(implementation)}",
             )
-        for at, text in open_values(kind, implementation, values, given, environ):
+        if not values.get("entrypoint"):
+            yield (
+                f"{server} has no entrypoint",
+                "write entrypoint: app.py, its Python file, into its definition",
+            )
+            continue
+        no_null = list(nulls(values, module_of(kind, implementation, values), roots))
+        for at, text in open_values(kind, implementation, values, given, environ, no_null):
             key = f"env.{name}.servers.{server}.{at}"
             secret = any(secrets_at(key, text))
             yield (
@@ -262,6 +296,22 @@ def _reasons(
                 f"{server} would have the policy judge itself",
                 f"name another model in a copy of the file in {KINDS[0]}/ of the working directory",
             )
+
+
+def _why_no_tokens(servers: Servers, agent: str, gives_tokens: bool) -> str:
+    """Returns why the policy's tokens do not come with the replies of one of NeMo Gym's agents, or "".
+
+    NeMo Gym's model server alone passes token ids on, and tells the gateway which rollout a call belongs to.
+    So an agent that refers to none, as one that runs a program with a client of its own, has neither.
+    """
+    _, implementation, values = server_of(servers[agent])
+    text = json.dumps(values)
+    if any(f'"type": "{kind}"' in text for kind in (MODELS, "responses_api_agents")):
+        return ""
+    if f"${{{OF_THE_POLICY[0]}}}" not in text:
+        return f"{agent} ({implementation}) asks no model server, so the policy would never be asked"
+    asks = f"{agent} ({implementation}) asks the policy without NeMo Gym's model server"
+    return f"{asks}, so its replies have no token ids" if gives_tokens else ""
 
 
 def asks_policy(kind: str, values: Mapping[str, Any]) -> bool:

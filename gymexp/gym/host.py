@@ -1,5 +1,5 @@
-"""Runs NeMo Gym's servers, one forked process each. A script for NeMo Gym's venv; of gymexp it imports
-`server_code.py`, `judge_calls.py`, `rollout_calls.py` and `run_key.py` alone, which lie beside it.
+"""Runs NeMo Gym's servers, one forked process each. A script for NeMo Gym's venv; of gymexp it imports the
+modules alone that lie beside it and say that they are a part of it.
 
 NeMo Gym's modules take six seconds or more to import. This process, the host, imports them once and then
 forks a child for each server that the controller starts. So a start, or a restart after a failure, takes a
@@ -49,6 +49,7 @@ from rollout_calls import (  # pyright: ignore[reportMissingImports]
     typed_answer,
     url_of,
 )
+from rollout_deadline import with_deadline  # pyright: ignore[reportMissingImports]
 from run_key import require_key, session_with_key  # pyright: ignore[reportMissingImports]
 from server_code import Code, add_newer, check_asked  # pyright: ignore[reportMissingImports]
 
@@ -201,7 +202,7 @@ def serve(app: Any, sock: socket.socket, key: str | None) -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(65535, hard), hard))
     config = uvicorn.Config(
-        require_key(key, app),
+        require_key(key, with_deadline(app)),
         log_level="warning",
         access_log=False,
         timeout_graceful_shutdown=1,

@@ -14,6 +14,7 @@ import time
 from contextvars import ContextVar
 from typing import Any
 
+_MARGIN_S = 2.0  # of the rollout's time, in which the servers pass on that the judge has failed
 _PATIENCE_S = 30.0  # for an endpoint that is down or broken; for one that is overloaded, the whole call's
 _BROKEN, _OVERLOADED = 500, 429
 # The failed calls to a judge, as values of host.py's FAILURE_HEADER, while a server answers one request.
@@ -77,22 +78,30 @@ def _be_patient(limit_s: float) -> None:
     """Bounds the calls of NeMo Gym's client of OpenAI in this process, and has it raise JudgeFailed."""
     from nemo_gym.openai_utils import NeMoGymAsyncOpenAI  # pyright: ignore[reportMissingImports]
     from nemo_gym.server_utils import get_global_aiohttp_client  # pyright: ignore[reportMissingImports]
+    from rollout_deadline import seconds_left  # pyright: ignore[reportMissingImports]
 
     async def request(client: Any, **arguments: Any) -> Any:
         arguments.pop("_internal", None)
-        url, began, pause = arguments["url"], time.monotonic(), 0.5
+        url, began, pause, said = arguments["url"], time.monotonic(), 0.5, ""
+        left = seconds_left()
+        time_s = limit_s if left is None else max(0.0, min(limit_s, left - _MARGIN_S))
         try:
-            async with asyncio.timeout(limit_s):
+            async with asyncio.timeout(time_s):
                 while True:
                     patience, asked_pause, said = await _try(get_global_aiohttp_client(), limit_s, arguments)
                     if not isinstance(said, str):
                         return said
+                    said = said.replace(client.api_key, "***")
                     if time.monotonic() - began > patience:
-                        raise JudgeFailed(f"{url} {said.replace(client.api_key, '***')}")
+                        raise JudgeFailed(f"{url} {said}")
                     await asyncio.sleep(max(pause, asked_pause))
                     pause = min(2 * pause, 5.0)
         except TimeoutError:
-            raise JudgeFailed(f"{url} gave no answer within {limit_s:g} s") from None
+            last = f"; the last time it {said}" if said else ""
+            raise JudgeFailed(
+                f"{url} gave no answer within {time_s:.0f} s, of the {limit_s:g} s that a rollout has "
+                f"(env.<name>.timeout_s){last}"
+            ) from None
 
     NeMoGymAsyncOpenAI._request_with_retry = request
 

@@ -8,7 +8,7 @@ start or at each request.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 MODELS = "responses_api_models"
@@ -24,23 +24,31 @@ _NEEDED = {
 # Implementations that start a vLLM of their own, or lead to one.
 _LOCAL = ("local_vllm_model", "local_vllm_model_proxy", "genrm_model")
 _NO_VALUE = ("??", "missing", "placeholder", "unset", "http://unset", "your_")  # as a value begins
+_MISSING = ("???", "MISSING")  # as a whole value
+_NULL = "\0"  # the value of a `${…,null}`, which no text has
 _NO_KEY = "dummy"
 _OPEN = re.compile(r"\$\{(\w+)\}")
 _RESOLVED = re.compile(r"\$\{oc\.(env|select):\s*([^,}]+?)\s*(?:,\s*([^${}]*?)\s*)?\}")  # the innermost
 
 
 def open_values(
-    kind: str, implementation: str, values: Mapping[str, Any], given: set[str], environ: Mapping[str, str]
+    kind: str,
+    implementation: str,
+    values: Mapping[str, Any],
+    given: set[str],
+    environ: Mapping[str, str],
+    no_null: Collection[str] = (),
 ) -> Iterator[tuple[str, str]]:
     """Yields the path and the text of each value of a server that is still to be given.
 
     given: names in `${…}` and of environment variables that get a value otherwise. environ: the environment
-    variables of the servers.
+    variables of the servers. no_null: the paths of the keys that may not be null, by the server's class.
     """
     needed = _NEEDED.get(implementation, ()) if kind == MODELS else ()
     for key in needed:
         if not values.get(key):
             yield key, "null"
+    yield from ((at, "null") for at in no_null if at not in needed and _at(values, at) is None)
     hosted = kind == MODELS and _is_hosted(values, environ)
     for at, text in _texts(values):
         value = _resolve(text, given, environ)
@@ -49,11 +57,20 @@ def open_values(
         if (
             value is None
             or text == "???"
-            or (not value and at in needed)  # another server may do without
+            or (value in _MISSING and (value != text or at in no_null))
+            or (value in ("", _NULL) and at in needed)  # another server may do without
+            or (value == _NULL and at in no_null)
             or (names_endpoint and value.lower().startswith(_NO_VALUE))
             or is_made_up
         ):
             yield at, text
+
+
+def _at(values: Any, path: str) -> Any:
+    """Returns the value at a path of a configuration, or None."""
+    for key in path.split("."):
+        values = values.get(key) if isinstance(values, Mapping) else None
+    return values
 
 
 def is_local(kind: str, implementation: str) -> bool:
@@ -81,8 +98,8 @@ def _texts(value: Any, at: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _resolve(text: str, given: set[str], environ: Mapping[str, str]) -> str | None:
-    """Returns a text with the values of its `${…}`, those of `given` unchanged; None if one has no value.
-    gymexp gives NeMo Gym no keys that `oc.select` might find."""
+    """Returns a text with the values of its `${…}`, those of `given` unchanged; None if one has no value;
+    _NULL if it is null. gymexp gives NeMo Gym no keys that `oc.select` might find."""
     if any(name not in given for name in _OPEN.findall(text)):
         return None
     lacks = False
@@ -93,12 +110,14 @@ def _resolve(text: str, given: set[str], environ: Mapping[str, str]) -> str | No
         if how == "env" and (name in environ or name in given):
             return environ.get(name, match[0])
         lacks |= default is None
-        return "" if default in (None, "null") else default.strip("'\"")
+        return _NULL if default == "null" else (default or "").strip("'\"")
 
     before = ""
     while text != before and not lacks:  # the default of one may be another
         before, text = text, _RESOLVED.sub(value, text)
-    return None if lacks else text
+    if lacks or text == _NULL:
+        return None if lacks else text
+    return text.replace(_NULL, "")
 
 
 def _is_hosted(values: Mapping[str, Any], environ: Mapping[str, str]) -> bool:

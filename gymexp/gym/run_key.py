@@ -14,8 +14,10 @@ from typing import Any
 
 
 def session_with_key(key: str, config: dict) -> Any:
-    """Returns aiohttp's client session, which sends the key to the servers of `config` and to nobody else."""
+    """Returns aiohttp's client session, which sends the key and the seconds that the rollout has left to the
+    servers of `config`, and to nobody else."""
     from aiohttp import ClientSession
+    from rollout_deadline import headers  # pyright: ignore[reportMissingImports]
 
     servers = {
         (values["host"], values["port"])
@@ -28,6 +30,7 @@ def session_with_key(key: str, config: dict) -> Any:
     async def add_key(request: Any, handler: Any) -> Any:
         if (request.url.host, request.url.port) in servers:
             request.headers["Authorization"] = f"Bearer {key}"
+            request.headers.update(headers())
         return await handler(request)
 
     return functools.partial(ClientSession, middlewares=(add_key,))

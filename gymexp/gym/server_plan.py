@@ -19,6 +19,7 @@ from gymexp.gym.definitions import (
     OF_THE_POLICY,
     POLICY,
     is_reference,
+    module_of,
     playable_servers,
     server_of,
     servers_of_agent,
@@ -85,7 +86,7 @@ def plan(
     def add(name: str, kind: str, implementation: str, values: dict[str, Any]) -> str:
         values = values | {"host": host, "port": port(name)}
         layout.config[name] = {kind: {implementation: values}}
-        layout.modules[name] = f"{kind}.{implementation}.{Path(values['entrypoint']).stem}"
+        layout.modules[name] = module_of(kind, implementation, values)
         return f"http://{host}:{values['port']}"
 
     models = [POLICY if i == 0 else f"{POLICY}-{i}" for i in range(gym.model_servers)]
@@ -95,7 +96,7 @@ def plan(
         add(model, "responses_api_models", "vllm_model", values)
     count = 0
     for env_name, env in envs.items():
-        defined = playable_servers(env_name, env, site, python)
+        defined = playable_servers(env_name, env, site, python, gives_tokens)
         needed = servers_of_agent(defined, env.agent)
         if JUDGE in defined:  # a server may know its address alone
             needed = [JUDGE, *(name for name in needed if name != JUDGE)]

@@ -86,7 +86,8 @@ async def play(
     began, began_at = time.monotonic(), time.time()
     try:
         async with asyncio.timeout(timeout_s):
-            headers = {"Content-Type": "application/json"} | header_of(POLICY)
+            headers = {"Content-Type": "application/json", "x-gymexp-seconds-left": f"{timeout_s:g}"}
+            headers |= header_of(POLICY)
             async with http.post(
                 f"{url}/run", data=request_body(task, sampling, takes_episodes), headers=headers
             ) as response:

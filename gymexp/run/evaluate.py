@@ -78,7 +78,7 @@ def evaluate(
     placement = place_text_policy() if is_text else place_evaluation(run_config, visible_gpus())
     if placement.engine == "vllm":
         vllm.read_version(run_config.engine)
-    python = ensure_environments(run_config.gym, run_config.env, cache_dir(), view.say)
+    python = ensure_environments(run_config.gym, run_config.env, cache_dir(), view.say, not is_text)
     if run is None:
         assert request is not None
         prepared = _prepare(request, config, python, view.say)

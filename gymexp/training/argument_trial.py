@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from gymexp.config.grpo_arguments import read_source
 from gymexp.config.suggestions import nearest
+from gymexp.training import recomputed_layers
 from gymexp.training.arguments import construct
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def judge(trainer: dict[str, Any], dtype: str, attn_implementation: str, here: b
         args = construct(testable, dtype, output_dir="unused", report_to=[])
         _check_objective(args)
         _check_words(args, trainer.get("ddp_backend"))
-        _check_kernels(args)
+        _check_kernels(args, not here or torch.cuda.is_available())
     except (TypeError, ValueError, ImportError) as error:
         message = str(error)
         return message if message.startswith("trainer.") else f"trainer: trl.GRPOConfig refuses it: {message}"
@@ -139,7 +140,7 @@ def _check_words(args: GRPOConfig, ddp_backend: str | None) -> None:
             raise ValueError(f"trainer.{name} must be one of {', '.join(words)}, got {value!r}{near}")
 
 
-def _check_kernels(args: GRPOConfig) -> None:
+def _check_kernels(args: GRPOConfig, has_gpu: bool) -> None:
     """Raises ValueError if liger-kernel is requested but not installed, or if torch refuses the arguments of
     gradient checkpointing."""
     from transformers.utils.import_utils import is_liger_kernel_available
@@ -150,12 +151,15 @@ def _check_kernels(args: GRPOConfig) -> None:
             "pip install liger-kernel"
         )
     if args.gradient_checkpointing and args.gradient_checkpointing_kwargs:
+        kwargs: Any = args.gradient_checkpointing_kwargs
+        recomputed_layers.check(kwargs, has_gpu)
         try:
-            _try_checkpointing(args.gradient_checkpointing_kwargs)
+            _try_checkpointing(kwargs)
         except (TypeError, ValueError) as error:
             raise ValueError(
-                "trainer.gradient_checkpointing_kwargs must be arguments of torch.utils.checkpoint, "
-                f"got {args.gradient_checkpointing_kwargs!r}: {_first_line(error)}"
+                "trainer.gradient_checkpointing_kwargs must be every_n_layers, offload, or arguments of "
+                "torch.utils.checkpoint, "
+                f"got {kwargs!r}: {_first_line(error)}"
             ) from None
 
 
@@ -165,8 +169,8 @@ def _try_checkpointing(options: Any) -> None:
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     model = AutoModelForCausalLM.from_config(LlamaConfig(**_TINY)).train()
-    options = {name: value for name, value in options.items() if name not in ("every_n_layers", "offload")}
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options or None)
+    _, kwargs = recomputed_layers.split(options)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs or None)
     ids = torch.arange(4)[None]
     model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
 

@@ -33,6 +33,7 @@ from gymexp.training import (
     packing,
     padding,
     queued_tasks,
+    recomputed_layers,
 )
 from gymexp.training.engine_client import ServerSampling
 from gymexp.training.ranks import know_cpu_ranks, on_main_rank
@@ -103,6 +104,7 @@ class PolicyTrainer(GRPOTrainer):
         )
         # TRL counts a rollout as truncated unless its last token is one of these.
         self.eos_token_ids = end_token_ids(tokenizer, directory_of(config.model))
+        recomputed_layers.keep_options(self.model)
         if self.is_fsdp_enabled:
             self.model.register_forward_pre_hook(gather_head)  # pyright: ignore[reportOptionalMemberAccess]
         self.add_callback(StepSpans(self.spans))

@@ -20,7 +20,8 @@ from gymexp.gym.definitions import (
     reasons_against,
     server_of,
 )
-from gymexp.gym.install import site_packages
+from gymexp.gym.install import nemo_gym_version, site_packages
+from gymexp.gym.tried import load_tried
 from gymexp.record.places import cache_dir
 
 FILE = """
@@ -151,6 +152,111 @@ def test_a_key_that_a_file_leaves_open_is_named_and_one_that_it_leaves_out_is_no
     )
 
 
+CODE = """
+from pydantic import BaseModel
+
+class SimpleServer(BaseModel):
+    pass
+
+class Config(BaseModel):
+    api_key: str
+    level: int = 3
+    note: str | None = None
+
+class Room(SimpleServer):
+    config: Config
+"""
+
+
+@pytest.mark.parametrize(
+    ("values", "lacks"),
+    [
+        ("api_key: null", ["api_key (null)"]),
+        ("port: 1", ["api_key (null)"]),
+        ("api_key: '${oc.select:their_key,null}'", ["api_key (${oc.select:their_key,null})"]),
+        ("api_key: '${oc.env:NO,${oc.env:NO_2,null}}'", ["api_key (${oc.env:NO,${oc.env:NO_2,null}})"]),
+        ("api_key: MISSING", ["api_key (MISSING)"]),
+        ("api_key: x, level: null", ["level (null)"]),
+        ("level: null", ["api_key (null)", "level (null)"]),
+        ("api_key: x, note: '${oc.env:NO,MISSING}'", ["note (${oc.env:NO,MISSING})"]),
+        ("api_key: '', note: '${oc.env:NO,null}'", []),
+        ("api_key: 'a${oc.env:NO,null}'", []),
+        ("api_key: '${oc.env:SET,null}', note: MISSING", []),
+        ("api_key: \"${oc.env:NO,''}\"", []),
+    ],
+)
+def test_a_null_is_named_where_the_servers_own_class_does_not_allow_it(values, lacks, tmp_path):
+    servers = yaml.safe_load(FILE.format(values=values))
+    roots = [site_with(tmp_path, values)]
+    put_code(roots[0])
+    reasons = list(reasons_against(servers, "walker", "x", environ={"SET": "a-value"}, roots=roots))
+    secret = ".key_env=…, the variable that has it"
+    assert reasons == [
+        f"room has no value for {lack}: set env.x.servers.room.{key}{secret if key == 'api_key' else '=…'}"
+        for lack in lacks
+        for key in [lack.split()[0]]
+    ]
+
+
+def put_code(site: Path) -> None:
+    code = site / "resources_servers" / "room_kind" / "app.py"
+    code.parent.mkdir()
+    code.write_text(CODE)
+
+
+def test_a_key_that_the_user_sets_is_no_longer_missed_and_a_null_of_the_users_is(tmp_path):
+    site = site_with(tmp_path, "api_key: null")
+    put_code(site)
+    mine = dataclasses.replace(ROOM, servers={"room": {"api_key": {"key_env": "NOT_SET_YET"}}})
+    assert "room" in playable_servers("room", mine, site)
+    nothing = dataclasses.replace(ROOM, servers={"room": {"api_key": "x", "level": None}})
+    with pytest.raises(ConfigError, match=r"room has no value for level \(null\)"):
+        playable_servers("room", nothing, site)
+
+
+PROGRAM = """
+room:
+  resources_servers:
+    room_kind: {{entrypoint: app.py}}
+walker:
+  responses_api_agents:
+    program_agent:
+      entrypoint: app.py
+      resources_server: {{type: resources_servers, name: room}}
+      {asks}
+"""
+PAST = (
+    "walker (program_agent) asks the policy without NeMo Gym's model server, so its replies have no token ids"
+)
+NEVER = "walker (program_agent) asks no model server, so the policy would never be asked"
+FIX = ": take an environment whose agent has a model_server"
+
+
+@pytest.mark.parametrize(
+    ("asks", "reasons", "of_text"),
+    [
+        ("options: {url: '${policy_base_url}', model: '${policy_model_name}'}", [PAST + FIX], []),
+        ("model: claude-sonnet", [NEVER + FIX], [NEVER + FIX]),
+        ("model: '${policy_model_name}'", [NEVER + FIX], [NEVER + FIX]),
+        ("model_server: {type: responses_api_models, name: policy_model}", [], []),
+        ("inner: {type: responses_api_agents, name: other}", [], []),
+    ],
+)
+def test_an_agent_of_nemo_gyms_without_a_model_server_is_refused_by_name(asks, reasons, of_text, tmp_path):
+    servers = yaml.safe_load(PROGRAM.format(asks=asks))
+    servers["other"] = yaml.safe_load(PROGRAM.format(asks=MODEL))["walker"]
+    assert list(reasons_against(servers, "walker", "x")) == reasons
+    assert list(reasons_against(servers, "walker", "x", gives_tokens=False)) == of_text
+    assert not list(reasons_against(servers, "walker", "x", is_own=True)), "one's own may carry them"
+
+
+def test_a_server_without_an_entrypoint_is_named():
+    servers = yaml.safe_load(FILE.format(values="domain: games").replace("entrypoint: app.py, ", ""))
+    assert list(reasons_against(servers, "walker", "x")) == [
+        "room has no entrypoint: write entrypoint: app.py, its Python file, into its definition"
+    ]
+
+
 def test_a_judge_that_is_turned_off_is_none(tmp_path):
     site = site_with(tmp_path, f"{MODEL}, should_use_judge: false")
     servers = playable_servers("room", ROOM, site)
@@ -235,6 +341,15 @@ def test_the_catalogue_has_nemo_gyms_environments(gym_python):
     assert catalogue["equivalence_llm_judge"].judge and catalogue["circle_click"].images
     assert not catalogue["gpqa"].reasons and catalogue["verifif"].reasons
     assert catalogue["verifif"].needs_judge and not catalogue["ns_tools"].needs_judge
+    [reason] = catalogue["critpt"].reasons
+    assert (
+        "api_key" in reason and "set env.critpt.servers.critpt_resources_server.api_key.key_env=…" in reason
+    )
+    if "math_with_judge_opencode_agent" in catalogue:  # of 0.4
+        [reason] = catalogue["math_with_judge_opencode_agent"].reasons
+        assert reason.startswith("math_with_judge_opencode_agent (opencode_agent) asks the policy without")
+    tried = load_tried(nemo_gym_version(site))
+    assert not [name for name, seen in tried.items() if "reason" not in seen and catalogue[name].reasons]
     assert sum(entry.needs_judge for entry in catalogue.values()) >= 50
     assert options_of(blackjack) == {
         "config_path": "environments/blackjack/config.yaml",

@@ -230,13 +230,25 @@ def get(url: str) -> bytes:
         return response.read()
 
 
+BROKEN = """
+world:
+  resources_servers:
+    example_single_tool_call: {entrypoint: app.py, domain: agent}
+broken:
+  responses_api_agents:
+    simple_agent:
+      entrypoint: app.py
+      max_steps: many
+      resources_server: {type: resources_servers, name: world}
+      model_server: {type: responses_api_models, name: policy_model}
+"""
+
+
 @pytest.mark.gym
 def test_the_real_servers_start_answer_and_come_back_after_a_kill_while_a_broken_one_is_named(
     gym_python, tmp_path
 ):
-    (tmp_path / "broken.yaml").write_text(
-        "broken:\n  responses_api_agents:\n    simple_agent: {entrypoint: app.py, max_steps: many}\n"
-    )
+    (tmp_path / "broken.yaml").write_text(BROKEN)
     envs = {
         "sudoku": SUDOKU,
         "workplace": WORKPLACE,

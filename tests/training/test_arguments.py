@@ -191,7 +191,11 @@ GOOD: list[dict[str, Any]] = [
         "vllm_importance_sampling_mode": "token_truncate",
         "torch_compile_backend": "eager",
     },
-    {"gradient_checkpointing_kwargs": {"use_reentrant": True}, "log_level": "info", "ddp_backend": "gloo"},
+    {
+        "gradient_checkpointing_kwargs": {"use_reentrant": True, "every_n_layers": 2},
+        "log_level": "info",
+        "ddp_backend": "gloo",
+    },
 ]
 # TRL's constructor takes all but the first two as they are, and the run fails minutes later, or not at all.
 BAD: list[tuple[str, dict[str, Any]]] = [
@@ -226,6 +230,7 @@ BAD: list[tuple[str, dict[str, Any]]] = [
     ("trainer.ddp_backend must be one of", {"ddp_backend": "nckl"}),
     ("trainer.include_num_input_tokens_seen must be one of", {"include_num_input_tokens_seen": "some"}),
     ("trainer.gradient_checkpointing_kwargs must be", {"gradient_checkpointing_kwargs": {"reentrant": 1}}),
+    ("must be an integer >= 1, got 0", {"gradient_checkpointing_kwargs": {"every_n_layers": 0}}),
     ("--tf32 requires", {"tf32": True}),
 ]
 # (model.attn_implementation, whether the run is this machine's, what is said)
