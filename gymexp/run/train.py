@@ -37,7 +37,14 @@ def train(
     from gymexp.record.places import cache_dir
     from gymexp.report.held_out import read_held_out
     from gymexp.run import controller
-    from gymexp.training import arguments, checkpoints, packing_rules, schedule, sharding
+    from gymexp.training import (
+        argument_rules,
+        arguments,
+        checkpoints,
+        packing_rules,
+        schedule,
+        sharding,
+    )
     from gymexp.view.progress import View
     from gymexp.view.table import held_out_table
 
@@ -75,6 +82,7 @@ def train(
         prepared.summary["training"] = training_plan
         config = dataclasses.replace(config, model=hub_snapshot.pin(config.model, view.say))
         packing_rules.check(config.model, hub_snapshot.directory_of(config.model))
+        argument_rules.check_model(config.trainer, hub_snapshot.directory_of(config.model))
         adapter.check(config.model, hub_snapshot.directory_of(config.model), placement.engine)
         tokenizer_check.check(config.model, prepared, cache_dir())
         prompt_lengths.check(config.model, prepared, cache_dir())

@@ -5,16 +5,18 @@ gymexp sets the argument; the table names the key to use instead. REFUSED: the a
 value, because gymexp would ignore another value or apply it wrongly. HARMLESS: any value is accepted, because
 nothing reads the argument and nobody is misled.
 
-This module does not import TRL, so a mistake is reported at once.
+This module does not import TRL, so a mistake is reported at once. `check_model` looks at the model too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from gymexp.config.grpo_arguments import default, value_of
+from gymexp.errors import ConfigError
 
 _CARRIED = {
     "steps and batches": (
@@ -340,4 +342,20 @@ def _accelerator_problems(settings: Any) -> Iterator[str]:
         yield (
             "trainer.accelerator_config may have non_blocking and "
             f"gradient_accumulation_kwargs.sync_each_batch alone, as TRL makes the batches, got {settings!r}"
+        )
+
+
+def check_model(trainer: Mapping[str, Any], directory: Path) -> None:
+    """Raises ConfigError if `trainer.router_aux_loss_coef` is set for a model without experts, which has no
+    such loss. directory: of the model."""
+    coefficient = trainer.get("router_aux_loss_coef")
+    if not coefficient:
+        return
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(directory).get_text_config()
+    if not hasattr(config, "output_router_logits"):  # as TRL looks at it
+        raise ConfigError(
+            "trainer.router_aux_loss_coef must be left out with a model that is no mixture of experts "
+            f"({config.model_type}), got {coefficient!r}"
         )

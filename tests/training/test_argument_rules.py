@@ -7,6 +7,7 @@ import subprocess
 from typing import Any
 
 import pytest
+from transformers import Qwen3Config, Qwen3MoeConfig
 
 from gymexp.config.schema import EnvConfig, ModelConfig, RunConfig, SearchConfig
 from gymexp.errors import ConfigError
@@ -167,6 +168,16 @@ def test_a_study_may_not_try_what_no_run_may_have(trial, tmp_path):
         search = SearchConfig(num_trials=4, trial=trial, params={"trainer": params})
         with pytest.raises(ConfigError, match=said):
             arguments.check(dataclasses.replace(config({}), search=search), tmp_path)
+
+
+def test_a_loss_of_experts_is_for_models_that_have_them(tmp_path):
+    trainer = {"router_aux_loss_coef": 0.01}
+    Qwen3Config().save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"router_aux_loss_coef must be left out .*\(qwen3\), got 0\.01"):
+        argument_rules.check_model(trainer, tmp_path)
+    argument_rules.check_model({}, tmp_path)
+    Qwen3MoeConfig().save_pretrained(tmp_path)
+    argument_rules.check_model(trainer, tmp_path)
 
 
 def test_a_tracker_that_is_not_trackio_has_no_space(tmp_path):
