@@ -26,7 +26,7 @@ def train(
     """
     from gymexp.cluster.placement import num_nodes, place, visible_gpus
     from gymexp.data.prepare import load_prepared, prepare, write_prepared
-    from gymexp.engine import adapter, vllm
+    from gymexp.engine import vllm
     from gymexp.gateway import prompt_lengths, tokenizer_check
     from gymexp.gym.definitions import ensure_environments
     from gymexp.gym.install import site_packages
@@ -37,14 +37,7 @@ def train(
     from gymexp.record.places import cache_dir
     from gymexp.report.held_out import read_held_out
     from gymexp.run import controller
-    from gymexp.training import (
-        argument_rules,
-        arguments,
-        checkpoints,
-        packing_rules,
-        schedule,
-        sharding,
-    )
+    from gymexp.training import arguments, checkpoints, schedule, sharding
     from gymexp.view.progress import View
     from gymexp.view.table import held_out_table
 
@@ -81,17 +74,14 @@ def train(
             view.say(remark)
         prepared.summary["training"] = training_plan
         config = dataclasses.replace(config, model=hub_snapshot.pin(config.model, view.say))
-        packing_rules.check(config.model, hub_snapshot.directory_of(config.model))
-        argument_rules.check_model(config.trainer, hub_snapshot.directory_of(config.model))
-        adapter.check(config.model, hub_snapshot.directory_of(config.model), placement.engine)
+        _check_model(config, hub_snapshot.directory_of(config.model), placement.engine)
         tokenizer_check.check(config.model, prepared, cache_dir())
         prompt_lengths.check(config.model, prepared, cache_dir())
         run = RunDirectory.claim(directory)
         write_prepared(prepared, run.data)
         run.describe(config, overrides)
     else:
-        packing_rules.check(config.model, hub_snapshot.directory_of(config.model, view.say))
-        adapter.check(config.model, hub_snapshot.directory_of(config.model), placement.engine)
+        _check_model(config, hub_snapshot.directory_of(config.model, view.say), placement.engine)
         run.go_on_with(config, overrides)
     with view:
         result = controller.run(config, run, python, site, placement, view, allocation, checkpoint)
@@ -104,3 +94,14 @@ def train(
         view.say(held_out_table(result, held_out))
     view.say(f"run directory: {run.path}")
     return result
+
+
+def _check_model(config: RunConfig, directory: Path, engine: str) -> None:
+    """Raises ConfigError if the model in `directory` cannot do what the configuration asks of it. engine: the
+    one of the placement."""
+    from gymexp.engine import adapter
+    from gymexp.training import argument_rules, packing_rules
+
+    packing_rules.check(config.model, directory)
+    argument_rules.check_model(config.trainer, directory)
+    adapter.check(config.model, directory, engine)
