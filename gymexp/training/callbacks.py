@@ -10,7 +10,7 @@ import threading
 import time
 import urllib.request
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from gymexp.files import append_line, read_lines, replace_file
 from gymexp.processes.access_keys import RUN, header_of
 from gymexp.processes.http_client import open_url
 from gymexp.record.metric_names import as_held_out, by_env
+from gymexp.rollout.outcome import Outcome
 from gymexp.rollout.play import Distribution
 from gymexp.rollout.progress import Progress
 from gymexp.training.metrics import rollout_metrics
@@ -185,9 +186,12 @@ class Evaluation(TrainerCallback):
             self._reporter.report(phase="evaluate", step=step)
             began = time.monotonic()
             distribution = held_out_distribution(self._config.evaluation, trainer.grpo.temperature)
-            outcomes = self._rollouts.play(self._keys, step, distribution, held_out=True)
+
+            def keep(outcomes: Sequence[Outcome]) -> None:
+                self._rollouts.write(f"eval-{step:06d}", outcomes, group_size=_TASKS_IN_A_FRAME)
+
+            outcomes = self._rollouts.play(self._keys, step, distribution, True, keep)
             metrics = as_held_out(rollout_metrics(outcomes, self._config.env))
-            self._rollouts.write(f"eval-{step:06d}", outcomes, group_size=_TASKS_IN_A_FRAME)
             return metrics | {"eval_seconds": time.monotonic() - began}
 
         with trainer.spans.phase("evaluation", step):

@@ -117,14 +117,19 @@ class Rollouts:
         }
 
     def play(
-        self, keys: Sequence[str], weights_version: int, distribution: Distribution, held_out: bool
+        self,
+        keys: Sequence[str],
+        weights_version: int,
+        distribution: Distribution,
+        held_out: bool,
+        keep: Callable[[Sequence[Outcome]], None],
     ) -> list[Outcome]:
         """Plays the tasks of `keys` on this process and returns their outcomes. Every rollout has its own
         seed, even if a step plays a task again in a later collection.
 
         Held-out tasks get the same seeds every time, so that two evaluations differ only by the policy.
-        Raises RolloutError if too many rollouts fail, Stopped if the run must end, ServiceError if an engine
-        sampled with other weights.
+        keep: gets the outcomes, before they may raise an error. Raises RolloutError if too many rollouts
+        fail, Stopped if the run must end, ServiceError if an engine sampled with other weights.
         """
         assert self._collector is not None
         step = None if held_out else weights_version
@@ -136,6 +141,7 @@ class Rollouts:
         with self._engine.sampling(weights_version):
             tasks = [self._tasks[key] for key in keys]
             outcomes = self._collector.collect(tasks, samplings, self._engine.tend)
+        keep(outcomes)
         check_failed_share(outcomes, self._config.rollout.max_failed_share)
         check_weights(outcomes, weights_version)
         return outcomes
@@ -177,6 +183,7 @@ class Rollouts:
         self._write_left_out(step, batch.left_out)
         outcomes = batch.outcomes
         self._collector.follow(outcomes)
+        self.write(f"step-{step + 1:06d}", batch.trained, len(batch.groups[0]))
         check_failed_share(outcomes, self._config.rollout.max_failed_share)
         check_weights(outcomes, step, self._config.overlap.max_staleness)
         self._batch = batch
@@ -224,10 +231,13 @@ class Rollouts:
         earlier = Counter(self._num_played) if step == self._step else None
         softmax = Distribution(temperature=trainer.grpo.temperature)
         batch, self._batch = self._batch, None
-        outcomes = batch.trained if batch else self.play(all_prompts, step, softmax, held_out=False)
         num_generations = trainer.grpo.num_generations
         assert num_generations
-        self.write(f"step-{step + 1:06d}", outcomes, num_generations, earlier)
+
+        def keep(outcomes: Sequence[Outcome]) -> None:
+            self.write(f"step-{step + 1:06d}", outcomes, num_generations, earlier)
+
+        outcomes = batch.trained if batch else self.play(all_prompts, step, softmax, False, keep)
         played = batch.outcomes if batch else outcomes
         trainer.add_metrics(rollout_metrics(played, self._config.env))
         trainer.add_metrics(group_metrics(played, num_generations, self._config.env))

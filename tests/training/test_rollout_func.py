@@ -111,7 +111,7 @@ def test_each_of_a_group_has_its_own_seed_and_another_step_has_others(tmp_path):
     plays = rollouts(collector, tmp_path)
     keys = ["e/train/0", "e/train/0", "e/train/1"]
     for version in (0, 1):
-        plays.play(keys, version, Distribution(temperature=0.8), held_out=False)
+        plays.play(keys, version, Distribution(temperature=0.8), held_out=False, keep=list)
     first, second = collector.samplings
     assert len({sampling.seed for sampling in first + second}) == 6
     assert {(s.temperature, s.top_p, s.max_output_tokens) for s in first} == {(0.8, 1.0, 9)}
@@ -122,7 +122,7 @@ def test_held_out_tasks_are_played_with_the_same_seeds_every_time(tmp_path):
     plays = rollouts(collector, tmp_path)
     distribution = Distribution(temperature=1.0, top_p=0.9, top_k=5, min_p=0.1, repetition_penalty=1.2)
     for version in (0, 30):
-        plays.play(["e/train/0", "e/train/1"], version, distribution, held_out=True)
+        plays.play(["e/train/0", "e/train/1"], version, distribution, held_out=True, keep=list)
     first, second = collector.samplings
     assert [one.seed for one in first] == [one.seed for one in second]
     [one, *_] = first
@@ -131,22 +131,32 @@ def test_held_out_tasks_are_played_with_the_same_seeds_every_time(tmp_path):
 
 def test_rollouts_of_other_weights_than_the_policys_end_the_run(tmp_path):
     plays = rollouts(Collector(version=4), tmp_path)
-    assert plays.play(["e/train/0"], 4, SOFTMAX, held_out=True)
+    assert plays.play(["e/train/0"], 4, SOFTMAX, held_out=True, keep=list)
     with pytest.raises(ServiceError, match=r"e/train/0 was sampled with the weights of step 4, .* of step 5"):
-        plays.play(["e/train/0"], 5, SOFTMAX, held_out=True)
+        plays.play(["e/train/0"], 5, SOFTMAX, held_out=True, keep=list)
 
 
 def test_too_many_failures_end_the_run_and_the_engine_rests_again(tmp_path):
     collector = Collector(fail=True)
+    plays, kept = rollouts(collector, tmp_path), []
     with pytest.raises(RolloutError, match=r"2 of 2 rollouts failed(.|\n)*Look into logs/gateway\.log"):
-        rollouts(collector, tmp_path).play(["e/train/0", "e/train/1"], 0, SOFTMAX, held_out=False)
+        plays.play(["e/train/0", "e/train/1"], 0, SOFTMAX, held_out=False, keep=kept.extend)
     assert not collector.sampling
+    assert [one.detail for one in kept] == ["gone", "gone"], "they say why the run ended"
+
+
+def test_a_step_whose_failures_end_the_run_is_on_disk(tmp_path):
+    plays = rollouts(Collector(fail=True), tmp_path)
+    with pytest.raises(RolloutError):
+        plays._play_for_all(["e/train/0", "e/train/0"], Trainer(), 0)  # type: ignore[arg-type]
+    assert [row["cause"] for row in read_index(tmp_path)] == ["engine", "engine"]
+    assert len(list(read_outcomes(tmp_path / "step-000001.jsonl.zst"))) == 2
 
 
 def test_a_rollout_file_has_an_outcome_a_line_without_the_tasks_row(tmp_path):
     collector = Collector()
     plays = rollouts(collector, tmp_path)
-    outcomes = plays.play(["e/train/0", "e/train/1"], 0, SOFTMAX, held_out=False)
+    outcomes = plays.play(["e/train/0", "e/train/1"], 0, SOFTMAX, held_out=False, keep=list)
     plays.write("step-000001", [*outcomes, Failed(TASKS["e/train/0"], "timeout", "slow")], group_size=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["index.jsonl", "step-000001.jsonl.zst"]
     records = list(read_outcomes(tmp_path / "step-000001.jsonl.zst"))
@@ -339,7 +349,7 @@ def test_while_rollouts_are_played_the_engine_is_tended_and_a_file_is_there_whol
     plays = rollouts(collector, tmp_path)
     seen = []
     collector.collect = lambda tasks, samplings, meanwhile: seen.append(meanwhile) or []  # type: ignore[method-assign]
-    plays.play(["e/train/0"], 0, SOFTMAX, held_out=False)
+    plays.play(["e/train/0"], 0, SOFTMAX, held_out=False, keep=list)
     assert seen == [plays._engine.tend]
     plays.write("step-000001", [], group_size=2)
     plays.write("step-000001", [Failed(TASKS["e/train/0"], "timeout", "slow")], group_size=2)
@@ -350,7 +360,7 @@ def test_held_out_tasks_have_other_draws_than_training_has(tmp_path):
     collector = Collector()
     plays = rollouts(collector, tmp_path)
     for held_out in (True, False):
-        plays.play(["e/train/0"], 0, SOFTMAX, held_out=held_out)
+        plays.play(["e/train/0"], 0, SOFTMAX, held_out=held_out, keep=list)
     [[held], [trained]] = collector.samplings
     assert held.seed == seed_of(3, None, "e/train/0", 0) != trained.seed == seed_of(3, 0, "e/train/0", 0)
 
@@ -444,5 +454,5 @@ def test_the_tracker_gets_rollouts_of_training_with_their_advantages_and_held_ou
     plays(["e/train/0"] * 2, trainer)  # type: ignore[arg-type]
     assert sent == []
     plays.write_trained(batch_of([1, 2]), trainer)  # type: ignore[arg-type]
-    plays.write("eval-000001", plays.play(["e/train/1"], 1, SOFTMAX, held_out=True), 2)
+    plays.write("eval-000001", plays.play(["e/train/1"], 1, SOFTMAX, held_out=True, keep=list), 2)
     assert sent == [("step-000001", 2, [0.1, 0.2]), ("eval-000001", 1, None)]
