@@ -14,6 +14,7 @@ cut, and drift of rollouts that no update met.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
@@ -114,9 +115,10 @@ class Checks:
             rows = choose_rows(outcomes, min(NUM_ROWS, len(outcomes)), trainer.pad_token_id, step)
             self._check(trainer, rows)
 
-    def before_update(self, trainer: PolicyTrainer, in_backward: bool) -> None:
+    def before_update(self, trainer: PolicyTrainer, in_backward: bool) -> float:
         """Checks rollouts that have landed for a later batch, if a check is still due before the last pass of
-        a step. Every rank must call it before each pass and after it.
+        a step. Every rank must call it before each pass and after it. Returns the seconds in which it waited
+        for a rollout to land.
 
         in_backward: whether the weights may change in what follows at once. Only DeepSpeed changes them in
         the backward pass; otherwise there is time until after it, and more rollouts have landed.
@@ -124,16 +126,21 @@ class Checks:
         accelerator, step = trainer.accelerator, trainer.state.global_step
         changes_now = in_backward == bool(trainer.is_deepspeed_enabled)
         if not (self._is_due and changes_now and accelerator.sync_gradients):
-            return
+            return 0.0
         num_ranks = accelerator.num_processes
 
         def choose() -> list[Row]:
             landed = trainer.batch_tasks.landed(step)
             return choose_rows(landed, NUM_ROWS * num_ranks, trainer.pad_token_id, step)
 
-        rows = on_main_rank(accelerator, choose)
-        if any(any(row.sampled) for row in rows):
-            self._check(trainer, rows[accelerator.process_index :: num_ranks])
+        with trainer.spans.phase("logprobs", step + 1):
+            began = time.monotonic()
+            with trainer.spans.phase("rollout", step + 1):
+                rows = on_main_rank(accelerator, choose)
+            waited = time.monotonic() - began
+            if any(any(row.sampled) for row in rows):
+                self._check(trainer, rows[accelerator.process_index :: num_ranks])
+        return waited
 
     def _check(self, trainer: PolicyTrainer, rows: Sequence[Row]) -> None:
         """Checks this rank's rows. Every rank must have the same number."""

@@ -298,8 +298,9 @@ class PolicyTrainer(GRPOTrainer):
 
     def _check_before_update(self, in_backward: bool) -> None:
         began = time.monotonic()
-        self._checks.before_update(self, in_backward)
-        self._seconds["logprobs"] += time.monotonic() - began
+        waited = self._checks.before_update(self, in_backward)
+        self._seconds["rollout"] += waited
+        self._seconds["logprobs"] += time.monotonic() - began - waited
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import time
 from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
@@ -26,6 +27,7 @@ from gymexp.training.drift import (
     has_dropout,
     tally,
 )
+from gymexp.training.spans import Spans
 
 
 def rollout(env: str, number: int, *turns: tuple[list[int], list[int]]) -> Rollout:
@@ -312,14 +314,23 @@ def test_a_check_that_the_batch_left_due_takes_what_landed_before_the_weights_ch
     )
     trainer = rank(-0.5, Tally(), step=5)
     trainer.is_deepspeed_enabled = deepspeed
+    spans: list[dict[str, Any]] = []
+    trainer.spans = Spans()
+    trainer.spans.report = spans.append
     trainer.accelerator.num_processes, trainer.accelerator.process_index = 1, 0
     asked: list[int] = []
-    trainer.batch_tasks = SimpleNamespace(landed=lambda step: asked.append(step) or [*old, *new])
+
+    def landed_later(step: int) -> list[Completed]:
+        asked.append(step)
+        time.sleep(0.2)
+        return [*old, *new]
+
+    trainer.batch_tasks = SimpleNamespace(landed=landed_later)
     checks.check(trainer, old)
     assert not trainer.metrics
     trainer.accelerator.sync_gradients = False  # not the last micro-batch
     for in_backward in (True, False):
-        checks.before_update(trainer, in_backward)
+        assert checks.before_update(trainer, in_backward) == 0
     assert not asked
     trainer.accelerator.sync_gradients = True
     checks.before_update(trainer, in_backward=not deepspeed)
@@ -329,7 +340,10 @@ def test_a_check_that_the_batch_left_due_takes_what_landed_before_the_weights_ch
     checks.before_update(trainer, in_backward=deepspeed)
     assert not trainer.model.modes, "nothing is new, so there is no pass"
     trainer.batch_tasks = landed
-    checks.before_update(trainer, in_backward=deepspeed)
+    spans.clear()
+    waited = checks.before_update(trainer, in_backward=deepspeed)
+    [in_rollout] = [span["seconds"] for span in spans if span["span"] == "rollout"]
+    assert waited == pytest.approx(in_rollout, abs=0.05) and waited >= 0.2, "that is no pass, but a wait"
     # The new one has two tokens, with differences of 0 and 0.25.
     assert asked == [5] and trainer.metrics["drift"] == pytest.approx(0.125)
     checks.before_update(trainer, in_backward=deepspeed)

@@ -178,7 +178,7 @@ def test_the_parts_of_a_step_are_measured_and_do_not_overlap(policy, tmp_path):
     trainer.train_from(None)
     for entry in [entry for entry in entries if "loss" in entry]:
         parts = {name: value for name, value in entry.items() if name.startswith("time/")}
-        assert parts["time/rollout"] == 1.0
+        assert parts["time/rollout"] == pytest.approx(1.0, abs=0.1)
         assert parts["time/update"] > 0 and parts["time/logprobs"] > 0
         whole = parts.pop("time/step")
         assert whole == pytest.approx(sum(parts.values()))
