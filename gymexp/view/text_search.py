@@ -72,10 +72,11 @@ class TextSearch:
             self._forget_others(chosen.needle)
             if is_idle:
                 threading.Thread(target=self._work, name="text search", daemon=True).start()
-            self._num_pages -= 1
-            self._changed.notify_all()
-            self._changed.wait_for(lambda: self._wanted != chosen, patience_s)
-            self._num_pages += 1
+            if patience_s > 0:
+                self._num_pages -= 1
+                self._changed.notify_all()
+                self._changed.wait_for(lambda: self._wanted != chosen, patience_s)
+                self._num_pages += 1
         return self._progress(chosen)
 
     @contextlib.contextmanager

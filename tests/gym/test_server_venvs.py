@@ -30,6 +30,7 @@ NEEDS = {
 }
 AGENT = "a_{0}:\n  responses_api_agents:\n    walker:\n      entrypoint: app.py\n"
 AGENT += "      resources_server: {{type: resources_servers, name: r_{0}}}\n"
+AGENT += "      model_server: {{type: responses_api_models, name: policy_model}}\n"
 AGENT += "r_{0}:\n  resources_servers:\n    {0}: {{entrypoint: app.py}}\n"
 
 

@@ -214,20 +214,23 @@ def test_the_collector_stops_when_the_run_is_asked_to_end_and_is_closed_with_it(
 def test_the_tracker_is_told_whether_the_run_has_failed(monkeypatch, tmp_path):
     closed: list[bool] = []
     opened: list[Any] = []
+    told: list[str] = []
+    reporter: Any = SimpleNamespace(report_remark=told.append)
 
-    def open_feed(config: RunConfig, place: Any) -> Any:
+    def open_feed(config: RunConfig, place: Any, tell: Any) -> Any:
         opened.append(place)
+        tell(config.name)
         return SimpleNamespace(close=lambda failed: closed.append(failed)) if config.name == "n" else None
 
     monkeypatch.setattr("gymexp.training.tracker_feed.open_feed", open_feed)
     run: Any = SimpleNamespace(path=tmp_path / "2026")
     with ExitStack() as stack:
-        assert trainer_process._open_tracker(RunConfig(name="n"), run, None, stack)
-        assert trainer_process._open_tracker(RunConfig(name="none"), run, None, stack) is None
+        assert trainer_process._open_tracker(RunConfig(name="n"), run, None, reporter, stack)
+        assert trainer_process._open_tracker(RunConfig(name="none"), run, None, reporter, stack) is None
     with pytest.raises(KeyError), ExitStack() as stack:
-        trainer_process._open_tracker(RunConfig(name="n"), run, 7, stack)
+        trainer_process._open_tracker(RunConfig(name="n"), run, 7, reporter, stack)
         raise KeyError
-    assert closed == [False, True]
+    assert closed == [False, True] and told == ["n", "none", "n"]
     assert [(place.path, place.name, place.step) for place in opened[::2]] == [
         (run.path, "n 2026", None),
         (run.path, "n 2026", 7),
