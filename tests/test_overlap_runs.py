@@ -39,6 +39,12 @@ def spans(line: dict) -> list[list[list[int]]]:
     return [turn["versions"] for turn in line["rollout"]["turns"]]
 
 
+def ages_of_rollouts(run) -> set[int]:
+    """The ages of the rollouts' oldest tokens, in steps, when they were trained."""
+    rows = [row for row in read_index(run.directory / "rollouts") if row["file"].startswith("step-")]
+    return {int(row["file"][5:]) - 1 - row["weights_version"] for row in rows if row["outcome"] != "failed"}
+
+
 def test_rollouts_go_on_over_updates_within_the_bound_and_evaluations_have_the_weights_of_their_step(started):
     run = started("ahead", LENGTH, "overlap.max_staleness=3", "evaluation.every_steps=3")
     assert run.ended_cleanly() == 0, run.said
@@ -84,8 +90,7 @@ def test_a_run_that_is_killed_and_resumed_trains_the_tasks_in_order_each_once(st
     assert again.steps() == list(range(1, STEPS + 1))
     keys = trained(again)
     assert keys == tasks_in_order(again)[: len(keys)]
-    rows = [row for row in read_index(again.directory / "rollouts") if row["file"].startswith("step-")]
-    ages = {int(row["file"][5:]) - 1 - row["weights_version"] for row in rows if row["outcome"] != "failed"}
+    ages = ages_of_rollouts(again)
     assert ages <= {0, 1, 2} and len(ages) > 1
 
 
@@ -141,8 +146,7 @@ def test_two_ranks_train_the_batches_of_one_though_their_engine_is_killed(starte
     assert run.log("trainer").count("is back, with the weights of step") == 2
     keys = trained(run)
     assert keys == tasks_in_order(run)[: len(keys)] and len(keys) == STEPS * BATCH // GENERATIONS
-    rows = [row for row in read_index(run.directory / "rollouts") if row["file"].startswith("step-")]
-    ages = {int(row["file"][5:]) - 1 - row["weights_version"] for row in rows if row["outcome"] != "failed"}
+    ages = ages_of_rollouts(run)
     assert ages <= {0, 1, 2} and len(ages) > 1
     drifts = [entry["drift"] for entry in run.metrics() if "drift" in entry]
     assert drifts and max(drifts) < 0.001

@@ -190,7 +190,7 @@ class Evaluation(TrainerCallback):
             def keep(outcomes: Sequence[Outcome]) -> None:
                 self._rollouts.write(f"eval-{step:06d}", outcomes, group_size=_TASKS_IN_A_FRAME)
 
-            outcomes = self._rollouts.play(self._keys, step, distribution, True, keep)
+            outcomes = self._rollouts.play(self._keys, step, distribution, held_out=True, keep=keep)
             metrics = as_held_out(rollout_metrics(outcomes, self._config.env))
             return metrics | {"eval_seconds": time.monotonic() - began}
 

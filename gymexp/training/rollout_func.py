@@ -237,7 +237,10 @@ class Rollouts:
         def keep(outcomes: Sequence[Outcome]) -> None:
             self.write(f"step-{step + 1:06d}", outcomes, num_generations, earlier)
 
-        outcomes = batch.trained if batch else self.play(all_prompts, step, softmax, False, keep)
+        if batch:
+            outcomes = batch.trained
+        else:
+            outcomes = self.play(all_prompts, step, softmax, held_out=False, keep=keep)
         played = batch.outcomes if batch else outcomes
         trainer.add_metrics(rollout_metrics(played, self._config.env))
         trainer.add_metrics(group_metrics(played, num_generations, self._config.env))

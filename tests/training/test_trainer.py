@@ -171,6 +171,19 @@ class Slow(MadeUp):
         return super().__call__(prompts, trainer)
 
 
+def test_a_wait_for_rollouts_to_check_counts_as_a_wait_for_rollouts(policy, tmp_path, monkeypatch):
+    def wait(self, trainer, in_backward):
+        time.sleep(0.1 * in_backward)
+        return 0.1 * in_backward
+
+    monkeypatch.setattr("gymexp.training.drift.Checks.before_update", wait)
+    trainer = build_trainer(policy, tmp_path, MadeUp(), max_steps=1, gradient_accumulation_steps=4)
+    entries: list[dict] = []
+    trainer.log = lambda logs, start=None: (type(trainer).log(trainer, logs, start), entries.append(logs))  # type: ignore[method-assign]
+    trainer.train_from(None)
+    assert entries[0]["time/rollout"] == pytest.approx(0.4, abs=0.01), "four micro-batches"
+
+
 def test_the_parts_of_a_step_are_measured_and_do_not_overlap(policy, tmp_path):
     trainer = build_trainer(policy, tmp_path, Slow(), learning_rate=1e-3, max_steps=2)
     entries: list[dict] = []
