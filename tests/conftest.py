@@ -85,9 +85,9 @@ def vllm(vllm_python, monkeypatch) -> list[str]:
     return ["engine=vllm", f"engine.python='{vllm_python}'", "engine.args.enforce_eager=true"]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A path that has to be quoted wherever it is passed on."""
+    """A path that has to be quoted wherever it is passed on; runs of other files have others."""
     return tmp_path_factory.mktemp("runs") / "with a space"
 
 
