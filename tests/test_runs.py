@@ -39,7 +39,7 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def pair(folder: Path, gym_python: Path) -> Iterator[tuple[Run, Run]]:
     """Two runs of the same configuration, started at the same moment, both ended."""
     kept = ("checkpoint.keep_last=1", "checkpoint.keep_best=1")
