@@ -23,6 +23,7 @@ from gymexp.record.places import own_servers
 
 _ALIVE_S = 1.0
 _HOST_FIRST_S = 0.5  # the supervisor reports the end of the host before that of its servers
+_LONGEST_MESSAGE = 2**24  # bytes; one has the errors of all servers that cannot be imported
 _HOST = Path(__file__).with_name("host.py")  # not imported: it runs in NeMo Gym's Python
 
 
@@ -64,6 +65,7 @@ class GymHost:
         self._starting: asyncio.Queue[asyncio.Future[_Forked]] = asyncio.Queue()
         self._ends: dict[int, asyncio.Future[int]] = {}
         self._order = asyncio.Lock()
+        self._gone: ServiceError | None = None  # why no server can be started any more
 
     async def start(self, on_alive: Callable[[], None] = lambda: None) -> Running:
         """Starts the host process. Servers start once the host has imported NeMo Gym; `start_server` waits
@@ -89,6 +91,7 @@ class GymHost:
                 env=env,
                 pass_fds=tuple(fds.values()),
                 start_new_session=True,
+                limit=_LONGEST_MESSAGE,
             )
         servers = {
             name: {
@@ -118,6 +121,8 @@ class GymHost:
         host ends, or if the server cannot be imported."""
         await asyncio.shield(self._loaded)
         async with self._order:
+            if self._gone:
+                raise self._gone
             started: asyncio.Future[_Forked] = asyncio.get_running_loop().create_future()
             self._starting.put_nowait(started)
             self._send({"start": name, "log": str(log)})
@@ -147,8 +152,24 @@ class GymHost:
         self._process.stdin.write(orjson.dumps(message) + b"\n")
 
     async def _read(self, on_alive: Callable[[], None]) -> None:
-        """Reads the host's messages until the host ends. Then all that still waits for the host gets an
-        error."""
+        """Follows the host until it ends. Then all that still waits for the host gets an error, also if its
+        messages cannot be read."""
+        what = "NeMo Gym's host ended"
+        try:
+            await self._follow(on_alive)
+        except Exception as error:
+            what = f"a message of NeMo Gym's host cannot be read: {type(error).__name__}: {error}"
+        error = self._gone = ServiceError(f"{what}. {reason(self.log)}")
+        waiting = [self._loaded, *self._ends.values()]
+        while not self._starting.empty():
+            waiting.append(self._starting.get_nowait())
+        for future in waiting:
+            if not future.done():
+                future.set_exception(error)
+                future.exception()  # read it, or asyncio logs "exception was never retrieved"
+
+    async def _follow(self, on_alive: Callable[[], None]) -> None:
+        """Reads the host's messages until shortly after its end."""
         assert self._process.stdout is not None
         while line := await self._process.stdout.readline():
             message = orjson.loads(line)
@@ -167,11 +188,3 @@ class GymHost:
             async with asyncio.timeout(10 * _HOST_FIRST_S):
                 await self._process.wait()
         await asyncio.sleep(_HOST_FIRST_S)
-        error = ServiceError(f"NeMo Gym's host ended. {reason(self.log)}")
-        waiting = [self._loaded, *self._ends.values()]
-        while not self._starting.empty():
-            waiting.append(self._starting.get_nowait())
-        for future in waiting:
-            if not future.done():
-                future.set_exception(error)
-                future.exception()  # read it, or asyncio logs "exception was never retrieved"

@@ -10,9 +10,11 @@ a call of `Supervisor.heard`. A process that is stopped (SIGSTOP) gives none.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 import time
+import traceback
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -226,6 +228,7 @@ class Supervisor:
                 running = await service.start()
                 service.running, service.seen, service.ended_for = running, self._clock.now(), ""
                 watch = asyncio.create_task(self._watch(service))
+                watch.add_done_callback(lambda done: self._check_watch(service, done))
                 try:
                     code = await running.wait()  # raises ServiceError if the process's host is gone
                 finally:
@@ -255,6 +258,19 @@ class Supervisor:
             self.fail(error)
         except OSError as error:
             self.fail(ServiceError(f"{service.name} could not be started: {error}"))
+        except Exception as error:  # nobody awaits this task, so that the run would wait for the service
+            self._fault(service, error)
+
+    def _check_watch(self, service: Service, watch: asyncio.Task[None]) -> None:
+        if not watch.cancelled() and (error := watch.exception()):
+            self._fault(service, error)
+
+    def _fault(self, service: Service, error: BaseException) -> None:
+        """Ends the run with an error that nothing foresaw, whose traceback the service's log gets."""
+        with contextlib.suppress(OSError), service.log.open("a") as out:
+            traceback.print_exception(error, file=out)
+        what = f"{type(error).__name__}: {error}"
+        self.fail(ServiceError(f"{service.name} could not be kept running: {what} (log: {service.log})"))
 
     def fail(self, error: GymexpError) -> None:
         """Ends the run with an error, unless it already failed or is ending."""

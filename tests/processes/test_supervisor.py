@@ -215,6 +215,37 @@ def test_a_service_whose_program_cannot_be_started_fails_the_run(tmp_path):
     run(story)
 
 
+def test_a_start_with_an_error_that_nothing_foresaw_fails_the_run_and_the_log_has_its_traceback(tmp_path):
+    async def story() -> None:
+        async def start():
+            raise ModuleNotFoundError("No module named 'uv'")
+
+        log = tmp_path / "thing.log"
+        async with supervising() as keeper:
+            keeper.add(Service("thing", start, log))
+            said = await failure(keeper)
+            assert "thing could not be kept running: ModuleNotFoundError: No module named 'uv'" in said
+            assert f"(log: {log})" in said
+        assert "in start" in log.read_text()
+
+    run(story)
+
+
+def test_health_checks_with_an_error_that_nothing_foresaw_fail_the_run(tmp_path, monkeypatch):
+    async def broken(*_: object) -> bool:
+        raise ValueError("not an answer")
+
+    monkeypatch.setattr(Supervisor, "_answers", broken)
+
+    async def story() -> None:
+        async with supervising() as keeper:
+            with ports.listen() as sock:
+                keeper.add(service(tmp_path, "import time; time.sleep(60)", sock))
+                assert "thing could not be kept running: ValueError: not an answer" in await failure(keeper)
+
+    run(story)
+
+
 def test_a_service_that_hangs_is_killed_after_the_health_timeout_and_started_again(tmp_path, caplog):
     async def story() -> None:
         with ports.listen() as sock:
