@@ -15,8 +15,8 @@ rollouts, and ends the run after the last step to measure, without a checkpoint.
 transfer of weights comes before the second step. Arguments after `--` are overrides of the run; they come
 after this script's own.
 
-With a model of make_model.py every reply has `--tokens` tokens and calls no tool. All rewards are equal, so
-that the gradient is zero, but the work is the same.
+With a model of make_model.py every reply has `--tokens` tokens and calls no tool. The learning rate is so low
+that the policy stays what it is, but the work is the same.
 
 MFU, model FLOP/s utilization (PaLM, https://arxiv.org/abs/2204.02311, appendix B), is the FLOPs per second
 that the update needs, divided by the peak FLOP/s of the training GPUs. The update needs these FLOPs:
@@ -143,7 +143,7 @@ def overrides(args: argparse.Namespace, way: str, run_dir: Path) -> list[str]:
         "evaluation.before=false",
         "evaluation.after=false",
         "rollout.max_drift=1.0",  # random weights of many layers cause more rounding error than trained ones
-        "trainer.learning_rate=1e-6",
+        "trainer.learning_rate=1e-12",  # a policy that changes would begin to sample ids that it must not
         # The groups of the last steps have none behind them, so these are not measured.
         f"trainer.max_steps={warm_up + args.steps + (args.lead if way == 'ahead' else 0)}",
         f"trainer.num_generations={args.group}",

@@ -22,7 +22,7 @@ from typing import Any
 
 import aiohttp
 
-from gymexp.errors import GymexpError, NodeLost, ServiceError
+from gymexp.errors import NodeLost, ServiceError
 from gymexp.processes.access_keys import header
 from gymexp.processes.clock import RunningClock
 from gymexp.processes.failure_reason import exception_since, is_same, may_pass, reason
@@ -272,7 +272,12 @@ class Supervisor:
         what = f"{type(error).__name__}: {error}"
         self.fail(ServiceError(f"{service.name} could not be kept running: {what} (log: {service.log})"))
 
-    def fail(self, error: GymexpError) -> None:
+    def check(self, task: asyncio.Task[Any]) -> None:
+        """Ends the run if a task that nobody awaits has failed. To be called once the task is done."""
+        if not task.cancelled() and isinstance(error := task.exception(), Exception):
+            self.fail(error)
+
+    def fail(self, error: Exception) -> None:
         """Ends the run with an error, unless it already failed or is ending."""
         # While the run ends, services may end too. But no signal of Slurm's makes a node disappear.
         expected = self._letting_go and not isinstance(error, NodeLost)

@@ -40,6 +40,7 @@ log = logging.getLogger(__name__)
 _AFTER_FAILURE_S = 0.3
 _PROGRESS_S = 0.5
 _MEANWHILE_S = 1.0
+_LONGEST_LINE = 2**24  # bytes, of the services' states
 
 
 class ControllerGone(ServiceError):
@@ -180,11 +181,12 @@ class Collector:
         timeout: a silent controller may be stopped (Ctrl-Z), and if it ends, this process ends too.
         """
         try:
-            async with self._http.get(f"{self._control_url}/watch", headers=header_of(RUN)) as response:
+            url, headers = f"{self._control_url}/watch", header_of(RUN)
+            async with self._http.get(url, headers=headers, read_bufsize=_LONGEST_LINE) as response:
                 response.raise_for_status()
                 while line := await response.content.readline():
                     self._apply_states(orjson.loads(line)["services"])
-        except aiohttp.ClientError as error:
+        except Exception as error:  # nobody awaits this task, so that the rollouts would wait for the servers
             self._lost_control = f"{type(error).__name__}: {error}"
         else:
             self._lost_control = "it closed the connection"

@@ -129,6 +129,7 @@ class Controller:
         if task:
             others = control.nodes = Nodes(local, task, self._directory.path, keys.run, supervisor.fail)
         writing = asyncio.create_task(self._keep_status(supervisor))
+        writing.add_done_callback(supervisor.check)
         self._reports = Reports(self._directory.path, lambda: supervisor.hurried)
         async with control:
             try:
@@ -186,9 +187,8 @@ class Controller:
                 if self._end_signal is None:
                     for number, handler in self._old_handlers.items():
                         signal.signal(number, handler)
-                local.close()
-                for sock in (*gateway_socks, *sockets.values()):
-                    sock.close()
+                for held in (local, *gateway_socks, *sockets.values()):
+                    held.close()
 
     async def _end_of(self, failure: Exception) -> Exception:
         """Returns the error that ends the run, and keeps it for status.json and result.json."""

@@ -246,6 +246,28 @@ def test_health_checks_with_an_error_that_nothing_foresaw_fail_the_run(tmp_path,
     run(story)
 
 
+def test_the_error_of_a_task_that_nobody_awaits_fails_the_run_and_its_end_does_not():
+    async def story() -> None:
+        async def end() -> None: ...
+
+        async def broken() -> None:
+            raise ValueError("no such state")
+
+        async with supervising() as keeper:
+            for work in (end(), asyncio.sleep(60)):
+                task = asyncio.create_task(work)
+                task.add_done_callback(keeper.check)
+                await asyncio.sleep(0)
+                task.cancel()
+                await asyncio.wait([task])
+            assert not keeper.failed.done()
+            asyncio.create_task(broken()).add_done_callback(keeper.check)
+            with pytest.raises(ValueError, match="no such state"):
+                await asyncio.wait_for(asyncio.shield(keeper.failed), 20)
+
+    run(story)
+
+
 def test_a_service_that_hangs_is_killed_after_the_health_timeout_and_started_again(tmp_path, caplog):
     async def story() -> None:
         with ports.listen() as sock:

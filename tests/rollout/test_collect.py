@@ -25,7 +25,7 @@ from gymexp.errors import RolloutError, ServiceError
 from gymexp.record.services_file import Replica
 from gymexp.rollout import collect, spare_replicas
 from gymexp.rollout.attempts import knows_versions, turn_key
-from gymexp.rollout.collect import Collector, Stopped
+from gymexp.rollout.collect import Collector, ControllerGone, Stopped
 from gymexp.rollout.failed_share import check_failed_share
 from gymexp.rollout.outcome import Completed, Failed, Rollout, Task, Truncated
 from gymexp.rollout.play import Sampling, read_reply
@@ -737,6 +737,23 @@ def test_while_a_replica_is_down_the_other_one_plays():
         outcomes = play(collector, 6)
     assert all(isinstance(o, Completed) for o in outcomes)
     assert (len(first.asked), len(second.asked)) == (0, 6)
+
+
+def test_a_run_of_a_thousand_services_is_watched_as_one_of_two():
+    """aiohttp's own limit for a line is half a MiB."""
+    controller = Controller(**{f"environment-{n}-{'x' * 300}": 10.0 for n in range(1000)}, server=10.0)
+    assert len(json.dumps(controller.services)) > 2**19
+    with playing(fine, controller=controller) as (collector, _):
+        wait_seen(collector, "server")
+
+
+def test_states_that_cannot_be_read_end_the_collection_instead_of_leaving_it_without_them():
+    controller = Controller(server=10.0)
+    controller.services["server"] = {"state": "ready"}
+    with playing(fine, controller=controller) as (collector, _):
+        wait_until(lambda: collector._lost_control)
+        with pytest.raises(ControllerGone, match="KeyError: 'epoch'"):
+            play(collector, 2)
 
 
 def test_a_replica_above_its_memory_budget_is_restarted_when_its_last_rollout_has_landed():
