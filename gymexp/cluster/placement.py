@@ -88,6 +88,29 @@ def visible_gpus() -> list[str]:
     return result.stdout.split() if result.returncode == 0 else []
 
 
+def compute_capabilities() -> list[tuple[int, int]]:
+    """Returns the compute capability of each GPU that a child process would see, e.g. (9, 0) of an H100."""
+    visible = visible_gpus()
+    if not visible or not shutil.which("nvidia-smi"):
+        return []
+    result = subprocess.run(
+        ["nvidia-smi", "--query-gpu=index,uuid,compute_cap", "--format=csv,noheader"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    rows = [line.split(", ") for line in result.stdout.splitlines()] if result.returncode == 0 else []
+    # A part of a GPU (MIG) has a name that nvidia-smi does not list here: any of the GPUs may be its own.
+    found = [
+        cap
+        for gpu in visible
+        for cap in [cap for index, uuid, cap in rows if index == gpu or uuid.startswith(gpu)]
+        or [cap for _, _, cap in rows]
+    ]
+    return [(int(cap.split(".")[0]), int(cap.split(".")[1])) for cap in found]
+
+
 def place(config: RunConfig, nodes: Sequence[list[str]]) -> Placement:
     """Returns which of the GPUs in `nodes` sample and which train, according to the configuration.
 

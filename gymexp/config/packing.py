@@ -7,15 +7,19 @@ from collections.abc import Iterator
 from gymexp.config.schema import RunConfig
 from gymexp.config.value_rules import one_of
 
-PACKINGS = ("none", "varlen", "tree")
+PACKINGS = ("auto", "none", "varlen", "tree")
 
 
 def problems_of_packing(config: RunConfig) -> Iterator[str]:
     """Yields a problem for each key that does not go together with `model.packing`."""
+    yield from one_of("model.packing", config.model.packing, PACKINGS)
+    if config.model.packing not in ("auto", "none"):
+        yield from problems_of_packs(config)
+
+
+def problems_of_packs(config: RunConfig) -> Iterator[str]:
+    """Yields a problem for each key that does not go together with packs."""
     model = config.model
-    yield from one_of("model.packing", model.packing, PACKINGS)
-    if model.packing == "none":
-        return
     with_packs = f"with model.packing={model.packing}"
     if model.attn_implementation != "sdpa":
         yield (

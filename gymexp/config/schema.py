@@ -43,8 +43,9 @@ class ModelConfig:
     # how transformers computes attention: any implementation that supports training
     attn_implementation: str = "sdpa"
     # how the trainer lays out the rollouts of a micro-batch. none: padded rows; varlen: one row without
-    # padding; tree: one row without padding, in which rollouts of the same prompt share its tokens
-    packing: str = "none"
+    # padding; tree: one row without padding, in which rollouts of the same prompt share its tokens; auto:
+    # tree on GPUs and for models that it was compared on, else none
+    packing: str = "auto"
     max_model_len: int = 4096  # limit on the tokens of a rollout: prompt and generations of all turns
     # variables of the chat template, e.g. {enable_thinking: false}
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)

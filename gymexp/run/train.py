@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,14 +74,18 @@ def train(
             view.say(remark)
         prepared.summary["training"] = training_plan
         config = dataclasses.replace(config, model=hub_snapshot.pin(config.model, view.say))
-        _check_model(config, hub_snapshot.directory_of(config.model), placement.engine)
+        model_directory = hub_snapshot.directory_of(config.model)
+        config = _with_packing(config, model_directory, bool(placement.num_train_gpus), view.say)
+        _check_model(config, model_directory, placement.engine)
         tokenizer_check.check(config.model, prepared, cache_dir())
         prompt_lengths.check(config.model, prepared, cache_dir())
         run = RunDirectory.claim(directory)
         write_prepared(prepared, run.data)
         run.describe(config, overrides)
     else:
-        _check_model(config, hub_snapshot.directory_of(config.model, view.say), placement.engine)
+        model_directory = hub_snapshot.directory_of(config.model, view.say)
+        config = _with_packing(config, model_directory, bool(placement.num_train_gpus), view.say)
+        _check_model(config, model_directory, placement.engine)
         run.go_on_with(config, overrides)
     with view:
         result = controller.run(config, run, python, site, placement, view, allocation, checkpoint)
@@ -94,6 +98,20 @@ def train(
         view.say(held_out_table(result, held_out))
     view.say(f"run directory: {run.path}")
     return result
+
+
+def _with_packing(
+    config: RunConfig, directory: Path, trains_on_gpu: bool, say: Callable[[str], None]
+) -> RunConfig:
+    """Returns the configuration with `model.packing=auto` decided. directory: of the model."""
+    from gymexp.training import packing_rules
+
+    if config.model.packing != "auto":
+        return config
+    packing, why_none = packing_rules.chosen(config, directory, trains_on_gpu)
+    if why_none:
+        say(f"rollouts are trained as padded rows (model.packing): {why_none}")
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, packing=packing))
 
 
 def _check_model(config: RunConfig, directory: Path, engine: str) -> None:

@@ -5,6 +5,7 @@ import pytest
 from gymexp.cluster.placement import (
     Placement,
     Share,
+    compute_capabilities,
     num_nodes,
     place,
     place_evaluation,
@@ -154,6 +155,35 @@ def test_otherwise_nvidia_smi_says_it(monkeypatch, tmp_path):
     (tmp_path / "nvidia-smi").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
     assert visible_gpus() == ["0", "1"]
+
+
+@pytest.mark.parametrize(
+    ("visible", "expected"),
+    [
+        (None, [(8, 9), (9, 0), (12, 0)]),
+        ("1", [(9, 0)]),
+        ("GPU-c3,0", [(12, 0), (8, 9)]),
+        ("MIG-of-one", [(8, 9), (9, 0), (12, 0)]),  # nvidia-smi does not say here whose part it is
+        ("", []),
+    ],
+)
+def test_the_compute_capability_is_that_of_the_gpus_that_are_ours(monkeypatch, tmp_path, visible, expected):
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text(
+        """#!/bin/sh
+case "$1" in
+  --query-gpu=index) printf '0\\n1\\n2\\n' ;;
+  --query-gpu=index,uuid,compute_cap) printf '0, GPU-a1f, 8.9\\n1, GPU-b2f, 9.0\\n2, GPU-c3f, 12.0\\n' ;;
+esac
+"""
+    )
+    smi.chmod(0o755)
+    assert compute_capabilities() == expected
 
 
 def over_nodes(nodes: list[list[str]], rollout: int, **engine) -> Placement:

@@ -12,8 +12,9 @@ from gymexp.config.schema import EnvConfig, ModelConfig, RunConfig
     ("model", "trainer", "problem"),
     [
         ({"packing": "tree"}, {}, None),
-        ({"attn_implementation": "eager"}, {"torch_compile": True}, None),
-        ({"packing": "packed"}, {}, "model.packing must be one of none, varlen, tree, got 'packed'"),
+        ({"packing": "none", "attn_implementation": "eager"}, {"torch_compile": True}, None),
+        ({"attn_implementation": "eager"}, {"torch_compile": True}, None),  # auto is none then
+        ({"packing": "packed"}, {}, "model.packing must be one of auto, none, varlen, tree, got 'packed'"),
         (
             {"packing": "varlen", "attn_implementation": "flash_attention_2"},
             {},

@@ -15,7 +15,7 @@ from small_trainer import MadeUp, build_trainer, gradient_of, logprobs_of, save_
 from transformers import AutoConfig, AutoModelForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
-from gymexp.config.schema import LoraConfig, ModelConfig
+from gymexp.config.schema import LoraConfig, ModelConfig, RunConfig
 from gymexp.errors import ConfigError
 from gymexp.training import packing, packing_rules
 from gymexp.training.packing import build_pack, group_by_prompt
@@ -200,6 +200,32 @@ def test_rows_of_a_prompt_follow_each_other_with_all_that_belongs_to_them():
         },
     ]
     assert [batch["x"].tolist() for batch in group_by_prompt(batches)] == [[0, 3], [1, 2]]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "changes", "chosen", "why"),
+    [
+        ([(9, 0)], {}, "tree", ""),
+        ([(8, 0), (9, 0)], {}, "tree", ""),
+        ([], {}, "none", ""),
+        ([(7, 5), (9, 0)], {}, "none", "compute capability 8.0, and one here has 7.5"),
+        ([(10, 0)], {}, "none", "GPUs as new"),
+        ([(9, 0)], {"dtype": "float32"}, "none", "no float32"),
+        ([(9, 0)], {"attn_implementation": "eager"}, "none", "model.attn_implementation must be sdpa"),
+        ([(9, 0)], {"model_type": "gpt_oss"}, "none", "not gpt_oss"),
+    ],
+    ids=str,
+)
+def test_auto_packs_where_it_was_compared_with_padding(tmp_path, monkeypatch, gpus, changes, chosen, why):
+    settings = dict(changes)
+    of_model = {"model_type": settings.pop("model_type", "qwen2")}
+    (tmp_path / "config.json").write_text(json.dumps(QWEN | of_model))
+    monkeypatch.setattr(packing_rules, "compute_capabilities", lambda: gpus)
+    monkeypatch.setattr(packing_rules, "visible_gpus", lambda: ["0"] * len(gpus))
+    config = RunConfig(model=ModelConfig("m", str(tmp_path), **settings))
+    found, said = packing_rules.chosen(config, tmp_path, trains_on_gpu=bool(gpus))
+    assert found == chosen
+    assert why in said and bool(why) == bool(said)
 
 
 QWEN = {"model_type": "qwen2", "sliding_window": 4096, "use_sliding_window": False, "attention_dropout": 0.0}
