@@ -5,13 +5,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gymexp import files
 from gymexp.cluster.slurm_job import Allocation
 from gymexp.config.load import resumed
 from gymexp.config.schema import RunConfig
 from gymexp.record.optuna_study import as_trial
+
+if TYPE_CHECKING:
+    from gymexp.cluster.placement import Placement
 
 
 @as_trial
@@ -74,18 +77,14 @@ def train(
             view.say(remark)
         prepared.summary["training"] = training_plan
         config = dataclasses.replace(config, model=hub_snapshot.pin(config.model, view.say))
-        model_directory = hub_snapshot.directory_of(config.model)
-        config = _with_packing(config, model_directory, bool(placement.num_train_gpus), view.say)
-        _check_model(config, model_directory, placement.engine)
+        config = _fit_to_model(config, hub_snapshot.directory_of(config.model), placement, view.say)
         tokenizer_check.check(config.model, prepared, cache_dir())
         prompt_lengths.check(config.model, prepared, cache_dir())
         run = RunDirectory.claim(directory)
         write_prepared(prepared, run.data)
         run.describe(config, overrides)
     else:
-        model_directory = hub_snapshot.directory_of(config.model, view.say)
-        config = _with_packing(config, model_directory, bool(placement.num_train_gpus), view.say)
-        _check_model(config, model_directory, placement.engine)
+        config = _fit_to_model(config, hub_snapshot.directory_of(config.model, view.say), placement, view.say)
         run.go_on_with(config, overrides)
     with view:
         result = controller.run(config, run, python, site, placement, view, allocation, checkpoint)
@@ -100,26 +99,20 @@ def train(
     return result
 
 
-def _with_packing(
-    config: RunConfig, directory: Path, trains_on_gpu: bool, say: Callable[[str], None]
+def _fit_to_model(
+    config: RunConfig, directory: Path, placement: Placement, say: Callable[[str], None]
 ) -> RunConfig:
-    """Returns the configuration with `model.packing=auto` decided. directory: of the model."""
-    from gymexp.training import packing_rules
-
-    if config.model.packing != "auto":
-        return config
-    packing, why_none = packing_rules.chosen(config, directory, trains_on_gpu)
-    if why_none:
-        say(f"rollouts are trained as padded rows (model.packing): {why_none}")
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, packing=packing))
-
-
-def _check_model(config: RunConfig, directory: Path, engine: str) -> None:
-    """Raises ConfigError if the model in `directory` cannot do what the configuration asks of it. engine: the
-    one of the placement."""
+    """Returns the configuration with `model.packing=auto` decided. Raises ConfigError if the model in
+    `directory` cannot do what the configuration asks of it."""
     from gymexp.engine import adapter
     from gymexp.training import argument_rules, packing_rules
 
+    if config.model.packing == "auto":
+        packing, why_none = packing_rules.chosen(config, directory, placement.num_train_gpus > 0)
+        if why_none:
+            say(f"rollouts are trained as padded rows (model.packing): {why_none}")
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, packing=packing))
     packing_rules.check(config.model, directory)
     argument_rules.check_model(config.trainer, directory)
-    adapter.check(config.model, directory, engine)
+    adapter.check(config.model, directory, placement.engine)
+    return config
