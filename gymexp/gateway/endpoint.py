@@ -64,8 +64,9 @@ class Endpoint:
     """An OpenAI-compatible endpoint at `url` (…/v1), asked for `model` with `key` (None: without one).
 
     timeout_s: for one reply, with all of its attempts and pauses. An endpoint that could not be reached for
-    so long is tried once by each request, until it answers again. After a 429 every request waits as long as
-    the endpoint asks for (Retry-After), and not only the one that was refused.
+    so long is tried once by each request, until it answers again. One that took requests and has answered
+    none for so long gets one request at a time, and the others fail at once, until it answers. After a 429
+    every request waits as long as the endpoint asks for (Retry-After), and not only the one that was refused.
     """
 
     def __init__(self, url: str, model: str, key: str | None, timeout_s: float) -> None:
@@ -76,6 +77,9 @@ class Endpoint:
         self._limit_name = "max_tokens"  # OpenAI's newer models take max_completion_tokens alone
         self._closed_until = 0.0  # by time.monotonic(): until when the endpoint takes no requests
         self._unreachable_since: float | None = None  # by time.monotonic(); None: it answered the last time
+        self._answered_at = 0.0  # by time.monotonic()
+        self._silent_since: float | None = None  # by time.monotonic(); None: it answers
+        self._num_waiting = 0  # requests that the endpoint has not answered yet
         self._session: aiohttp.ClientSession | None = None
 
     async def connect(self, app: web.Application) -> AsyncIterator[None]:
@@ -144,7 +148,13 @@ class Endpoint:
         patient: whether to try again after a connection failed.
         """
         pause_s, last = _FIRST_PAUSE_S, "no attempt"
-        deadline = time.monotonic() + self._timeout_s
+        began = time.monotonic()
+        deadline = began + self._timeout_s
+        if self._silent_since is not None and self._num_waiting:
+            silent_s = began - self._silent_since
+            raise EngineError(
+                f"no request was answered for {silent_s:.0f} s, and one still waits for its reply"
+            )
         while (now := time.monotonic()) < deadline:
             wait_s = self._closed_until - now
             if wait_s > deadline - now:
@@ -158,6 +168,8 @@ class Endpoint:
                     return await self._post(request)
             except TimeoutError:
                 last = "the request was not answered"
+                if self._answered_at < began:
+                    self._silent_since = self._silent_since or began
             except _Passing as failure:
                 last = str(failure)
                 if failure.is_unreachable and (not patient or self._is_gone()):
@@ -197,6 +209,7 @@ class Endpoint:
     async def _exchange(self, body: bytes) -> tuple[int, Mapping[str, str], bytes]:
         """Returns status, headers and body of the answer to a request, without the key. Raises _Passing."""
         assert self._session is not None, "connect first"
+        self._num_waiting += 1
         try:
             async with self._session.post(
                 f"{self._url}/chat/completions",
@@ -208,7 +221,10 @@ class Endpoint:
         except (aiohttp.ClientError, OSError) as error:
             self._unreachable_since = self._unreachable_since or time.monotonic()
             raise _Passing(f"{type(error).__name__}: {error}", is_unreachable=True) from None
-        self._unreachable_since = None
+        finally:
+            self._num_waiting -= 1
+        self._unreachable_since = self._silent_since = None
+        self._answered_at = time.monotonic()
         if self._key:
             data = data.replace(self._key.encode(), b"***")
         return response.status, response.headers, data

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -88,6 +89,8 @@ class SomebodysServer:
 
     def __init__(self) -> None:
         self.num_answered = 0
+        self.answers = threading.Event()
+        self.answers.set()
         self._port = 0
         self.come()
 
@@ -98,12 +101,14 @@ class SomebodysServer:
             def do_POST(self) -> None:
                 self.rfile.read(int(self.headers["Content-Length"]))
                 time.sleep(0.1)
+                endpoint.answers.wait()
                 choice = {"index": 0, "finish_reason": "stop", "message": {"content": "1 2 3 4"}}
                 answer = json.dumps({"choices": [choice]}).encode()
                 self.send_response(200)
                 self.send_header("Content-Length", str(len(answer)))
                 self.end_headers()
-                self.wfile.write(answer)
+                with contextlib.suppress(BrokenPipeError):  # nobody waits for it any more
+                    self.wfile.write(answer)
                 endpoint.num_answered += 1
 
             def log_message(self, *_: object) -> None: ...
@@ -160,3 +165,29 @@ def test_an_evaluation_waits_for_its_endpoint_then_ends_with_its_name_and_goes_o
     again = evaluated(directory)
     assert again.ended_cleanly() == 0, again.said
     assert "rollouts are scored already" in again.log("evaluator") and again.num_scored() == 128
+
+
+def test_an_evaluation_whose_endpoint_takes_requests_and_answers_none_ends_and_goes_on_later(
+    evaluated, endpoint, folder, gym_python, fault
+):
+    directory = folder / "silent_endpoint"
+    one = evaluated(
+        directory,
+        *SUDOKU,
+        "env.sudoku.max_concurrency=8",
+        "evaluation.samples=16",
+        f"endpoint.url={endpoint.url}",
+        "endpoint.model=big/one",
+        "endpoint.timeout_s=15",
+    )
+    one.wait_for(one.landed)
+    blow = fault("The endpoint of an evaluation hangs")
+    endpoint.answers.clear()
+    assert one.ended_cleanly() == 1, one.said
+    assert blow.over() < 90
+    assert "rollouts failed, more than rollout.max_failed_share" in one.said
+    assert f"endpoint.url={endpoint.url}: no request was answered for" in one.log("gateway")
+    endpoint.answers.set()
+    again = evaluated(directory)
+    assert again.ended_cleanly() == 0, again.said
+    assert again.num_scored() == 128

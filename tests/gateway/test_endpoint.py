@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import email.utils
+import re
 import socket
 import time
 from collections.abc import AsyncIterator
@@ -199,6 +200,58 @@ def test_an_endpoint_that_is_gone_is_waited_for_once_and_asked_as_before_when_it
     for status, message, _ in (first, second, third):
         assert status == 500 and message.startswith(f"endpoint.url={url}: ") and "Cannot connect" in message
     assert back == [200, 200], "what passes is tried again"
+
+
+def test_an_endpoint_that_answers_nothing_is_waited_for_by_one_request_at_a_time_until_it_answers():
+    async def run() -> list[Any]:
+        released = asyncio.Event()
+
+        async def held() -> dict:
+            await released.wait()
+            return completion()
+
+        async def asked(http: aiohttp.ClientSession) -> tuple[int, str, float]:
+            began = time.monotonic()
+            status, reply = await chat(http)
+            return status, "" if status == 200 else reply["error"]["message"], time.monotonic() - began
+
+        script = Script(*[held] * 20)
+        async with gateway(script, timeout_s=1.5) as http:
+            first = await asyncio.gather(*(asked(http) for _ in range(3)))
+            probe = asyncio.create_task(asked(http))
+            await asyncio.sleep(0.3)
+            meanwhile = await asyncio.gather(*(asked(http) for _ in range(5)))
+            num_asked = len(script.bodies)
+            released.set()
+            back = [await probe, *await asyncio.gather(*(asked(http) for _ in range(5)))]
+        return [first, meanwhile, num_asked, back]
+
+    first, meanwhile, num_asked, back = asyncio.run(run())
+    assert all(status == 500 and seconds > 1.2 for status, _, seconds in first)
+    assert all(status == 500 and seconds < 0.5 for status, _, seconds in meanwhile)
+    assert all(re.search(r"no request was answered for \d+ s, and one still waits", m[1]) for m in meanwhile)
+    assert num_asked == 4
+    assert [status for status, _, _ in back] == [200] * 6
+
+
+def test_a_request_without_a_reply_makes_no_endpoint_silent_that_answers_others():
+    async def never() -> dict:
+        await asyncio.sleep(60)
+        return completion()
+
+    async def run() -> list[int]:
+        async with gateway(Script(never, *[completion()] * 9), timeout_s=1.0) as http:
+            lost = asyncio.create_task(chat(http))
+            await asyncio.sleep(0.3)
+            answered = await chat(http)
+            lost_status = (await lost)[0]
+            return [
+                answered[0],
+                lost_status,
+                *[s for s, _ in await asyncio.gather(*(chat(http) for _ in "abc"))],
+            ]
+
+    assert asyncio.run(run()) == [200, 500, 200, 200, 200]
 
 
 def test_a_broken_connection_is_tried_again():

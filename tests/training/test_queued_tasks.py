@@ -395,7 +395,7 @@ def test_no_group_is_started_during_an_evaluation_which_has_the_weights_of_its_s
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             with self.run.trainer.batch_tasks.holding():
                 before = len(self.run.players.started)
-                time.sleep(0.1)  # long enough for groups to land, and to be left out
+                time.sleep(0.4)  # long enough for groups to land, and to be left out
                 new = len(self.run.players.started) - before
                 self.seen.append((self.run.engine.version - state.global_step, new))
 
@@ -405,12 +405,29 @@ def test_no_group_is_started_during_an_evaluation_which_has_the_weights_of_its_s
         tmp_path,
         overlap=AHEAD,
         flat=lambda key: key[-1] == "1",
+        seconds=0.4,
         rollout=rollout,
         callbacks=[evaluation],
     )
     run.train()
     assert evaluation.seen == [(0, 0)] * STEPS
     assert [len(batch) for batch in run.batches()] == [BATCH] * STEPS
+
+
+def test_the_engine_samples_with_a_steps_weights_while_its_checkpoint_is_written(policy, tmp_path):
+    class Saving(TrainerCallback):
+        seen: list[bool] = []  # noqa: RUF012
+        run: Training
+
+        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.seen.append(state.global_step in {version for _, version in self.run.players.started})
+
+    saving = Saving()
+    run = saving.run = Training(
+        policy, tmp_path, overlap=AHEAD, callbacks=[saving], save_strategy="steps", save_steps=1
+    )
+    run.train()
+    assert saving.seen[:3] == [True] * 3, "the last three steps have nothing left to play"
 
 
 def test_where_the_trainer_sets_the_pace_what_landed_for_later_batches_is_checked(policy, tmp_path):
