@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gymexp.data.curriculum import Curriculum, count_tasks, from_json, to_json
+from gymexp.config.schema import DatasetConfig
+from gymexp.data.curriculum import Curriculum, count_tasks, draws_tasks, from_json, to_json
 from gymexp.data.weights import PARTS, Weights
 
 WEIGHT = st.sampled_from([0.1, 0.25, 1 / 3, 1, 2, 3.7])
@@ -178,3 +179,12 @@ def test_a_snapshot_does_not_change_with_later_draws():
 
 def test_another_seed_is_another_order():
     assert play(curriculum(seed=1), 0) != play(curriculum(seed=2), 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "draws"),
+    [({}, False), ({"schedule": {"sudoku": [[0, 1]]}}, True), ({"sampling": "difficulty"}, True)],
+    ids=str,
+)
+def test_a_schedule_and_sampling_by_difficulty_are_curricula(changes, draws):
+    assert draws_tasks(DatasetConfig(**changes)) is draws

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 
 from gymexp.config.schema import LoraConfig
 from gymexp.engine.adapter_transfer import AdapterTransfer
-from gymexp.engine.admission import Admission
+from gymexp.engine.admission import Admission, Drain
 from gymexp.engine.replicas import NamedTensors, Replicas, TensorSpecs, reload_weights, write_weights
 from gymexp.engine.weight_sync import WeightSync
 from gymexp.engine.weight_transfer import DiskTransfer
@@ -554,3 +554,13 @@ def test_a_gateway_that_does_not_answer_is_named(site, tmp_path):
     away = Admission(["http://127.0.0.1:9"], None, 5.0)
     with pytest.raises(ServiceError, match=r"^the gateway did not answer /engine: "):
         WeightSync(site.replicas, DiskTransfer(tmp_path), away, tmp_path)
+
+
+@pytest.mark.parametrize("timeout_s", [True, None, "1", -0.1])
+def test_a_drain_without_a_time_is_refused(timeout_s):
+    with pytest.raises(ValueError, match="timeout_s must be a number >= 0"):
+        Drain.read({"urls": ["http://127.0.0.1:1"], "timeout_s": timeout_s, "cut": False})
+
+
+def test_a_drain_may_take_no_time():
+    assert Drain.read({"urls": ["http://127.0.0.1:1"], "timeout_s": 0, "cut": True}).timeout_s == 0

@@ -61,6 +61,11 @@ def test_weights_of_whole_sequences_are_single_numbers_and_a_token_that_cannot_b
     assert numbers(single.weights) == [1.25], "where a sequence has one token, the form is a token's"
 
 
+def test_a_ratio_that_is_no_number_is_left_out():
+    nothing = {"old_per_token_logps": torch.full_like(OLD, math.nan), "sampling_per_token_logps": OLD}
+    assert trained_of(BATCH | nothing, ROWS)[0].max_ratio is None
+
+
 def test_above_the_bound_only_the_numbers_of_the_rollout_are_kept():
     rows = [Row(4, True, False), *ROWS[1:]]
     first, *_ = trained_of(BATCH | {"old_per_token_logps": OLD, "sampling_per_token_logps": OLD}, rows)
