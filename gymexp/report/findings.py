@@ -29,6 +29,7 @@ FLAT_CHANGE = 0.02  # of reward or success: no change
 LONGER = 1.5
 TRUNCATED, FAILED, CLIPPED = 0.1, 0.02, 0.2
 DRIFT_SHARE = 0.5  # of the bound
+FEW_EFFECTIVE = 0.8  # of the trained tokens
 ENV_FALL, MEAN_RISE = -0.05, 0.02
 SLOWER = 1.3
 _MAX_REASON = 200  # characters of why rollouts failed
@@ -167,6 +168,19 @@ def high_drift(drift: Values, limit: float) -> Finding | None:
         return None
     return Finding(
         f"Drift of engine and trainer is {measured[-1]:.2g} nats, of {limit:g} that end the run.", "ratio"
+    )
+
+
+def far_from_samples(sizes: Values) -> Finding | None:
+    """The effective sample size was below 80 % of the tokens in one of the last ten steps."""
+    last = present(sizes)[-WINDOW:]
+    if not last or min(last) >= FEW_EFFECTIVE:
+        return None
+    return Finding(
+        f"The tokens of a step counted as {min(last):.0%} of their number (effective sample size): the policy "
+        "that trains is far from the one that sampled. A lower overlap.max_staleness or "
+        "trainer.learning_rate keeps them closer.",
+        "ratio",
     )
 
 
@@ -343,6 +357,7 @@ def find(records: RunRecords) -> list[Finding]:
         flat_groups(records.series("groups_without_variance"), kinds),
         entropy_fall(records.series("entropy"), records.series("reward")),
         high_drift(drift, limit),
+        far_from_samples(records.series("sampling/effective_sample_size")),
         clipping(records.series("clip_ratio/region_mean")),
         slower_steps(
             records.series("time/step"),

@@ -64,6 +64,14 @@ def test_a_share_has_to_be_above_its_threshold(rule, above, at):
     assert rule([]) is None and rule([None] * 10) is None
 
 
+def test_one_step_far_from_what_sampled_it_is_enough():
+    found = findings.far_from_samples([0.999] * 5 + [0.674] + [0.999] * 4)
+    assert found and "67%" in found.text and found.panel == "ratio"
+    assert findings.far_from_samples([0.674] + [0.999] * 10) is None, "more than ten steps ago"
+    assert findings.far_from_samples([0.8] * 10) is None
+    assert findings.far_from_samples([None]) is None
+
+
 def test_failures_name_their_commonest_cause():
     found = findings.failures("e", [0.1], {"timeout": [0.02], "engine": [0.08]})
     assert found and "10.0%" in found.text and "engine" in found.text and "timeout" not in found.text
