@@ -177,8 +177,8 @@ def far_from_samples(sizes: Values) -> Finding | None:
     if not last or min(last) >= FEW_EFFECTIVE:
         return None
     return Finding(
-        f"The tokens of a step counted as {min(last):.0%} of their number (effective sample size): the policy "
-        "that trains is far from the one that sampled. A lower overlap.max_staleness or "
+        f"The tokens of a step counted as {min(last):.0%} of their number (effective sample size): the "
+        "policy that trains is far from the one that sampled. A lower overlap.max_staleness or "
         "trainer.learning_rate keeps them closer.",
         "ratio",
     )
