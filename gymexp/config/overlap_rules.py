@@ -55,8 +55,8 @@ def _problems_of_keys(overlap: OverlapConfig) -> Iterator[str]:
 def _problems_with_other_keys(config: RunConfig) -> Iterator[str]:
     on = f"overlap.max_staleness={config.overlap.max_staleness}"
     yield from _problems_of_tasks(config, on)
-    if config.engine.colocate:
-        yield f"engine.colocate must be false with {on}: vLLM sleeps while its GPU trains, got True"
+    if colocate := config.engine.colocate:
+        yield f"engine.colocate must be false with {on}: vLLM sleeps while its GPU trains, got {colocate!r}"
     for name, env in config.env.items():
         if env.replicas == "auto":
             yield (

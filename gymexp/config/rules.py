@@ -329,10 +329,17 @@ def _engine_problems(engine: EngineConfig) -> Iterator[str]:
             yield f"engine.urls must be addresses like http://127.0.0.1:8000, got {url!r}"
     if engine.urls and engine.kind == "hf":
         yield f"engine.urls is for engine=vllm, got engine.kind='hf' and {engine.urls}"
-    if engine.colocate and (engine.urls or engine.kind == "hf"):
-        yield "engine.colocate=true is for vLLM that gymexp starts: leave out engine.urls and engine=hf"
-    if engine.colocate and engine.weights == "nccl":
-        yield "engine.weights must be ipc or disk with engine.colocate=true (NCCL allows one rank a GPU)"
+    colocate = engine.colocate
+    if not (isinstance(colocate, bool) or colocate == "auto"):
+        yield f"engine.colocate must be true, false or auto, got {colocate!r}"
+        return
+    said = f"engine.colocate={str(colocate).lower()}"
+    if colocate and (engine.urls or engine.kind == "hf"):
+        yield f"{said} is for vLLM that gymexp starts: leave out engine.urls and engine=hf"
+    if colocate and engine.weights == "nccl":
+        yield f"engine.weights must be auto, ipc or disk with {said} (NCCL allows one rank a GPU), got 'nccl'"
+    if colocate == "auto" and engine.weights == "ipc":
+        yield f"engine.weights must be auto or disk with {said} (IPC serves a single GPU), got 'ipc'"
 
 
 def _data_problems(at: str, data: DataConfig) -> Iterator[str]:

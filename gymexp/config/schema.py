@@ -152,7 +152,9 @@ class EngineConfig:
     tensor_parallel_size: int = 1  # vllm: GPUs of one replica
     args: dict[str, Any] = field(default_factory=dict)  # vllm: more flags of `vllm serve`, as Python names
     urls: list[str] = field(default_factory=list)  # vllm: addresses of running servers; none is started then
-    colocate: bool = False  # vllm: every GPU samples and trains, in turn; a single GPU always does
+    # vllm: whether every GPU samples and trains, in turn; a single GPU always does. auto: two short runs
+    # before the first step show whether that is faster than with GPUs apart
+    colocate: Any = False
     # vllm: how weights reach the engine: nccl, ipc or disk; auto: the fastest way that the GPUs allow
     weights: str = "auto"
     start_timeout_s: float = 900.0  # vllm: limit on the time from start to the first answered health check

@@ -204,6 +204,10 @@ class RunDirectory:
             ) from None
         os.set_inheritable(self._lock_file.fileno(), False)
 
+    def release(self) -> None:
+        """Unlocks the directory, so that another process may go on with it."""
+        self._lock_file.close()
+
     def loss(self) -> str:
         """Returns a message if the directory was moved or deleted since this process locked it; else ""."""
         lock_fd = self._lock_file.fileno()

@@ -15,6 +15,7 @@ from gymexp.record.optuna_study import as_trial
 
 if TYPE_CHECKING:
     from gymexp.cluster.placement import Placement
+    from gymexp.record.directory import RunDirectory
 
 
 @as_trial
@@ -38,11 +39,9 @@ def train(
     from gymexp.processes import launcher_variables, open_files
     from gymexp.record.directory import RunDirectory
     from gymexp.record.places import cache_dir
-    from gymexp.report.held_out import read_held_out
-    from gymexp.run import controller
+    from gymexp.run import controller, placement_trial
     from gymexp.training import arguments, checkpoints, schedule, sharding
     from gymexp.view.progress import View
-    from gymexp.view.table import held_out_table
 
     open_files.raise_limit()
     view = View()
@@ -60,6 +59,9 @@ def train(
     in_flight = open_files.concurrency(config.env)
     check_variables(config.env)
     arguments.check(config, cache_dir())
+    if tries := config.engine.colocate == "auto":
+        config = placement_trial.apart(config)
+        placement_trial.shared(config, visible_gpus())  # refuses what cannot be divided
     # With several nodes, the checks assume that every node has the same GPUs as this one; the controller
     # places the processes again once the other nodes have joined and reported their GPUs.
     placement = place(config, [visible_gpus()] * num_nodes(config.placement))
@@ -82,6 +84,9 @@ def train(
         prompt_lengths.check(config.model, prepared, cache_dir())
         run = RunDirectory.claim(directory)
         write_prepared(prepared, run.data)
+        if tries:
+            config = placement_trial.decided(config, visible_gpus(), run, prepared, view.say)
+            placement = place(config, [visible_gpus()])
         run.describe(config, overrides)
     else:
         config = _fit_to_model(config, hub_snapshot.directory_of(config.model, view.say), placement, view.say)
@@ -89,14 +94,22 @@ def train(
     with view:
         result = controller.run(config, run, python, site, placement, view, allocation, checkpoint)
     if result["held_out"]:
-        try:
-            held_out = read_held_out(run.rollouts)
-        except OSError as error:  # the run is finished, whatever can be read of it
-            held_out = {}
-            view.say(f"no intervals, as the index of the rollouts cannot be read: {error}")
-        view.say(held_out_table(result, held_out))
+        view.say(_held_out(result, run, view.say))
     view.say(f"run directory: {run.path}")
     return result
+
+
+def _held_out(result: dict[str, Any], run: RunDirectory, say: Callable[[str], None]) -> str:
+    """Returns the table of the held-out rewards before and after training."""
+    from gymexp.report.held_out import read_held_out
+    from gymexp.view.table import held_out_table
+
+    try:
+        held_out = read_held_out(run.rollouts)
+    except OSError as error:  # the run is finished, whatever can be read of it
+        held_out = {}
+        say(f"no intervals, as the index of the rollouts cannot be read: {error}")
+    return held_out_table(result, held_out)
 
 
 def _fit_to_model(

@@ -152,7 +152,14 @@ def test_a_lora_recipe_is_the_full_one_but_for_what_its_file_says():
         ("engine.urls=[localhost]", "engine.urls must be addresses like http"),
         ("engine.weights=carrier_pigeon", "engine.weights must be one of auto, nccl, ipc, disk"),
         ("engine.colocate=true engine=hf", "engine.colocate=true is for vLLM that gymexp starts"),
-        ("engine.colocate=true engine.weights=nccl", "engine.weights must be ipc or disk"),
+        ("engine.colocate=true engine.weights=nccl", "engine.weights must be auto, ipc or disk"),
+        ("engine.colocate=auto engine.weights=nccl", "engine.weights must be auto, ipc or disk"),
+        (
+            "engine.colocate=auto engine.weights=ipc",
+            "engine.weights must be auto or disk with engine.colocate=auto",
+        ),
+        ("engine.colocate=auto engine=hf", "engine.colocate=auto is for vLLM that gymexp starts"),
+        ("engine.colocate=both", "engine.colocate must be true, false or auto, got 'both'"),
         ("placement.rollout_gpus=0", "placement.rollout_gpus must be >= 1, got 0"),
     ],
 )

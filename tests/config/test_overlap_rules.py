@@ -52,6 +52,7 @@ def test_what_overlaps_is_read_from_the_command_line_and_from_the_runs_own_file(
         (f"{ON} overlap.order=exakt", r"overlap.order must be one of finished, exact, got 'exakt'.*exact"),
         (f"{ON} overlap.update=keep", r"overlap.update must be one of abort, wait, got 'keep'"),
         (f"{ON} engine=vllm engine.colocate=true", r"engine.colocate must be false with overlap.max_stalen"),
+        (f"{ON} engine=vllm engine.colocate=auto", r"engine.colocate must be false with overlap.max_stalen"),
         (f"{ON} dataset.sampling=difficulty", r"dataset.sampling must be uniform with overlap.max_stalenes"),
         (
             f"{DYNAMIC} dataset.schedule={{0:{{sudoku:1}}}}",
