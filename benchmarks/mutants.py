@@ -57,7 +57,7 @@ MODULES = {  # the tests of each module, slow ones last, as the first failure en
     "training/drawn_tasks": "training/test_drawn_tasks.py training/test_queued_tasks.py",
     "training/batches": "training/test_batches.py training/test_objective.py",
     "training/trained_values": "training/test_trained_values.py training/test_rollout_func.py",
-    "training/named_weights": "training/test_engine_client.py training/test_trainer.py",
+    "training/named_weights": "training/test_named_weights.py training/test_engine_client.py",
     "rollout/attempts": "rollout/test_attempts.py rollout/test_collect.py",
     "rollout/batch": "rollout/test_batch.py",
     "rollout/collect": "rollout/test_collect.py",
