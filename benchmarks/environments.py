@@ -214,7 +214,8 @@ async def measure(
 def start_policy(
     supervisor: Supervisor, tokenizer: str, sockets: dict[str, Any], script: Path, reply_s: float = 0.0
 ) -> None:
-    """Starts the gateway, as a run does, and the two fakes, whose replies take `reply_s` seconds."""
+    """Starts a gateway on each socket of such a name, as a run does, and the two fakes, whose replies take
+    `reply_s` seconds."""
     fake = [sys.executable, str(BENCHMARKS / "scripted.py"), "--script", str(script)]
     fake += ["--reply-s", str(reply_s)]
     gateway = [sys.executable, "-m", "gymexp.gateway.server", "--tokenizer", tokenizer]
@@ -230,7 +231,9 @@ def start_policy(
 
     add("chat", [*fake, "chat"], "/health")
     add("engine", [*fake, "engine"], "/health")
-    add("gateway", gateway, "/v1/models")
+    for name in sockets:
+        if name.startswith("gateway"):
+            add(name, gateway, "/v1/models")
 
 
 def start_servers(

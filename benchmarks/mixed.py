@@ -47,6 +47,7 @@ from gymexp.run.control_endpoint import Control
 RESULTS = Path(__file__).resolve().parent / "results"
 TASKS = ("letter_counting", "number_sorting", "spell_backward", "chain_sum")  # beside mini_sudoku
 WAYS = ("alone", "replicas=1", "replicas=auto")
+GATEWAYS = ("gateway", "gateway-1")  # one for each model server, as in a run
 
 
 def main() -> None:
@@ -80,7 +81,7 @@ def main() -> None:
 
 def six(args: argparse.Namespace) -> RunConfig:
     """Returns the configuration of the six environments, all with replicas=auto."""
-    own = {"env": ["sudoku", "workplace"], "replicas": [1], "model_servers": 2, "concurrency": 64}
+    own = {"env": ["sudoku", "workplace"], "replicas": [1], "model_servers": len(GATEWAYS), "concurrency": 64}
     own |= {"sudoku_rows": None, "workplace_rows": None, "python": args.python}
     config = read_config(argparse.Namespace(**own))
     sudoku = config.env["sudoku"]
@@ -104,7 +105,7 @@ async def measure(
 ) -> tuple[dict[str, dict[str, list[float]]], dict[str, dict[str, Any]], dict[str, int]]:
     """Returns the rates by way and environment, the rewards by way and rollout, and the replicas at the end
     with replicas=auto."""
-    sockets = {name: ports.listen() for name in ("chat", "engine", "gateway")}
+    sockets = {name: ports.listen() for name in ("chat", "engine", *GATEWAYS)}
     control = Control(ports.listen(), KEYS.run, lambda _: None)
     supervisor = control.supervisor = Supervisor(
         health_interval_s=config.gym.health_interval_s,
@@ -154,7 +155,7 @@ async def measure(
                 return rates, rewards, dict(replicas)
             finally:
                 await asyncio.to_thread(stack.close)
-                await supervisor.close(["gateway"])
+                await supervisor.close(GATEWAYS)
                 for sock in sockets.values():
                     sock.close()
 
@@ -169,8 +170,8 @@ def start_servers(
         server_sockets[name] = ports.listen()
         return server_sockets[name].getsockname()[1]
 
-    url = ports.url_of(sockets["gateway"])
-    layout = plan(config.env, config.gym, site_packages(python), [url], port, key=KEYS.policy)
+    urls = [ports.url_of(sockets[name]) for name in GATEWAYS]
+    layout = plan(config.env, config.gym, site_packages(python), urls, port, key=KEYS.policy)
     host = GymHost(python, layout, server_sockets, logs / "gym-host.log")
     supervisor.add(Service("gym-host", host.start, host.log))
 
