@@ -124,15 +124,15 @@ def test_every_rollout_is_kept_with_its_tokens_and_reads_back(pair):
 
 
 def test_what_the_trainer_made_of_the_rollouts_agrees_with_them(pair):
-    """The advantages follow from the rewards by GRPO's formula. With one update a batch and the hf engine TRL
-    needs no log-probabilities of its own (the test of an adapter has some)."""
+    """The advantages follow from the rewards by GRPO's formula, and the trained tokens are those that the
+    policy sampled, with its probabilities."""
     directory = pair[0].directory / "rollouts"
     rows = {(row["file"], row["number"]): row for row in read_index(directory)}
     groups: dict[tuple[str, int], list[tuple[dict, dict]]] = {}
     for trained in read_train_index(directory):
         row = rows[trained["file"], trained["number"]]
         groups.setdefault((row["file"], row["group"]), []).append((row, read_trained(directory, trained)))
-        assert trained["ratio_max"] is None
+        assert trained["ratio_max"] == pytest.approx(1, abs=1e-3)
     assert len(groups) == STEPS * BATCH // 4 and {len(group) for group in groups.values()} == {4}
     for group in groups.values():
         rewards = [row["reward"] for row, _ in group]
@@ -140,7 +140,8 @@ def test_what_the_trainer_made_of_the_rollouts_agrees_with_them(pair):
         expected = [(reward - fmean(rewards)) / deviation for reward in rewards]
         assert [trained["advantage"] for _, trained in group] == pytest.approx(expected, abs=1e-4)
         for row, trained in group:
-            assert trained["trained"] == row["tokens"] and trained["logprobs"] is None
+            of_tokens = [value for value in trained["logprobs"] if value is not None]
+            assert trained["trained"] == row["tokens"] == len(of_tokens) and max(of_tokens) <= 0
     assert any(abs(trained["advantage"]) > 0.1 for group in groups.values() for _, trained in group)
     calls = [row for row in rows.values() if row["tool_calls"]]
     assert calls and all(0 <= row["tool_errors"] <= row["tool_calls"] for row in calls)
@@ -181,7 +182,7 @@ def test_the_last_and_the_best_checkpoint_stay_and_the_final_weights_are_there(p
         best = max(rewards, key=lambda step: (rewards[step], step))
         directory = run.directory / "checkpoints"
         left = {path.name for path in directory.glob("[!R]*")}  # and TRL's README
-        assert left == {"best", f"checkpoint-{best}", f"checkpoint-{STEPS}"}
+        assert left == {"best", f"checkpoint-{best}", f"checkpoint-{STEPS}", "run_id"}
         assert os.readlink(directory / "best") == f"checkpoint-{best}"
         assert all(checkpoints.whole(path) for path in directory.glob("checkpoint-*"))
         assert (run.directory / "model" / "model.safetensors").exists()

@@ -11,7 +11,6 @@ from transformers import Qwen3Config, Qwen3MoeConfig
 
 from gymexp.config.schema import EnvConfig, ModelConfig, RunConfig, SearchConfig
 from gymexp.errors import ConfigError
-from gymexp.run.train import _check_model
 from gymexp.training import argument_rules, arguments
 
 TABLES: dict[str, Any] = {
@@ -175,10 +174,10 @@ def test_a_loss_of_experts_is_for_models_that_have_them(tmp_path):
     trainer = {"router_aux_loss_coef": 0.01}
     Qwen3Config().save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=r"router_aux_loss_coef must be left out .*\(qwen3\), got 0\.01"):
-        _check_model(config(trainer), tmp_path, "hf")
-    _check_model(config({}), tmp_path, "hf")
+        argument_rules.check_model(trainer, tmp_path)
+    argument_rules.check_model({}, tmp_path)
     Qwen3MoeConfig().save_pretrained(tmp_path)
-    _check_model(config(trainer), tmp_path, "hf")
+    argument_rules.check_model(trainer, tmp_path)
 
 
 def test_a_tracker_that_is_not_trackio_has_no_space(tmp_path):
