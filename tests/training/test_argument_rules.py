@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 from transformers import Qwen3Config, Qwen3MoeConfig
 
+from gymexp.cluster.placement import Placement, Share
 from gymexp.config.schema import EnvConfig, ModelConfig, RunConfig, SearchConfig
 from gymexp.errors import ConfigError
+from gymexp.run.train import _fit_to_model
 from gymexp.training import argument_rules, arguments
 
 TABLES: dict[str, Any] = {
@@ -19,6 +21,7 @@ TABLES: dict[str, Any] = {
     "refused": argument_rules.REFUSED,
     "harmless": argument_rules.HARMLESS,
 }
+ON_A_CPU = Placement("hf", [Share(0, [])], [])
 OTHER = {bool: True, int: 3, float: 0.123, str: "other", dict: {"a": 1}, list: ["other"], type(None): "other"}
 
 
@@ -174,10 +177,10 @@ def test_a_loss_of_experts_is_for_models_that_have_them(tmp_path):
     trainer = {"router_aux_loss_coef": 0.01}
     Qwen3Config().save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=r"router_aux_loss_coef must be left out .*\(qwen3\), got 0\.01"):
-        argument_rules.check_model(trainer, tmp_path)
-    argument_rules.check_model({}, tmp_path)
+        _fit_to_model(config(trainer), tmp_path, ON_A_CPU, print)
+    _fit_to_model(config({}), tmp_path, ON_A_CPU, print)
     Qwen3MoeConfig().save_pretrained(tmp_path)
-    argument_rules.check_model(trainer, tmp_path)
+    _fit_to_model(config(trainer), tmp_path, ON_A_CPU, print)
 
 
 def test_a_tracker_that_is_not_trackio_has_no_space(tmp_path):
