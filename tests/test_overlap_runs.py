@@ -67,8 +67,10 @@ def test_rollouts_go_on_over_updates_within_the_bound_and_evaluations_have_the_w
     for entry in entries:
         parts = ("rollout", "sync", "logprobs", "update", "evaluation", "other")
         assert sum(entry[f"time/{part}"] for part in parts) == pytest.approx(entry["time/step"], abs=0.01)
-        assert 0 <= entry["idle/engine"] < 1 and 0 <= entry["idle/trainer"] < 1
-        assert 0 < entry["engine/in_flight"] <= 4 * BATCH
+        assert 0 <= entry["idle/engine"] <= 1 and 0 <= entry["idle/trainer"] < 1
+        assert 0 <= entry["engine/in_flight"] <= 4 * BATCH
+    # Nothing may be left to play in the last step.
+    assert all(entry["idle/engine"] < 1 and entry["engine/in_flight"] > 0 for entry in entries[:-1])
     for step in (0, 3, STEPS):
         played = run.rollouts(f"eval-{step:06d}")
         versions = {version for line in played for turn in spans(line) for version, _ in turn}
