@@ -13,7 +13,8 @@ projections, norms, rotary embedding and MLP. Gradient checkpointing and the hoo
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,12 +25,24 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from gymexp.config.packing import Compilation
 
 
-def compile_layers(model: torch.nn.Module, compilation: Compilation) -> None:
+def compile_layers(model: Any, compilation: Compilation) -> None:
     """Makes each decoder layer compile itself when it first gets a pack. Other rows, such as those of the hf
     engine, are computed as before."""
     for layer in model.modules():
         if isinstance(layer, GradientCheckpointingLayer):
             layer.forward = _compiled_for_packs(layer.forward, compilation)
+
+
+@contextmanager
+def _any_size() -> Iterator[None]:
+    """Keeps torch from taking equal sizes for the same size. Otherwise, if the first pack has as many tokens
+    as a head has dimensions, its code is for packs of that many tokens alone.
+
+    Nor is a layer split for DDP, which can send a layer's gradients after the backward pass of that layer.
+    """
+    shapes: Any = shapes_config
+    with shapes.patch(use_duck_shape=False), dynamo_config.patch(optimize_ddp=False):
+        yield
 
 
 def _compiled_for_packs(forward: Callable[..., Any], compilation: Compilation) -> Callable[..., Any]:
@@ -39,9 +52,7 @@ def _compiled_for_packs(forward: Callable[..., Any], compilation: Compilation) -
     def choose(*args: Any, packed_segments: Any = None, **options: Any) -> Any:
         if packed_segments is None:
             return forward(*args, **options)
-        # Else a first pack of as many tokens as a head has numbers makes code for equal sizes alone. And DDP
-        # can send a layer's gradients after the layer's backward pass: dynamo need not split it further.
-        with shapes_config.patch(use_duck_shape=False), dynamo_config.patch(optimize_ddp=False):
+        with _any_size():
             return compiled(*args, packed_segments=packed_segments, **options)
 
     return choose
