@@ -2,13 +2,16 @@
 
     python benchmarks/update.py --model outputs/model_4b [--groups 4:16:3000:1024 …] [--micro-batch 4]
     python benchmarks/update.py --model gymexp/assets/tiny --groups 4:4:60:20 --dtype float32      on a CPU
+    python benchmarks/update.py --model outputs/model_4b --compile      and with trainer.torch_compile=true
 
 An update is the forward and the backward pass over all rollouts, in micro-batches, as the trainer makes
 them: rows of similar length share a micro-batch, and with `tree` rows of the same prompt. Each of --groups
 has four numbers: of groups, of rollouts in each, of tokens of their prompt, and of tokens of the longest
 completion; the shortest has a quarter of it. The layouts are timed in turns, so that a busy machine slows all
-of them: compare the ratios. A round before the measured ones warms up. `computed` counts the tokens that a
-layer sees.
+of them: compare the ratios. A round before the measured ones warms up, and compiles. `computed` counts the
+tokens that a layer sees. `--compile` times both layouts of packs with compiled layers as well, and shows the
+time of the compilations apart: by how much the first round took longer than the others. torch keeps what it
+compiled for a later process, so an empty folder in TORCHINDUCTOR_CACHE_DIR makes it compile everything.
 """
 
 from __future__ import annotations
@@ -18,24 +21,29 @@ import gc
 import random
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import facts
 import torch
+from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM
+from transformers.modeling_layers import GradientCheckpointingLayer
 from trl.trainer.utils import add_fused_lm_head
 
+from gymexp.config.packing import Compilation
 from gymexp.training import packing, padding
+from gymexp.training.compiled_layers import compile_layers
 from gymexp.training.scoring import Scorer
 
 LAYOUTS = ("none", "varlen", "tree")
+COMPILED = " compiled"  # ends the name of a layout whose layers are compiled
 
 
 def main() -> None:
     args = parse()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = getattr(torch, args.dtype)
     model: Any = AutoModelForCausalLM.from_pretrained(
         args.model, dtype=torch.float32, attn_implementation="sdpa"
     )
@@ -45,19 +53,21 @@ def main() -> None:
     add_fused_lm_head(model, outputs=("log_probs", "entropy"))
     packing.prepare(model)
     batches = {layout: build_batches(args, layout, device) for layout in LAYOUTS}
-    seconds: dict[str, list[float]] = {layout: [] for layout in LAYOUTS}
-    computed: dict[str, int] = {}
-    for number in range(args.rounds + 1):
-        for layout in LAYOUTS:
-            spent, computed[layout] = time_update(model, layout, batches[layout], dtype)
-            if number:
-                seconds[layout].append(spent)
+    forwards = {"": forwards_of(model)}
+    if args.compile:
+        compile_layers(model, Compilation("inductor", None))
+        forwards[COMPILED] = forwards_of(model)
+        batches |= {layout + COMPILED: batches[layout] for layout in LAYOUTS if layout != "none"}
+    seconds, computed, graphs = time_rounds(model, batches, forwards, args)
     real = sum(int(b["prompt_mask"].sum() + b["completion_mask"].sum()) for b in batches["none"])
-    medians = {layout: statistics.median(seconds[layout]) for layout in LAYOUTS}
+    medians = {name: statistics.median(seconds[name][1:]) for name in batches}
     print(f"{real} tokens in {args.rounds} rounds, {args.dtype} on {device}")
-    for layout in LAYOUTS:
-        ratio = medians["none"] / medians[layout]
-        print(f"  {layout:<7}{medians[layout]:>8.2f} s  {ratio:>5.2f}x  computed {computed[layout]}")
+    for name in batches:
+        ratio = medians["none"] / medians[name]
+        print(f"  {name:<16}{medians[name]:>8.2f} s  {ratio:>5.2f}x  computed {computed[name]}")
+    compiling = {name: seconds[name][0] - medians[name] for name in batches if name.endswith(COMPILED)}
+    if compiling:
+        print(f"  {graphs} graphs were compiled in {sum(compiling.values()):.1f} s")
     facts.write(
         args.output,
         {
@@ -66,11 +76,39 @@ def main() -> None:
             "arguments": {k: v for k, v in vars(args).items() if k not in ("model", "output")},
             "torch": torch.__version__,
             "tokens": real,
-            "seconds": seconds,
+            "seconds": {name: spent[1:] for name, spent in seconds.items()},
             "computed": computed,
-            "faster_than_padded": {layout: medians["none"] / medians[layout] for layout in LAYOUTS},
+            "faster_than_padded": {name: medians["none"] / medians[name] for name in batches},
+            "compiling": {"graphs": graphs, "seconds": compiling},
         },
     )
+
+
+def time_rounds(
+    model: Any,
+    batches: dict[str, list[dict[str, torch.Tensor]]],
+    forwards: dict[str, dict[Any, Callable[..., Any]]],
+    args: argparse.Namespace,
+) -> tuple[dict[str, list[float]], dict[str, int], int]:
+    """Returns the seconds of each layout's updates, the first of which warms up; the number of tokens that
+    its layers saw; and the number of compiled graphs, all of them in the first round.
+
+    forwards: the forward pass of each layer that is compiled, and of one that is not.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in batches}
+    computed: dict[str, int] = {}
+    graphs = 0
+    for number in range(args.rounds + 1):
+        for name in batches:
+            layout = name.removesuffix(COMPILED)
+            for layer, forward in forwards[name.removeprefix(layout)].items():
+                layer.forward = forward
+            spent, computed[name] = time_update(model, layout, batches[name], getattr(torch, args.dtype))
+            seconds[name].append(spent)
+        if number == 0:
+            graphs = counters["stats"]["unique_graphs"]
+    assert counters["stats"]["unique_graphs"] == graphs, "the first round must compile everything"
+    return seconds, computed, graphs
 
 
 def parse() -> argparse.Namespace:
@@ -83,8 +121,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--no-checkpointing", action="store_true", help="keep the activations of all layers")
+    parser.add_argument("--compile", action="store_true", help="packs with compiled layers as well")
     parser.add_argument("--output", type=Path, default=facts.RESULTS / "update.json")
     return parser.parse_args()
+
+
+def forwards_of(model: torch.nn.Module) -> dict[Any, Callable[..., Any]]:
+    """Returns each decoder layer with its present forward pass."""
+    return {m: m.forward for m in model.modules() if isinstance(m, GradientCheckpointingLayer)}
 
 
 def build_batches(args: argparse.Namespace, layout: str, device: str) -> list[dict[str, torch.Tensor]]:

@@ -322,6 +322,12 @@ def _dependent_problems(trainer: Mapping[str, Any]) -> Iterator[str]:
             "trainer.sync_ref_model must be false with trainer.beta=0, which has no reference, "
             f"got {trainer['sync_ref_model']!r}: say trainer.beta=…"
         )
+    backend, mode = trainer.get("torch_compile_backend"), trainer.get("torch_compile_mode")
+    if backend not in (None, "inductor") and mode not in (None, "default"):
+        yield (
+            f"trainer.torch_compile_mode={mode} is for torch_compile_backend=inductor, as other backends "
+            f"ignore it, got {backend!r}: leave one of them out"
+        )
     for name, needed in (
         ("liger_kernel_config", "use_liger_kernel"),
         ("num_completions_to_print", "log_completions"),

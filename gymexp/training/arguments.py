@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
-from gymexp.config import correction, grpo_arguments
+from gymexp.config import correction, grpo_arguments, packing
 from gymexp.config.grpo_arguments import value_of
 from gymexp.config.schema import RunConfig
 from gymexp.config.search_space import ends, flat
@@ -191,9 +191,15 @@ def _request_verdicts(questions: list[dict[str, Any]]) -> list[str]:
 
 
 def build(config: RunConfig, output_dir: Path) -> GRPOConfig:
-    """Builds TRL's arguments for a run; imports torch."""
+    """Builds TRL's arguments for a run; imports torch.
+
+    If the layers are compiled for packs (`compiled_layers`), transformers must not compile the model as well.
+    """
+    trainer = config.trainer
+    if packing.compilation_of(config):
+        trainer = {name: value for name, value in trainer.items() if name not in packing.COMPILE_KEYS}
     return construct(
-        correction.complete(config.trainer, correction.correction_of(config)),
+        correction.complete(trainer, correction.correction_of(config)),
         config.model.dtype,
         output_dir=str(output_dir),
         seed=config.seed,

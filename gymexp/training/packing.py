@@ -199,6 +199,7 @@ def group_by_prompt(batches: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return regroup(batches, order_by_prompt(ids, mask))
 
 
+@torch.compiler.disable(reason="the segments, a Python object, differ from pack to pack")
 def _attend(
     module: torch.nn.Module,
     query: torch.Tensor,

@@ -16,6 +16,7 @@ from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 from gymexp.config.correction import correction_of
+from gymexp.config.packing import compilation_of
 from gymexp.config.schema import RunConfig
 from gymexp.data.prepare import Prepared
 from gymexp.engine.replicas import NamedTensors, TensorSpecs
@@ -27,6 +28,7 @@ from gymexp.rollout.outcome import Outcome
 from gymexp.training import (
     batches,
     checkpoints,
+    compiled_layers,
     drift,
     named_weights,
     old_logprobs,
@@ -115,6 +117,8 @@ class PolicyTrainer(GRPOTrainer):
             for one in (self.model, self.ref_model):
                 if one is not None:
                     packing.prepare(one)
+                    if compilation := compilation_of(config):
+                        compiled_layers.compile_layers(one, compilation)
         if self._correction == "decoupled":
             self._stand_in_for_vllm()  # TRL corrects no other engine.
         self.remove_callback(PrinterCallback)  # The live view shows the numbers, and metrics.jsonl has them.

@@ -118,6 +118,10 @@ def test_what_gymexp_sets_is_refused_with_the_key_to_use(name, defaults):
             r"save_strategy must be steps, epoch or no, got 'best': checkpoint\.keep_best",
         ),
         ({"sync_ref_model": True}, r"sync_ref_model must be false with trainer\.beta=0"),
+        (
+            {"torch_compile_mode": "max-autotune", "torch_compile_backend": "eager"},
+            r"torch_compile_mode=max-autotune is for torch_compile_backend=inductor, .* got 'eager'",
+        ),
         ({"optim": "lomo"}, r"optim must step once for all micro-batches"),
         ({"optim": "galore_adamw_layerwise"}, r"optim must step once"),
         ({"optim": "schedule_free_adamw"}, r"optim must train the weights that it leaves"),

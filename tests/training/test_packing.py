@@ -211,6 +211,7 @@ def test_rows_of_a_prompt_follow_each_other_with_all_that_belongs_to_them():
         ([(7, 5), (9, 0)], {}, "none", "compute capability 8.0, and one here has 7.5"),
         ([(10, 0)], {}, "none", "GPUs as new"),
         ([(9, 0)], {"dtype": "float32"}, "none", "no float32"),
+        ([(9, 0)], {"torch_compile": True}, "none", "compiled packs were not compared"),
         ([(9, 0)], {"attn_implementation": "eager"}, "none", "model.attn_implementation must be sdpa"),
         ([(9, 0)], {"model_type": "gpt_oss"}, "none", "not gpt_oss"),
     ],
@@ -222,7 +223,8 @@ def test_auto_packs_where_it_was_compared_with_padding(tmp_path, monkeypatch, gp
     (tmp_path / "config.json").write_text(json.dumps(QWEN | of_model))
     monkeypatch.setattr(packing_rules, "compute_capabilities", lambda: gpus)
     monkeypatch.setattr(packing_rules, "visible_gpus", lambda: ["0"] * len(gpus))
-    config = RunConfig(model=ModelConfig("m", str(tmp_path), **settings))
+    trainer = {"torch_compile": settings.pop("torch_compile", False)}
+    config = RunConfig(model=ModelConfig("m", str(tmp_path), **settings), trainer=trainer)
     found, said = packing_rules.chosen(config, tmp_path, trains_on_gpu=bool(gpus))
     assert found == chosen
     assert why in said and bool(why) == bool(said)

@@ -11,7 +11,9 @@ from padded_rows import distance, padded
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
+from gymexp.config.packing import Compilation
 from gymexp.training import packing
+from gymexp.training.compiled_layers import compile_layers
 
 pytestmark = [
     pytest.mark.gpu,
@@ -70,12 +72,15 @@ def measure(
 
 @pytest.mark.parametrize("checkpoints", [False, True], ids=["kept", "computed again"])
 @pytest.mark.parametrize("packs", ["varlen", "tree"])
-def test_packed_rows_have_the_values_of_padded_ones(packs, checkpoints):
+@pytest.mark.parametrize("compiles", [False, True], ids=["eager", "compiled"])
+def test_packed_rows_have_the_values_of_padded_ones(packs, checkpoints, compiles):
     """In bfloat16 both differ from float32 by rounding: the packed ones by no more than the padded ones."""
     model = build_model()
     exact = measure(model, "none", torch.float32, False)
     rounded = measure(model, "none", torch.bfloat16, checkpoints)
     packing.prepare(model)
+    if compiles:
+        compile_layers(model, Compilation("inductor", None))
     for ours, theirs in zip(measure(model, packs, torch.float32, checkpoints), exact, strict=True):
         assert distance(ours, theirs) < 1e-4
     for ours, padded_values, theirs in zip(

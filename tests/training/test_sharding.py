@@ -99,6 +99,21 @@ def test_packed_rows_train_as_padded_ones_do_on_several_ranks(tmp_path, whole, t
     assert differ(tmp_path / "sent-2.safetensors", whole({}) / "sent-2.safetensors") < 1e-4
 
 
+@pytest.mark.ranks
+@pytest.mark.parametrize("trainer", [{"ddp_bucket_cap_mb": 1}, {"fsdp": True}], ids=["whole", "fsdp"])
+def test_compiled_layers_train_as_others_do_on_several_ranks_under_the_same_names(tmp_path, whole, trainer):
+    """The whole model is larger than a bucket."""
+    compiles = {"torch_compile": True, "torch_compile_backend": "aot_eager", "gradient_checkpointing": True}
+    train(tmp_path, 2, trainer | compiles, packing="tree")
+    for name in ("sent-2.safetensors", "model/model.safetensors"):
+        assert differ(tmp_path / name, whole({}) / name) < 1e-4
+    if trainer.get("fsdp"):
+        becomes_the_final_model(tmp_path, lora=None, path=str(TINY))
+    else:
+        saved = tmp_path / "checkpoints" / "checkpoint-2" / "model.safetensors"
+        assert differ(saved, tmp_path / "model" / "model.safetensors") == 0
+
+
 def becomes_the_final_model(run: Path, lora: int | None, path: str, dtype: str = "float32") -> None:
     """The shards of the last checkpoint make the very files that the ranks wrote together at the end."""
     data = DataConfig("jsonl", train_file="t", validation_file="v")
