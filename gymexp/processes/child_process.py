@@ -19,7 +19,7 @@ _READ_TIMEOUT_S = 5.0  # a process that the child started may keep the pipe open
 
 @contextlib.contextmanager
 def child_process(
-    command: Sequence[str], environ: Mapping[str, str], on_line: Callable[[str], None] | None = None
+    command: Sequence[str], environ: Mapping[str, str], on_line: Callable[[str], object] | None = None
 ) -> Iterator[tuple[subprocess.Popen[str], Callable[[], str]]]:
     """Yields a child process in a process group of its own, and a function that returns its last lines of
     output, indented. The group is killed when the block is left, or when this process ends.

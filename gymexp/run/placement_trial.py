@@ -128,17 +128,15 @@ def _try(
     write_prepared(prepared, trial.data)
     trial.describe(_short(config), [])
     trial.release()
-    with (directory / "train.log").open("w") as log:
-        tried = _follow(
-            trial, lambda line: print(line, file=log, flush=True), lambda text: say(f"{name}: {text}")
-        )
+    with (directory / "train.log").open("w", buffering=1) as log:
+        tried = _follow(trial, lambda line: log.write(f"{line}\n"), lambda text: say(f"{name}: {text}"))
     for path in directory.iterdir():
         if path.name not in _KEPT:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     return tried
 
 
-def _follow(trial: RunDirectory, on_line: Callable[[str], None], say: Callable[[str], None]) -> Tried:
+def _follow(trial: RunDirectory, on_line: Callable[[str], object], say: Callable[[str], None]) -> Tried:
     """Starts a trial and ends it after its last step. on_line: gets each line of its output."""
     tried, is_over = Tried(), False
     command = [sys.executable, "-m", "gymexp.train", f"resume={trial.path}"]

@@ -183,7 +183,7 @@ def test_an_interpreter_of_the_users_own_may_find_its_packages_anywhere(cache, t
     next(venv.glob("lib/*/site-packages")).rename(packages)
     own = tmp_path / "bin" / "own-python"
     own.parent.mkdir()
-    own.write_text(f'#!/bin/sh\nPYTHONPATH={packages} exec {sys.executable} -S "$@"\n')
+    own.write_text(f'#!/bin/sh\nPYTHONPATH="{packages}" exec "{sys.executable}" -S "$@"\n')
     own.chmod(0o755)
     gym = GymConfig(python=str(own))
     assert ensure(cache, "new", gym=gym) == {"new": own}
