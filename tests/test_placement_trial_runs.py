@@ -49,3 +49,20 @@ def test_trials_are_runs_that_end_after_their_steps_and_leave_their_logs_and_met
         assert {path.name for path in trial.iterdir()} == {"metrics.jsonl", "logs", "train.log"}
         assert sum("fewer: step" in line for line in said) == 3
     assert not run.config.exists(), "the run itself has not begun"
+
+
+def test_a_run_tries_both_placements_before_it_begins(started, commands, monkeypatch, tmp_path):
+    """Of two GPUs that are said to be there, with a vLLM that ends at once."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    by_name = "*uuid*) printf '0, GPU-a, 9.0\\n1, GPU-b, 9.0\\n'"
+    smi = f"case $1 in {by_name};; *) printf '0\\n1\\n';; esac"
+    ends = 'if [ "$1" = -c ]; then echo 0.31.0; else echo "no such GPU"; exit 3; fi'
+    commands(**{"nvidia-smi": smi, "no-vllm": ends})
+    asked = ["engine=vllm", f"engine.python='{tmp_path / 'bin' / 'no-vllm'}'", "engine.colocate=auto"]
+    run = started("auto", *asked, "model.dtype=float32", *UNEVALUATED)
+    assert run.ended_cleanly() == 1, run.said
+    for name in ("apart", "shared"):
+        assert f"engine.colocate=auto: trying 3 steps {name}" in run.said
+        assert (run.directory / "logs" / f"trial_{name}" / "train.log").read_text()
+    assert "no trial trained 3 steps" in run.said
+    assert not (run.directory / "config.yaml").exists()

@@ -76,39 +76,34 @@ def visible_gpus() -> list[str]:
     that nvidia-smi lists."""
     if (named := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         return [gpu for gpu in named.split(",") if gpu and gpu != "-1"]
-    if not shutil.which("nvidia-smi"):
-        return []
-    result = subprocess.run(
-        ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-    )
-    return result.stdout.split() if result.returncode == 0 else []
+    return [index for (index,) in _nvidia_smi("index")]
 
 
 def compute_capabilities() -> list[tuple[int, int]]:
     """Returns the compute capability of each GPU that a child process would see, e.g. (9, 0) of an H100."""
-    visible = visible_gpus()
-    if not visible or not shutil.which("nvidia-smi"):
+    rows = _nvidia_smi("index,uuid,compute_cap")
+    # A part of a GPU (MIG) has a name that nvidia-smi does not list here: any of the GPUs may be its own.
+    found = [
+        cap
+        for gpu in visible_gpus()
+        for cap in [cap for index, uuid, cap in rows if index == gpu or uuid.startswith(gpu)]
+        or [cap for _, _, cap in rows]
+    ]
+    return [(int(cap.split(".")[0]), int(cap.split(".")[1])) for cap in found]
+
+
+def _nvidia_smi(fields: str) -> list[list[str]]:
+    """Returns these fields of each GPU of the machine; [] if nvidia-smi is missing or fails."""
+    if not shutil.which("nvidia-smi"):
         return []
     result = subprocess.run(
-        ["nvidia-smi", "--query-gpu=index,uuid,compute_cap", "--format=csv,noheader"],
+        ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"],
         capture_output=True,
         text=True,
         check=False,
         timeout=60,
     )
-    rows = [line.split(", ") for line in result.stdout.splitlines()] if result.returncode == 0 else []
-    # A part of a GPU (MIG) has a name that nvidia-smi does not list here: any of the GPUs may be its own.
-    found = [
-        cap
-        for gpu in visible
-        for cap in [cap for index, uuid, cap in rows if index == gpu or uuid.startswith(gpu)]
-        or [cap for _, _, cap in rows]
-    ]
-    return [(int(cap.split(".")[0]), int(cap.split(".")[1])) for cap in found]
+    return [line.split(", ") for line in result.stdout.splitlines()] if result.returncode == 0 else []
 
 
 def place(config: RunConfig, nodes: Sequence[list[str]]) -> Placement:

@@ -21,19 +21,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING
 
 from gymexp.cluster.placement import place
 from gymexp.config.grpo_arguments import value_of
 from gymexp.config.schema import CheckpointConfig, RunConfig, SearchConfig, TrackerConfig
-from gymexp.data.prepare import write_prepared
+from gymexp.data.prepare import Prepared, write_prepared
 from gymexp.errors import ConfigError, ServiceError
 from gymexp.files import replace_file
 from gymexp.processes.child_process import child_process
 from gymexp.record.directory import RunDirectory
-
-if TYPE_CHECKING:
-    from gymexp.data.prepare import Prepared
 
 STEPS = 3  # of a trial; the first one, in which everything is done for the first time, does not count
 _POLL_S = 0.5

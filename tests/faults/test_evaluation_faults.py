@@ -84,6 +84,9 @@ def test_an_evaluation_whose_process_is_killed_names_it_and_plays_the_rest(
     assert "rollouts are scored already" in again.log("evaluator") and again.num_scored() == 64
 
 
+EIGHT_AT_ONCE = ("env.sudoku.max_concurrency=8", "evaluation.samples=16", "endpoint.model=big/one")
+
+
 class SomebodysServer:
     """An OpenAI-compatible endpoint, which goes away and comes back at the same address."""
 
@@ -135,13 +138,7 @@ def test_an_evaluation_waits_for_its_endpoint_then_ends_with_its_name_and_goes_o
 ):
     directory = folder / "endpoint"
     one = evaluated(
-        directory,
-        *SUDOKU,
-        "env.sudoku.max_concurrency=8",
-        "evaluation.samples=16",
-        f"endpoint.url={endpoint.url}",
-        "endpoint.model=big/one",
-        "endpoint.timeout_s=6",
+        directory, *SUDOKU, *EIGHT_AT_ONCE, f"endpoint.url={endpoint.url}", "endpoint.timeout_s=6"
     )
     one.wait_for(lambda: endpoint.num_answered > 4)
     blow = fault("The endpoint of an evaluation restarts")
@@ -172,13 +169,7 @@ def test_an_evaluation_whose_endpoint_takes_requests_and_answers_none_ends_and_g
 ):
     directory = folder / "silent_endpoint"
     one = evaluated(
-        directory,
-        *SUDOKU,
-        "env.sudoku.max_concurrency=8",
-        "evaluation.samples=16",
-        f"endpoint.url={endpoint.url}",
-        "endpoint.model=big/one",
-        "endpoint.timeout_s=15",
+        directory, *SUDOKU, *EIGHT_AT_ONCE, f"endpoint.url={endpoint.url}", "endpoint.timeout_s=15"
     )
     one.wait_for(one.landed)
     blow = fault("The endpoint of an evaluation hangs")

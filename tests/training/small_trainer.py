@@ -36,7 +36,7 @@ DEFAULTS = {
 }
 
 
-def save_policy(directory: Path) -> Path:
+def save_policy(directory: Path, num_layers: int = 1) -> Path:
     """Weights large enough that tokens differ in what they say and that a ratio moves."""
     tokenizer = AutoTokenizer.from_pretrained(TINY)
     torch.manual_seed(0)
@@ -44,7 +44,7 @@ def save_policy(directory: Path) -> Path:
         vocab_size=len(tokenizer),
         hidden_size=32,
         intermediate_size=48,
-        num_hidden_layers=1,
+        num_hidden_layers=num_layers,
         num_attention_heads=2,
         num_key_value_heads=1,
         head_dim=16,

@@ -14,9 +14,9 @@ from accelerate.utils import DynamoBackend
 from padded_rows import distance, padded
 from peft import LoraConfig as PeftConfig
 from peft import get_peft_model
-from small_trainer import TINY, MadeUp, build_trainer
+from small_trainer import MadeUp, build_trainer, save_policy
 from torch._dynamo.utils import counters
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
 from gymexp.config.packing import Compilation
@@ -164,23 +164,7 @@ def test_only_packs_are_compiled_so_that_the_engine_samples_as_before():
 @pytest.fixture(scope="module")
 def policy(tmp_path_factory) -> Path:
     """Two layers: `every_n_layers` has a choice."""
-    directory = tmp_path_factory.mktemp("policy")
-    tokenizer = AutoTokenizer.from_pretrained(TINY)
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        initializer_range=0.4,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    Qwen3ForCausalLM(config).save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    return directory
+    return save_policy(tmp_path_factory.mktemp("policy"), num_layers=2)
 
 
 EVERY_SECOND = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"every_n_layers": 2}}
