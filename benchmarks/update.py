@@ -3,6 +3,7 @@
     python benchmarks/update.py --model outputs/model_4b [--groups 4:16:3000:1024 …] [--micro-batch 4]
     python benchmarks/update.py --model gymexp/assets/tiny --groups 4:4:60:20 --dtype float32      on a CPU
     python benchmarks/update.py --model outputs/model_4b --compile      and with trainer.torch_compile=true
+    python benchmarks/update.py --model outputs/model_4b --kept      and with layers kept by free memory
 
 An update is the forward and the backward pass over all rollouts, in micro-batches, as the trainer makes
 them: rows of similar length share a micro-batch, and with `tree` rows of the same prompt. Each of --groups
@@ -12,6 +13,9 @@ of them: compare the ratios. A round before the measured ones warms up, and comp
 tokens that a layer sees. `--compile` times both layouts of packs with compiled layers as well, and shows the
 time of the compilations apart: by how much the first round took longer than the others. torch keeps what it
 compiled for a later process, so an empty folder in TORCHINDUCTOR_CACHE_DIR makes it compile everything.
+Without `--kept` the backward pass computes all layers again. With it, each layout is also timed as the
+trainer does it on a GPU by default (`every_n_layers=auto`), and the share of layers that it computes again is
+shown.
 """
 
 from __future__ import annotations
@@ -35,10 +39,12 @@ from trl.trainer.utils import add_fused_lm_head
 from gymexp.config.packing import Compilation
 from gymexp.training import packing, padding
 from gymexp.training.compiled_layers import compile_layers
+from gymexp.training.kept_layers import GpuMemory, KeptLayers
 from gymexp.training.scoring import Scorer
 
 LAYOUTS = ("none", "varlen", "tree")
-COMPILED = " compiled"  # ends the name of a layout whose layers are compiled
+COMPILED = " compiled"  # in the name of a layout whose layers are compiled
+KEPT = " kept"  # ends the name of a layout whose layers are computed again only if memory lacks
 
 
 def main() -> None:
@@ -48,8 +54,6 @@ def main() -> None:
         args.model, dtype=torch.float32, attn_implementation="sdpa"
     )
     model.to(device).train()
-    if not args.no_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     add_fused_lm_head(model, outputs=("log_probs", "entropy"))
     packing.prepare(model)
     batches = {layout: build_batches(args, layout, device) for layout in LAYOUTS}
@@ -58,14 +62,17 @@ def main() -> None:
         compile_layers(model, Compilation("inductor", None))
         forwards[COMPILED] = forwards_of(model)
         batches |= {layout + COMPILED: batches[layout] for layout in LAYOUTS if layout != "none"}
-    seconds, computed, graphs = time_rounds(model, batches, forwards, args)
+    if args.kept:
+        batches |= {name + KEPT: of_name for name, of_name in batches.items()}
+    seconds, computed, again, graphs = time_rounds(model, batches, forwards, args)
     real = sum(int(b["prompt_mask"].sum() + b["completion_mask"].sum()) for b in batches["none"])
     medians = {name: statistics.median(seconds[name][1:]) for name in batches}
     print(f"{real} tokens in {args.rounds} rounds, {args.dtype} on {device}")
     for name in batches:
         ratio = medians["none"] / medians[name]
-        print(f"  {name:<16}{medians[name]:>8.2f} s  {ratio:>5.2f}x  computed {computed[name]}")
-    compiling = {name: seconds[name][0] - medians[name] for name in batches if name.endswith(COMPILED)}
+        layers = f", layers again {again[name]:.2f}" if name in again else ""
+        print(f"  {name:<22}{medians[name]:>8.2f} s  {ratio:>5.2f}x  computed {computed[name]}{layers}")
+    compiling = {name: seconds[name][0] - medians[name] for name in batches if COMPILED in name}
     if compiling:
         print(f"  {graphs} graphs were compiled in {sum(compiling.values()):.1f} s")
     facts.write(
@@ -78,6 +85,7 @@ def main() -> None:
             "tokens": real,
             "seconds": {name: spent[1:] for name, spent in seconds.items()},
             "computed": computed,
+            "layers_again": again,
             "faster_than_padded": {name: medians["none"] / medians[name] for name in batches},
             "compiling": {"graphs": graphs, "seconds": compiling},
         },
@@ -89,26 +97,36 @@ def time_rounds(
     batches: dict[str, list[dict[str, torch.Tensor]]],
     forwards: dict[str, dict[Any, Callable[..., Any]]],
     args: argparse.Namespace,
-) -> tuple[dict[str, list[float]], dict[str, int], int]:
+) -> tuple[dict[str, list[float]], dict[str, int], dict[str, float], int]:
     """Returns the seconds of each layout's updates, the first of which warms up; the number of tokens that
-    its layers saw; and the number of compiled graphs, all of them in the first round.
+    its layers saw; the share of layers that the last update computed again, if memory decides; and the number
+    of compiled graphs, all of them in the first round.
 
     forwards: the forward pass of each layer that is compiled, and of one that is not.
     """
     seconds: dict[str, list[float]] = {name: [] for name in batches}
     computed: dict[str, int] = {}
+    again: dict[str, float] = {}
+    kept = {name: KeptLayers(model, GpuMemory()) for name in batches if name.endswith(KEPT)}
     graphs = 0
     for number in range(args.rounds + 1):
         for name in batches:
-            layout = name.removesuffix(COMPILED)
-            for layer, forward in forwards[name.removeprefix(layout)].items():
+            layout = name.split()[0]
+            for layer, forward in forwards[COMPILED if COMPILED in name else ""].items():
                 layer.forward = forward
-            spent, computed[name] = time_update(model, layout, batches[name], getattr(torch, args.dtype))
+            if not args.no_checkpointing:
+                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            if layers := kept.get(name):
+                layers.install()
+            dtype = getattr(torch, args.dtype)
+            spent, computed[name], shares = time_update(model, layout, batches[name], dtype, layers)
             seconds[name].append(spent)
+            if shares:
+                again[name] = statistics.mean(shares)
         if number == 0:
             graphs = counters["stats"]["unique_graphs"]
     assert counters["stats"]["unique_graphs"] == graphs, "the first round must compile everything"
-    return seconds, computed, graphs
+    return seconds, computed, again, graphs
 
 
 def parse() -> argparse.Namespace:
@@ -122,8 +140,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--no-checkpointing", action="store_true", help="keep the activations of all layers")
     parser.add_argument("--compile", action="store_true", help="packs with compiled layers as well")
+    parser.add_argument("--kept", action="store_true", help="layers kept by free memory as well; needs a GPU")
     parser.add_argument("--output", type=Path, default=facts.RESULTS / "update.json")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.kept and (args.no_checkpointing or not torch.cuda.is_available()):
+        parser.error("--kept must be left out without a GPU, and with --no-checkpointing, got --kept")
+    return args
 
 
 def forwards_of(model: torch.nn.Module) -> dict[Any, Callable[..., Any]]:
@@ -163,9 +185,14 @@ def build_batches(args: argparse.Namespace, layout: str, device: str) -> list[di
 
 
 def time_update(
-    model: Any, layout: str, batches: list[dict[str, torch.Tensor]], dtype: torch.dtype
-) -> tuple[float, int]:
-    """Returns the seconds of an update, and the number of tokens that its layers saw."""
+    model: Any,
+    layout: str,
+    batches: list[dict[str, torch.Tensor]],
+    dtype: torch.dtype,
+    kept: KeptLayers | None,
+) -> tuple[float, int, list[float]]:
+    """Returns the seconds of an update, the number of tokens that its layers saw, and the share of layers
+    that each micro-batch computed again; no shares without `kept`."""
     device = model.device.type
     computed = 0
 
@@ -185,6 +212,7 @@ def time_update(
 
     scorer = Scorer(layout, padded, autocast)
     hook = model.register_forward_pre_hook(count, with_kwargs=True)
+    shares = []
     began = now(device)
     for batch in batches:
         ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
@@ -192,11 +220,13 @@ def time_update(
         width = batch["completion_ids"].size(1)
         logprobs = scorer(model, ids, mask, width, compute_entropy=True)[0]
         (logprobs * batch["completion_mask"]).sum().backward()
+        if kept and (share := kept.end()) is not None:
+            shares.append(share)
     spent = now(device) - began
     hook.remove()
     model.zero_grad()
     gc.collect()
-    return spent, computed
+    return spent, computed, shares
 
 
 def now(device: str) -> float:

@@ -61,6 +61,8 @@ def judge(trainer: dict[str, Any], dtype: str, attn_implementation: str, here: b
         _check_objective(args)
         _check_words(args, trainer.get("ddp_backend"))
         _check_kernels(args, not here or torch.cuda.is_available())
+        if here and args.torch_compile:
+            _try_compiling(args)
     except (TypeError, ValueError, ImportError) as error:
         message = str(error)
         return message if message.startswith("trainer.") else f"trainer: trl.GRPOConfig refuses it: {message}"
@@ -152,7 +154,7 @@ def _check_kernels(args: GRPOConfig, has_gpu: bool) -> None:
         )
     if args.gradient_checkpointing and args.gradient_checkpointing_kwargs:
         kwargs: Any = args.gradient_checkpointing_kwargs
-        recomputed_layers.check(kwargs, has_gpu)
+        recomputed_layers.check(args, has_gpu)
         try:
             _try_checkpointing(kwargs)
         except (TypeError, ValueError) as error:
@@ -173,6 +175,23 @@ def _try_checkpointing(options: Any) -> None:
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs or None)
     ids = torch.arange(4)[None]
     model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+
+
+def _try_compiling(args: GRPOConfig) -> None:
+    """Compiles a function as the run will. Raises ValueError if torch cannot, as without a compiler."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    compiled = torch.compile(
+        lambda x: x.sin() + 1, backend=args.torch_compile_backend or "inductor", mode=args.torch_compile_mode
+    )
+    try:
+        compiled(torch.ones(64, device=device))
+    except Exception as error:  # A compiler may fail with anything.
+        raise ValueError(
+            f"trainer.torch_compile must be false where torch cannot compile, got true: {_first_line(error)} "
+            "(a C++ compiler is needed, and Triton on a GPU; torch must not lie in a path with a space)"
+        ) from None
 
 
 def _optimizer_problem(args: GRPOConfig) -> str:

@@ -30,6 +30,7 @@ from gymexp.training import (
     checkpoints,
     compiled_layers,
     drift,
+    kept_layers,
     named_weights,
     old_logprobs,
     packing,
@@ -106,7 +107,10 @@ class PolicyTrainer(GRPOTrainer):
         )
         # TRL counts a rollout as truncated unless its last token is one of these.
         self.eos_token_ids = end_token_ids(tokenizer, directory_of(config.model))
-        recomputed_layers.keep_options(self.model)
+        self._kept_layers: kept_layers.KeptLayers | None = None
+        if recomputed_layers.is_by_memory(args, torch.cuda.is_available()):
+            self._kept_layers = kept_layers.KeptLayers(self.model, kept_layers.GpuMemory())
+        recomputed_layers.keep_options(self.model, self._kept_layers)
         if self.is_fsdp_enabled:
             self.model.register_forward_pre_hook(gather_head)  # pyright: ignore[reportOptionalMemberAccess]
         self.add_callback(StepSpans(self.spans))
@@ -295,6 +299,8 @@ class PolicyTrainer(GRPOTrainer):
         began = time.monotonic()
         self._check_before_update(in_backward=True)
         loss = super().training_step(*args, **kwargs)
+        if self._kept_layers and (share := self._kept_layers.end()) is not None:
+            self.add_metrics({"update/recomputed_layers": share})
         self._check_before_update(in_backward=False)
         generated = sum(self._seconds.values()) - before
         self._seconds["update"] += time.monotonic() - began - generated

@@ -31,8 +31,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 _OUT_OF_MEMORY = (
     "the trainer's GPU has too little memory for a micro-batch: halve trainer.per_device_train_batch_size "
-    "and double trainer.gradient_accumulation_steps, leave trainer.gradient_checkpointing on, train "
-    "an adapter (model.lora.r=16), or spread the policy over more GPUs (trainer.fsdp=true)"
+    "and double trainer.gradient_accumulation_steps, compute all layers again in the backward pass "
+    "('trainer.gradient_checkpointing_kwargs={every_n_layers: 1}'), train an adapter (model.lora.r=16), or "
+    "spread the policy over more GPUs (trainer.fsdp=true)"
 )
 
 

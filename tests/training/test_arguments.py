@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import os
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -230,7 +232,7 @@ BAD: list[tuple[str, dict[str, Any]]] = [
     ("trainer.ddp_backend must be one of", {"ddp_backend": "nckl"}),
     ("trainer.include_num_input_tokens_seen must be one of", {"include_num_input_tokens_seen": "some"}),
     ("trainer.gradient_checkpointing_kwargs must be", {"gradient_checkpointing_kwargs": {"reentrant": 1}}),
-    ("must be an integer >= 1, got 0", {"gradient_checkpointing_kwargs": {"every_n_layers": 0}}),
+    ("must be auto or an integer >= 1, got 0", {"gradient_checkpointing_kwargs": {"every_n_layers": 0}}),
     ("--tf32 requires", {"tf32": True}),
 ]
 # (model.attn_implementation, whether the run is this machine's, what is said)
@@ -272,3 +274,17 @@ def test_trl_itself_takes_the_good_and_every_experiment_and_refuses_the_bad(tmp_
         assert said in line and bool(said) == bool(line)
     monkeypatch.setattr(arguments, "_request_verdicts", lambda some: [""] * len(some))
     assert arguments.problems(configs, tmp_path) == [""] * len(configs), "names, and whole groups"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's compiler is Triton")
+def test_a_machine_that_cannot_compile_is_told_before_anything_starts(tmp_path):
+    """In a process of its own, as torch reads the compiler's name when it is imported."""
+    question = {"trainer": {"torch_compile": True}, "dtype": "float32", "attn_implementation": "sdpa"}
+    code = f"from gymexp.training.argument_trial import judge; print(judge(**{question}, here=True))"
+    missing = {"CXX": "/nowhere/g++", "PATH": "/nowhere", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | missing, capture_output=True, text=True, timeout=300
+    )
+    said = done.stdout.strip().splitlines()[-1]
+    assert said.startswith("trainer.torch_compile must be false where torch cannot compile, got true: ")
+    assert "compiler" in said

@@ -8,6 +8,7 @@ import pytest
 import torch
 from small_trainer import TINY, MadeUp, build_trainer, gradient_of
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+from trl import GRPOConfig
 
 from gymexp.config.schema import LoraConfig
 from gymexp.training import recomputed_layers
@@ -67,23 +68,61 @@ def test_what_torch_gets_is_what_is_left_of_the_arguments():
         {"every_n_layers": 3, "offload": True},
         {"use_reentrant": False},
     )
-    assert recomputed_layers.split(None) == ({"every_n_layers": 1, "offload": False}, {})
+    assert recomputed_layers.split(None) == ({"every_n_layers": "auto", "offload": False}, {})
+
+
+def arguments_of(kwargs: dict, **settings):
+    return GRPOConfig(
+        "unused", use_cpu=True, bf16=False, gradient_checkpointing_kwargs=kwargs, report_to=[], **settings
+    )
 
 
 @pytest.mark.parametrize(
     ("kwargs", "said"),
     [
-        ({"every_n_layers": 0}, r"every_n_layers must be an integer >= 1, got 0"),
-        ({"every_n_layers": 0.5}, r"every_n_layers must be an integer >= 1, got 0\.5"),
-        ({"every_n_layers": True}, r"every_n_layers must be an integer >= 1, got True"),
+        ({"every_n_layers": 0}, r"every_n_layers must be auto or an integer >= 1, got 0"),
+        ({"every_n_layers": 0.5}, r"every_n_layers must be auto or an integer >= 1, got 0\.5"),
+        ({"every_n_layers": True}, r"every_n_layers must be auto or an integer >= 1, got True"),
+        ({"every_n_layers": "none"}, r"every_n_layers must be auto or an integer >= 1, got 'none'"),
+        ({"every_n_layers": "auto"}, r"must be an integer >= 1 where no GPU trains, got 'auto'"),
         ({"offload": "cpu"}, r"offload must be true or false, got 'cpu'"),
         ({"offload": True}, r"offload must be false where no GPU trains, got true"),
     ],
 )
 def test_an_option_without_a_valid_value_is_refused_before_anything_starts(kwargs, said):
     with pytest.raises(ValueError, match=said):
-        recomputed_layers.check(kwargs, has_gpu=False)
+        recomputed_layers.check(arguments_of(kwargs), has_gpu=False)
 
 
-def test_inputs_of_layers_may_be_offloaded_from_a_gpu():
-    recomputed_layers.check({"offload": True}, has_gpu=True)
+# (arguments, whether the free memory decides on a GPU, what `every_n_layers: auto` is told there)
+CHOICES = [
+    ({}, True, ""),
+    ({"offload": True}, False, "with offload=true"),
+    ({"skip_memory_metrics": False}, False, "with trainer.skip_memory_metrics=false"),
+    ({"fsdp": True}, False, "with trainer.fsdp or trainer.deepspeed"),
+]
+
+
+@pytest.mark.parametrize(("settings", "is_by_memory", "said"), CHOICES)
+def test_the_free_memory_decides_on_a_gpu_unless_it_cannot(settings, is_by_memory, said):
+    settings = dict(settings)
+    kwargs = {"offload": True} if settings.pop("offload", False) else {}
+    args = arguments_of(kwargs, **settings)
+    assert recomputed_layers.is_by_memory(args, has_gpu=True) == is_by_memory
+    assert not recomputed_layers.is_by_memory(args, has_gpu=False)
+    recomputed_layers.check(args, has_gpu=True)
+    asked = arguments_of(kwargs | {"every_n_layers": "auto"}, **settings)
+    if is_by_memory:
+        recomputed_layers.check(asked, has_gpu=True)
+        return
+    with pytest.raises(ValueError, match=said):
+        recomputed_layers.check(asked, has_gpu=True)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"gradient_checkpointing": False}, {"gradient_checkpointing_kwargs": {"every_n_layers": 1}}],
+)
+def test_what_is_asked_for_is_not_left_to_the_memory(settings):
+    args = GRPOConfig("unused", use_cpu=True, bf16=False, report_to=[], **settings)
+    assert not recomputed_layers.is_by_memory(args, has_gpu=True)
