@@ -4,10 +4,10 @@
     python benchmarks/step.py --model outputs/model_4b [--train-gpus 1] [-- engine.args.max_num_seqs=256 …]
     python benchmarks/step.py --model outputs/model_4b --ways before ahead           both, and their ratio
 
-A way is one run. `before` plays and trains in turn, pads, and makes a pass for old log-probabilities;
-`in_turn` has gymexp's defaults; `ahead` overlaps (`overlap.*`, by --lead) and packs (`model.packing=tree`,
-with --packed-micro-batch). The ratio is that of the mean seconds of their measured steps; before these, the
-queue of `ahead` fills for `lead` further steps.
+A way is one run. `before` plays and trains in turn, pads, makes a pass for old log-probabilities, and
+computes all layers again; `in_turn` has gymexp's defaults; `ahead` overlaps (`overlap.*`, by --lead) and packs
+(`model.packing=tree`, with --packed-micro-batch). The ratio is that of the mean seconds of their measured
+steps; before these, the queue of `ahead` fills for `lead` further steps.
 
 The script runs `python -m gymexp.train engine=vllm` with this model, reads metrics.jsonl (`time/*`) and the
 rollouts, and ends the run after the last step to measure, without a checkpoint. It leaves out the first
@@ -154,6 +154,7 @@ def overrides(args: argparse.Namespace, way: str, run_dir: Path) -> list[str]:
     ]
     if way == "before":
         words += ["rollout.correction=decoupled", "model.packing=none"]
+        words.append("trainer.gradient_checkpointing_kwargs={every_n_layers: 1}")
     elif way == "ahead":
         words += [
             f"overlap.lead={args.lead}",

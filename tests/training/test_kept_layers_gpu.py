@@ -90,12 +90,14 @@ def test_a_nearly_full_gpu_is_used_and_never_overfilled(monkeypatch, packs):
     model = build_model()
     checkpointed(model)
     train(model, packs, None)  # what libraries need on first use
+    model.zero_grad()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     _, expected = train(model, packs, None)
     all_again = torch.cuda.max_memory_allocated() - before
     model.gradient_checkpointing_disable()
+    model.zero_grad()
     torch.cuda.reset_peak_memory_stats()
     train(model, packs, None)
     none_again = torch.cuda.max_memory_allocated() - before
@@ -125,5 +127,5 @@ def test_a_nearly_full_gpu_is_used_and_never_overfilled(monkeypatch, packs):
     assert shares[0] == pytest.approx(1 - 1 / NUM_LAYERS)
     assert shares[1] == shares[-2] == 0.0  # short rows: all of them fit
     assert 0 < shares[-1] < 0.9  # long ones
-    assert torch.nn.functional.cosine_similarity(gradient, expected, dim=0) > 0.9999
+    assert (gradient - expected).norm() / expected.norm() < 1e-2  # sums of bfloat16 in another order
     del ballast
