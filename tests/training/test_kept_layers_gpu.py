@@ -75,7 +75,7 @@ def train(model: Any, packs: str, kept: KeptLayers | None) -> tuple[list[float],
             if kept and (share := kept.end()) is not None:
                 shares.append(share)
         optimizer.step()
-    return shares, torch.cat([p.grad.flatten() for p in model.parameters()])
+    return shares, torch.cat([p.grad.flatten().cpu() for p in model.parameters()])
 
 
 def checkpointed(model: Any) -> None:
