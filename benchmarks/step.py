@@ -6,8 +6,8 @@
 
 A way is one run. `before` plays and trains in turn, pads, makes a pass for old log-probabilities, and
 computes all layers again; `in_turn` has gymexp's defaults; `ahead` overlaps (`overlap.*`, by --lead) and
-packs (`model.packing=tree`, with --packed-micro-batch). The ratio is that of the mean seconds of their measured
-steps; before these, the queue of `ahead` fills for `lead` further steps.
+packs (`model.packing=tree`, with --packed-micro-batch). The ratio is that of the mean seconds of their
+measured steps; before these, the queue of `ahead` fills for `lead` further steps.
 
 The script runs `python -m gymexp.train engine=vllm` with this model, reads metrics.jsonl (`time/*`) and the
 rollouts, and ends the run after the last step to measure, without a checkpoint. It leaves out the first
