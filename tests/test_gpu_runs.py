@@ -64,11 +64,18 @@ def test_one_gpu_samples_and_trains_in_turn_and_weights_go_by_cuda_ipc(vllm_run,
     assert "sleep" in log.lower() and "wake" in log.lower()
 
 
-@pytest.mark.parametrize("way", ["engine.weights=ipc", "model.lora.sync=adapter"])
-def test_an_adapter_is_trained_in_float32_and_both_sides_agree_after_every_update(vllm_run, one_gpu, way):
+def test_an_adapter_is_trained_in_float32_and_both_sides_agree_after_every_update(vllm_run, one_gpu):
     changes = ["model.dtype=float32", "model.lora.r=8", "trainer.learning_rate=1e-2"]
-    run = vllm_run(f"float32_{way[:5]}", *changes, way, "engine.args.gpu_memory_utilization=0.3")
+    run = vllm_run("float32", *changes, "engine.weights=ipc", "engine.args.gpu_memory_utilization=0.3")
     check(run, max_drift=1e-3)
+    assert (run.directory / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_vllm_samples_with_an_adapter_that_it_gets_after_every_update(vllm_run, one_gpu):
+    """In bfloat16: vLLM's kernels for adapters have no float32 on a GPU."""
+    changes = ["model.lora.r=8", "model.lora.sync=adapter", "trainer.learning_rate=1e-2"]
+    run = vllm_run("sent_adapter", *changes, "engine.args.gpu_memory_utilization=0.3")
+    check(run)
     assert (run.directory / "adapter" / "adapter_model.safetensors").exists()
 
 
@@ -110,10 +117,11 @@ def test_fsdp_trains_ends_with_a_checkpoint_of_shards_when_asked_and_goes_on(sha
 @two_gpus
 @pytest.mark.parametrize("sync", ["merged", "adapter"])
 def test_an_adapter_is_trained_with_fsdp_and_one_replica_has_both_gpus(sharded_run, sync):
-    changes = ["model.dtype=float32", "model.lora.r=8", "trainer.learning_rate=1e-2", "trainer.fsdp=true"]
+    dtype, drift = ("float32", 1e-3) if sync == "merged" else ("bfloat16", 0.02)
+    changes = [f"model.dtype={dtype}", "model.lora.r=8", "trainer.learning_rate=1e-2", "trainer.fsdp=true"]
     changes += [f"model.lora.sync={sync}", "engine.tensor_parallel_size=2", "evaluation.before=false"]
     run = sharded_run(f"fsdp_{sync}", *changes)
-    check(run, max_drift=1e-3)
+    check(run, max_drift=drift)
     assert (run.directory / "adapter" / "adapter_model.safetensors").exists()
 
 

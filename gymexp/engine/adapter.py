@@ -34,10 +34,15 @@ def max_rank(r: int) -> int:
     return next(rank for rank in _RANKS if rank >= r)
 
 
-def check(model: ModelConfig, directory: Path, engine: str) -> None:
+def check(model: ModelConfig, directory: Path, engine: str, on_gpu: bool) -> None:
     """Raises ConfigError if vLLM may not serve an adapter of the model in `directory`. engine: hf or vllm."""
     if not is_sent(model.lora) or engine != "vllm":
         return
+    if on_gpu and model.dtype == "float32":
+        raise ConfigError(
+            "model.dtype must be bfloat16 or float16 with model.lora.sync=adapter, as vLLM's kernels for "
+            "adapters on a GPU have no float32, got 'float32'; or say model.lora.sync=merged"
+        )
     kind = json.loads((directory / "config.json").read_text()).get("model_type")
     if kind not in MODEL_TYPES:
         raise ConfigError(

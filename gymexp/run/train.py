@@ -127,5 +127,5 @@ def _fit_to_model(
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, packing=packing))
     packing_rules.check(config.model, directory)
     argument_rules.check_model(config.trainer, directory)
-    adapter.check(config.model, directory, placement.engine)
+    adapter.check(config.model, directory, placement.engine, placement.num_train_gpus > 0)
     return config

@@ -13,13 +13,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Protocol
 
 import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-_UNUSED_SHARE = 0.1  # of the GPU's memory: the allocator cannot use every gap, and attention needs a little
+# Of the GPU's memory, for the gaps that torch's allocator cannot use. One whose segments do not grow had 16 %
+# of an H200 in gaps after rows of very different lengths.
+_UNUSED_SHARE = 0.25
+_UNUSED_SHARE_EXPANDABLE = 0.1
 _SIZES_PER_DOUBLING = 4
 
 
@@ -44,13 +47,18 @@ class Memory(Protocol):
 class GpuMemory:
     """The memory of this process's GPU. What the allocator holds unused counts as free."""
 
+    @cached_property
+    def _unused_share(self) -> float:
+        expands = any(segment["is_expandable"] for segment in torch.cuda.memory_snapshot())
+        return _UNUSED_SHARE_EXPANDABLE if expands else _UNUSED_SHARE
+
     def allocated(self) -> int:
         return torch.cuda.memory_allocated()
 
     def room(self) -> int:
         free, total = torch.cuda.mem_get_info()
         unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-        return free + unused - int(total * _UNUSED_SHARE)
+        return free + unused - int(total * self._unused_share)
 
     def begin_peak(self) -> None:
         torch.cuda.reset_peak_memory_stats()

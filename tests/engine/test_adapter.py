@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import socket
 
@@ -48,22 +49,33 @@ def test_models_whose_layers_vllm_does_not_know_by_name_are_refused_and_merged_o
     tmp_path, config, refused
 ):
     (tmp_path / "config.json").write_text(json.dumps(config))
-    check(model(sync="merged"), tmp_path, "vllm")
-    check(model(), tmp_path, "hf")  # it samples from the trainer's own model
+    check(model(sync="merged"), tmp_path, "vllm", on_gpu=False)
+    check(model(), tmp_path, "hf", on_gpu=True)  # it samples from the trainer's own model
     if not refused:
-        return check(model(), tmp_path, "vllm")
+        return check(model(), tmp_path, "vllm", on_gpu=False)
     kind = config.get("model_type")
     with pytest.raises(ConfigError, match=rf"model\.lora\.sync must be merged .* {kind}.* got 'adapter'"):
-        check(model(), tmp_path, "vllm")
+        check(model(), tmp_path, "vllm", on_gpu=False)
 
 
 def test_a_layer_that_vllm_would_not_find_is_refused_before_anything_starts(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "qwen3"}')
     for targets in ("all-linear", r".*_proj", ["q_proj", "model.layers.3.mlp.up_proj"]):
-        check(model(target_modules=targets), tmp_path, "vllm")
+        check(model(target_modules=targets), tmp_path, "vllm", on_gpu=False)
     for target in ("q_prj", "embed_tokens", "lm_head"):
         with pytest.raises(ConfigError, match=rf"model\.lora\.target_modules must name .* got '{target}'"):
-            check(model(target_modules=["q_proj", target]), tmp_path, "vllm")
+            check(model(target_modules=["q_proj", target]), tmp_path, "vllm", on_gpu=False)
+
+
+def test_float32_is_refused_where_vllm_has_no_kernels_for_it(tmp_path):
+    """vllm/lora/ops/triton_ops/lora_shrink_op.py asserts float16 or bfloat16; on a CPU torch computes."""
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3"}')
+    precise = dataclasses.replace(model(), dtype="float32")
+    check(precise, tmp_path, "vllm", on_gpu=False)
+    check(dataclasses.replace(precise, lora=LoraConfig(r=4, sync="merged")), tmp_path, "vllm", on_gpu=True)
+    check(dataclasses.replace(precise, dtype="bfloat16"), tmp_path, "vllm", on_gpu=True)
+    with pytest.raises(ConfigError, match="model.dtype must be bfloat16 or float16 .* got 'float32'"):
+        check(precise, tmp_path, "vllm", on_gpu=True)
 
 
 def test_vllm_is_started_with_room_for_one_adapter_and_one_api_server():
