@@ -74,7 +74,7 @@ def test_float32_is_refused_where_vllm_has_no_kernels_for_it(tmp_path):
     check(precise, tmp_path, "vllm", on_gpu=False)
     check(dataclasses.replace(precise, lora=LoraConfig(r=4, sync="merged")), tmp_path, "vllm", on_gpu=True)
     check(dataclasses.replace(precise, dtype="bfloat16"), tmp_path, "vllm", on_gpu=True)
-    with pytest.raises(ConfigError, match="model.dtype must be bfloat16 or float16 .* got 'float32'"):
+    with pytest.raises(ConfigError, match=r"model\.dtype must be bfloat16 or float16 .* got 'float32'"):
         check(precise, tmp_path, "vllm", on_gpu=True)
 
 
