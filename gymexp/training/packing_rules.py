@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gymexp.cluster.placement import compute_capabilities, visible_gpus
-from gymexp.config.packing import compilation_of, problems_of_packs
+from gymexp.config.packing import problems_of_packs
 from gymexp.config.schema import ModelConfig, RunConfig
 from gymexp.errors import ConfigError
 
@@ -33,10 +33,6 @@ def chosen(config: RunConfig, directory: Path, trains_on_gpu: bool) -> tuple[str
     reasons = [*problems_of_packs(with_packs), *problems_of_model(of_model), *_problems_here()]
     if config.model.dtype == "float32":
         reasons.append("as FlashAttention has no float32 (model.dtype)")
-    if compilation_of(with_packs):
-        reasons.append(
-            "as compiled packs were not compared with padded rows on a GPU; ask for tree to try it"
-        )
     if any(gpu > _COMPARED_UNTIL for gpu in compute_capabilities()):
         reasons.append(
             "as it was not compared with padded rows on GPUs as new as these; tree can be asked for"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 from typing import Any
 
@@ -22,6 +23,8 @@ GIB = 2**30
 
 
 def build_model() -> Any:
+    gc.collect()
+    torch.cuda.empty_cache()  # the memory of the test before
     torch.manual_seed(0)
     config = Qwen3Config(
         vocab_size=32000,

@@ -211,7 +211,7 @@ def test_rows_of_a_prompt_follow_each_other_with_all_that_belongs_to_them():
         ([(7, 5), (9, 0)], {}, "none", "compute capability 8.0, and one here has 7.5"),
         ([(10, 0)], {}, "none", "GPUs as new"),
         ([(9, 0)], {"dtype": "float32"}, "none", "no float32"),
-        ([(9, 0)], {"torch_compile": True}, "none", "compiled packs were not compared"),
+        ([(9, 0)], {"torch_compile": True}, "tree", ""),
         ([(9, 0)], {"attn_implementation": "eager"}, "none", "model.attn_implementation must be sdpa"),
         ([(9, 0)], {"model_type": "gpt_oss"}, "none", "not gpt_oss"),
     ],
