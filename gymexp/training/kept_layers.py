@@ -133,7 +133,8 @@ class KeptLayers:
         output = function(*inputs)
         # The output is the next layer's input, which checkpointing keeps as well.
         passed_on = output[0] if isinstance(output, tuple) else output
-        activations = self._memory.allocated() - before - passed_on.nbytes
+        # Not below 0, though FSDP frees a layer's gathered weights after it.
+        activations = max(0, self._memory.allocated() - before - passed_on.nbytes)
         self._num_kept += 1
         self._layer = max(self._layer, activations)
         if self._needed:

@@ -53,8 +53,8 @@ def is_by_memory(args: GRPOConfig, has_gpu: bool) -> bool:
 def _not_by_memory(args: GRPOConfig, has_gpu: bool) -> str:
     if not has_gpu:
         return "where no GPU trains"
-    if args.fsdp or args.deepspeed:
-        return "with trainer.fsdp or trainer.deepspeed, with which auto was not tried"
+    if args.deepspeed:
+        return "with trainer.deepspeed, with which auto was not tried"
     if split(args.gradient_checkpointing_kwargs)[0]["offload"]:
         return "with offload=true, which is for GPUs whose memory is full"
     if not args.skip_memory_metrics:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import random
 import sys
 import threading
@@ -27,7 +28,14 @@ from gymexp.policy.model import load_model, load_tokenizer
 from gymexp.rollout.batch import Batch
 from gymexp.rollout.group_queue import GroupQueue
 from gymexp.rollout.outcome import Completed, Failed, Outcome, Rollout, Task, Turn, task_of
-from gymexp.training import arguments, checkpoints, named_weights, queued_tasks
+from gymexp.training import (
+    arguments,
+    checkpoints,
+    kept_layers,
+    named_weights,
+    queued_tasks,
+    recomputed_layers,
+)
 from gymexp.training.drift import NUM_ROWS, Row, score
 from gymexp.training.trainer import PolicyTrainer
 
@@ -110,6 +118,25 @@ class MadeUp:
         """Nothing keeps it."""
 
 
+class Room:
+    """The memory of a rank: enough for every layer, or for none."""
+
+    def __init__(self, is_enough: bool) -> None:
+        self._room = 10**12 if is_enough else -1
+
+    def room(self) -> int:
+        return self._room
+
+    def begin_peak(self) -> None:
+        pass
+
+    def allocated(self) -> int:
+        return 0
+
+    def peak(self) -> int:
+        return 0
+
+
 class StopAt(TrainerCallback):
     def __init__(self, step: int) -> None:
         self._step = step
@@ -135,6 +162,10 @@ def main() -> None:
     config.checkpoint.keep_last = 1
     config.overlap = OverlapConfig(**options.get("overlap", {}))
     config.dataset.sampling = options.get("sampling", "uniform")
+    if "enough_memory" in options:
+        enough = options["enough_memory"][int(os.environ["RANK"])]
+        recomputed_layers.is_by_memory = lambda args, has_gpu: args.gradient_checkpointing
+        kept_layers.GpuMemory = lambda: Room(enough)  # type: ignore[assignment, misc]
     saved = directory / "checkpoints"
     args = arguments.build(config, saved)
     model, tokenizer = load_model(model_config), load_tokenizer(model_config)
@@ -150,6 +181,11 @@ def main() -> None:
     def note(trainer: PolicyTrainer, rows: Any) -> None:
         rollouts.checked.append([row.completion_ids for row in rows])
         check(trainer, rows)
+
+    shares: list[float] = []
+    if trainer._kept_layers:
+        end = trainer._kept_layers.end
+        trainer._kept_layers.end = lambda: shares.append(end()) or shares[-1]  # type: ignore
 
     trainer._checks._check = note  # type: ignore[method-assign]
 
@@ -174,7 +210,7 @@ def main() -> None:
     played = directory / f"played-{trainer.accelerator.process_index}-{trainer.state.global_step}.json"
     played.write_text(json.dumps(rollouts.played))
     drifts = [entry["drift"] for entry in trainer.state.log_history if "drift" in entry]
-    checked = {"rows": rollouts.checked, "drifts": drifts}
+    checked = {"rows": rollouts.checked, "drifts": drifts, "layers_again": shares}
     played.with_name(played.name.replace("played", "checked")).write_text(json.dumps(checked))
     if trainer.accelerator.is_main_process:
         (directory / "logprobs.json").write_text(json.dumps(rollouts.logprobs))

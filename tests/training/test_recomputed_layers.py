@@ -72,9 +72,12 @@ def test_what_torch_gets_is_what_is_left_of_the_arguments():
 
 
 def arguments_of(kwargs: dict, **settings):
-    return GRPOConfig(
+    deepspeed = settings.pop("deepspeed", None)
+    args = GRPOConfig(
         "unused", use_cpu=True, bf16=False, gradient_checkpointing_kwargs=kwargs, report_to=[], **settings
     )
+    args.deepspeed = deepspeed  # which would be imported above
+    return args
 
 
 @pytest.mark.parametrize(
@@ -99,7 +102,8 @@ CHOICES = [
     ({}, True, ""),
     ({"offload": True}, False, "with offload=true"),
     ({"skip_memory_metrics": False}, False, "with trainer.skip_memory_metrics=false"),
-    ({"fsdp": True}, False, "with trainer.fsdp or trainer.deepspeed"),
+    ({"fsdp": True}, True, ""),
+    ({"deepspeed": {"zero_optimization": {"stage": 3}}}, False, "with trainer.deepspeed"),
 ]
 
 
