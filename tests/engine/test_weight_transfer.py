@@ -80,6 +80,24 @@ def test_a_broadcast_that_hangs_after_all_have_answered_has_its_deadline_too():
         assert ended.wait(10)
 
 
+def test_a_replica_that_fails_as_the_block_ends_is_raised_once_all_have_answered():
+    """NCCL is done once the last tensor is sent, and the replica may fail to load it."""
+    late: Future = Future()
+    threading.Timer(0.3, late.set_result, [None]).start()
+    with (
+        pytest.raises(ServiceError, match="no room"),
+        watched([late, answered(ServiceError("no room"))], 30.0, "update_weights", pytest.fail),
+    ):
+        pass
+    assert late.done()
+
+
+def test_the_watch_does_not_keep_a_process_from_ending():
+    with watched([answered()], 30.0, "update_weights", pytest.fail):
+        [watch] = [thread for thread in threading.enumerate() if thread.name == "watch update_weights"]
+        assert watch.daemon
+
+
 class Worker:
     """A vLLM of some GPUs as far as NCCL and CUDA IPC go: joins a group, and receives updates."""
 
@@ -88,11 +106,13 @@ class Worker:
         self.asked: list[str] = []
         self.joined: dict[str, Any] = {}
         self.updates: list[dict[str, Any]] = []
+        self.fails: str | None = None
         self.until: Callable[[], object] = lambda: True  # when an update has been received
 
     def app(self) -> web.Application:
         app = web.Application()
         app.add_routes([web.get("/get_world_size", self.size), web.post("/{phase}", self.answer)])
+        app.add_routes([web.get("/health", self.size)])
         return app
 
     async def size(self, request: web.Request) -> web.Response:
@@ -108,7 +128,7 @@ class Worker:
             deadline = time.monotonic() + 10
             while not self.until() and time.monotonic() < deadline:
                 await asyncio.sleep(0.01)
-        return web.json_response({})
+        return web.json_response({}, status=500 if phase == self.fails else 200)
 
 
 UPDATE = ["start_weight_update", "update_weights", "finish_weight_update"]
@@ -218,6 +238,23 @@ def test_nccl_has_one_group_of_the_trainer_and_all_workers_and_sends_every_versi
         assert [name for name, _ in sent] == NAMES["names"]
         assert all(torch.equal(a, b) for (_, a), (_, b) in zip(sent, weights_of(version), strict=True))
     assert nccl.cuda == [("set_device", "cuda:3"), ("synchronize", "cuda:3", 1), ("synchronize", "cuda:3", 2)]
+
+
+def test_nccl_waits_under_the_watch_and_a_replica_that_fails_there_ends_the_update(nccl, monkeypatch):
+    watches: list[Any] = []
+
+    def watching(answers: Any, *args: Any) -> Any:
+        watches.append(args)
+        return watched(answers, *args)
+
+    monkeypatch.setattr(weight_transfer, "watched", watching)
+    give_up = pytest.fail
+    transfer = NcclTransfer(torch.device("cuda", 3), give_up)
+    nccl.workers[1].fails = "update_weights"
+    with pytest.raises(ServiceError, match="answered update_weights with 500"):
+        transfer.send(nccl.replicas, 1, SPECS, iter(weights_of(1)))
+    assert watches == [(20.0, phase, give_up) for phase in ("init_weight_transfer_engine", "update_weights")]
+    assert nccl.workers[0].asked[-1] == "update_weights", "it is not told that the update is done"
 
 
 def test_nccl_forms_its_group_again_after_a_restart_and_with_other_replicas(nccl):
