@@ -45,7 +45,7 @@ MODULES = {  # the tests of each module, slow ones last, as the first failure en
     "gateway/load": "gateway/test_load.py",
     "engine/weight_sync": "engine/test_weight_sync.py",
     "engine/weight_transfer": "engine/test_weight_transfer.py engine/test_weight_sync.py",
-    "engine/adapter_transfer": "engine/test_weight_sync.py gateway/test_updates.py",
+    "engine/adapter_transfer": "engine/test_adapter_transfer.py engine/test_weight_sync.py",
     "engine/admission": "engine/test_weight_sync.py gateway/test_updates.py",
     "engine/engine_load": "gateway/test_load.py",
     "training/rollout_func": "training/test_rollout_func.py",

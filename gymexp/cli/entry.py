@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
 import os
 import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import hydra
@@ -18,7 +16,7 @@ from hydra.core.plugins import Plugins
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from gymexp.cli import catalogue_source, completion, hydra_keys, variants
+from gymexp.cli import catalogue_source, completion, empty_folders, hydra_keys, variants
 from gymexp.cli.terminal import end_with, guarded, log_to_terminal, outlive_readers
 from gymexp.config.group_options import CONF_DIR
 from gymexp.config.hydra_schema import register
@@ -57,15 +55,14 @@ def hydra_main(
         if launchers:
             outlive_readers()
         log_to_terminal()
-        job = hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=config_name)(
-            _in_output_dir(main)
-        )
+        as_hydras = hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=config_name)
 
         def check_flags_and_run() -> Any:
             hydra_keys.check_flags(sys.argv[1:])
             if {"-h", "--help"} & set(sys.argv[1:]):
                 print(inspect.cleandoc(sys.modules[main.__module__].__doc__ or ""), end="\n\n", flush=True)
-            return job()
+            with empty_folders.removed_if_empty() as remove_folders:
+                return as_hydras(_ending(main, remove_folders))()
 
         return guarded(_without_secrets(check_flags_and_run), schema)
 
@@ -94,26 +91,22 @@ def _without_secrets(main: Callable[[], Any]) -> Callable[[], Any]:
     return wrapped
 
 
-def _in_output_dir(main: Job) -> Job:
-    """Wraps `main` so that the output directory, which Hydra makes before, is removed if it stays empty.
+def _ending(main: Job, remove_folders: Callable[[], None]) -> Job:
+    """Wraps `main` so that the folders that Hydra made for it are removed first if its directory is another.
 
-    It stays empty after a user error, and after a resumed run, which uses its own directory. A GymexpError of
-    a single run ends the process in this wrapper, because Hydra would print a line of its own above it. A
-    GymexpError of a sweep passes, as it names the job.
+    A GymexpError of a single run ends the process in this wrapper, because Hydra would print a line of its
+    own above it. A GymexpError of a sweep passes, as it names the job.
     """
 
     @functools.wraps(main)
     def wrapped(cfg: DictConfig) -> Any:
+        if cfg.get("resume") or cfg.get("output_dir"):
+            remove_folders()
         try:
             return main(cfg)
         except GymexpError as error:
             if HydraConfig.get().mode == RunMode.MULTIRUN:
                 raise
             end_with(error)
-        finally:
-            made = Path(HydraConfig.get().runtime.output_dir)
-            if made != Path.cwd():  # a command that needs no such directory names its working directory
-                with contextlib.suppress(OSError):
-                    made.rmdir()
 
     return wrapped

@@ -19,7 +19,7 @@ from typing import Any
 import orjson
 
 from gymexp.config.schema import GymConfig
-from gymexp.gym import config_classes, definitions, open_values, server_settings
+from gymexp.gym import agent_replies, config_classes, definitions, open_values, server_settings
 from gymexp.gym.definitions import (
     FOLDERS,
     RESOLVER,
@@ -42,11 +42,12 @@ _AGENTS = "responses_api_agents"
 _OWN = ("resources_servers", _AGENTS)  # the folders of the user's own that define environments
 # The modules that decide an entry's content.
 _DECIDES = tuple(
-    Path(str(module.__file__)) for module in (config_classes, definitions, open_values, server_settings)
+    Path(str(module.__file__))
+    for module in (agent_replies, config_classes, definitions, open_values, server_settings)
 )
 # Words in a server's own files that show that it calls out, or starts other programs than Python.
 _NETWORK = re.compile(
-    r"\b(tavily|docker|apptainer|singularity|daytona|arxiv|sandbox_host|googleapis)\b",
+    r"\b(tavily|docker|apptainer|singularity|daytona|arxiv|sandbox_host|googleapis|npm)\b",
     re.I,
 )
 

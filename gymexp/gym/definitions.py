@@ -25,6 +25,7 @@ from gymexp.config.suggestions import nearest
 from gymexp.errors import ConfigError, ServiceError
 from gymexp.files import replace_file
 from gymexp.gym import environment_server
+from gymexp.gym.agent_replies import lack_token_ids
 from gymexp.gym.config_classes import nulls
 from gymexp.gym.install import Say, ensure_python, nemo_gym_version, run_script, site_packages
 from gymexp.gym.open_values import MODELS, instead_of, is_local, open_values
@@ -232,8 +233,14 @@ def reasons_against(
     gives_tokens: as for `ensure_environments`.
     """
     yield from environment_server.reasons_against(servers, agent)
+    kind, implementation, _ = server_of(servers[agent])
     if not is_own and (reason := _why_no_tokens(servers, agent, gives_tokens)):
         yield f"{reason}: take an environment whose agent has a model_server"
+    elif gives_tokens and lack_token_ids(f"{kind}/{implementation}", roots):
+        yield (
+            f"{agent} ({implementation}) writes its replies anew from a transcript, so they have no token "
+            "ids: take an environment whose agent asks its model_server itself, as simple_agent does"
+        )
     more = name, is_own, {*OF_THE_POLICY, *OF_THE_JUDGE, *variables}, environ, roots
     reasons = list(_reasons(servers, agent, *more))
     left = reasons

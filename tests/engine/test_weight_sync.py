@@ -373,6 +373,13 @@ def test_replicas_that_get_an_adapter_alone_keep_their_weights_asleep(site):
     assert site.servers[0].asked == ["pause?mode=abort", *first, "resume", *asleep, "sleep?level=1"]
 
 
+@pytest.mark.parametrize("kind", ["disk", "adapter"])
+def test_a_transfer_that_has_sent_nothing_can_be_closed(kind, tmp_path):
+    where = tmp_path / "weights"
+    (DiskTransfer(where) if kind == "disk" else AdapterTransfer(where, LoraConfig(r=2))).close()
+    assert not where.exists()
+
+
 def test_waiting_for_health_ends_with_health_a_deadline_or_the_runs_end(two):
     _, servers, replicas = two
     servers[1].fails = "health"

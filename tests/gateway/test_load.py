@@ -89,6 +89,15 @@ def test_of_several_gateways_the_busiest_says_how_idle_an_engine_was_at_most():
     assert engine.since_last() == {"idle/engine": 0.25, "engine/in_flight": 2.0}
 
 
+def test_an_engine_is_never_idle_for_less_than_no_time():
+    """The gateways' clocks are read one after the other."""
+    counted = [{"seconds": 1.0, "busy_s": {"a": busy}, "request_s": {"a": busy}} for busy in (0.0, 1.5)]
+    counted[1]["seconds"] = 2.0
+    engine = EngineLoad(SimpleNamespace(loads=lambda: [counted.pop(0)]))  # type: ignore[arg-type]
+    engine.since_last()
+    assert engine.since_last() == {"idle/engine": 0.0, "engine/in_flight": 1.5}
+
+
 def test_a_gateway_that_was_started_again_or_is_silent_gives_no_shares():
     clock = Clock()
     loads = [Load(URLS, clock)]

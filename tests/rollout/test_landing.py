@@ -89,6 +89,32 @@ def test_a_batch_that_is_being_completed_as_the_collection_ends_is_kept_once(mon
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("way", ["all", "close"])
+def test_what_lands_while_the_last_batch_is_being_completed_is_kept_too(monkeypatch, way):
+    monkeypatch.setattr(landing, "AT_ONCE", 1)
+
+    async def run() -> None:
+        kept, second = Kept(), asyncio.Event()
+
+        async def slowly(played: Sequence[Attempted]) -> list[Outcome]:
+            second.set()
+            await asyncio.sleep(0.1)
+            return await kept.complete(played)
+
+        async def later() -> Attempted:
+            await second.wait()
+            return await after(0.0, 1)
+
+        rollouts = [asyncio.create_task(after(0.0, 0)), asyncio.create_task(later())]
+        landed = Landing(rollouts, slowly, kept.keep)
+        await asyncio.gather(*rollouts)
+        assert not kept.batches
+        await getattr(landed, way)()
+        assert kept.batches == [[(0, "0 complete")], [(1, "1 complete")]]
+
+    asyncio.run(run())
+
+
 @pytest.mark.parametrize(("at_once", "every_s"), [(2, 60.0), (99, 0.1)])
 def test_they_are_kept_as_soon_as_there_are_enough_and_after_some_time(monkeypatch, at_once, every_s):
     monkeypatch.setattr(landing, "AT_ONCE", at_once)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import random
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.attention.varlen
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from padded_rows import distance, padded
@@ -184,6 +186,43 @@ def test_a_token_attends_to_its_own_rollout_up_to_itself_and_to_nothing_else(see
         assert [tokens[at] for at in seen] == [*prompt, *completion[:column]]
         assert [pack.positions[at] for at in seen] == list(range(len(seen)))
         assert pack.labels[place] == completion[column]
+
+
+def flash(query, key, value, of_queries, of_keys, max_q, max_k, *, scale, window_size):
+    """FlashAttention's kernel for sequences of different lengths, as its documentation describes it: (tokens,
+    heads, D); each sequence apart, and its causal mask aligned with the ends of queries and keys."""
+    assert window_size == (-1, 0), "causal"
+    assert all(x.is_contiguous() and x.dtype == torch.bfloat16 for x in (query, key, value))
+    assert of_queries.dtype == of_keys.dtype == torch.int32
+    assert query.shape[1:] == key.shape[1:] == value.shape[1:], "no grouped heads"
+    assert (of_queries[-1], of_keys[-1]) == (query.size(0), key.size(0)) and key.size(0) == value.size(0)
+    assert (max_q, max_k) == (of_queries.diff().max(), of_keys.diff().max())
+    found = []
+    for (a, b), (c, d) in zip(pairwise(of_queries.tolist()), pairwise(of_keys.tolist()), strict=True):
+        mask = torch.ones(b - a, d - c, dtype=torch.bool).tril(d - c - (b - a))
+        one = (x.transpose(0, 1).float() for x in (query[a:b], key[c:d], value[c:d]))
+        attend = torch.nn.functional.scaled_dot_product_attention
+        found.append(attend(*one, attn_mask=mask, scale=scale).transpose(0, 1))
+    return torch.cat(found)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10_000), st.booleans(), st.sampled_from([1, 2, 4]), st.sampled_from([None, 0.3]))
+def test_the_kernel_is_called_so_that_it_attends_as_the_mask_says(seed, shares, key_heads, scale):
+    """On a GPU; tests/training/test_packing_gpu.py has the kernel itself."""
+    segments = build_pack(*padded(some_rows(seed)), shares).segments
+    torch.manual_seed(seed)
+    total = segments.mask.size(0)
+    query, key, value = (torch.randn(1, heads, total, 8) for heads in (4, key_heads, key_heads))
+    given = [x.bfloat16() for x in (query, key, value)]
+    plain, _ = packing._attend(
+        None, *(x.float() for x in given), None, packed_segments=segments, scaling=scale
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.attention.varlen, "varlen_attn", flash)
+        packed = packing._flash(query, key, value, segments, scale, torch.bfloat16)
+    assert packed.shape == plain.shape == (1, total, 4, 8)
+    assert torch.allclose(packed, plain, atol=1e-5)
 
 
 def test_rows_of_a_prompt_follow_each_other_with_all_that_belongs_to_them():
