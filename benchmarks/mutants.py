@@ -52,6 +52,8 @@ MODULES = {  # the tests of each module, slow ones last, as the first failure en
     "training/padding": "training/test_padding.py training/test_objective.py",
     "training/callbacks": "training/test_callbacks.py",
     "training/packing": "training/test_packing.py",
+    "training/kept_layers": "training/test_kept_layers.py",
+    "training/recomputed_layers": "training/test_recomputed_layers.py",
     "training/drift": "training/test_drift.py training/test_trainer.py",
     "training/queued_tasks": "training/test_queued_tasks.py",
     "training/drawn_tasks": "training/test_drawn_tasks.py training/test_queued_tasks.py",

@@ -156,6 +156,44 @@ def test_longer_rows_keep_fewer_layers_and_shorter_ones_more_again():
     assert len(kept_of(model.train_on(32, kept))) == 4
 
 
+def test_a_layer_of_longer_rows_is_expected_to_need_more_before_it_is_measured():
+    """Room for the rest and for two layers of 16 tokens beside it, but not for two of 32."""
+    model = Model(CountedMemory(10**9))
+    kept = model.enable()
+    model.train_on(16, kept)
+    model.train_on(16, kept)
+    model.memory.limit = (NUM_LAYERS + 1) * 32 * 32 + 2 * layer_bytes(16) + 100
+    assert kept_of(model.train_on(32, kept)) == []
+
+
+def test_what_a_layer_hands_on_is_no_part_of_what_it_keeps(monkeypatch):
+    """Also if it hands on a tuple, of which the first is the next layer's input."""
+    memory = CountedMemory(10**9)
+    model = Model(memory)
+    model.layers = torch.nn.ModuleList([Layer()])
+    kept = model.enable()
+    before = iter([0, 0, 500, 500])  # at the start, before the layer and after it
+    monkeypatch.setattr(memory, "allocated", lambda: next(before))
+    output = (torch.zeros(1, 5, 8), torch.zeros(1, 2))
+    result = kept._run(0, lambda *_: None, lambda x: output, torch.zeros(1, 5, 8))
+    assert result is output and kept._layer == 500 - 160
+
+
+@pytest.mark.parametrize(("expands", "unused"), [(False, 250), (True, 100)])
+def test_a_gpu_has_room_for_what_is_free_but_for_a_share_of_all(monkeypatch, expands, unused):
+    """400 of 1000 bytes are free, and the allocator holds 300, of which 200 are in use."""
+    figures = {"mem_get_info": (400, 1000), "memory_reserved": 300, "memory_allocated": 200}
+    figures |= {"max_memory_allocated": 280, "memory_snapshot": [{"is_expandable": expands}]}
+    for name, value in figures.items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    begun = []
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: begun.append(True))
+    memory = kept_layers.GpuMemory()
+    memory.begin_peak()
+    assert (memory.allocated(), memory.room(), memory.peak()) == (200, 400 + 100 - unused, 280)
+    assert begun == [True]
+
+
 def test_memory_that_others_take_meanwhile_is_not_counted_on():
     model = Model(CountedMemory(10**9))
     kept = model.enable()

@@ -62,6 +62,15 @@ def test_every_second_layer_is_computed_again_at_every_step_with_the_same_gradie
     torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("kwargs", [None, {"use_reentrant": False}, {"every_n_layers": 1}])
+def test_all_layers_are_computed_again_where_no_gpu_trains(policy, tmp_path, kwargs):
+    once, expected = passes_of_layers(policy, tmp_path)
+    settings = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": kwargs}
+    counts, gradient = passes_of_layers(policy, tmp_path, **settings)
+    assert counts == [2 * number for number in once]
+    torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-6)
+
+
 def test_what_torch_gets_is_what_is_left_of_the_arguments():
     given = {"every_n_layers": 3, "use_reentrant": False, "offload": True}
     assert recomputed_layers.split(given) == (
@@ -83,7 +92,10 @@ def arguments_of(kwargs: dict, **settings):
 @pytest.mark.parametrize(
     ("kwargs", "said"),
     [
-        ({"every_n_layers": 0}, r"every_n_layers must be auto or an integer >= 1, got 0"),
+        (
+            {"every_n_layers": 0},
+            r"trainer\.gradient_checkpointing_kwargs\.every_n_layers must be auto or an integer >= 1, got 0",
+        ),
         ({"every_n_layers": 0.5}, r"every_n_layers must be auto or an integer >= 1, got 0\.5"),
         ({"every_n_layers": True}, r"every_n_layers must be auto or an integer >= 1, got True"),
         ({"every_n_layers": "none"}, r"every_n_layers must be auto or an integer >= 1, got 'none'"),
@@ -115,6 +127,8 @@ def test_the_free_memory_decides_on_a_gpu_unless_it_cannot(settings, is_by_memor
     assert recomputed_layers.is_by_memory(args, has_gpu=True) == is_by_memory
     assert not recomputed_layers.is_by_memory(args, has_gpu=False)
     recomputed_layers.check(args, has_gpu=True)
+    for every in (1, 3):
+        recomputed_layers.check(arguments_of(kwargs | {"every_n_layers": every}, **settings), has_gpu=True)
     asked = arguments_of(kwargs | {"every_n_layers": "auto"}, **settings)
     if is_by_memory:
         recomputed_layers.check(asked, has_gpu=True)
