@@ -125,8 +125,9 @@ class KeptLayers:
     ) -> Any:
         if not torch.is_grad_enabled() or not inputs:
             return checkpoint(function, *inputs)
-        if index == 0:
+        if not self._size:
             self._begin(inputs[0].numel())
+        self._num_called += 1
         if not self._has_room(index):
             return checkpoint(function, *inputs)
         before = self._memory.allocated()
@@ -148,7 +149,8 @@ class KeptLayers:
         self._needed = self._learns.at(size) or self._needs[False].at(size)
         self._start = self._memory.allocated()
         self._room = self._memory.room()
-        self._num_kept = self._kept = self._layer = 0
+        self._num_called = self._num_kept = self._kept = self._layer = 0
+        self._is_full = False
         self._memory.begin_peak()
 
     def _has_room(self, index: int) -> bool:
@@ -156,12 +158,12 @@ class KeptLayers:
             # Nothing is known yet. The backward pass begins with the last layer, so keeping its activations
             # takes hardly more memory than to compute them again, and shows what a layer needs.
             return index == len(self._layers) - 1
-        if self._num_kept < index:
-            return False  # A layer before this one found no room.
         rest, layer = self._needed
         layer = self._layer or layer
         computed_again = layer  # by the backward pass; it is no part of `rest` if all layers were kept
-        return self._kept + layer + computed_again + rest <= self._room
+        # After a layer without room no other one is kept: those that are kept come first.
+        self._is_full |= self._kept + layer + computed_again + rest > self._room
+        return not self._is_full
 
     def end(self) -> float | None:
         """Learns from the micro-batch, whose backward pass is over. Returns the share of layers that were
@@ -172,4 +174,4 @@ class KeptLayers:
         layer = self._layer or (self._needed or (0, 0))[1]
         self._learns.add(self._size, rest, layer)
         self._size = 0
-        return 1 - self._num_kept / len(self._layers)
+        return 1 - self._num_kept / self._num_called

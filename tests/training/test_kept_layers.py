@@ -239,6 +239,17 @@ def test_a_step_s_first_pass_has_room_for_gradients_though_later_passes_need_non
     assert kept_of(model.train_on(16, kept)) == list(range(NUM_LAYERS))
 
 
+def test_layers_that_a_pass_does_not_use_do_not_count():
+    """As those of images in a model that reads text."""
+    model = Model(CountedMemory(10**9))
+    kept = model.enable()
+    model.layers = model.layers[2:5]
+    model.train_on(16)
+    assert kept.end() == 1.0
+    assert kept_of(model.train_on(16)) == [0, 1, 2]
+    assert kept.end() == 0.0
+
+
 def test_passes_without_a_gradient_decide_nothing():
     model = Model(CountedMemory(10**9))
     kept = model.enable()
