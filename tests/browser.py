@@ -37,8 +37,15 @@ def open_browser(width: int = 1280, height: int = 900) -> Iterator:
     for option in (*_OPTIONS, f"--window-size={width},{height}"):
         options.add_argument(option)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+
+    class Browser(webdriver.Chrome):
+        def get(self, url: str) -> None:
+            """On a busy machine Chrome's driver may return while the page is still being read."""
+            super().get(url)
+            wait_for(self, "document.readyState === 'complete'")
+
     # A path to the driver: without one selenium's manager asks the network for it.
-    driver = webdriver.Chrome(options=options, service=Service(DRIVER))
+    driver = Browser(options=options, service=Service(DRIVER))
     try:
         driver.set_page_load_timeout(60)
         yield driver
