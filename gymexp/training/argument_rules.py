@@ -317,6 +317,12 @@ def _dependent_problems(trainer: Mapping[str, Any]) -> Iterator[str]:
         )
     if value_of(trainer, "num_generations") is None:
         yield "trainer.num_generations must be an integer >= 2, got None"
+    if trainer.get("gradient_checkpointing_kwargs") and not value_of(trainer, "gradient_checkpointing"):
+        yield (
+            "trainer.gradient_checkpointing_kwargs is for trainer.gradient_checkpointing=true, which is "
+            f"{value_of(trainer, 'gradient_checkpointing')!r} here, got "
+            f"{trainer['gradient_checkpointing_kwargs']!r}: say true, or leave it out"
+        )
     if trainer.get("sync_ref_model") and not value_of(trainer, "beta"):
         yield (
             "trainer.sync_ref_model must be false with trainer.beta=0, which has no reference, "

@@ -128,7 +128,7 @@ class KeptLayers:
         if not self._size:
             self._begin(inputs[0].numel())
         self._num_called += 1
-        if not self._has_room(index):
+        if not self._keeps(index):
             return checkpoint(function, *inputs)
         before = self._memory.allocated()
         output = function(*inputs)
@@ -153,7 +153,8 @@ class KeptLayers:
         self._is_full = False
         self._memory.begin_peak()
 
-    def _has_room(self, index: int) -> bool:
+    def _keeps(self, index: int) -> bool:
+        """Decides on the next layer of the pass. index: its place among all layers."""
         if self._needed is None:
             # Nothing is known yet. The backward pass begins with the last layer, so keeping its activations
             # takes hardly more memory than to compute them again, and shows what a layer needs.

@@ -130,6 +130,10 @@ def test_what_gymexp_sets_is_refused_with_the_key_to_use(name, defaults):
             r"optim_target_modules is for .*got trainer\.optim='adamw_torch",
         ),
         ({"liger_kernel_config": {"rope": True}}, r"liger_kernel_config has no effect without"),
+        (
+            {"gradient_checkpointing": False, "gradient_checkpointing_kwargs": {"every_n_layers": 2}},
+            r"gradient_checkpointing_kwargs is for trainer.gradient_checkpointing=true, which is False here",
+        ),
         ({"accelerator_config": {"split_batches": True}}, r"accelerator_config may have .*split_batches"),
         ({"accelerator_config": "config.json"}, r"accelerator_config may have"),
     ],
