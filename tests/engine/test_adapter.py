@@ -17,6 +17,7 @@ from gymexp.errors import ConfigError
 from gymexp.processes.access_keys import Keys
 from gymexp.record.directory import RunDirectory
 from gymexp.run import services
+from gymexp.run.train import _fit_to_model
 from gymexp.run.work import TRAINING, evaluation
 
 
@@ -76,6 +77,18 @@ def test_float32_is_refused_where_vllm_has_no_kernels_for_it(tmp_path):
     check(dataclasses.replace(precise, dtype="bfloat16"), tmp_path, "vllm", on_gpu=True)
     with pytest.raises(ConfigError, match=r"model\.dtype must be bfloat16 or float16 .* got 'float32'"):
         check(precise, tmp_path, "vllm", on_gpu=True)
+
+
+@pytest.mark.parametrize("gpus", [["0", "1"], []])
+def test_a_run_knows_whether_its_vllm_has_a_gpu(tmp_path, gpus):
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3"}')
+    precise = dataclasses.replace(model(), dtype="float32", packing="none")
+    config, placement = RunConfig(model=precise), Placement("vllm", [Share(0, gpus)], [])
+    if not gpus:
+        assert _fit_to_model(config, tmp_path, placement, print) == config
+        return
+    with pytest.raises(ConfigError, match=r"model\.dtype must be bfloat16 or float16"):
+        _fit_to_model(config, tmp_path, placement, print)
 
 
 def test_vllm_is_started_with_room_for_one_adapter_and_one_api_server():
